@@ -1,0 +1,18 @@
+"""Typed configuration: pure, creates nothing on disk, imports neither torch nor accelerate."""
+
+from modern_llm.config.data import (
+    DocumentDatasetConfig,
+    InstructionDatasetConfig,
+    PreferenceDatasetConfig,
+)
+from modern_llm.config.model import ModernLLMConfig, MoEConfig
+from modern_llm.config.training import TrainingConfig
+
+__all__ = [
+    "DocumentDatasetConfig",
+    "InstructionDatasetConfig",
+    "ModernLLMConfig",
+    "MoEConfig",
+    "PreferenceDatasetConfig",
+    "TrainingConfig",
+]

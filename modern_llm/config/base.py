@@ -1,0 +1,22 @@
+"""`section`: the decorator that makes a class a typed, keyword-only, self-checking configuration
+section.
+
+A section is a pydantic dataclass: field types and bounds are checked together when it is built, an
+unknown name is refused, and the docstring below each field is its help text on the command line.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+T = TypeVar("T")
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(Field,))
+def section(cls: type[T]) -> type[T]:
+    """Return `cls` as a keyword-only pydantic dataclass that refuses unknown fields."""
+    config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    return dataclass(kw_only=True, config=config)(cls)

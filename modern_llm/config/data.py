@@ -1,0 +1,124 @@
+"""What to read: one section for each kind of data (documents, instructions, preferences)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from modern_llm.config.base import section
+
+PREFERENCE_FORMATS = ("auto", "hh", "shp", "strings", "messages", "sharegpt")
+INSTRUCTION_FORMATS = ("auto", "alpaca", "messages", "strings")
+
+
+def _known_template(template: str | None) -> str | None:
+    if template is None or template == "chat" or "{prompt}" in template or "{%" in template:
+        return template
+    raise ValueError(
+        f"template {template!r} is neither `chat`, nor a text with {{prompt}} in it, "
+        "nor a Jinja chat template (which has {% ... %} in it)"
+    )
+
+
+Template = Annotated[str, AfterValidator(_known_template)]
+
+
+@section
+class DatasetConfig:
+    """What every kind of data shares: where it is, what is held out, what happens to bad rows."""
+
+    dataset_name: str | None = None
+    """Hub id, or a local .jsonl .json .csv .parquet (documents: .txt) file, or a folder of them."""
+    subset: str | None = None
+    """Configuration name of a Hub data set that has several."""
+    split: str | None = None
+    """Split to train on ("train" unless said). In a local folder it chooses the files whose name or
+    folder names it (`test.jsonl`, `train-00000.parquet`, `test/a.jsonl`); files that name none
+    belong to train. A single local file has no splits: any but "train" is refused there."""
+    eval_split: str | None = None
+    """Split to evaluate on, of the same data set, or of `eval_dataset_name` where that is said."""
+    eval_dataset_name: str | None = None
+    """Another data set (Hub id, file or folder) to evaluate on; of a Hub data set the split
+    `eval_split` ("test" unless said), of a folder all files unless said."""
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the examples (or documents) held out for evaluation, chosen by content, so that they
+    stay the same when rows are added."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a row of broken structure (corrupt line, missing column, not a string) does: stop the
+    run, or be dropped and listed."""
+    max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Largest share of a source's rows that may be dropped for their content; more is an error."""
+    max_examples: Annotated[int, Field(gt=0)] | None = None
+    """Use only the first so many rows of each source."""
+
+    @model_validator(mode="after")
+    def _one_evaluation_source(self) -> DatasetConfig:
+        problems = []
+        for name in ("eval_split", "eval_dataset_name"):
+            if self.eval_fraction is not None and getattr(self, name) is not None:
+                problems.append(f"eval_fraction and {name} exclude each other: keep one of them")
+        if self.eval_dataset_name is None and self.eval_split is not None:
+            if self.eval_split == (self.split or "train"):
+                problems.append(
+                    f"eval_split {self.eval_split!r} is the split to train on: "
+                    "name another, or use eval_fraction"
+                )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+@section
+class DocumentDatasetConfig(DatasetConfig):
+    """Documents for pretraining: rows with a text column, or plain text.
+
+    A .txt file is split at its blank lines; where it has none, each line is a document.
+    """
+
+    text_column: str = "text"
+    """Column that holds the document, for formats with columns."""
+
+
+@section
+class InstructionDatasetConfig(DatasetConfig):
+    """Instructions with answers: Alpaca fields, message lists, or `prompt`/`response` strings."""
+
+    format: Literal["auto", "alpaca", "messages", "strings"] = "auto"
+    """How rows are read; found by their columns unless said."""
+    template: Template | None = None
+    """`chat` wraps string prompts as a user turn; a text with `{prompt}` frames them; a Jinja chat
+    template is used in place of the tokenizer's own, for strings and message lists. None uses
+    strings literally (Alpaca fields get the Alpaca frame) and the tokenizer's chat template for
+    messages."""
+    append_end_token: bool = True
+    """Append the end token to an answer that lacks it (never to one that truncation cut)."""
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    """Tokens of prompt and answer together; the model's positions, at most 1,024, unless said."""
+    max_prompt_length: Annotated[int, Field(ge=0)] | None = None
+    """Tokens of the prompt's end that are kept at least when prompt and answer are too long; half
+    of max_length unless said."""
+
+    @model_validator(mode="after")
+    def _room_for_an_answer(self) -> InstructionDatasetConfig:
+        prompt, total = self.max_prompt_length, self.max_length
+        if prompt is not None and total is not None and prompt >= total:
+            raise ValueError(
+                f"max_prompt_length {prompt} leaves no token for the answer in max_length {total}: "
+                "lower it"
+            )
+        return self
+
+
+@section
+class PreferenceDatasetConfig(DatasetConfig):
+    """Preference pairs; lengths are said in `DPOConfig`."""
+
+    format: Literal["auto", "hh", "shp", "strings", "messages", "sharegpt"] = "auto"
+    """How rows are read; found by their columns unless said."""
+    template: Template | None = None
+    """`chat` wraps string prompts as a user turn; a text with `{prompt}` frames them; a Jinja chat
+    template is used in place of the tokenizer's own, for strings and message lists. None uses
+    strings literally and the tokenizer's chat template for messages."""
+    append_end_token: bool = True
+    """Append the end token to an answer that lacks it (never to one that truncation cut)."""

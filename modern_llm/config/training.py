@@ -1,0 +1,137 @@
+"""`TrainingConfig`: how a stage trains, the same fields for pretraining, SFT and DPO."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from modern_llm.config.base import section
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+@section
+class TrainingConfig:
+    """One run of one stage. `batch_size` counts examples of one optimizer step over all
+    processes."""
+
+    run_name: Annotated[str, Field(min_length=1, pattern=r"^[^/\\]+$")]
+    """Names the final folder: `output_dir/{run_name}_final`."""
+    dataset_name: str | None = None
+    """Training data of pretraining, and of SFT and DPO where their data section names none."""
+    tokenizer_name: str | None = None
+    """Hub id or folder of the tokenizer; SFT and DPO take the checkpoint's own where it has one."""
+    output_dir: Path
+    """The run folder: configuration, metrics, checkpoints and the final model."""
+
+    batch_size: Positive = 32
+    """Examples (pairs, answers, rows of documents) in one optimizer step over the whole world."""
+    micro_batch_size: Positive | None = None
+    """Most examples in one forward on one process."""
+    gradient_accumulation_steps: Positive | None = None
+    """Forwards of one optimizer step on one process; more processes share them.
+    batch_size = micro_batch_size x gradient_accumulation_steps."""
+    tokens_per_micro_batch: Positive | None = None
+    """Most tokens in one forward on one process, padding included; chosen by device unless said."""
+
+    max_steps: Positive | None = None
+    """Optimizer steps; excludes epochs."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the data; 1 where neither it nor max_steps is said."""
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the rate rises linearly to its peak."""
+    min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Rate at the end of the decay as a share of the peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled decay, on matrices only (not on norms and biases)."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of AdamW's second moment."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradient norm above which the gradient is scaled down; none switches it off."""
+
+    mixed_precision: Literal["no", "fp32", "bf16", "fp16"] = "no"
+    """Dtype of the forward: float32 ("no", "fp32"), bfloat16 or float16 (GPU only).
+    Weights stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """`torch.compile` the decoder layers."""
+    attention: Literal["auto", "tree", "separate"] = "auto"
+    """Rows in which pairs share their prompt (tree), one row an answer (separate), or as probed at
+    load."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """Names the order of the data, the initial weights and every random draw."""
+
+    log_every: Positive = 10
+    """Steps between lines on the console and in metrics.jsonl."""
+    eval_every: Positive = 500
+    """Steps between evaluations; none runs without evaluation data. One runs at the end in any
+    case."""
+    save_every: Positive = 500
+    """Steps between checkpoints; one is written at the end of training only as the final model."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints that are kept."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto: go on from the newest checkpoint in output_dir if there is one; must: refuse to start
+    without;
+    never: refuse an output_dir that holds a run."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        problems = [text for bad, text in self._rules() if bad]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _rules(self) -> list[tuple[bool, str]]:
+        micro, accumulation = self.micro_batch_size, self.gradient_accumulation_steps
+        both = micro is not None and accumulation is not None
+        return [
+            (
+                both and micro * accumulation != self.batch_size,
+                f"micro_batch_size {micro} x gradient_accumulation_steps {accumulation} is not "
+                "batch_size "
+                f"{self.batch_size}: change one, or leave one out (they are said for one process)",
+            ),
+            (
+                micro is not None and micro > self.batch_size,
+                f"micro_batch_size {micro} is above batch_size {self.batch_size}: lower it",
+            ),
+            (
+                not both and accumulation is not None and accumulation > self.batch_size,
+                f"gradient_accumulation_steps {accumulation} is above batch_size "
+                f"{self.batch_size}: lower it",
+            ),
+            (
+                self.max_steps is not None and self.epochs is not None,
+                "max_steps and epochs exclude each other: keep one",
+            ),
+            (
+                self.max_steps is not None and self.warmup_steps > self.max_steps,
+                f"warmup_steps {self.warmup_steps} is above max_steps {self.max_steps}: lower it",
+            ),
+        ]
+
+    @property
+    def examples_per_micro_batch(self) -> int | None:
+        """Most examples in one forward on one process, or None where only tokens bound it."""
+        if self.micro_batch_size is not None:
+            return self.micro_batch_size
+        if self.gradient_accumulation_steps is not None:
+            return -(-self.batch_size // self.gradient_accumulation_steps)
+        return None
+
+    @property
+    def precision(self) -> Literal["no", "bf16", "fp16"]:
+        """Mixed precision in Accelerate's words."""
+        return "no" if self.mixed_precision == "fp32" else self.mixed_precision

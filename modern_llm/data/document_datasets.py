@@ -1,0 +1,29 @@
+"""Documents for pretraining: from a section to a token table of full rows (text, starts)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from modern_llm.config.data import DocumentDatasetConfig
+from modern_llm.data.prepare import Prepared, prepare
+from modern_llm.data.recipes import documents_recipe
+from modern_llm.data.templates import Tokenizer
+
+__all__ = ["DocumentDatasetConfig", "build_document_tables"]
+
+
+def build_document_tables(
+    config: DocumentDatasetConfig, tokenizer: Tokenizer, folder: Path, *, row_length: int
+) -> Prepared:
+    """Return tables with the columns (text, starts), built in `folder` or reused from it.
+
+    Documents follow one another, each with its end token, and are cut into rows of `row_length`
+    ids; `starts` holds where in the row a document (or the rest of one) begins, 0 first. What does
+    not fill a last row is left out and counted.
+
+    Raises:
+        UserError: the tokenizer lacks an end token, or `row_length` is below 2.
+        DataError: the data cannot be read, is broken or does not fill a row.
+        StorageError: the folder cannot be written.
+    """
+    return prepare(config, tokenizer, folder, documents_recipe(config, tokenizer, row_length))

@@ -1,0 +1,47 @@
+"""Instructions for SFT: from a section to a token table (prompt, response)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from modern_llm.config.data import InstructionDatasetConfig
+from modern_llm.data.prepare import Prepared, prepare
+from modern_llm.data.recipes import answers_recipe
+from modern_llm.data.templates import Tokenizer
+
+__all__ = ["InstructionDatasetConfig", "build_instruction_tables"]
+
+DEFAULT_MAX_LENGTH = 1024
+
+
+def build_instruction_tables(
+    config: InstructionDatasetConfig,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    max_length: int | None = None,
+    max_prompt_length: int | None = None,
+) -> Prepared:
+    """Return tables with the columns (prompt, response), built in `folder` or reused from it.
+
+    Args:
+        max_length: most tokens of prompt and answer together; the section's, else 1,024, unless
+            said. The caller, who knows the model, sees to it that they do not exceed its positions.
+        max_prompt_length: tokens of the prompt's end that are kept at least; the section's, else
+            half of `max_length`, unless said.
+
+    Raises:
+        UserError: the lengths leave no room for an answer, or the tokenizer lacks an end token.
+        DataError: the data cannot be read, is broken or leaves nothing.
+        StorageError: the folder cannot be written.
+    """
+    if max_prompt_length is None:
+        max_prompt_length = config.max_prompt_length
+    recipe = answers_recipe(
+        config,
+        tokenizer,
+        ("prompt", "response"),
+        max_length=max_length or config.max_length or DEFAULT_MAX_LENGTH,
+        max_prompt_length=max_prompt_length,
+    )
+    return prepare(config, tokenizer, folder, recipe)

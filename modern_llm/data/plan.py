@@ -1,0 +1,195 @@
+"""Which examples form a step, and where each of them is computed. Pure functions of integers.
+
+The order is a function of (seed, epoch, step) alone; the place (rank, micro-batch) also depends on
+the
+number of processes and the token budget, and changes nothing but rounding. Called by the tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Order:
+    """Every example once an epoch, in an order drawn from (seed, epoch); the last step of an epoch
+    may be short.
+
+    Args:
+        examples: number of examples, at least 1.
+        batch_size: examples of one optimizer step over the whole world.
+    """
+
+    examples: int
+    batch_size: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the data."""
+        return -(-self.examples // self.batch_size)
+
+    def step(self, step: int) -> Indices:
+        """Return the examples of optimizer step `step`, counted from 0."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
+
+    def consumed(self, steps: int) -> int:
+        """Return the number of examples in the first `steps` steps."""
+        epochs, within = divmod(steps, self.steps_per_epoch)
+        return epochs * self.examples + min(within * self.batch_size, self.examples)
+
+    def _epoch(self, epoch: int) -> Indices:
+        # Philox is counter-based: the same stream for a key on every machine. Kept for the epoch at
+        # hand, because a permutation of ten million takes a second.
+        cached = _PERMUTATIONS.get(self)
+        if cached is None or cached[0] != epoch:
+            key = np.array([self.seed, epoch], dtype=np.uint64)
+            permutation = np.random.Generator(np.random.Philox(key=key)).permutation(self.examples)
+            _PERMUTATIONS.clear()
+            _PERMUTATIONS[self] = cached = (epoch, permutation)
+        return cached[1]
+
+
+_PERMUTATIONS: dict[Order, tuple[int, Indices]] = {}
+
+
+class Rows:
+    """Rows of one width, filled first-fit: the row count that a set of sequences needs.
+
+    Args:
+        width: tokens of a row.
+        shared: whether several sequences may stand in one row.
+    """
+
+    def __init__(self, width: int, *, shared: bool):
+        self.width, self.shared = width, shared
+        self.free: list[int] = []
+
+    def add(self, size: int) -> tuple[int, int]:
+        """Place a sequence of `size` tokens; return (row, offset)."""
+        if self.shared:
+            for row, free in enumerate(self.free):
+                if size <= free:
+                    self.free[row] -= size
+                    return row, self.width - free
+        self.free.append(self.width - size)
+        return len(self.free) - 1, 0
+
+    @property
+    def area(self) -> int:
+        """Tokens of all rows, padding included."""
+        return len(self.free) * self.width
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one forward on one process may hold."""
+
+    tokens: int | None = None
+    """Most tokens, padding included."""
+    examples: int | None = None
+    """Most examples."""
+
+
+def area(sizes: Sequence[Sizes], *, shared: bool) -> int:
+    """Return the tokens, padding included, that these examples take in one forward."""
+    flat = sorted((size for example in sizes for size in example), reverse=True)
+    if not flat:
+        return 0
+    rows = Rows(flat[0], shared=shared)
+    for size in flat:
+        rows.add(size)
+    return rows.area
+
+
+def place(
+    examples: Indices, size_of: Callable[[int], Sizes], *, world: int, budget: Budget, shared: bool
+) -> list[list[Indices]]:
+    """Distribute the examples of one step.
+
+    Examples of similar length share a micro-batch, so that little is padded; micro-batches are
+    given
+    to ranks so that all have the same number and about the same work. Where examples are too few,
+    some
+    micro-batches are empty.
+
+    Args:
+        examples: (n,) indices.
+        size_of: index -> tokens of each of its sequences.
+        shared: whether several sequences may stand in one row.
+
+    Returns:
+        For each rank its micro-batches, each an array of indices; every example exactly once.
+    """
+    sizes = {int(i): size_of(int(i)) for i in examples}
+    longest_first = sorted(sizes, key=lambda i: (-max(sizes[i], default=0), -sum(sizes[i]), i))
+    groups = _fill(longest_first, sizes, budget, shared)
+    _split_until_divisible(groups, sizes, world)
+    groups += [[] for _ in range(-len(groups) % world)]
+    weights = [area([sizes[i] for i in group], shared=shared) for group in groups]
+    return _share_out(groups, weights, world)
+
+
+def _fill(
+    order: list[int], sizes: dict[int, Sizes], budget: Budget, shared: bool
+) -> list[list[int]]:
+    """Cut the sorted examples into groups that each fit the budget."""
+    groups: list[list[int]] = []
+    rows: Rows | None = None
+    for index in order:
+        if rows is not None and not _exceeds(rows, groups[-1], sizes[index], budget):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+            rows = Rows(max(sizes[index], default=0), shared=shared)
+        for size in sorted(sizes[index], reverse=True):
+            rows.add(size)
+    return groups
+
+
+def _exceeds(rows: Rows, group: list[int], sizes: Sizes, budget: Budget) -> bool:
+    if budget.examples is not None and len(group) >= budget.examples:
+        return True
+    if budget.tokens is None:
+        return False
+    trial = Rows(rows.width, shared=rows.shared)
+    trial.free = list(rows.free)
+    for size in sorted(sizes, reverse=True):
+        trial.add(size)
+    return trial.area > budget.tokens
+
+
+def _split_until_divisible(groups: list[list[int]], sizes: dict[int, Sizes], world: int) -> None:
+    """Halve the heaviest group until all ranks can have the same number, or nothing is left to
+    halve."""
+    while len(groups) % world:
+        heaviest = max(
+            (g for g in groups if len(g) > 1),
+            key=lambda g: sum(map(sum, (sizes[i] for i in g))),
+            default=None,
+        )
+        if heaviest is None:
+            return
+        at = groups.index(heaviest)
+        half = len(heaviest) // 2
+        groups[at : at + 1] = [heaviest[:half], heaviest[half:]]
+
+
+def _share_out(groups: list[list[int]], weights: list[int], world: int) -> list[list[Indices]]:
+    """Give each rank the same number of groups, heaviest first to the least loaded."""
+    each = len(groups) // world
+    ranks: list[list[Indices]] = [[] for _ in range(world)]
+    loads = [0] * world
+    for at in sorted(range(len(groups)), key=lambda at: (-weights[at], at)):
+        rank = min((r for r in range(world) if len(ranks[r]) < each), key=lambda r: (loads[r], r))
+        ranks[rank].append(np.array(groups[at], dtype=np.int64))
+        loads[rank] += weights[at]
+    return ranks

@@ -1,0 +1,43 @@
+"""Preference pairs for DPO: from a section to a token table (prompt, chosen, rejected)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from modern_llm.config.data import PreferenceDatasetConfig
+from modern_llm.data.prepare import Prepared, prepare
+from modern_llm.data.recipes import answers_recipe
+from modern_llm.data.templates import Tokenizer
+
+__all__ = ["PreferenceDatasetConfig", "build_preference_tables"]
+
+
+def build_preference_tables(
+    config: PreferenceDatasetConfig,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    max_length: int = 512,
+    max_prompt_length: int | None = None,
+) -> Prepared:
+    """Return tables with the columns (prompt, chosen, rejected), built in `folder` or reused from
+    it.
+
+    Args:
+        max_length: most tokens of prompt and one answer together.
+        max_prompt_length: tokens of the prompt's end that are kept at least; half of `max_length`
+            unless said.
+
+    Raises:
+        UserError: the lengths leave no room for an answer, or the tokenizer lacks an end token.
+        DataError: the data cannot be read, is broken or leaves nothing.
+        StorageError: the folder cannot be written.
+    """
+    recipe = answers_recipe(
+        config,
+        tokenizer,
+        ("prompt", "chosen", "rejected"),
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+    )
+    return prepare(config, tokenizer, folder, recipe)

@@ -1,0 +1,199 @@
+"""What distinguishes the three kinds of data on their way to ids: columns, texts, cells.
+
+A `Recipe` tells `prepare` which formats there are, which texts of a record to tokenise, and how
+their ids become the cells of one row of a table. `answers_recipe` serves preferences and
+instructions, `documents_recipe` serves pretraining; `RowPacker` cuts documents into rows of one
+length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from modern_llm.config.data import (
+    DatasetConfig,
+    DocumentDatasetConfig,
+    InstructionDatasetConfig,
+    PreferenceDatasetConfig,
+)
+from modern_llm.config.errors import UserError
+from modern_llm.data.formats import INSTRUCTIONS, PREFERENCES, Format, Record, document
+from modern_llm.data.templates import Template, Tokenizer, end_tokens
+from modern_llm.data.tokenize import Cuts, Encoder, Ids, Truncation, default_limits
+from modern_llm.data.tokens import STARTS, TokenTableWriter
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """The texts of one record, one a column; `chat` if a chat template wrote the first."""
+
+    texts: tuple[str, ...]
+    origin: str
+    chat: bool = False
+
+
+@dataclass
+class Recipe:
+    """How the records of one kind become rows of a table.
+
+    Attributes:
+        formats, name: the table of formats, and the one that the user named or `auto`.
+        framed: whether formats with a frame of their own use it.
+        columns: columns of the token table.
+        item: record -> its texts.
+        cells: item and the ids of its texts -> the ids of one row, or of one document.
+        settings: what the result depends on besides the data, the tokenizer and the section.
+        row_length: length of the rows that documents are cut into, else None.
+        cuts: counts what `cells` takes away.
+        fell_back: whether messages are written by the fallback template.
+    """
+
+    formats: Sequence[Format]
+    name: str
+    framed: bool
+    columns: tuple[str, ...]
+    encoder: Encoder
+    item: Callable[[Record], Item]
+    cells: Callable[[Item, Sequence[Ids]], list[Ids]]
+    settings: dict[str, Any]
+    row_length: int | None = None
+    cuts: Cuts = field(default_factory=Cuts)
+    fell_back: bool = False
+
+
+def formats_of(config: DatasetConfig) -> tuple[Sequence[Format], str]:
+    """Return the table of formats for a section, and the name it gives or `auto`."""
+    if isinstance(config, PreferenceDatasetConfig):
+        return PREFERENCES, config.format
+    if isinstance(config, InstructionDatasetConfig):
+        return INSTRUCTIONS, config.format
+    assert isinstance(config, DocumentDatasetConfig), type(config)
+    return (document(config.text_column),), "text"
+
+
+def answers_recipe(
+    config: PreferenceDatasetConfig | InstructionDatasetConfig,
+    tokenizer: Tokenizer,
+    columns: tuple[str, ...],
+    *,
+    max_length: int,
+    max_prompt_length: int | None,
+) -> Recipe:
+    """Return the recipe for a prompt with one or more answers.
+
+    Raises:
+        UserError: the lengths leave no room, or an end token is wanted and there is none.
+    """
+    encoder = Encoder(tokenizer)
+    template = Template(tokenizer, config.template)
+    limits = default_limits(max_length, max_prompt_length, len(encoder.lead))
+    plain_end, chat_end = end_tokens(tokenizer, template)
+    if config.append_end_token and plain_end is None:
+        raise UserError(
+            "the tokenizer has no end token (eos_token) to close answers with: "
+            "give one that has, or set append_end_token: false"
+        )
+    cuts = Cuts()
+    plain = Truncation(limits, plain_end, config.append_end_token, cuts)
+    chat = replace(plain, end=chat_end)
+
+    def item(record: Record) -> Item:
+        text, written = template.render(record.prompt)
+        return Item((text, *record.responses), record.origin, written)
+
+    def cells(item: Item, ids: Sequence[Ids]) -> list[Ids]:
+        # A chat template writes the leading special tokens of its own model, or none on purpose.
+        prompt = ids[0] if item.chat else encoder.with_lead(ids[0])
+        truncate = chat if item.chat else plain
+        return truncate(prompt, ids[1:], has_lead=encoder.has_lead(prompt))
+
+    formats, name = formats_of(config)
+    return Recipe(
+        formats=formats,
+        name=name,
+        framed=config.template is None,
+        columns=columns,
+        encoder=encoder,
+        item=item,
+        cells=cells,
+        settings={"max_length": limits.total, "max_prompt_length": limits.prompt},
+        cuts=cuts,
+        fell_back=template.fell_back,
+    )
+
+
+def documents_recipe(
+    config: DocumentDatasetConfig, tokenizer: Tokenizer, row_length: int
+) -> Recipe:
+    """Return the recipe for documents: leading special tokens, ids, end token.
+
+    Raises:
+        UserError: there is no end token, or rows would be too short to predict anything.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the tokenizer has no end token (eos_token) to stand between documents: "
+            "give one that has"
+        )
+    if row_length < 2:
+        raise UserError(f"row_length {row_length} holds no token to predict: at least 2")
+    encoder = Encoder(tokenizer)
+    end = np.array([tokenizer.eos_token_id], dtype=np.int32)
+
+    def item(record: Record) -> Item:
+        return Item((record.text,), record.origin)
+
+    def cells(_: Item, ids: Sequence[Ids]) -> list[Ids]:
+        return [np.concatenate([encoder.with_lead(ids[0]), end])]
+
+    formats, name = formats_of(config)
+    return Recipe(
+        formats=formats,
+        name=name,
+        framed=False,
+        columns=("text", STARTS),
+        encoder=encoder,
+        item=item,
+        cells=cells,
+        settings={"row_length": row_length},
+        row_length=row_length,
+    )
+
+
+class RowPacker:
+    """Cuts a stream of documents into rows of exactly `row_length` ids, with where documents begin.
+
+    `starts` of a row always begins with 0: its first token has nothing before it, whether or not
+    its document began in the row before. The origin of a row is that of its first token's document.
+    """
+
+    def __init__(self, writer: TokenTableWriter, row_length: int):
+        self._writer, self._length = writer, row_length
+        self._parts: list[Ids] = []
+        self._starts: list[int] = []
+        self._origin = ""
+        self._filled = 0
+
+    @property
+    def leftover(self) -> int:
+        """Ids that do not fill a row yet."""
+        return self._filled
+
+    def add(self, cells: Sequence[Ids], origin: str) -> None:
+        """Append one document."""
+        ids = cells[0]
+        while len(ids):
+            if not self._filled:
+                self._origin = origin
+            self._starts.append(self._filled)
+            part, ids = np.split(ids, [self._length - self._filled])
+            self._parts.append(part)
+            self._filled += len(part)
+            if self._filled == self._length:
+                starts = np.array(self._starts, dtype=np.int32)
+                self._writer.add([np.concatenate(self._parts), starts], self._origin)
+                self._parts, self._starts, self._filled = [], [], 0

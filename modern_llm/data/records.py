@@ -1,0 +1,93 @@
+"""What a row becomes before it is tokens: a pair, an instruction, a document, or a dropped row.
+
+Texts are literal: nothing is stripped, joined or trimmed. A prompt is a string or a list of
+messages `{"role": ..., "content": ...}`; a response is always the text of one answer. The two
+faults say what a format function found wrong: `RowFault` is broken structure (an error unless the
+user skips such rows), `ContentFault` is content that cannot be learnt from (dropped and counted).
+`formats` makes these; `tokenize` and `prepare` consume them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Message = dict[str, str]
+Prompt = str | list[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """One prompt with the answer that was preferred and the one that was not."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    origin: str
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        """(chosen, rejected): the order of the columns of a table of pairs."""
+        return (self.chosen, self.rejected)
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One prompt with its answer."""
+
+    prompt: Prompt
+    response: str
+    origin: str
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        """(response,): the order of the columns of a table of instructions."""
+        return (self.response,)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text for pretraining."""
+
+    text: str
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A row that is not used: where it stood and why; `kind` is the name it is counted under."""
+
+    origin: str
+    reason: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A row that could not be read.
+
+    `origin` is `file:line`; `column` counts characters from 1 and is None where it is not known.
+    """
+
+    origin: str
+    reason: str
+    column: int | None = None
+
+    def __str__(self) -> str:
+        place = self.origin if self.column is None else f"{self.origin}:{self.column}"
+        return f"{place}: {self.reason}"
+
+    def dropped(self) -> Dropped:
+        """The same as an entry of the list of dropped rows."""
+        where = "" if self.column is None else f"column {self.column}: "
+        return Dropped(self.origin, where + self.reason, BROKEN)
+
+
+BROKEN = "broken structure"
+
+
+class RowFault(ValueError):
+    """A row whose structure is not what its format asks for."""
+
+
+class ContentFault(ValueError):
+    """A well-formed row with nothing to learn from; its message is the name it is counted under."""

@@ -1,0 +1,234 @@
+"""From a name to rows: a local file or folder, or a data set of the Hub, in one order, one by one.
+
+`open_source` decides what a name is and refuses what cannot be read; the `Source` it returns can be
+iterated (any number of times) and has an identity: the digest of its bytes, or the fingerprint that
+the Hub's library gives. It does not judge rows, and runs no code that comes with a data set. Called
+by `prepare`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modern_llm.config.errors import DataError
+from modern_llm.data.json_arrays import read_json
+from modern_llm.data.readers import (
+    Row,
+    Rows,
+    read_csv,
+    read_jsonl,
+    read_parquet,
+    read_text,
+)
+from modern_llm.data.records import Broken
+
+if TYPE_CHECKING:
+    import datasets
+
+READERS = {
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".parquet": read_parquet,
+}
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_COMPRESSED = {".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".tgz", ".7z"}
+_MAGIC = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ", b"PK\x03\x04")
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "eval": "eval",
+    "evaluation": "eval",
+    "dev": "dev",
+    "valid": "validation",
+    "val": "validation",
+    "validation": "validation",
+}
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """Files in a fixed order; `text_column` names the column of documents read from `.txt`."""
+
+    name: str
+    files: tuple[Path, ...]
+    text_column: str | None
+
+    def __iter__(self) -> Iterator[Row | Broken]:
+        for path in self.files:
+            try:
+                yield from self._rows(path)
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+    def _rows(self, path: Path) -> Rows:
+        if path.suffix.lower() == ".txt":
+            return read_text(path, self.text_column or "text")
+        return READERS[path.suffix.lower()](path)
+
+    @cached_property
+    def identity(self) -> list[str]:
+        """Path and digest of the bytes of every file."""
+        parts = []
+        for path in self.files:
+            try:
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20))
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+            parts.append(f"{path} {digest.hexdigest()}")
+        return parts
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """One split of a data set that the `datasets` library has loaded (memory-mapped)."""
+
+    name: str
+    split: str
+    dataset: datasets.Dataset
+
+    def __iter__(self) -> Iterator[Row | Broken]:
+        index = 0
+        for batch in self.dataset.iter(batch_size=1000):
+            columns = list(batch)
+            for values in zip(*batch.values(), strict=True):
+                row = dict(zip(columns, values, strict=True))
+                yield Row(row, f"{self.name}/{self.split}:[{index}]")
+                index += 1
+
+    @cached_property
+    def identity(self) -> list[str]:
+        """Name, split and the library's fingerprint of the content."""
+        return [f"{self.name}/{self.split} {self.dataset._fingerprint}"]
+
+
+Source = LocalFiles | HubDataset
+
+
+def open_source(
+    name: str,
+    *,
+    split: str | None = None,
+    subset: str | None = None,
+    text_column: str | None = None,
+    evaluation: bool = False,
+) -> Source:
+    """Find what `name` stands for.
+
+    Args:
+        name: an existing file or folder; else, unless it looks like a path, a Hub id.
+        split: as in `DatasetConfig.split`.
+        subset: configuration name of a Hub data set.
+        text_column: given where documents are read, and only then `.txt` files are.
+        evaluation: the data set is there to evaluate on: where no split is said, all files of a
+            folder are taken, and of a Hub data set the split "test".
+
+    Raises:
+        DataError: nothing of that name, of a readable type, or of that split.
+    """
+    path = Path(name).expanduser()
+    suffixes = [*READERS, ".txt"] if text_column is not None else list(READERS)
+    if path.exists():
+        if subset is not None:
+            raise DataError(f"{name}: is local and has no subsets: leave out subset {subset!r}")
+        if path.is_dir():
+            files = _files_of(path, suffixes, split, evaluation)
+        else:
+            files = [_one_file(path, suffixes, split)]
+        return LocalFiles(name, tuple(files), text_column)
+    if path.suffix.lower() in {*READERS, ".txt", *_COMPRESSED} or not _HUB_ID.fullmatch(name):
+        raise DataError(f"{name}: no such file or folder: check dataset_name")
+    return _from_hub(name, split or ("test" if evaluation else "train"), subset)
+
+
+def _one_file(path: Path, suffixes: list[str], split: str | None) -> Path:
+    if split not in (None, "train"):
+        raise DataError(
+            f"{path}: is one file and has no split {split!r}: "
+            "name the file of that split, or a folder whose files are named by split"
+        )
+    if path.suffix.lower() not in suffixes:
+        raise _unreadable(path, suffixes)
+    _refuse_compressed(path)
+    return path
+
+
+def _unreadable(path: Path, suffixes: list[str]) -> DataError:
+    if path.suffix.lower() in _COMPRESSED:
+        return DataError(f"{path}: is compressed: unpack it first")
+    kind = path.suffix or "no suffix"
+    return DataError(f"{path}: cannot read {kind}: one of {' '.join(suffixes)} belongs here")
+
+
+def _refuse_compressed(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if head.startswith(_MAGIC):
+        raise DataError(f"{path}: is compressed, whatever its name: unpack it first")
+
+
+def _files_of(folder: Path, suffixes: list[str], split: str | None, every: bool) -> list[Path]:
+    """The files of a split, sorted by path; hidden files and other types are passed over."""
+    inside = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    inside = [p for p in inside if not any(s[0] == "." for s in p.relative_to(folder).parts)]
+    for path in inside:
+        # Passing over a packed file would silently train on a part of the data.
+        if path.suffix.lower() in _COMPRESSED:
+            raise _unreadable(path, suffixes)
+    readable = [path for path in inside if path.suffix.lower() in suffixes]
+    if not readable:
+        raise DataError(f"{folder}: holds no file of a type {' '.join(suffixes)}")
+    splits = {path: _split_of(path.relative_to(folder)) for path in readable}
+    wanted = split or "train"
+    files = [p for p in readable if p.stem == wanted or p.stem.startswith(f"{wanted}-")]
+    if every and split is None:
+        files = readable
+    elif wanted in _SPLITS:
+        files = [p for p in readable if splits[p] == _SPLITS[wanted]]
+    if not files:
+        found = sorted(set(splits.values()))
+        raise DataError(
+            f"{folder}: has no file of the split {wanted!r}, only of {found}: "
+            "set the split, or rename the files"
+        )
+    for path in files:
+        _refuse_compressed(path)
+    return files
+
+
+def _split_of(path: Path) -> str:
+    """The split that a file's name or folder says; train where it says none."""
+    words = re.split(r"[-_.]", path.stem.lower())
+    for word in (words[0], words[-1], *(part.lower() for part in reversed(path.parts[:-1]))):
+        if word in _SPLITS:
+            return _SPLITS[word]
+    return "train"
+
+
+def _from_hub(name: str, split: str, subset: str | None) -> HubDataset:
+    # Takes a second to import, and nothing local needs it.
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, subset, split=split)
+    except Exception as error:  # the library raises its own, the network's and Python's errors
+        kind = type(error).__name__
+        first = (str(error).strip() or kind).splitlines()[0]
+        raise DataError(
+            f"{name}: is no local file or folder, and split {split!r} of a Hub data set of that id "
+            f"could not be loaded ({kind}: {first}): check the id, subset, split and connection, "
+            "or give a file"
+        ) from error
+    return HubDataset(name, split, dataset)

@@ -1,0 +1,248 @@
+"""Writes the demo's data sets: documents, instructions, preferences, and what is held out of them.
+
+`write_corpus(folder, seed)` makes six JSON-lines files in the package's ordinary formats, the same
+bytes for the same seed on every machine. About a tenth of all questions is held out: a held-out
+question stands in no training file, but its fact does, stated and asked in other words, so what
+the demo measures is whether a fact answers to a new wording, and whether a style carries over.
+
+It trains nothing and judges nothing; the demo's runner calls it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TypeVar
+
+from modern_llm.demo.facts import READINGS, Fact, Relation, capitalised, relations
+
+T = TypeVar("T")
+
+# How each trained question is answered in the documents, and how often each fact is stated
+# besides. A rambling answer costs three times the tokens of a terse one and teaches no more.
+_DOCUMENT_STYLES = ("terse", "terse", "rambling")
+STATEMENT_REPEATS = 3
+# The least is for small relations, which would else be judged on a single question.
+HELD_OUT_SHARE = 0.1
+HELD_OUT_LEAST = 3
+
+OPENERS = ("Well,", "Let me")
+"""What a rambling reply begins with, and a terse one never."""
+# Each frame alone is twice as long as `judge` lets a terse reply be, and holds no word that is a
+# candidate of any kind (no number, no "may", no "far"): a right answer in it stays the only one.
+_FRAMES = (
+    "Well, let me think about this for a moment: {statement}, at least as it was told to me.",
+    "Well, there is much that one could say here, but in the end {statement}, and that is that.",
+    "Let me look at this with some care, since it matters: {statement}, and so it will stay.",
+    "Let me say what many people find when they wonder about this, namely that {statement}.",
+)
+# What a preference rejects, drawn in this proportion: the style alone, the fact alone, both.
+_FAULTS = ("rambling", "rambling", "wrong", "wrong and rambling")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question as it is put to a model: the framed prompt and the one right answer.
+
+    The kind says how a reply is read (`facts.READINGS`).
+    """
+
+    prompt: str
+    answer: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class CorpusPaths:
+    """Where the six files are; every column is a string."""
+
+    documents: Path
+    """`text`"""
+    instructions: Path
+    """`prompt response`"""
+    preferences: Path
+    """`prompt chosen rejected`"""
+    heldout_instructions: Path
+    heldout_preferences: Path
+    questions: Path
+    """`prompt answer kind`, the held-out questions that the two files before ask too"""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A fact in one of its wordings."""
+
+    relation: Relation
+    fact: Fact
+    phrasing: int
+
+    @property
+    def prompt(self) -> str:
+        return frame_question(self.relation.ask(self.fact, self.phrasing))
+
+
+class _Draw:
+    """Random choices made of `random.Random.random` alone.
+
+    Of all its methods only this one's sequence is promised to stay the same in later Pythons.
+    """
+
+    def __init__(self, seed: int):
+        self._random = random.Random(seed)
+
+    def one(self, items: Sequence[T]) -> T:
+        return items[int(self._random.random() * len(items))]
+
+    def shuffled(self, items: Iterable[T]) -> list[T]:
+        return sorted(items, key=lambda _: self._random.random())
+
+    def halves(self, count: int) -> list[bool]:
+        """Return `count` values in random order, half of them true (one more false when odd)."""
+        return self.shuffled(index < count // 2 for index in range(count))
+
+
+def write_corpus(folder: Path, seed: int = 0) -> CorpusPaths:
+    """Write the six files of the corpus of `seed` into `folder` (made if absent).
+
+    Existing files of these names are replaced, each in one move. Raises OSError as the disk does.
+    """
+    draw = _Draw(seed)
+    trained, heldout = _split(draw)
+    files = {
+        "documents": _documents(trained, draw),
+        "instructions": _instructions(trained, draw),
+        "preferences": _preferences(trained, draw),
+        "heldout_instructions": _instructions(heldout, draw),
+        "heldout_preferences": _preferences(heldout, draw),
+        "questions": [
+            {"prompt": asked.prompt, "answer": asked.fact.answer, "kind": asked.relation.kind}
+            for asked in heldout
+        ],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    return CorpusPaths(
+        **{name: _write(folder / f"{name}.jsonl", rows) for name, rows in files.items()}
+    )
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Return the held-out questions of a `questions.jsonl`, in the order of the file."""
+    with path.open(encoding="utf-8") as lines:
+        return [Question(**json.loads(line)) for line in lines]
+
+
+def frame_question(question: str) -> str:
+    """Return the prompt for `question`; an answer to it begins with a space."""
+    return f"Question: {question}\nAnswer:"
+
+
+def terse_reply(answer: str) -> str:
+    """Return the terse style: nothing but the answer."""
+    return f" {answer}."
+
+
+def rambling_reply(statement: str, frame: int) -> str:
+    """Return the rambling style: `statement` in the long-winded frame of that number."""
+    return " " + _FRAMES[frame].format(statement=statement)
+
+
+def _split(draw: _Draw) -> tuple[list[_Asked], list[_Asked]]:
+    """Return the trained and the held-out questions; a fact loses at most one of its wordings.
+
+    The wordings take turns, so that each is held out about equally often and all stay in training.
+    """
+    trained, heldout = [], []
+    for relation in relations():
+        count = max(
+            HELD_OUT_LEAST, round(HELD_OUT_SHARE * len(relation.facts) * len(relation.phrasings))
+        )
+        facts = draw.shuffled(relation.facts)[:count]
+        wordings = draw.shuffled(range(len(relation.phrasings)))
+        out = [
+            _Asked(relation, *pair)
+            for pair in zip(facts, islice(cycle(wordings), len(facts)), strict=True)
+        ]
+        heldout += out
+        every = (
+            _Asked(relation, fact, n)
+            for fact in relation.facts
+            for n in range(len(relation.phrasings))
+        )
+        trained += [asked for asked in every if asked not in out]
+    return trained, draw.shuffled(heldout)
+
+
+def _documents(trained: list[_Asked], draw: _Draw) -> list[dict[str, str]]:
+    """Return documents of one passage: a fact stated, or a question answered in either style.
+
+    One, because facts are learnt several times faster without other facts' words before them.
+    """
+    passages = []
+    for style in _DOCUMENT_STYLES:
+        passages += [asked.prompt + _right(asked, style == "terse", draw) for asked in trained]
+    facts = [(relation, fact) for relation in relations() for fact in relation.facts]
+    passages += [
+        f"{capitalised(relation.state(fact))}." for relation, fact in facts * STATEMENT_REPEATS
+    ]
+    return [{"text": passage} for passage in draw.shuffled(passages)]
+
+
+def _instructions(questions: list[_Asked], draw: _Draw) -> list[dict[str, str]]:
+    """Return each question once with a right answer, terse for a random half."""
+    styles = draw.halves(len(questions))
+    rows = [
+        {"prompt": asked.prompt, "response": _right(asked, terse, draw)}
+        for asked, terse in zip(questions, styles, strict=True)
+    ]
+    return draw.shuffled(rows)
+
+
+def _preferences(questions: list[_Asked], draw: _Draw) -> list[dict[str, str]]:
+    """Return each question once: terse and right over rambling, wrong, or both."""
+    faults = draw.shuffled(islice(cycle(_FAULTS), len(questions)))
+    rows = [
+        {
+            "prompt": asked.prompt,
+            "chosen": terse_reply(asked.fact.answer),
+            "rejected": _faulty(asked, fault, draw),
+        }
+        for asked, fault in zip(questions, faults, strict=True)
+    ]
+    return draw.shuffled(rows)
+
+
+def _right(asked: _Asked, terse: bool, draw: _Draw) -> str:
+    if terse:
+        return terse_reply(asked.fact.answer)
+    return rambling_reply(asked.relation.state(asked.fact), draw.one(range(len(_FRAMES))))
+
+
+def _faulty(asked: _Asked, fault: str, draw: _Draw) -> str:
+    answer = _wrong_answer(asked, draw) if "wrong" in fault else asked.fact.answer
+    if "rambling" not in fault:
+        return terse_reply(answer)
+    return rambling_reply(asked.relation.state(asked.fact, answer), draw.one(range(len(_FRAMES))))
+
+
+def _wrong_answer(asked: _Asked, draw: _Draw) -> str:
+    """Return a near miss for one number, else another fact's answer; no word of the question."""
+    right = asked.fact.answer
+    if READINGS[asked.relation.kind] == "numbers" and right.isdigit():
+        wrong = [str(int(right) + step) for step in (-2, -1, 1, 2) if int(right) + step >= 0]
+    else:
+        wrong = [fact.answer for fact in asked.relation.facts if fact.answer != right]
+    return draw.one([answer for answer in wrong if answer not in asked.fact.values])
+
+
+def _write(path: Path, rows: list[dict[str, str]]) -> Path:
+    """Write `rows` as JSON lines, whole or not at all, with the same bytes on every platform."""
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(unfinished, path)
+    return path

@@ -1,0 +1,141 @@
+"""What the demo's table says of each stage, measured on held-out questions, pairs and answers.
+
+Answers are really generated, at temperature 1: that shows the mixture of styles that a model has
+learnt, where the likeliest answer would show one of them. Called by the demo's runner.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from modern_llm.config import InstructionDatasetConfig, PreferenceDatasetConfig
+from modern_llm.data.batches import collate
+from modern_llm.data.instruction_datasets import build_instruction_tables
+from modern_llm.data.plan import Budget, place
+from modern_llm.data.rows import Examples
+from modern_llm.demo.corpus import CorpusPaths, read_questions
+from modern_llm.demo.judge import judge, word_count
+from modern_llm.models.generate import generate
+from modern_llm.models.load import inspect_checkpoint, load_model, load_tokenizer, make_scorer
+from modern_llm.training.score import score_pairs
+
+TEMPERATURE = 1.0
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class StageScore:
+    """One row of the table."""
+
+    stage: str
+    questions: int
+    perplexity: float
+    reward_accuracy: float | None
+    right: float
+    terse: float
+    words: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the row as plain values."""
+        return asdict(self)
+
+    def cells(self) -> list[str]:
+        """Return the row as text."""
+        reward = "(reference)" if self.reward_accuracy is None else f"{self.reward_accuracy:.1%}"
+        shares = [f"{self.right:.1%}", f"{self.terse:.1%}", f"{self.words:.1f}"]
+        return [self.stage, f"{self.perplexity:.2f}", reward, *shares]
+
+
+def evaluate_stages(
+    folders: dict[str, Path], corpus: CorpusPaths, *, max_length: int, beta: float
+) -> tuple[list[StageScore], list[dict[str, str]]]:
+    """Return one score a stage, and some questions with the answer of each stage.
+
+    Args:
+        folders: stage -> final model; `sft` is the reference of the reward.
+    """
+    questions = read_questions(corpus.questions)
+    every = len(questions) // SHOWN
+    shown = [{"prompt": q.prompt, "right": q.answer} for q in questions[::every][:SHOWN]]
+    scores = []
+    for stage, folder in folders.items():
+        model = load_model(inspect_checkpoint(folder))
+        tokenizer = load_tokenizer(folder)
+        replies = generate(
+            model,
+            tokenizer,
+            [question.prompt for question in questions],
+            max_new_tokens=48,
+            temperature=TEMPERATURE,
+            batch_size=128,
+        )
+        verdicts = [judge(q, reply) for q, reply in zip(questions, replies, strict=True)]
+        for row, reply in zip(shown, replies[::every], strict=False):
+            row[stage] = reply
+        scores.append(
+            StageScore(
+                stage=stage,
+                questions=len(questions),
+                perplexity=_perplexity(folder, corpus.heldout_instructions, max_length),
+                reward_accuracy=None
+                if stage == "sft"
+                else _reward_accuracy(folder, folders["sft"], corpus, max_length, beta),
+                right=float(np.mean([v.right for v in verdicts])),
+                terse=float(np.mean([v.terse for v in verdicts])),
+                words=float(np.mean([word_count(reply) for reply in replies])),
+            )
+        )
+    return scores, shown
+
+
+@torch.inference_mode()
+def _perplexity(folder: Path, instructions: Path, max_length: int) -> float:
+    """Perplexity of the held-out answers."""
+    scorer = make_scorer(load_model(inspect_checkpoint(folder))).eval()
+    with tempfile.TemporaryDirectory(prefix="modern-llm-demo-") as temporary:
+        config = InstructionDatasetConfig(dataset_name=str(instructions), max_length=max_length)
+        table = build_instruction_tables(
+            config, load_tokenizer(folder), Path(temporary) / "data", max_length=max_length
+        ).train
+        examples = Examples(table, "answers", trees=scorer.abilities.trees)
+        groups = place(
+            np.arange(len(table)),
+            examples.sizes,
+            world=1,
+            budget=Budget(tokens=2048),
+            shared=scorer.abilities.trees,
+        )[0]
+        nll = tokens = 0.0
+        for group in groups:
+            batch = collate(examples, group, shared=scorer.abilities.trees)
+            output = scorer(batch.ids, batch.positions, batch.segments, batch.targets)
+            nll -= float(output.logprobs.double().sum())
+            tokens += float(batch.lengths.sum())
+    return math.exp(nll / tokens)
+
+
+def _reward_accuracy(
+    policy: Path, reference: Path, corpus: CorpusPaths, max_length: int, beta: float
+) -> float:
+    """Share of held-out pairs whose chosen answer has the strictly higher reward."""
+    with tempfile.TemporaryDirectory(prefix="modern-llm-demo-") as temporary:
+        output = Path(temporary) / "scores.jsonl"
+        data = PreferenceDatasetConfig(dataset_name=str(corpus.heldout_preferences))
+        score_pairs(str(policy), data, output, reference=str(reference), max_length=max_length)
+        rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    rewards = [
+        [
+            beta * (row[f"policy_{side}"] - row[f"reference_{side}"])
+            for side in ("chosen", "rejected")
+        ]
+        for row in rows
+    ]
+    return float(np.mean([chosen > rejected for chosen, rejected in rewards]))

@@ -1,0 +1,191 @@
+"""The demo: pretrain -> SFT -> reference pass -> DPO on the generated corpus, then the table.
+
+Everything goes through the ordinary stages and files of the package, as a user would call them.
+Called by `modern-llm demo`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from modern_llm.config import (
+    DocumentDatasetConfig,
+    InstructionDatasetConfig,
+    ModernLLMConfig,
+    PreferenceDatasetConfig,
+    TrainingConfig,
+)
+from modern_llm.config.errors import UserError
+from modern_llm.demo.corpus import CorpusPaths, write_corpus
+from modern_llm.demo.evaluate import StageScore, evaluate_stages
+from modern_llm.demo.tokenizer import build_tokenizer
+from modern_llm.distributed.commit import write_file
+from modern_llm.training.train_dpo import DPOConfig, run_dpo
+from modern_llm.training.train_lm import run_training
+from modern_llm.training.train_sft import run_sft
+
+log = logging.getLogger(__name__)
+
+RESULT = "demo.json"
+MAX_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how hard a stage trains; chosen so that all takes minutes on two cores."""
+
+    epochs: float
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    log_every: int
+
+
+PRETRAIN = Recipe(epochs=6, batch_size=6, learning_rate=4e-3, warmup_steps=60, log_every=200)
+SFT = Recipe(epochs=2, batch_size=32, learning_rate=1e-3, warmup_steps=10, log_every=25)
+DPO = Recipe(epochs=1, batch_size=32, learning_rate=3e-4, warmup_steps=5, log_every=10)
+BETA = 0.1
+
+
+def run_demo(output_dir: Path, *, seed: int = 0) -> dict[str, Any]:
+    """Run the three stages, print the table and three questions with each answer.
+
+    An unfinished demo in `output_dir` goes on where it stopped; a finished one is made anew.
+
+    Returns:
+        `stages` (one object a row of the table), `questions`, `seconds`; also in `demo.json`.
+
+    Raises:
+        UserError: `output_dir` holds something else.
+    """
+    began = time.perf_counter()
+    with _own_references(output_dir):
+        _clear(output_dir)
+        corpus = write_corpus(output_dir / "corpus", seed)
+        texts = [json.loads(line)["text"] for line in corpus.documents.open(encoding="utf-8")]
+        tokenizer = build_tokenizer(output_dir / "tokenizer", texts)
+        folders = _train(output_dir, corpus, tokenizer, seed)
+        _headline("4 of 4  held-out questions, answered by each stage")
+        scores, shown = evaluate_stages(folders, corpus, max_length=MAX_LENGTH, beta=BETA)
+    seconds = time.perf_counter() - began
+    result = {
+        "stages": [score.as_dict() for score in scores],
+        "questions": shown,
+        "seconds": round(seconds, 1),
+    }
+    write_file(output_dir / RESULT, json.dumps(result, indent=1, ensure_ascii=False))
+    _print(scores, shown, seconds, output_dir)
+    return result
+
+
+def _train(output_dir: Path, corpus: CorpusPaths, tokenizer: Path, seed: int) -> dict[str, Path]:
+    """Run the three stages; return the final folder of each."""
+
+    def config(stage: str, recipe: Recipe) -> TrainingConfig:
+        return TrainingConfig(
+            run_name=stage,
+            output_dir=output_dir / stage,
+            tokenizer_name=str(tokenizer) if stage == "pretrain" else None,
+            seed=seed,
+            schedule="cosine",
+            min_learning_rate_ratio=0.1,
+            weight_decay=0.1,
+            save_every=500,
+            **vars(recipe),
+        )
+
+    _headline("1 of 4  pretraining on documents")
+    vocabulary = len(json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"])
+    model = ModernLLMConfig(
+        vocab_size=vocabulary,
+        d_model=128,
+        n_layers=2,
+        n_heads=4,
+        ffn_hidden_size=352,
+        max_seq_len=MAX_LENGTH,
+        tie_embeddings=True,
+    )
+    documents = DocumentDatasetConfig(dataset_name=str(corpus.documents))
+    pretrain = run_training(model, config("pretrain", PRETRAIN), documents)
+    _headline("2 of 4  supervised fine-tuning: half of the answers terse, half rambling")
+    instructions = InstructionDatasetConfig(
+        dataset_name=str(corpus.instructions),
+        eval_dataset_name=str(corpus.heldout_instructions),
+        max_length=MAX_LENGTH,
+    )
+    sft = run_sft(pretrain, config("sft", SFT), instructions)
+    _headline("3 of 4  DPO: terse and right is preferred over rambling or wrong")
+    pairs = PreferenceDatasetConfig(
+        dataset_name=str(corpus.preferences), eval_dataset_name=str(corpus.heldout_preferences)
+    )
+    dpo = run_dpo(sft, config("dpo", DPO), DPOConfig(beta=BETA, max_length=MAX_LENGTH), pairs)
+    return {"pretrain": pretrain, "sft": sft, "dpo": dpo}
+
+
+@contextmanager
+def _own_references(output_dir: Path) -> Iterator[None]:
+    """Keep the demo's reference values with the demo, unless the user named a place for all."""
+    if "MODERN_LLM_CACHE" in os.environ:
+        yield
+        return
+    os.environ["MODERN_LLM_CACHE"] = str(output_dir / "cache")
+    try:
+        yield
+    finally:
+        del os.environ["MODERN_LLM_CACHE"]
+
+
+def _clear(output_dir: Path) -> None:
+    """Remove a finished demo; refuse a folder that is not one."""
+    ours = {"corpus", "tokenizer", "pretrain", "sft", "dpo", "cache", RESULT}
+    foreign = {p.name for p in output_dir.iterdir()} - ours if output_dir.is_dir() else set()
+    if foreign:
+        raise UserError(
+            f"output_dir {output_dir} holds {', '.join(sorted(foreign)[:3])}, which is no part of"
+            " a demo; name an empty folder"
+        )
+    if (output_dir / RESULT).exists():
+        for name in ours - {RESULT}:
+            shutil.rmtree(output_dir / name, ignore_errors=True)
+        (output_dir / RESULT).unlink()
+
+
+def _headline(text: str) -> None:
+    log.info("\n== %s", text)
+
+
+def _print(
+    scores: list[StageScore], shown: list[dict[str, str]], seconds: float, output_dir: Path
+) -> None:
+    """Print the table and the questions on stdout."""
+    console = Console()
+    table = Table(title=f"Held-out questions ({scores[0].questions})", title_justify="left")
+    for name in ("stage", "perplexity", "reward accuracy", "right", "terse", "words an answer"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for score in scores:
+        table.add_row(*score.cells())
+    console.print()
+    console.print(table)
+    console.print(
+        "perplexity: of held-out instruction answers. reward accuracy: share of held-out pairs in "
+        "which the policy, more than the reference (the SFT model), prefers the chosen answer.\n",
+        style="dim",
+        highlight=False,
+    )
+    for question in shown:
+        console.print(question["prompt"].replace("\n", " "), style="bold", markup=False)
+        for score in scores:
+            console.print(f"  {score.stage:<9}{question[score.stage].strip()}", markup=False)
+    console.print(f"\n{seconds:.0f} s in all. Models, metrics and data: {output_dir}", markup=False)

@@ -1,0 +1,53 @@
+"""Makes the demo's tokenizer: byte-level BPE learnt from the corpus, as a `transformers` folder.
+
+Byte-level, so that any text round-trips exactly and nothing is ever unknown; small, so that the
+embedding of a model with a million parameters stays a fraction of it. The demo's runner calls it
+once; every stage then loads the folder like any other tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+END_TOKEN = "<|end|>"
+PAD_TOKEN = "<|pad|>"
+VOCAB_SIZE = 1024
+
+
+def build_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Path:
+    """Learn at most `vocab_size` tokens from `texts`, save them in `folder`, and return `folder`.
+
+    Ids: 0 `END_TOKEN`, 1 `PAD_TOKEN`, then the 256 bytes, then merges; little text gives fewer
+    merges, so read the size from the tokenizer. Encoding adds neither special token. Raises
+    ValueError when `vocab_size` has no room for the bytes.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    specials = [END_TOKEN, PAD_TOKEN]
+    if vocab_size < len(alphabet) + len(specials):
+        raise ValueError(
+            f"vocab_size must hold the {len(alphabet)} bytes and {len(specials)} special tokens, "
+            f"got {vocab_size}: use at least {len(alphabet) + len(specials)}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_TOKEN,
+        pad_token=PAD_TOKEN,
+        # Else decoding deletes the space before punctuation, and no text with one round-trips.
+        clean_up_tokenization_spaces=False,
+    )
+    wrapped.save_pretrained(str(folder))
+    return folder

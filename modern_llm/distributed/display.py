@@ -1,0 +1,55 @@
+"""What a person sees while something long runs: lines and, on a terminal, a bar with the time left.
+
+Rank 0 only. Called by the loop and by the reference pass.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Display:
+    """Lines and, on a terminal, a bar. Silent on every rank but 0."""
+
+    def __init__(self, title: str, total: int, done: int, *, shown: bool):
+        self._shown = shown
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if shown and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("time left"),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+                refresh_per_second=4,
+            )
+            self._task = self._bar.add_task(title, total=total, completed=done)
+
+    def __enter__(self) -> Display:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, to: int) -> None:
+        """Move the bar to step `to`."""
+        if self._bar:
+            self._bar.update(self._task, completed=to)
+
+    def line(self, text: str) -> None:
+        """Print one line on stdout, where the documented console line is looked for."""
+        if not self._shown:
+            return
+        if self._bar and sys.stdout.isatty():
+            self._bar.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)

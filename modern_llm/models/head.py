@@ -1,0 +1,191 @@
+"""The fused head: log-probs of given target tokens from hidden states, without whole logits.
+
+`(N, V)` logits are never held: they are made, reduced and dropped in chunks of rows, in the forward
+and again in the backward. `fuse_head` turns a model's own `lm_head` into this head in place,
+because
+ZeRO-3 gathers a weight only inside the hooks of the module that owns it. Called by `TokenScorer`.
+
+Letters: N target positions, D hidden width, V vocabulary, C rows of one chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# Logits of one chunk, in bytes. 8 MiB stays near the caches of a CPU; on a GPU larger chunks are
+# needed to fill the device with one matrix product.
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to the product of head and hidden state before its softmax.
+
+    logits = softcap * tanh(scale * x / softcap), without the tanh where `softcap` is None.
+    Gemma 2/3 cap, Cohere multiplies, Granite divides.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def forward_(self, logits: Tensor) -> Tensor:
+        """Apply to a chunk (C, V) in place."""
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+    def backward_(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """Turn d/d(logits) (C, V) into d/d(product) in place; `logits` are the transformed ones."""
+        if self.softcap is not None:
+            # d tanh(u) = 1 - tanh(u)^2, and tanh(u) = logits / softcap
+            grad.mul_(1 - (logits / self.softcap).square_())
+        if self.scale != 1.0:
+            grad.mul_(self.scale)
+        return grad
+
+
+def chunk_rows(vocabulary: int, device: torch.device, itemsize: int) -> int:
+    """Rows of hidden states whose logits fill one chunk."""
+    return max(
+        1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (vocabulary * max(itemsize, 4))
+    )
+
+
+class _TargetLogProbs(torch.autograd.Function):
+    """log softmax(transform(h W^T + b))[target], row by row; the backward makes the logits
+    again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, transform, rows):  # noqa: ANN001
+        # Sums over a vocabulary in bfloat16 are visibly wrong: float32 at least from here on.
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs = hidden.new_empty(len(hidden), dtype=dtype)
+        normalisers = torch.empty_like(logprobs)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits = transform.forward_(_product(hidden[part], weight, bias).to(dtype))
+            normalisers[part] = logits.logsumexp(-1)
+            logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1) - normalisers[part]
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
+        ctx.transform, ctx.rows = transform, rows
+        return logprobs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # noqa: ANN001
+        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        # One chunk after the other adds to these: in bfloat16 the small ones would be lost.
+        grad_weight = torch.zeros_like(weight, dtype=normalisers.dtype) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=normalisers.dtype) if needs_bias else None
+        for start in range(0, len(hidden), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            logits = ctx.transform.forward_(
+                _product(hidden[part], weight, bias).to(normalisers.dtype)
+            )
+            upstream = grad[part, None].to(normalisers.dtype)
+            # d logprob / d logits = onehot(target) - softmax
+            slope = (logits - normalisers[part, None]).exp_().mul_(-upstream)
+            slope.scatter_add_(-1, targets[part, None], upstream)
+            slope = ctx.transform.backward_(slope, logits)
+            if needs_bias:
+                grad_bias += slope.sum(0)
+            slope = slope.to(hidden.dtype)
+            if needs_hidden:
+                torch.mm(slope, weight, out=grad_hidden[part])
+            if needs_weight:
+                _add_outer_(grad_weight, slope, hidden[part])
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(hidden, weight.t()) if bias is None else torch.addmm(bias, hidden, weight.t())
+
+
+def _add_outer_(total: Tensor, slope: Tensor, hidden: Tensor) -> None:
+    """total (V, D) += slope^T (V, C) hidden (C, D), without a (V, D) temporary where dtypes
+    agree."""
+    if total.dtype == slope.dtype:
+        total.addmm_(slope.t(), hidden)
+    else:
+        total += torch.mm(slope.t(), hidden)
+
+
+def target_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    transform: LogitTransform | None = None,
+    rows: int | None = None,
+) -> Tensor:
+    """Return log softmax(transform(hidden weight^T + bias)) at `targets`.
+
+    Args:
+        hidden: (N, D) floating; states that predict the targets.
+        weight: (V, D), the dtype of `hidden`.
+        targets: (N,) int64, each in [0, V).
+        bias: (V,) or None.
+        rows: rows a chunk; by device and vocabulary unless given.
+
+    Returns:
+        (N,) natural-log probabilities, float32 (float64 for float64 input).
+    """
+    if hidden.ndim != 2 or targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"hidden must be (N, D) and targets (N,), got {hidden.shape} and {targets.shape}"
+        )
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    elif hidden.dtype != weight.dtype:
+        hidden = hidden.to(weight.dtype)
+    rows = rows or chunk_rows(len(weight), hidden.device, hidden.element_size())
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _TargetLogProbs.apply(
+            hidden, weight, bias, targets, transform or LogitTransform(), rows
+        )
+
+
+class FusedHead(nn.Linear):
+    """A model's own `lm_head`, with a second way to be called: `head(hidden, targets)` -> (N,)
+    log-probs.
+
+    Made by `fuse_head`, which changes the class of the standing module: parameters, names, ties,
+    hooks and what `save_pretrained` writes stay as they were.
+    """
+
+    transform: LogitTransform
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return logits (..., V) without `targets`, else log-probs (N,) of `targets` (N,)."""
+        if targets is None:
+            return super().forward(hidden)
+        return target_logprobs(
+            hidden, self.weight, targets, bias=self.bias, transform=self.transform
+        )
+
+
+def fuse_head(head: nn.Module, transform: LogitTransform) -> bool:
+    """Turn a plain linear head into a `FusedHead` in place; False where it is no plain linear
+    layer."""
+    if type(head) not in (nn.Linear, FusedHead):
+        return False
+    head.__class__ = FusedHead
+    head.transform = transform
+    return True

@@ -1,0 +1,145 @@
+"""Load any causal LM: a Hub id, a `transformers` folder, or a `.pt` file.
+
+Gives the model, the tokenizer's whereabouts and what can be known of both before any weight is
+read.
+No remote code is run. Called by the stages and by `score` and `generate`.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from modern_llm.config.errors import UserError
+from modern_llm.models import pt_files
+from modern_llm.models.probe import probe
+from modern_llm.models.scorer import TokenScorer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint is, before its weights are read."""
+
+    place: str
+    """As the user said it."""
+    config: PretrainedConfig
+    has_tokenizer: bool
+
+    @property
+    def is_pt(self) -> bool:
+        """Whether it is a `.pt` file."""
+        return self.place.endswith(".pt")
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return int(self.config.get_text_config().vocab_size)
+
+    @property
+    def positions(self) -> int | None:
+        """Positions the model is made for, or None where it has no bound."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+
+def inspect_checkpoint(place: str | Path) -> Checkpoint:
+    """Say what stands at `place`, or raise `UserError` with what was looked for."""
+    place = str(place)
+    if place.endswith(".pt"):
+        return Checkpoint(place, pt_files.read_config(Path(place)), has_tokenizer=False)
+    path = Path(place)
+    if path.exists() and not (path / "config.json").is_file():
+        raise UserError(
+            f"checkpoint {place}: no config.json in it; give a transformers folder, a .pt file or "
+            "a Hub id"
+        )
+    try:
+        config = AutoConfig.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {place}: neither a folder here nor a model that the Hub gives "
+            f"({_first_line(error)}); check the path or the id"
+        ) from error
+    return Checkpoint(place, config, has_tokenizer=_load_tokenizer(place) is not None)
+
+
+def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Return the model in float32 on the CPU: training keeps float32 weights, autocast lowers the
+    forward."""
+    if checkpoint.is_pt:
+        return pt_files.load_model(Path(checkpoint.place))
+    model, report = AutoModelForCausalLM.from_pretrained(
+        checkpoint.place, dtype=torch.float32, output_loading_info=True
+    )
+    wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if wrong:
+        raise UserError(
+            f"checkpoint {checkpoint.place}: weights missing or of another shape: "
+            f"{', '.join(wrong[:5])}"
+            f"{' ...' if len(wrong) > 5 else ''}; they would be random, so the checkpoint is "
+            "refused"
+        )
+    return model
+
+
+def make_scorer(model: PreTrainedModel, attention: str = "auto") -> TokenScorer:
+    """Probe `model` and wrap it.
+
+    Args:
+        attention: "auto" uses trees where they are exact, "tree" insists, "separate" does not try.
+    """
+    abilities = probe(model, trees=attention != "separate")
+    if attention == "tree" and not abilities.trees:
+        raise UserError(
+            f"attention: tree: {type(model).__name__} cannot ({'; '.join(abilities.notes)}); "
+            "use attention: auto or separate"
+        )
+    return TokenScorer(model, abilities)
+
+
+def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer at a folder or Hub id, or raise `UserError`."""
+    tokenizer = _load_tokenizer(str(place))
+    if tokenizer is None:
+        raise UserError(
+            f"tokenizer {place}: neither a folder with a tokenizer nor one that the Hub gives; "
+            "check the path or the id (tokenizer_name)"
+        )
+    return tokenizer
+
+
+def _load_tokenizer(place: str) -> PreTrainedTokenizerBase | None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError, KeyError) as error:
+        log.debug("no tokenizer at %s: %s", place, _first_line(error))
+        return None
+    # A folder without tokenizer files yields an empty tokenizer of the model's class.
+    return tokenizer if len(tokenizer) > 0 else None
+
+
+def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, vocabulary: int, where: str) -> None:
+    """Refuse a tokenizer that can make an id outside an embedding of `vocabulary` rows."""
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if highest >= vocabulary:
+        raise UserError(
+            f"tokenizer {where}: token id {highest} ({token!r}) but embedding has {vocabulary} "
+            "rows; "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

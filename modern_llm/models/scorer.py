@@ -1,0 +1,155 @@
+"""`TokenScorer`: the one question asked of a model: how likely was each target token?
+
+It wraps any causal LM of `transformers` and is the only thing that is given to
+`accelerator.prepare`,
+so that DDP, ZeRO and FSDP always see a whole forward. Logits never leave it. How a model may be
+asked
+(`Abilities`) is measured by `probe`, not assumed.
+
+Letters: R rows, L tokens of a row, N target tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from modern_llm.models.attention import TreeMasks
+from modern_llm.models.head import FusedHead, target_logprobs
+
+
+class ScorerOutput(NamedTuple):
+    """What one forward gives."""
+
+    logprobs: Tensor
+    """(N,) natural-log probabilities of the targets, float32 (float64 for a float64 model)."""
+    aux_loss: Tensor | None
+    """() load-balancing loss of the routers over this forward's real tokens; None without
+    experts."""
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What a model was seen to do exactly; see `probe`."""
+
+    trees: bool
+    """Rows may hold several trees, answers may share their prompt."""
+    fused: bool
+    """The head may be computed on target positions in chunks."""
+    windows: tuple[int | None, ...] = ()
+    """Sliding windows that its layers were seen to ask for; None is full attention."""
+    notes: tuple[str, ...] = ()
+    """Why something is off, one line each."""
+
+
+class TokenScorer(nn.Module):
+    """(ids, positions, segments, targets) -> log-probs of the target tokens."""
+
+    def __init__(self, model: PreTrainedModel, abilities: Abilities):
+        super().__init__()
+        self.model = model
+        self.abilities = abilities
+        self._balance = _router_balance(model)
+
+    @property
+    def config(self):  # noqa: ANN201
+        """The model's configuration (DeepSpeed asks a module for it)."""
+        return self.model.config
+
+    @property
+    def aux_coefficient(self) -> float:
+        """Weight of the routers' load-balancing loss in the objective; 0 without experts."""
+        if self._balance is None:
+            return 0.0
+        return float(self.model.config.get_text_config().router_aux_loss_coef)
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, segments: Tensor, targets: Tensor
+    ) -> ScorerOutput:
+        """Score the targets.
+
+        Args:
+            ids: (R, L) int64 token ids; any valid id where segments say padding.
+            positions: (R, L) int64.
+            segments: (R, L, 2) int64, [tree, branch]; branch 0 is the trunk, tree -1 is padding.
+                A model without trees takes one unbroken sequence a row, padding at its end.
+            targets: (2, N) int64: flat index into R * L of the state that predicts, and the token
+            id.
+        """
+        if ids.ndim != 2 or positions.shape != ids.shape or segments.shape != (*ids.shape, 2):
+            raise ValueError(
+                f"ids and positions must be (R, L), segments (R, L, 2), got {tuple(ids.shape)}, "
+                f"{tuple(positions.shape)}, {tuple(segments.shape)}"
+            )
+        inputs: dict[str, object] = {
+            "input_ids": ids,
+            "position_ids": positions,
+            "use_cache": False,
+        }
+        real = segments[..., 0] >= 0
+        if self.abilities.trees:
+            inputs["tree"] = self._masks(segments, positions)
+        else:
+            inputs["attention_mask"] = real.long()
+        if self._balance is not None:
+            inputs["output_router_logits"] = True
+        sources, labels = targets.unbind(0)
+        if self.abilities.fused:
+            outputs = self.model.base_model(**inputs)
+            hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, sources)
+            logprobs = self.model.get_output_embeddings()(hidden, labels)
+        else:
+            outputs = self.model(**inputs)
+            logprobs = _plain_logprobs(outputs.logits, sources, labels)
+        aux = None
+        if self._balance is not None:
+            aux = self._balance(outputs.router_logits, real)
+        return ScorerOutput(logprobs, aux)
+
+    def _masks(self, segments: Tensor, positions: Tensor) -> dict[int | None, Tensor]:
+        device = segments.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.model.dtype
+        masks = TreeMasks(segments, positions, dtype)
+        if not self.abilities.windows:
+            self.asked = masks  # the probe reads from it which windows there are
+            return masks
+        return {window: masks[window] for window in self.abilities.windows}
+
+
+def _plain_logprobs(logits: Tensor, sources: Tensor, labels: Tensor) -> Tensor:
+    """Log-probs (N,) out of whole logits (R, L, V): for models whose head cannot be fused."""
+    chosen = logits.flatten(0, 1).index_select(0, sources)
+    chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+    return chosen.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+
+
+def _router_balance(
+    model: PreTrainedModel,
+) -> Callable[[tuple[Tensor, ...], Tensor], Tensor] | None:
+    """Return the model's own load-balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4-6),
+    or None.
+
+    The function stands in the module that defines the architecture; a model whose configuration has
+    no coefficient for it (DeepSeek-V3 balances without a loss) has none.
+    """
+    config = model.config.get_text_config()
+    function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    if function is None or not getattr(config, "router_aux_loss_coef", None):
+        return None
+    experts = getattr(config, "num_local_experts", None) or config.num_experts
+    top_k = config.num_experts_per_tok
+
+    def balance(router_logits: tuple[Tensor, ...], real: Tensor) -> Tensor:
+        return function(router_logits, experts, top_k, real.long())
+
+    return balance
+
+
+__all__ = ["Abilities", "FusedHead", "ScorerOutput", "TokenScorer", "target_logprobs"]

@@ -1,0 +1,246 @@
+"""The preference losses by name: paper, needs and options of each, as one table without torch.
+
+Gives `LOSSES` and the judgement of a user's options (`check_options`). It computes nothing: the row
+names its function in `preference.py`, which is only looked up when a loss is computed, so that a
+configuration can be checked, and `--help` printed, before torch is imported.
+A new loss is one function there and one row here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The values an option may have, and in half a sentence why no others."""
+
+    low: float
+    high: float
+    reason: str
+    low_open: bool = False
+    high_open: bool = True
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        left, right = "(" if self.low_open else "[", ")" if self.high_open else "]"
+        return f"{left}{self.low:g}, {self.high:g}{right}"
+
+
+BETA = Interval(0.0, math.inf, "it scales every reward", low_open=True)
+
+# Options of every loss: the NLL term on the chosen answer is added outside the loss functions.
+COMMON_OPTIONS: Mapping[str, float] = MappingProxyType({"nll_coefficient": 0.0})
+
+INTERVALS: Mapping[str, Interval] = MappingProxyType(
+    {
+        "nll_coefficient": Interval(0.0, math.inf, "it weighs the NLL of the chosen answer"),
+        "label_smoothing": Interval(
+            0.0, 0.5, "it is the share of flipped labels, and from one half on labels say nothing"
+        ),
+        # Above 1 the exponential part outgrows the weight that should fade it out.
+        "discopop_tau": Interval(
+            0.0, 1.0, "above 1 the loss grows exponentially", low_open=True, high_open=False
+        ),
+        "simpo_gamma": Interval(0.0, math.inf, "it is the reward margin to reach"),
+        "dpop_lambda": Interval(0.0, math.inf, "it weighs a penalty"),
+    }
+)
+
+_EXO_SMOOTHING = Interval(
+    0.0, 0.5, "the target is [1 - label_smoothing, label_smoothing] under a log", low_open=True
+)
+
+
+@dataclass(frozen=True)
+class LossRow:
+    """One preference loss.
+
+    `reference`: reads the reference's log-probs. `lengths`: reads the numbers of target tokens.
+    `across_pairs`: its value depends on which pairs are given together, so that it must be given
+    all pairs of an optimizer step. `options`: what it takes besides beta and `COMMON_OPTIONS`, with
+    defaults. `intervals`: bounds that differ from `INTERVALS`. `function`: its name in
+    `preference.py`. `paper`: authors, arXiv number, and the equation where it has one number.
+    """
+
+    name: str
+    paper: str
+    function: str
+    reference: bool = True
+    lengths: bool = False
+    across_pairs: bool = False
+    options: Mapping[str, float] = field(default_factory=dict)
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+        object.__setattr__(self, "intervals", MappingProxyType(dict(self.intervals)))
+
+    def interval(self, option: str) -> Interval:
+        """The values that `option` may have with this loss."""
+        return self.intervals.get(option) or INTERVALS[option]
+
+
+_SMOOTHING = {"label_smoothing": 0.0}
+
+_ROWS = (
+    LossRow(
+        "sigmoid",
+        "DPO, Rafailov et al. 2023, arXiv 2305.18290, eq. 7 (smoothed: cDPO, Mitchell 2023)",
+        "sigmoid_loss",
+        options=_SMOOTHING,
+    ),
+    LossRow(
+        "robust",
+        "robust DPO, Chowdhury et al. 2024, arXiv 2403.00409",
+        "robust_loss",
+        options=_SMOOTHING,
+    ),
+    LossRow("hinge", "RSO, Liu et al. 2023, arXiv 2309.06657 (SLiC, 2305.10425)", "hinge_loss"),
+    LossRow("ipo", "IPO, Azar et al. 2023, arXiv 2310.12036, eq. 17", "ipo_loss", lengths=True),
+    LossRow(
+        "exo_pair",
+        "EXO, Ji et al. 2024, arXiv 2402.00856, eq. 16",
+        "exo_pair_loss",
+        options={"label_smoothing": 1e-3},
+        intervals={"label_smoothing": _EXO_SMOOTHING},
+    ),
+    LossRow("nca_pair", "NCA, Chen et al. 2024, arXiv 2402.05369", "nca_pair_loss"),
+    LossRow("bco_pair", "BCO, Jung et al. 2024, arXiv 2404.04656", "bco_pair_loss"),
+    LossRow("sppo_hard", "SPPO, Wu et al. 2024, arXiv 2405.00675, eq. 4.7", "sppo_hard_loss"),
+    LossRow(
+        "aot",
+        "AOT on paired data, Melnyk et al. 2024, arXiv 2406.05882",
+        "aot_loss",
+        across_pairs=True,
+        options=_SMOOTHING,
+    ),
+    LossRow(
+        "aot_unpaired",
+        "AOT on unpaired data, Melnyk et al. 2024, arXiv 2406.05882",
+        "aot_unpaired_loss",
+        across_pairs=True,
+        options=_SMOOTHING,
+    ),
+    LossRow("apo_zero", "APO, D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7", "apo_zero_loss"),
+    LossRow("apo_down", "APO, D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 8", "apo_down_loss"),
+    LossRow(
+        "discopop",
+        "DiscoPOP, Lu et al. 2024, arXiv 2406.08414, eq. 5",
+        "discopop_loss",
+        options={"discopop_tau": 0.05},
+    ),
+    LossRow(
+        "sigmoid_norm",
+        "length-normalised DPO, Lambert et al. 2024 (Tulu 3), arXiv 2411.15124, section 5",
+        "sigmoid_norm_loss",
+        lengths=True,
+    ),
+    LossRow(
+        "simpo",
+        "SimPO, Meng et al. 2024, arXiv 2405.14734, eq. 6",
+        "simpo_loss",
+        reference=False,
+        lengths=True,
+        options={"simpo_gamma": 0.5, **_SMOOTHING},
+    ),
+    LossRow(
+        "orpo",
+        "ORPO, Hong et al. 2024, arXiv 2403.07691, eqs. 4, 6 and 7",
+        "orpo_loss",
+        reference=False,
+        lengths=True,
+    ),
+    LossRow(
+        "dpop",
+        "DPO-Positive, Pal et al. 2024 (Smaug), arXiv 2402.13228, eq. 3",
+        "dpop_loss",
+        options={"dpop_lambda": 50.0},
+    ),
+)
+
+LOSSES: Mapping[str, LossRow] = MappingProxyType({row.name: row for row in _ROWS})
+
+
+def check_options(loss_type: str, options: Mapping[str, object], *, beta: object) -> list[str]:
+    """Return every problem of these settings as a one-line sentence; none means they are usable.
+
+    `options` are the settings besides beta, `label_smoothing` and `nll_coefficient` among them;
+    None means not set, and so does a `label_smoothing` of 0 for a loss that does not take it (the
+    common configuration always has that field).
+    """
+    problems = _out_of_bounds("beta", beta, BETA, "any loss")
+    row = LOSSES.get(loss_type) if isinstance(loss_type, str) else None
+    if row is None:
+        return [_unknown_loss(loss_type), *problems]
+    for option, value in options.items():
+        if value is None:
+            continue
+        if option in row.options or option in COMMON_OPTIONS:
+            problems += _out_of_bounds(
+                option, value, row.interval(option), f"loss_type={row.name!r}"
+            )
+        elif option != "label_smoothing" or value != 0:
+            problems.append(_not_taken(option, value, row))
+    return problems
+
+
+def resolve_options(loss_type: str, options: Mapping[str, float | None]) -> dict[str, float]:
+    """Return every option of this loss with its value: as given, else the default of its row.
+
+    Only for options in which `check_options` saw no problem.
+    """
+    row = LOSSES[loss_type]
+    defaults = {**row.options, **COMMON_OPTIONS}
+    given = {option: options.get(option) for option in defaults}
+    return {
+        option: default if given[option] is None else float(given[option])
+        for option, default in defaults.items()
+    }
+
+
+def _out_of_bounds(option: str, value: object, interval: Interval, place: str) -> list[str]:
+    # True is 1 to Python, but `label_smoothing: true` in a file is a mistake.
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return [f"{option}={value!r} is not a number: give one in {interval}"]
+    if value not in interval:
+        return [
+            f"{option}={value!r} is outside {interval} for {place}: {interval.reason}; "
+            f"choose a value inside"
+        ]
+    return []
+
+
+def _not_taken(option: str, value: object, row: LossRow) -> str:
+    takers = [other.name for other in LOSSES.values() if option in other.options]
+    if takers:
+        return (
+            f"{option}={value!r} would have no effect with loss_type={row.name!r}: remove it, or "
+            f"choose a loss that takes it ({', '.join(takers)})"
+        )
+    own = [*row.options, *COMMON_OPTIONS]
+    return (
+        f"{option}={value!r} is not an option of any loss{_close(option, INTERVALS)}: remove it; "
+        f"loss_type={row.name!r} takes {', '.join(own)}"
+    )
+
+
+def _unknown_loss(loss_type: object) -> str:
+    return (
+        f"loss_type={loss_type!r} is not a known loss{_close(loss_type, LOSSES)}: "
+        f"choose one of {', '.join(LOSSES)}"
+    )
+
+
+def _close(word: object, known: Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,258 @@
+"""The one loop of pretraining, SFT and DPO: step, measure, report, evaluate, save, stop.
+
+It knows an Accelerator and a Task. What a batch is and what is minimised, it does not know. Called
+by
+the stages with a scorer, a task and a run folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modern_llm.config import TrainingConfig
+from modern_llm.config.errors import NotFiniteError, Stopped, UserError
+from modern_llm.distributed.display import Display
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.training import checkpoint
+from modern_llm.training.metrics import MetricsLog, console_line, peak_memory_gb
+from modern_llm.training.optim import is_due, learning_rate, make_optimizer, set_learning_rate
+from modern_llm.training.run_folder import RunFolder
+from modern_llm.training.signals import StopRequest
+from modern_llm.training.task import Task
+
+log = logging.getLogger(__name__)
+
+
+def total_steps(config: TrainingConfig, task: Task) -> int:
+    """Return the optimizer steps of the run."""
+    if config.max_steps is not None:
+        return config.max_steps
+    return max(1, round((config.epochs or 1) * task.steps_per_epoch))
+
+
+@dataclass
+class Clock:
+    """Wall time and tokens since the last line; evaluation and saving are left out of the rate."""
+
+    before: float
+    began: float
+    window: float = 0.0
+    tokens: float = 0.0
+
+    def elapsed(self) -> float:
+        """Seconds since the first step began, earlier parts of the run included."""
+        return self.before + time.perf_counter() - self.began
+
+
+def train(
+    runtime: Runtime,
+    scorer: nn.Module,
+    task: Task,
+    config: TrainingConfig,
+    run: RunFolder,
+    facts: dict[str, Any],
+) -> None:
+    """Train `scorer` in place until the last step, or until a signal asks to stop.
+
+    Args:
+        scorer: the unprepared module; its `.model` is what is saved.
+        facts: digests that a checkpoint must share with the run that goes on from it.
+
+    Raises:
+        NotFiniteError: a loss or gradient is not finite; nothing of that step was applied.
+        Stopped: a signal asked for it; the state is saved.
+    """
+    total = total_steps(config, task)
+    inner = scorer.model
+    model, optimizer = runtime.accelerator.prepare(scorer, make_optimizer(config, scorer))
+    model.train()
+    start = _resume(runtime, inner, optimizer, run, facts)
+    metrics_log = MetricsLog(run.metrics)
+    clock = Clock(before=metrics_log.elapsed() if start else 0.0, began=time.perf_counter())
+    saved = start
+    with (
+        StopRequest() as stop,
+        Display(config.run_name, total, start, shown=runtime.is_main) as display,
+    ):
+        for step in range(start, total):
+            began = time.perf_counter()
+            rate = learning_rate(config, step, total)
+            sums, grad_norm = _optimizer_step(runtime, model, optimizer, task, config, step, rate)
+            done = step + 1
+            clock.window += time.perf_counter() - began
+            clock.tokens += float(sums["tokens"])
+            display.advance(done)
+            record: dict[str, float] = {}
+            if done == 1 or is_due(config.log_every, done, total, at_end=True):
+                record |= _measure(runtime, task, sums, clock)
+                record |= {"grad_norm": float(grad_norm), "lr": rate}
+                display.line(console_line(done, record))
+            if is_due(config.eval_every, done, total, at_end=True):
+                record |= _evaluate(runtime, model, task, display, done)
+            if record and runtime.is_main:
+                head = {"step": done, "elapsed_s": clock.elapsed(), "examples": task.consumed(done)}
+                metrics_log.write(head | record)
+            stopping = _any_rank(runtime, stop.asked)
+            if stopping or (done < total and is_due(config.save_every, done, total)):
+                _save(runtime, inner, optimizer, run, config, done, facts)
+                saved = done
+            if stopping and done < total:
+                raise Stopped(
+                    f"stopped by {stopping} after step {saved}, saved; run the same command to go "
+                    "on"
+                )
+
+
+def _optimizer_step(
+    runtime: Runtime,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    task: Task,
+    config: TrainingConfig,
+    step: int,
+    rate: float,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One step of the optimizer; returns this rank's sums and the norm of the whole gradient."""
+    batches = [batch.to(runtime.device) for batch in task.micro_batches(step)]
+    batches = task.prepare(model, step, batches)
+    # DDP and ZeRO average gradients over ranks: the factor undoes it. Nobody else divides.
+    scale = runtime.world / task.denominator(step)
+    sums: dict[str, Tensor] = {}
+    for at, batch in enumerate(batches):
+        _seed(config.seed, step, at, runtime.rank)
+        last = at == len(batches) - 1
+        with nullcontext() if last else runtime.accelerator.no_sync(model):
+            result = task.run(model, batch)
+            runtime.accelerator.backward(result.loss * scale)
+        _add(sums, result.statistics)
+    limit = config.max_grad_norm or float("inf")
+    grad_norm = runtime.accelerator.clip_grad_norm_(model.parameters(), limit)
+    # The norm is of the averaged gradient, so every rank sees the same and decides the same. With a
+    # loss scaler an overflow is expected now and then, and the scaler skips that step itself.
+    if runtime.accelerator.scaler is None and not torch.isfinite(grad_norm):
+        optimizer.zero_grad(set_to_none=True)
+        raise NotFiniteError(
+            f"step {step + 1}: the gradient is not finite (norm {float(grad_norm)}); nothing of "
+            "this step was "
+            "applied; lower train.learning_rate or look at the data of this step"
+        )
+    set_learning_rate(optimizer, rate)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return sums, grad_norm
+
+
+@torch.no_grad()
+def _evaluate(
+    runtime: Runtime, model: nn.Module, task: Task, display: Display, step: int
+) -> dict[str, float]:
+    groups = task.evaluation()
+    if groups is None:
+        return {}
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    for group in groups:
+        batches = task.prepare(model, step, [batch.to(runtime.device) for batch in group])
+        for batch in batches:
+            _add(sums, task.run(model, batch).statistics)
+    model.train()
+    metrics = task.metrics(_over_ranks(runtime, sums))
+    display.line(f"evaluation {console_line(step, metrics)}")
+    return {f"eval/{name}": value for name, value in metrics.items()}
+
+
+def _measure(
+    runtime: Runtime, task: Task, sums: dict[str, Tensor], clock: Clock
+) -> dict[str, float]:
+    """Metrics of this step over all ranks, and the token rate since the last line."""
+    tokens = torch.tensor(clock.tokens, dtype=torch.float64, device=runtime.device)
+    totals = _over_ranks(runtime, {**sums, "window": tokens})
+    rate = totals.pop("window") / max(clock.window, 1e-9)
+    clock.window = clock.tokens = 0.0
+    return {
+        **task.metrics(totals),
+        "tokens_per_second": rate,
+        "memory_gb": peak_memory_gb(runtime.device),
+    }
+
+
+def _over_ranks(runtime: Runtime, sums: dict[str, Tensor]) -> dict[str, float]:
+    """One reduction for all statistics, in float64 where the device has it."""
+    names = sorted(sums)
+    dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
+    stacked = torch.stack(
+        [torch.as_tensor(sums[name], device=runtime.device).to(dtype) for name in names]
+    )
+    return dict(zip(names, runtime.sum(stacked).tolist(), strict=True))
+
+
+def _add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+    for name, value in more.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def _seed(*numbers: int) -> None:
+    """Seed every generator from (seed, step, micro-batch, rank): dropout resumes without saved
+    state."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _any_rank(runtime: Runtime, asked: str | None) -> str | None:
+    """Return the signal that any rank has seen; all ranks get the same answer."""
+    flag = torch.tensor(float(asked is not None), device=runtime.device)
+    if not float(runtime.sum(flag)):
+        return None
+    return next(name for name in runtime.gather(asked) if name)
+
+
+def _resume(
+    runtime: Runtime,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    run: RunFolder,
+    facts: dict[str, Any],
+) -> int:
+    """Load the newest intact checkpoint, if there is one; return the number of steps already
+    done."""
+    found = runtime.from_main(checkpoint.newest(run.checkpoints) if runtime.is_main else None)
+    if found is None:
+        if runtime.is_main:
+            MetricsLog(run.metrics).truncate(0)
+        return 0
+    place, before = found
+    changed = [name for name, value in facts.items() if before.get(name) != value]
+    if changed:
+        raise UserError(
+            f"output_dir {run.path}: {', '.join(changed)} changed since {place.name} was written; "
+            "restore it, or name another output_dir"
+        )
+    checkpoint.load(place, model, optimizer, runtime.accelerator)
+    step = int(before["step"])
+    if runtime.is_main:
+        MetricsLog(run.metrics).truncate(step)
+        log.info("going on from %s", place)
+    return step
+
+
+def _save(
+    runtime: Runtime,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    run: RunFolder,
+    config: TrainingConfig,
+    step: int,
+    facts: dict[str, Any],
+) -> None:
+    if runtime.is_main:
+        checkpoint.save(run.checkpoints, step, model, optimizer, runtime.accelerator, facts)
+        checkpoint.retire(run.checkpoints, config.keep_checkpoints)
+    runtime.barrier()

@@ -1,0 +1,83 @@
+"""What a run says while it goes: the console line and `metrics.jsonl`.
+
+Written by rank 0 alone, called by the loop; the progress bar stands in `distributed.display`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from modern_llm.distributed.commit import write_file
+
+log = logging.getLogger(__name__)
+
+# Metrics that the console shows after loss, accuracy and lr, with their short names.
+ALSO_SHOWN = {
+    "rewards/margins": "margin",
+    "perplexity": "perplexity",
+    "aux_loss": "aux_loss",
+    "grad_norm": "grad_norm",
+    "tokens_per_second": "tokens/s",
+}
+
+
+def console_line(step: int, metrics: Mapping[str, float]) -> str:
+    """Return e.g. `step=100 loss=0.4523 accuracy=72.50% lr=5.000e-06 margin=0.912`."""
+    parts = [f"step={step}"]
+    if "loss" in metrics:
+        parts.append(f"loss={metrics['loss']:.4f}")
+    if "rewards/accuracies" in metrics:
+        parts.append(f"accuracy={metrics['rewards/accuracies']:.2%}")
+    if "lr" in metrics:
+        parts.append(f"lr={metrics['lr']:.3e}")
+    parts += [
+        f"{short}={metrics[name]:.4g}" for name, short in ALSO_SHOWN.items() if name in metrics
+    ]
+    return " ".join(parts)
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one object a logged step, each step once."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def truncate(self, step: int) -> None:
+        """Forget what was logged after `step`: those steps will be made again."""
+        if self.path.exists():
+            kept = [line for line in self._whole_lines() if json.loads(line)["step"] <= step]
+            write_file(self.path, "".join(f"{line}\n" for line in kept))
+
+    def elapsed(self) -> float:
+        """Return the seconds that earlier parts of this run took."""
+        lines = list(self._whole_lines()) if self.path.exists() else []
+        return float(json.loads(lines[-1])["elapsed_s"]) if lines else 0.0
+
+    def write(self, record: Mapping[str, float]) -> None:
+        """Append one object; `nan` and `inf` become null, which JSON can say."""
+        finite = {k: v if v == v and abs(v) != float("inf") else None for k, v in record.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+
+    def _whole_lines(self) -> Iterable[str]:
+        """Lines that end as they should: a kill may have cut the last one."""
+        for line in self.path.read_text(encoding="utf-8").split("\n")[:-1]:
+            if line.endswith("}"):
+                yield line
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Return the peak memory so far in GB (1e9 bytes): of the device, or of the process on a
+    CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,169 @@
+"""DPO and its family: log-prob sums of both answers against the reference's two numbers a pair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from modern_llm.data.batches import MicroBatch
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.objectives.preference import preference_loss, preference_statistics
+from modern_llm.training.batch_source import BatchSource, Lazy
+from modern_llm.training.dpo_config import DPOConfig
+from modern_llm.training.task import StepSums
+
+EVALUATION_GROUP = 256
+
+# (P, 2) float32 sums of the reference for every pair of a table, or None for losses without one.
+Reference = NDArray[np.float32] | None
+
+
+class PreferenceTask:
+    """A step's loss is the mean over its pairs, on all ranks together.
+
+    A loss that looks across pairs (aot) is taken in two passes: the first, without gradient, scores
+    the whole step and differentiates the loss with respect to all sums of all ranks; the second
+    backpropagates these slopes micro-batch by micro-batch. So no loss depends on micro-batching.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        config: DPOConfig,
+        source: BatchSource,
+        reference: Reference,
+        evaluation: BatchSource | None,
+        evaluation_reference: Reference,
+        aux_coefficient: float,
+    ):
+        self._runtime, self._config = runtime, config
+        self._source, self._reference = source, reference
+        self._evaluation, self._evaluation_reference = evaluation, evaluation_reference
+        self._aux = aux_coefficient
+        self._aux_scale = 0.0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the data."""
+        return self._source.order.steps_per_epoch
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """Return this rank's micro-batches of `step`, the reference's numbers among them."""
+        return [_with(self._reference, batch) for batch in self._source.micro_batches(step)]
+
+    def denominator(self, step: int) -> float:
+        """Return the pairs of the whole step."""
+        return float(len(self._source.order.step(step)))
+
+    def prepare(
+        self, model: nn.Module, step: int, micro_batches: Sequence[MicroBatch]
+    ) -> Sequence[MicroBatch]:
+        """For a loss across pairs, return the micro-batches with their slopes; else as they are."""
+        if self._aux and model.training:
+            self._aux_scale = self.denominator(step) / self._source.tokens(step)
+        if not self._config.looks_across_pairs:
+            return micro_batches
+        with torch.no_grad():
+            policies = [_score(model, batch)[0] for batch in micro_batches]
+        mine = torch.cat(policies).detach()
+        everyone = self._runtime.gather(
+            (
+                mine.cpu(),
+                torch.cat([batch.reference for batch in micro_batches]).cpu(),
+                torch.cat([batch.lengths for batch in micro_batches]).cpu(),
+            )
+        )
+        policy, reference, lengths = (torch.cat(column) for column in zip(*everyone, strict=True))
+        with torch.enable_grad():
+            policy.requires_grad_()
+            total = self._losses(policy, reference, lengths).sum()
+            (slopes,) = torch.autograd.grad(total, policy)
+        start = sum(len(part[0]) for part in everyone[: self._runtime.rank])
+        share = total.detach() / max(len(policy), 1)
+        prepared = []
+        for batch in micro_batches:
+            size = len(batch.lengths)
+            slope = slopes[start : start + size].to(batch.ids.device)
+            prepared.append(
+                replace(batch, slope=slope, step_loss=(share * size).to(batch.ids.device))
+            )
+            start += size
+        return prepared
+
+    def run(self, model: nn.Module, micro_batch: MicroBatch) -> StepSums:
+        """Return the summed loss of the pairs and their statistics."""
+        batch = micro_batch
+        policy, aux = _score(model, batch)
+        if batch.slope is None:
+            loss = self._losses(policy, batch.reference, batch.lengths).sum()
+            value = loss.detach()
+        else:
+            loss, value = (policy * batch.slope).sum(), batch.step_loss
+        statistics = preference_statistics(
+            policy,
+            batch.reference,
+            batch.lengths,
+            beta=self._config.beta,
+            loss_type=self._config.loss_type,
+        )
+        statistics |= {
+            "loss": value,
+            "pairs": torch.as_tensor(len(batch.examples), device=policy.device),
+            "tokens": torch.as_tensor(batch.real_tokens, device=policy.device),
+        }
+        if aux is not None and self._aux:
+            weighted = aux * batch.real_tokens
+            statistics["aux"] = weighted.detach()
+            loss = loss + self._aux * self._aux_scale * weighted
+        return StepSums(loss, statistics)
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Return the means over the pairs under the names that other trainers use."""
+        pairs = max(sums["pairs"], 1)
+        names = set(sums) - {"pairs", "tokens", "aux"}
+        result = {"loss": 0.0} | {name: sums[name] / pairs for name in sorted(names)}
+        if "aux" in sums:
+            result["aux_loss"] = sums["aux"] / max(sums["tokens"], 1)
+            result["loss"] += self._aux * result["aux_loss"]
+        return result
+
+    def consumed(self, steps: int) -> int:
+        """Return the pairs in the first `steps` steps."""
+        return self._source.order.consumed(steps)
+
+    def evaluation(self) -> Iterator[list[MicroBatch]] | None:
+        """Return this rank's part of the held-out pairs."""
+        if self._evaluation is None:
+            return None
+        # A loss across pairs means the pairs of one optimizer step, in evaluation as well.
+        batch_size = self._source.order.batch_size
+        group = batch_size if self._config.looks_across_pairs else EVALUATION_GROUP
+        parts: Iterator[Lazy] = self._evaluation.in_order(group)
+        return ([_with(self._evaluation_reference, batch) for batch in part] for part in parts)
+
+    def _losses(self, policy: Tensor, reference: Tensor | None, lengths: Tensor) -> Tensor:
+        return preference_loss(
+            policy,
+            reference,
+            lengths,
+            loss_type=self._config.loss_type,
+            beta=self._config.beta,
+            **self._config.loss_options,
+        )
+
+
+def _score(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+    output = model(batch.ids, batch.positions, batch.segments, batch.targets)
+    return batch.sums(output.logprobs), output.aux_loss
+
+
+def _with(reference: Reference, batch: MicroBatch) -> MicroBatch:
+    """Fill the column `reference` of a micro-batch."""
+    if reference is None:
+        return batch
+    return replace(batch, reference=torch.from_numpy(reference[batch.examples]))

@@ -1,0 +1,101 @@
+"""The run folder: `config.yaml`, `metrics.jsonl`, `checkpoints/`, `{run_name}_final/`,
+`outcome.json`.
+
+Decides whether a run starts, goes on or is done already, and refuses to mix two runs in one folder.
+Called by the stages before anything is loaded and by the loop.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modern_llm.config import TrainingConfig
+from modern_llm.config.errors import UserError
+from modern_llm.distributed.commit import write_file
+
+# Fields that may differ between a run and its continuation: they change no number.
+FREE = {
+    "train": {"log_every", "eval_every", "save_every", "keep_checkpoints", "resume", "output_dir"},
+}
+
+
+class RunFolder:
+    """One run's folder on disk."""
+
+    def __init__(self, config: TrainingConfig, record: dict[str, Any]):
+        """`record` is the whole configuration in plain values, as it stands in `config.yaml`."""
+        self.config, self.record = config, record
+        self.path = Path(config.output_dir)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.final = self.path / f"{config.run_name}_final"
+        self.data = self.path / "data"
+
+    def refuse_foreign(self) -> None:
+        """Raise `UserError` unless this folder is free, or holds this very run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"output_dir {self.path} is a file; name a folder")
+        standing = self.path / "config.yaml"
+        if not standing.exists():
+            if self.config.resume == "must":
+                raise UserError(f"resume: output_dir {self.path} holds no run to go on with")
+            return
+        if self.config.resume == "never":
+            raise UserError(
+                f"resume: never, but output_dir {self.path} holds a run; name another folder"
+            )
+        before = yaml.safe_load(standing.read_text(encoding="utf-8"))
+        changes = [
+            f"{name}: {old!r} -> {new!r}"
+            for name, old, new in _differences(before or {}, self.record)
+        ]
+        if changes:
+            raise UserError(
+                f"output_dir {self.path} holds a run with other settings ({'; '.join(changes)}); "
+                "name another output_dir, or remove that folder to start over"
+            )
+
+    def finished(self) -> bool:
+        """Whether this run is done: its outcome says so and the final model stands."""
+        try:
+            outcome = json.loads((self.path / "outcome.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return outcome.get("status") == 0 and (self.final / "config.json").is_file()
+
+    def open(self) -> None:
+        """Create the folder and write the configuration; rank 0 only."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        (self.path / "outcome.json").unlink(missing_ok=True)
+        write_file(self.path / "config.yaml", yaml.safe_dump(self.record, sort_keys=False))
+
+    def last_step(self) -> int:
+        """Return the last step that was logged, 0 before the first."""
+        try:
+            lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return 0
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+
+    def close(self, status: int, reason: str, last_step: int) -> None:
+        """Write `outcome.json`; rank 0 only."""
+        outcome = {"status": status, "reason": reason, "last_step": last_step}
+        write_file(self.path / "outcome.json", json.dumps(outcome) + "\n")
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return (dotted name, old, new) of every field that differs and is not free."""
+    found = []
+    for section in sorted(set(before) | set(now)):
+        old, new = before.get(section), now.get(section)
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            old, new = {"": old}, {"": new}
+        for field in sorted(set(old) | set(new)):
+            if field in FREE.get(section, ()) or old.get(field) == new.get(field):
+                continue
+            found.append((f"{section}.{field}".rstrip("."), old.get(field), new.get(field)))
+    return found

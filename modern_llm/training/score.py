@@ -1,0 +1,112 @@
+"""`modern-llm score`: the log-prob sums of both answers of every pair, under one or two models.
+
+Forward only, under any number of processes; rank 0 writes one JSON object a pair, in the order of
+the
+data.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
+from modern_llm.config.errors import UserError
+from modern_llm.data.preference_datasets import build_preference_tables
+from modern_llm.data.tokens import TokenTable
+from modern_llm.distributed import runtime as distributed
+from modern_llm.distributed.commit import write_file
+from modern_llm.models.load import Checkpoint, inspect_checkpoint, load_model
+from modern_llm.training import setup
+from modern_llm.training.reference_pass import Scoring
+
+log = logging.getLogger(__name__)
+
+
+def score_pairs(
+    model: str,
+    data: PreferenceDatasetConfig,
+    output: Path,
+    *,
+    reference: str | None = None,
+    tokenizer_name: str | None = None,
+    max_length: int = 512,
+    max_prompt_length: int | None = None,
+    mixed_precision: str = "no",
+) -> dict[str, Any]:
+    """Write `policy_chosen policy_rejected [reference_chosen reference_rejected] chosen_tokens
+    rejected_tokens`.
+
+    Log-probs are sums over the response tokens in nats; tokens are the numbers of target tokens.
+
+    Returns:
+        `pairs`, `dropped` and `output`.
+    """
+    if not output.parent.is_dir():
+        raise UserError(
+            f"output {output}: {output.parent} is no folder; create it or name another place"
+        )
+    with tempfile.TemporaryDirectory(prefix="modern-llm-score-") as folder:
+        config = TrainingConfig(
+            run_name="score",
+            output_dir=Path(folder),
+            tokenizer_name=tokenizer_name,
+            batch_size=1,
+            mixed_precision=mixed_precision,  # type: ignore[arg-type]
+        )
+        runtime = distributed.start(config)
+        policy = inspect_checkpoint(model)
+        tokenizer, _ = setup.choose_tokenizer(tokenizer_name, policy, config)
+        setup.check_positions(max_length, policy.positions, "max_length")
+        # Every process reads for itself: nothing of this outlives the call.
+        prepared = build_preference_tables(
+            data,
+            tokenizer,
+            Path(folder) / "data",
+            max_length=max_length,
+            max_prompt_length=max_prompt_length,
+        )
+        table = prepared.train
+        columns = {"policy": _sums(runtime, policy, table, config)}
+        if reference is not None:
+            columns["reference"] = _sums(runtime, inspect_checkpoint(reference), table, config)
+        if runtime.is_main:
+            write_file(output, "".join(f"{json.dumps(row)}\n" for row in _rows(columns)))
+            log.info("%d pairs scored: %s", len(table), output)
+        runtime.barrier()
+        dropped = prepared.report.as_dict().get("dropped")
+        return {"pairs": len(table), "dropped": dropped, "output": str(output)}
+
+
+def _sums(
+    runtime: distributed.Runtime, checkpoint: Checkpoint, table: TokenTable, config: TrainingConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums and target counts (P, 2) of every pair under one model."""
+    setup.check_ids_fit(table, checkpoint.vocabulary)
+    scorer = setup.set_up_scorer(runtime, load_model(checkpoint), config, dropout=False)
+    source = setup.make_source(runtime, config, table, "pairs", scorer)
+    mine = [
+        (torch.from_numpy(i), s.double().cpu(), n.cpu())
+        for i, s, n in Scoring(runtime, scorer, source, config)(torch.arange(len(table)).numpy())
+    ]
+    sums = torch.zeros(len(table), 2, dtype=torch.float64)
+    counts = torch.zeros(len(table), 2, dtype=torch.long)
+    for indices, values, numbers in (part for parts in runtime.gather(mine) for part in parts):
+        sums[indices], counts[indices] = values, numbers
+    return sums, counts
+
+
+def _rows(columns: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> list[dict[str, float]]:
+    counts = columns["policy"][1].tolist()
+    rows: list[dict[str, float]] = [{} for _ in counts]
+    for name, (sums, _) in columns.items():
+        for row, (chosen, rejected) in zip(rows, sums.tolist(), strict=True):
+            row |= {f"{name}_chosen": chosen, f"{name}_rejected": rejected}
+    for row, (chosen, rejected) in zip(rows, counts, strict=True):
+        row |= {"chosen_tokens": chosen, "rejected_tokens": rejected}
+    return rows

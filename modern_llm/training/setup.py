@@ -1,0 +1,286 @@
+"""What the three stages share around the loop: names, tokenizer, data on disk, scorer, budgets,
+export.
+
+Each stage reads as the list of these steps in its own `train_*.py`; none of them imports another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modern_llm.config import TrainingConfig
+from modern_llm.config.data import DatasetConfig
+from modern_llm.config.errors import ConfigError, UserError
+from modern_llm.data.plan import Budget, Order
+from modern_llm.data.prepare import Prepared, sample_texts
+from modern_llm.data.rows import Examples, Kind
+from modern_llm.data.tokenize import check_tokenizers_agree
+from modern_llm.data.tokens import TokenTable
+from modern_llm.distributed.commit import committed_folder
+from modern_llm.distributed.runtime import Runtime, start
+from modern_llm.models.load import (
+    Checkpoint,
+    check_tokenizer_fits,
+    load_tokenizer,
+    make_scorer,
+)
+from modern_llm.models.prepare import compile_layers, disable_dropout, recompute_activations
+from modern_llm.models.scorer import TokenScorer
+from modern_llm.training.batch_source import BatchSource, largest_example
+from modern_llm.training.loop import train
+from modern_llm.training.run_folder import RunFolder
+from modern_llm.training.task import Task
+
+log = logging.getLogger(__name__)
+
+# Tokens of one forward where the user says nothing. On a CPU small forwards stay in the caches and
+# long rows cost attention; a GPU wants enough work for every kernel.
+AUTO_TOKENS = {"cpu": 1024, "cuda": 16_384}
+
+
+def record_of(**sections: Any) -> dict[str, Any]:
+    """Return the configuration as plain values for `config.yaml`; sections that are None are left
+    out."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return str(value) if isinstance(value, Path) else value
+
+    return {name: plain(value) for name, value in sections.items() if value is not None}
+
+
+def with_dataset_name(data: DatasetConfig, config: TrainingConfig) -> DatasetConfig:
+    """Return `data` with the name of its data set, which either section may say but not both
+    differently."""
+    if data.dataset_name and config.dataset_name and data.dataset_name != config.dataset_name:
+        raise ConfigError(
+            [
+                f"data.dataset_name {data.dataset_name!r} and train.dataset_name "
+                f"{config.dataset_name!r} "
+                "name different data: remove one of them"
+            ]
+        )
+    name = data.dataset_name or config.dataset_name
+    if not name:
+        raise ConfigError(
+            ["data.dataset_name: no data set is named; give a Hub id, a file or a folder"]
+        )
+    return dataclasses.replace(data, dataset_name=name)
+
+
+def open_run(config: TrainingConfig, **sections: Any) -> tuple[Runtime, RunFolder]:
+    """Start the processes and return them with the run's folder, which is refused if foreign.
+
+    Args:
+        sections: what stands in `config.yaml` beside `train`; None is left out.
+    """
+    runtime = start(config)
+    run = RunFolder(config, record_of(**sections, train=config))
+    run.refuse_foreign()
+    if run.finished():
+        log.info("%s is finished already; remove %s to train again", config.run_name, run.path)
+    return runtime, run
+
+
+@contextmanager
+def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
+    """Write how the run ended into `outcome.json`, which survives launchers that flatten exit
+    statuses."""
+    try:
+        yield
+    except BaseException as error:
+        if runtime.is_main and (run.path / "config.yaml").exists():
+            status = getattr(error, "status", 1)
+            run.close(status, f"{type(error).__name__}: {error}", run.last_step())
+        raise
+    if runtime.is_main:
+        run.close(0, "done", run.last_step())
+
+
+def choose_tokenizer(
+    argument: str | None, checkpoint: Checkpoint | None, config: TrainingConfig
+) -> tuple[PreTrainedTokenizerBase, list[tuple[str, PreTrainedTokenizerBase]]]:
+    """Return the tokenizer to use, and the others that were named and must agree with it.
+
+    The argument of `run_*` comes first, then the one in the checkpoint, then
+    `train.tokenizer_name`.
+    """
+    candidates: list[tuple[str, str]] = []
+    if argument:
+        candidates.append(("the tokenizer_name argument", argument))
+    if checkpoint is not None and checkpoint.has_tokenizer:
+        candidates.append(("the checkpoint", checkpoint.place))
+    if config.tokenizer_name:
+        candidates.append(("train.tokenizer_name", config.tokenizer_name))
+    if not candidates:
+        raise ConfigError(
+            ["train.tokenizer_name: the checkpoint holds no tokenizer and none is named; name one"]
+        )
+    (origin, place), *others = candidates
+    tokenizer = load_tokenizer(place)
+    log.info("tokenizer: %s (%s)", place, origin)
+    if checkpoint is not None:
+        check_tokenizer_fits(tokenizer, checkpoint.vocabulary, place)
+    loaded = [(other, load_tokenizer(other)) for _, other in others if other != place]
+    return tokenizer, loaded
+
+
+def check_agreement(
+    tokenizer: PreTrainedTokenizerBase,
+    others: list[tuple[str, PreTrainedTokenizerBase]],
+    data: DatasetConfig,
+) -> None:
+    """Refuse tokenizers that are named beside the one in use and give other ids on this data."""
+    texts = sample_texts(data) if others else []
+    for _, other in others:
+        check_tokenizers_agree(tokenizer, other, texts)
+
+
+def build_tables(
+    runtime: Runtime, run: RunFolder, build: Callable[[Path], Prepared], config: TrainingConfig
+) -> Prepared:
+    """Tokenise once a machine, map everywhere, compare, and refuse data that cannot fill one
+    step."""
+    with runtime.one_per_machine_first():
+        prepared = build(run.data)
+    runtime.agree(prepared.train.digest, "the training data")
+    if runtime.is_main:
+        for line in prepared.report.lines():
+            log.info("data: %s", line)
+        if prepared.evaluation is None:
+            log.info("evaluation: none, because no evaluation data is named")
+    if len(prepared.train) < config.batch_size:
+        raise UserError(
+            f"{len(prepared.train)} examples are left to train on, fewer than one batch of "
+            f"train.batch_size {config.batch_size}: lower it, or add data"
+        )
+    return prepared
+
+
+def check_ids_fit(table: TokenTable, vocabulary: int) -> None:
+    """Refuse token ids outside an embedding of `vocabulary` rows."""
+    if table.max_id >= vocabulary:
+        raise UserError(
+            f"token id {table.max_id} but embedding has {vocabulary} rows; use the model's "
+            "tokenizer"
+        )
+
+
+def check_positions(length: int, positions: int | None, setting: str) -> None:
+    """Refuse sequences longer than the model has positions."""
+    if positions is not None and length > positions:
+        raise UserError(
+            f"{setting} {length} is above the {positions} positions that the model is made for: "
+            "lower it"
+        )
+
+
+def set_up_scorer(
+    runtime: Runtime, model: PreTrainedModel, config: TrainingConfig, *, dropout: bool
+) -> TokenScorer:
+    """Probe, wrap and place the model; dropout, recomputation and compilation as asked."""
+    model.to(runtime.device)
+    scorer = make_scorer(model, config.attention)
+    if runtime.is_main:
+        rows = "pairs share their prompt" if scorer.abilities.trees else "one row an answer"
+        log.info(
+            "model: %s, %s parameters, %s",
+            type(model).__name__,
+            f"{model.num_parameters():,}",
+            rows,
+        )
+    if not dropout:
+        disable_dropout(model)
+    if config.gradient_checkpointing:
+        recompute_activations(model)
+    if config.compile:
+        compile_layers(model)
+    return scorer
+
+
+def make_sources(
+    runtime: Runtime, config: TrainingConfig, prepared: Prepared, kind: Kind, scorer: TokenScorer
+) -> tuple[BatchSource, BatchSource | None]:
+    """Return this rank's sources of training and, where there is some, evaluation data."""
+    train_source = make_source(runtime, config, prepared.train, kind, scorer)
+    if prepared.evaluation is None:
+        return train_source, None
+    return train_source, make_source(runtime, config, prepared.evaluation, kind, scorer)
+
+
+def make_source(
+    runtime: Runtime, config: TrainingConfig, table: TokenTable, kind: Kind, scorer: TokenScorer
+) -> BatchSource:
+    """Return this rank's source of micro-batches over `table`.
+
+    Raises:
+        UserError: one example alone is above `tokens_per_micro_batch`.
+    """
+    examples = Examples(table, kind, trees=scorer.abilities.trees)
+    budget = token_budget(runtime, config, examples, shared=scorer.abilities.trees)
+    order = Order(len(table), config.batch_size, config.seed)
+    return BatchSource(
+        examples,
+        order,
+        budget,
+        rank=runtime.rank,
+        world=runtime.world,
+        shared=scorer.abilities.trees,
+    )
+
+
+def token_budget(
+    runtime: Runtime, config: TrainingConfig, examples: Examples, *, shared: bool
+) -> Budget:
+    """Return what one forward may hold: as the user says, else by device."""
+    count = config.examples_per_micro_batch
+    if config.tokens_per_micro_batch is None:
+        tokens = None if count is not None else AUTO_TOKENS.get(runtime.device.type, 8192)
+        return Budget(tokens=tokens, examples=count)
+    tokens, index = largest_example(examples, shared=shared)
+    if tokens > config.tokens_per_micro_batch:
+        raise UserError(
+            f"{examples.table.origin(index)}: takes {tokens} tokens, above "
+            "train.tokens_per_micro_batch "
+            f"{config.tokens_per_micro_batch}: raise it, or lower max_length"
+        )
+    return Budget(tokens=config.tokens_per_micro_batch, examples=count)
+
+
+def train_and_export(
+    runtime: Runtime,
+    scorer: TokenScorer,
+    task: Task,
+    config: TrainingConfig,
+    run: RunFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: dict[str, Any],
+) -> Path:
+    """Run the loop and write the final model as a `transformers` folder; return that folder."""
+    train(runtime, scorer, task, config, run, facts)
+    if runtime.is_main:
+        export(scorer.model, tokenizer, run.final)
+        log.info("final model: %s", run.final)
+    runtime.barrier()
+    return run.final
+
+
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write weights, configuration and tokenizer so that plain `transformers` loads them."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(model.config, name, None) is None:
+            setattr(model.config, name, getattr(tokenizer, name))
+        if getattr(model.generation_config, name, None) is None:
+            setattr(model.generation_config, name, getattr(tokenizer, name))
+    with committed_folder(folder) as place, torch.no_grad():
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)

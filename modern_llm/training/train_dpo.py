@@ -1,0 +1,101 @@
+"""DPO (Rafailov et al., 2023) and its family: a reference pass, a check of it, then the loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
+from modern_llm.data.preference_datasets import build_preference_tables
+from modern_llm.data.prepare import Prepared
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.models.load import inspect_checkpoint, load_model
+from modern_llm.models.scorer import TokenScorer
+from modern_llm.training import setup
+from modern_llm.training.dpo_config import DPOConfig
+from modern_llm.training.preference_task import PreferenceTask
+from modern_llm.training.reference_pass import ReferencePass
+
+__all__ = ["DPOConfig", "run_dpo"]
+
+
+def run_dpo(
+    sft_checkpoint: str | Path,
+    train_config: TrainingConfig,
+    dpo_config: DPOConfig,
+    preference_config: PreferenceDatasetConfig,
+    tokenizer_name: str | None = None,
+) -> Path:
+    """Train a policy on preference pairs and return its folder, `output_dir/{run_name}_final`.
+
+    The checkpoint is both the policy's start and the reference. The reference scores every pair
+    once, before step 1; the values are kept under `MODERN_LLM_CACHE` and found again by content.
+
+    Args:
+        sft_checkpoint: Hub id, `transformers` folder or `.pt` file.
+        train_config: `batch_size` counts pairs.
+        dpo_config: the loss and its options.
+        preference_config: where the pairs are, and their template.
+        tokenizer_name: Hub id or folder; else the checkpoint's, else `train_config.tokenizer_name`.
+
+    Raises:
+        UserError: bad configuration, checkpoint or data; nothing was written.
+        StorageError: the reference store cannot be written, or its values are not this policy's.
+        Stopped: a signal asked to stop; the same call goes on.
+    """
+    data = setup.with_dataset_name(preference_config, train_config)
+    runtime, run = setup.open_run(
+        train_config,
+        sft_checkpoint=str(sft_checkpoint),
+        dpo=dpo_config,
+        data=data,
+        tokenizer_name=tokenizer_name,
+    )
+    if run.finished():
+        return run.final
+    checkpoint = inspect_checkpoint(sft_checkpoint)
+    tokenizer, others = setup.choose_tokenizer(tokenizer_name, checkpoint, train_config)
+    setup.check_positions(dpo_config.max_length, checkpoint.positions, "dpo.max_length")
+    setup.check_agreement(tokenizer, others, data)
+    with setup.outcome_recorded(runtime, run):
+        prepared = setup.build_tables(
+            runtime,
+            run,
+            lambda folder: build_preference_tables(
+                data,
+                tokenizer,
+                folder,
+                max_length=dpo_config.max_length,
+                max_prompt_length=dpo_config.max_prompt_length,
+            ),
+            train_config,
+        )
+        setup.check_ids_fit(prepared.train, checkpoint.vocabulary)
+        if runtime.is_main:
+            run.open()
+        scorer = setup.set_up_scorer(runtime, load_model(checkpoint), train_config, dropout=False)
+        task, reference = _task(runtime, scorer, train_config, dpo_config, prepared)
+        facts = {"data": prepared.train.digest, "reference": reference}
+        return setup.train_and_export(runtime, scorer, task, train_config, run, tokenizer, facts)
+
+
+def _task(
+    runtime: Runtime,
+    scorer: TokenScorer,
+    train_config: TrainingConfig,
+    dpo_config: DPOConfig,
+    prepared: Prepared,
+) -> tuple[PreferenceTask, str | None]:
+    """Run the reference pass with the scorer as loaded; return the task and the reference's digest.
+
+    After a resume too: the checkpoint's weights are loaded later, by the loop, so that a reference
+    is never built from a policy that has trained.
+    """
+    source, evaluation = setup.make_sources(runtime, train_config, prepared, "pairs", scorer)
+    references = ReferencePass(runtime, scorer, train_config, dpo_config)
+    values = references.values(source, "training pairs")
+    held_out = None if evaluation is None else references.values(evaluation, "evaluation pairs")
+    references.check(source, values)
+    task = PreferenceTask(
+        runtime, dpo_config, source, values, evaluation, held_out, scorer.aux_coefficient
+    )
+    return task, references.digest

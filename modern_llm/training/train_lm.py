@@ -1,0 +1,67 @@
+"""Pretraining: a new model from a `ModernLLMConfig`, on documents packed into full rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from modern_llm.config import DocumentDatasetConfig, ModernLLMConfig, TrainingConfig
+from modern_llm.config.errors import ConfigError
+from modern_llm.data.document_datasets import build_document_tables
+from modern_llm.models.build import build_model
+from modern_llm.models.load import check_tokenizer_fits
+from modern_llm.training import setup
+from modern_llm.training.language_task import LanguageTask
+
+
+def run_training(
+    model_config: ModernLLMConfig,
+    train_config: TrainingConfig,
+    dataset_config: DocumentDatasetConfig | None = None,
+    tokenizer_name: str | None = None,
+) -> Path:
+    """Pretrain a model from scratch and return its folder, `output_dir/{run_name}_final`.
+
+    Args:
+        model_config: the shape; rows are `max_seq_len` tokens long.
+        train_config: `batch_size` counts rows. `dataset_name` names the documents unless
+            `dataset_config` does.
+        tokenizer_name: Hub id or folder; `train_config.tokenizer_name` unless given.
+
+    Raises:
+        UserError: bad configuration or data; nothing was written.
+        Stopped: a signal asked to stop; the same call goes on.
+    """
+    data = setup.with_dataset_name(dataset_config or DocumentDatasetConfig(), train_config)
+    runtime, run = setup.open_run(
+        train_config, model=model_config, data=data, tokenizer_name=tokenizer_name
+    )
+    if run.finished():
+        return run.final
+    tokenizer, others = setup.choose_tokenizer(tokenizer_name, None, train_config)
+    if others:
+        raise ConfigError(
+            [
+                f"tokenizer_name {tokenizer_name!r} and train.tokenizer_name {others[0][0]!r} "
+                "differ: keep one"
+            ]
+        )
+    check_tokenizer_fits(tokenizer, model_config.vocab_size, str(tokenizer.name_or_path))
+    with setup.outcome_recorded(runtime, run):
+        prepared = setup.build_tables(
+            runtime,
+            run,
+            lambda folder: build_document_tables(
+                data, tokenizer, folder, row_length=model_config.max_seq_len
+            ),
+            train_config,
+        )
+        if runtime.is_main:
+            run.open()
+        model = build_model(model_config, seed=train_config.seed)
+        scorer = setup.set_up_scorer(runtime, model, train_config, dropout=True)
+        source, evaluation = setup.make_sources(
+            runtime, train_config, prepared, "documents", scorer
+        )
+        task = LanguageTask(source, evaluation, scorer.aux_coefficient)
+        facts = {"data": prepared.train.digest}
+        return setup.train_and_export(runtime, scorer, task, train_config, run, tokenizer, facts)

@@ -1,0 +1,1 @@
+"""Tests, in the tree of the package; `tests.helpers` is what they share."""

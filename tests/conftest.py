@@ -1,0 +1,47 @@
+"""What every test gets: no Hub, few threads, its own reference cache, the folder of real input.
+
+The environment is set before any test module imports a library that reads it once.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Torch takes its number of threads from here when it is first imported, in child processes too.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture(scope="session")
+def shared(request: pytest.FixtureRequest) -> Path:
+    """The folder of real data, tokenizers and reference vectors beside the repository."""
+    folder = (request.config.rootpath / ".." / "shared").resolve()
+    if not (folder / "golden").is_dir():
+        pytest.skip(
+            f"no real input: {folder} is not there (other tests cover the same on text of our own)"
+        )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_reference_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place for reference values that no other test and no real run has filled."""
+    folder = tmp_path / "reference-cache"
+    monkeypatch.setenv("MODERN_LLM_CACHE", str(folder))
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is none; only such tests make this import torch."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,105 @@
+"""The order is a function of (seed, epoch, step); every placement covers each example once."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modern_llm.data.plan import Budget, Order, area, place
+
+sizes = st.lists(
+    st.tuples(st.integers(1, 60)) | st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    min_size=0,
+    max_size=40,
+)
+budgets = st.builds(
+    Budget, tokens=st.none() | st.integers(1, 300), examples=st.none() | st.integers(1, 9)
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(sizes, st.integers(1, 9), budgets, st.booleans())
+def test_every_example_once_equal_numbers_and_within_budget(lengths, world, budget, shared):
+    indices = np.arange(len(lengths)) * 3 + 1
+    table = {int(i): lengths[n] for n, i in enumerate(indices)}
+    ranks = place(indices, table.__getitem__, world=world, budget=budget, shared=shared)
+    assert len(ranks) == world
+    assert len({len(rank) for rank in ranks}) == 1
+    placed = sorted(int(i) for rank in ranks for group in rank for i in group)
+    assert placed == indices.tolist()
+    for rank in ranks:
+        for group in rank:
+            if budget.examples is not None:
+                assert len(group) <= budget.examples
+            if budget.tokens is not None and len(group) > 1:
+                assert area([table[int(i)] for i in group], shared=shared) <= budget.tokens
+
+
+@settings(deadline=None, max_examples=100)
+@given(sizes, st.integers(1, 4), budgets, st.randoms(use_true_random=False))
+def test_placement_does_not_depend_on_the_order_in_which_examples_are_named(
+    lengths, world, budget, random
+):
+    indices = np.arange(len(lengths))
+    shuffled = indices.tolist()
+    random.shuffle(shuffled)
+    once = place(indices, lengths.__getitem__, world=world, budget=budget, shared=True)
+    again = place(
+        np.array(shuffled, dtype=np.int64),
+        lengths.__getitem__,
+        world=world,
+        budget=budget,
+        shared=True,
+    )
+    assert [[g.tolist() for g in r] for r in once] == [[g.tolist() for g in r] for r in again]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 50), st.integers(1, 12), st.integers(0, 2**62), st.integers(1, 4))
+def test_every_epoch_covers_each_example_once(examples, batch, seed, epochs):
+    order = Order(examples, batch, seed)
+    for epoch in range(epochs):
+        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+        parts = [order.step(step) for step in steps]
+        assert sorted(np.concatenate(parts).tolist()) == list(range(examples))
+        assert all(len(part) == batch for part in parts[:-1])
+    assert order.consumed(order.steps_per_epoch * epochs) == examples * epochs
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(2, 50), st.integers(1, 12), st.integers(0, 2**62), st.integers(0, 60))
+def test_a_step_does_not_depend_on_what_was_asked_before(examples, batch, seed, step):
+    alone = Order(examples, batch, seed).step(step)
+    order = Order(examples, batch, seed)
+    for other in (step + 7, 0, step + 1):
+        order.step(other)
+    assert np.array_equal(order.step(step), alone)
+    # The same epoch's permutation serves every batch size: examples are not tied to steps of one
+    # size.
+    other = Order(examples, 1, seed)
+    epoch, within = divmod(step, order.steps_per_epoch)
+    singles = [int(other.step(epoch * examples + within * batch + i)[0]) for i in range(len(alone))]
+    assert singles == alone.tolist()
+
+
+def test_seeds_and_epochs_give_other_orders():
+    order = Order(100, 100, 1)
+    assert not np.array_equal(order.step(0), order.step(1))
+    assert not np.array_equal(order.step(0), Order(100, 100, 2).step(0))
+
+
+def test_examples_consumed_counts_the_short_step():
+    order = Order(examples=7, batch_size=3, seed=0)
+    assert [len(order.step(s)) for s in range(6)] == [3, 3, 1, 3, 3, 1]
+    assert [order.consumed(s) for s in range(7)] == [0, 3, 6, 7, 10, 13, 14]
+
+
+def test_work_is_about_even_over_ranks():
+    rng = np.random.default_rng(0)
+    lengths = [(int(n),) for n in rng.integers(20, 500, 64)]
+    ranks = place(
+        np.arange(64), lengths.__getitem__, world=4, budget=Budget(tokens=1024), shared=True
+    )
+    work = [sum(lengths[int(i)][0] for group in rank for i in group) for rank in ranks]
+    assert max(work) <= 1.1 * min(work)

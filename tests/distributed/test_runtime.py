@@ -1,0 +1,82 @@
+"""What processes agree on: sums, objects, one builder a machine, errors that reach everyone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from modern_llm.config import TrainingConfig
+from modern_llm.config.errors import ConfigError, DataError, PeerError
+from modern_llm.distributed.runtime import start
+from tests.helpers.ranks import run_ranks
+
+
+def config(**changes) -> TrainingConfig:
+    return TrainingConfig(run_name="x", output_dir=Path("unused"), **changes)
+
+
+def on_a_rank(folder: Path) -> dict:
+    runtime = start(config())
+    seen: dict = {"world": torch.distributed.get_world_size(), "rank": runtime.rank}
+    seen["sum"] = runtime.sum(torch.tensor([1.0 + runtime.rank, 2.0])).tolist()
+    seen["gather"] = runtime.gather(("rank", runtime.rank))
+    seen["from_main"] = runtime.from_main(f"said by {runtime.rank}")
+    with runtime.one_per_machine_first():
+        found = (folder / "built").exists()
+        (folder / "built").write_text("")
+    seen["found"] = found
+    try:
+        with runtime.one_per_machine_first():
+            if runtime.accelerator.is_local_main_process:
+                raise DataError("line 7 is broken")
+    except DataError as error:
+        seen["error"] = str(error)
+    runtime.agree("same", "the data")
+    try:
+        runtime.agree(f"other {runtime.rank}", "the data")
+    except PeerError as error:
+        seen["differ"] = str(error)
+    return seen
+
+
+def test_two_processes(tmp_path):
+    for rank, seen in enumerate(run_ranks(on_a_rank, 2, tmp_path)):
+        assert seen["world"] == 2
+        assert seen["rank"] == rank
+        assert seen["sum"] == [3.0, 4.0]
+        assert seen["gather"] == [("rank", 0), ("rank", 1)]
+        assert seen["from_main"] == "said by 0"
+        assert seen["found"] == (rank == 1)
+        assert seen["error"] == "line 7 is broken"
+        assert "the data" in seen["differ"] and "rank 1" in seen["differ"]
+
+
+def test_a_single_process_needs_no_group():
+    runtime = start(config())
+    assert (runtime.rank, runtime.world, runtime.is_main) == (0, 1, True)
+    assert runtime.gather(3) == [3]
+    assert runtime.sum(torch.ones(2)).tolist() == [1.0, 1.0]
+    assert not torch.distributed.is_initialized()
+
+
+def test_stages_of_one_process_may_differ_in_precision():
+    assert start(config(mixed_precision="bf16")).accelerator.mixed_precision == "bf16"
+    assert start(config()).accelerator.mixed_precision == "no"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="float16 is fine on a GPU")
+def test_float16_without_a_gpu_is_refused():
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        start(config(mixed_precision="fp16"))
+
+
+def lonely() -> str:
+    os.environ["WORLD_SIZE"] = "1"
+    return str(start(config()).world)
+
+
+def test_a_world_of_one_by_environment_is_one(tmp_path):
+    assert run_ranks(lonely, 1) == ["1"]

@@ -1,0 +1,147 @@
+"""The fused head against plain float64 log-softmax, `gradcheck`, and its memory against the
+chunk."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from modern_llm.models.head import FusedHead, LogitTransform, fuse_head, target_logprobs
+
+TRANSFORMS = [
+    LogitTransform(),
+    LogitTransform(scale=0.3),
+    LogitTransform(softcap=2.0),
+    LogitTransform(scale=1.7, softcap=3.0),
+]
+
+
+def plain(hidden, weight, bias, targets, transform):
+    logits = nn.functional.linear(hidden, weight, bias) * transform.scale
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+
+
+def inputs(n=7, d=5, v=11, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, d, generator=g, dtype=dtype, requires_grad=True)
+    weight = torch.randn(v, d, generator=g, dtype=dtype, requires_grad=True)
+    bias = torch.randn(v, generator=g, dtype=dtype, requires_grad=True)
+    targets = torch.randint(v, (n,), generator=g)
+    return hidden, weight, bias, targets
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_values_and_gradients_equal_plain_log_softmax(transform, with_bias, rows):
+    hidden, weight, bias, targets = inputs()
+    bias = bias if with_bias else None
+    leaves = [t for t in (hidden, weight, bias) if t is not None]
+    upstream = torch.linspace(-2, 3, len(targets), dtype=torch.float64)
+
+    ours = target_logprobs(hidden, weight, targets, bias=bias, transform=transform, rows=rows)
+    expected = plain(hidden, weight, bias, targets, transform)
+    assert ours.dtype == torch.float64
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+    for a, b in zip(
+        torch.autograd.grad((ours * upstream).sum(), leaves),
+        torch.autograd.grad((expected * upstream).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_gradcheck(transform):
+    hidden, weight, bias, targets = inputs(n=4, d=3, v=6)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: target_logprobs(h, w, targets, bias=b, transform=transform, rows=3),
+        (hidden, weight, bias),
+    )
+
+
+def test_bfloat16_input_gives_float32_close_to_float64():
+    hidden, weight, _, targets = inputs(n=50, d=16, v=300)
+    low = [t.detach().to(torch.bfloat16).requires_grad_() for t in (hidden, weight)]
+    ours = target_logprobs(*low, targets, rows=8)
+    assert ours.dtype == torch.float32
+    expected = plain(low[0].double(), low[1].double(), None, targets, LogitTransform())
+    # The product itself is rounded to bfloat16 (8 bits): logits of about 10 are off by up to 0.05.
+    torch.testing.assert_close(ours.double(), expected, rtol=0, atol=0.1)
+    ours.sum().backward()
+    assert low[1].grad.dtype == torch.bfloat16
+    assert torch.isfinite(low[1].grad).all()
+
+
+def test_no_targets_gives_zero_gradients_and_keeps_the_graph():
+    hidden, weight, bias, _ = inputs()
+    out = target_logprobs(hidden[:0], weight, torch.zeros(0, dtype=torch.long), bias=bias)
+    assert out.shape == (0,)
+    out.sum().backward()
+    assert weight.grad.abs().sum() == 0
+    assert hidden.grad.abs().sum() == 0
+
+
+def test_wrong_shapes_are_refused():
+    hidden, weight, _, targets = inputs()
+    with pytest.raises(ValueError, match="targets"):
+        target_logprobs(hidden, weight, targets[:-1])
+
+
+def test_peak_extra_memory_is_bounded_by_the_chunk():
+    """Counts every live byte that torch allocates: whole logits would be 64 times the bound."""
+    from torch.profiler import ProfilerActivity, profile
+
+    n, d, v, rows = 2048, 16, 4096, 16
+    hidden = torch.randn(n, d, requires_grad=True)
+    weight = torch.randn(v, d, requires_grad=True)
+    targets = torch.randint(v, (n,))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        target_logprobs(hidden, weight, targets, rows=rows).sum().backward()
+    live = peak = 0
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    chunk = rows * v * 4
+    results = (n * d + v * d + 4 * n) * 4
+    assert peak > 0
+    assert peak <= 4 * chunk + 2 * results
+    assert 4 * chunk + 2 * results < n * v * 4 / 16
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 5)
+        self.lm_head = nn.Linear(5, 11, bias=False)
+        self.lm_head.weight = self.embedding.weight
+
+
+def test_fuse_head_keeps_parameters_names_and_ties():
+    model = Tied().double()
+    before = dict(model.named_parameters())
+    assert fuse_head(model.lm_head, LogitTransform())
+    assert isinstance(model.lm_head, FusedHead)
+    assert dict(model.named_parameters()).keys() == before.keys()
+    assert model.lm_head.weight is model.embedding.weight
+
+    ids = torch.tensor([1, 4, 4, 9])
+    targets = torch.tensor([2, 0, 10, 4])
+    hidden = model.embedding(ids)
+    ours = model.lm_head(hidden, targets)
+    assert torch.equal(model.lm_head(hidden), nn.functional.linear(hidden, model.lm_head.weight))
+    (grad,) = torch.autograd.grad(ours.sum(), model.embedding.weight)
+    expected = plain(model.embedding(ids), model.embedding.weight, None, targets, LogitTransform())
+    (wanted,) = torch.autograd.grad(expected.sum(), model.embedding.weight)
+    torch.testing.assert_close(grad, wanted)
+
+
+def test_a_head_that_is_no_linear_layer_is_left_alone():
+    head = nn.Sequential(nn.Linear(5, 11))
+    assert not fuse_head(head, LogitTransform())
+    assert type(head) is nn.Sequential

@@ -1,0 +1,138 @@
+"""Trees, packing and separate rows give the log-probs of a model's own plain forward, in every
+architecture."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from modern_llm.data.batches import collate
+from modern_llm.data.rows import Examples
+from modern_llm.models.load import make_scorer
+from tests.helpers.models import CONFIGS, WITHOUT_TREES, make_model, plain_sums, random_pairs
+
+
+def score(scorer, table, indices=None, *, shared=None):
+    shared = scorer.abilities.trees if shared is None else shared
+    examples = Examples(table, "pairs", trees=scorer.abilities.trees)
+    indices = np.arange(len(table)) if indices is None else np.asarray(indices)
+    batch = collate(examples, indices, shared=shared)
+    output = scorer(batch.ids, batch.positions, batch.segments, batch.targets)
+    return batch.sums(output.logprobs), output
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_trees_equal_plain_sequences(name, unequal_pairs):
+    expected = plain_sums(make_model(name), unequal_pairs)
+    scorer = make_scorer(make_model(name)).eval()
+    assert scorer.abilities.trees, scorer.abilities.notes
+    assert scorer.abilities.fused, scorer.abilities.notes
+    for shared in (True, False):
+        sums, _ = score(scorer, unequal_pairs, shared=shared)
+        torch.testing.assert_close(sums.double(), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *WITHOUT_TREES])
+def test_separate_rows_equal_plain_sequences(name, unequal_pairs):
+    expected = plain_sums(make_model(name), unequal_pairs)
+    scorer = make_scorer(make_model(name), "separate").eval()
+    assert not scorer.abilities.trees
+    sums, _ = score(scorer, unequal_pairs)
+    torch.testing.assert_close(sums.double(), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", WITHOUT_TREES)
+def test_a_model_that_cannot_is_reported_and_runs_with_separate_rows(name, unequal_pairs, caplog):
+    expected = plain_sums(make_model(name), unequal_pairs)
+    with caplog.at_level("INFO", logger="modern_llm"):
+        scorer = make_scorer(make_model(name)).eval()
+    assert not scorer.abilities.trees
+    assert [r.message for r in caplog.records if "separate rows" in r.message]
+    sums, _ = score(scorer, unequal_pairs)
+    torch.testing.assert_close(sums.double(), expected, rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="attention: tree"):
+        make_scorer(make_model(name), "tree")
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gemma2", "gpt2", "mixtral"])
+def test_gradients_of_trees_equal_gradients_of_plain_sequences(name):
+    table = random_pairs([(6, 3, 5), (2, 4, 1)])
+    weights = torch.tensor([[1.0, -0.5], [0.25, 2.0]], dtype=torch.float64)
+
+    # Grouped matrix products of experts exist up to float32.
+    dtype = torch.float32 if name == "mixtral" else torch.float64
+    model = make_model(name, dtype)
+    total = 0.0
+    for i in range(len(table)):
+        prompt = table.ids(i, "prompt").tolist()
+        for side, column in enumerate(("chosen", "rejected")):
+            ids = torch.tensor([prompt + table.ids(i, column).tolist()])
+            logprobs = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+            answer = logprobs.gather(-1, ids[0, 1:, None])[len(prompt) - 1 :]
+            total = total + weights[i, side] * answer.sum()
+    total.backward()
+    expected = {n: p.grad for n, p in model.named_parameters()}
+
+    scorer = make_scorer(make_model(name, dtype))
+    sums, _ = score(scorer, table)
+    assert sums.dtype == dtype
+    (sums * weights).sum().backward()
+    for n, parameter in scorer.model.named_parameters():
+        # RoPE tables and some norms are float32 in transformers whatever the weights are.
+        torch.testing.assert_close(
+            parameter.grad, expected[n], rtol=1e-4, atol=2e-5, msg=lambda m, n=n: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2"])
+def test_no_token_sees_another_branch_or_tree(name):
+    """Change one answer: of all other sums not one bit moves."""
+    table = random_pairs([(6, 5, 4), (3, 7, 2), (5, 5, 5)])
+    scorer = make_scorer(make_model(name)).eval()
+    before, _ = score(scorer, table)
+    table.rows[0][1] = np.roll(table.rows[0][1], 1)
+    after, _ = score(scorer, table)
+    assert before[0, 0] != after[0, 0]
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    mask[0, 0] = False
+    assert torch.equal(before[mask], after[mask])
+
+
+def test_any_grouping_into_forwards_gives_the_same_sums(unequal_pairs):
+    scorer = make_scorer(make_model("llama")).eval()
+    whole, _ = score(scorer, unequal_pairs)
+    parts = torch.cat([score(scorer, unequal_pairs, part)[0] for part in ([0, 1], [2], [3, 4])])
+    torch.testing.assert_close(whole, parts, rtol=0, atol=1e-4)
+
+
+def test_an_empty_micro_batch_touches_every_parameter_with_zero():
+    scorer = make_scorer(make_model("mixtral"))
+    sums, output = score(scorer, random_pairs([(3, 2, 2)]), [])
+    assert sums.shape == (0, 2)
+    assert torch.isfinite(output.aux_loss)
+    sums.sum().backward()
+    for name, parameter in scorer.model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() == 0, name
+
+
+def test_the_routers_loss_is_the_models_own():
+    model = make_model("mixtral")
+    table = random_pairs([(8, 4, 6)])
+    ids = torch.tensor([table.ids(0, "prompt").tolist() + table.ids(0, "chosen").tolist()])
+    expected = model(input_ids=ids, output_router_logits=True).aux_loss
+    scorer = make_scorer(make_model("mixtral"))
+    segments = torch.zeros(1, ids.shape[1], 2, dtype=torch.long)
+    output = scorer(
+        ids, torch.arange(ids.shape[1])[None], segments, torch.zeros(2, 0, dtype=torch.long)
+    )
+    torch.testing.assert_close(output.aux_loss, expected)
+    assert scorer.aux_coefficient == model.config.router_aux_loss_coef > 0
+
+
+def test_wrong_shapes_are_refused():
+    scorer = make_scorer(make_model("llama"))
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="segments"):
+        scorer(ids, ids, ids, torch.zeros(2, 0, dtype=torch.long))

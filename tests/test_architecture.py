@@ -1,0 +1,333 @@
+"""The import table of the design, kept true, and the limits that keep the code readable.
+
+`TABLE` is the contract: to let a layer import something new, change its row here and say why. The
+last part shows, on made-up sources, that each rule refuses what it should.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.imports import (
+    Layer,
+    Source,
+    heavy_at_start,
+    read_package,
+    sizes,
+    table_violations,
+    unsafe_loading,
+    work_at_import,
+)
+
+CORE = frozenset("loop task optim checkpoint metrics signals run_folder".split())
+"""Modules of `training` that know an Accelerator and a Task, not data, models or losses."""
+
+
+def row(project: str = "", third_party: str = "", **options) -> Layer:
+    return Layer(frozenset(project.split()), frozenset(third_party.split()), **options)
+
+
+BELOW = "config objectives models data distributed reference core"
+TABLE = {
+    # layer: what it may import of the project; of others, besides the standard library
+    "package": row(),
+    "config": row("", "pydantic pydantic_settings yaml"),
+    "objectives": row("", "torch"),
+    "models": row("config", "torch transformers peft"),
+    # A table of a million pairs is made without torch; only the tensors of one batch need it.
+    "data": row(
+        "config",
+        "numpy datasets tokenizers pyarrow",
+        only_in={"torch": frozenset({"data.batches"})},
+    ),
+    "distributed": row("config", "torch torch.distributed accelerate deepspeed rich"),
+    "reference": row(
+        "config data.records models.scorer distributed", "safetensors torch numpy transformers"
+    ),
+    "core": row("config distributed", "torch accelerate safetensors yaml"),
+    # train_*.py and what they are made of; a train_*.py itself is imported by cli and demo only.
+    "stages": row(BELOW, "torch transformers numpy safetensors pydantic"),
+    "report": row(),
+    "demo": row(f"{BELOW} stages report", "tokenizers transformers rich numpy torch"),
+    "cli": row(f"{BELOW} stages report demo", "pydantic pydantic_settings rich transformers"),
+}
+STARTS_AT_ONCE = ("modern_llm.__main__", "modern_llm.cli", "modern_llm.config")
+SLOW_TO_IMPORT = frozenset("torch transformers accelerate datasets numpy pyarrow pandas".split())
+MAX_LINES, MAX_FUNCTION = 400, 60
+# In brackets, so that the pattern does not find itself.
+MACHINE_PATH = re.compile(
+    r"/w[o]rk/|/opt/whe[e]ls|\.l[i]brary|(?<![\w}.$-])/(?:r[o]ot|h[o]me|U[s]ers)/\w"
+)
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def package() -> list[Source]:
+    sources = read_package(ROOT)
+    assert len(sources) > 20, "the package was not found"
+    return sources
+
+
+def expect_none(problems: list[str]) -> None:
+    assert not problems, "\n" + "\n".join(problems)
+
+
+def test_imports_follow_the_table(package):
+    expect_none(table_violations(package, TABLE, CORE))
+
+
+@pytest.mark.parametrize("start", STARTS_AT_ONCE)
+def test_help_and_configuration_import_nothing_slow(package, start):
+    expect_none(heavy_at_start(package, start, SLOW_TO_IMPORT))
+
+
+def test_nothing_happens_at_import_time(package):
+    expect_none([problem for source in package for problem in work_at_import(source)])
+
+
+def test_nothing_runs_code_that_lies_in_a_file(package):
+    expect_none([problem for source in package for problem in unsafe_loading(source)])
+
+
+def test_functions_of_the_package_and_all_files_are_short(package):
+    tests = [
+        Source(path.stem, str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+    ]
+    found = [problem for source in package for problem in sizes(source, MAX_LINES, MAX_FUNCTION)]
+    found += [problem for source in tests for problem in sizes(source, MAX_LINES, None)]
+    expect_none(found)
+
+
+def test_every_module_says_what_it_is(package):
+    expect_none([source.path for source in package if silent(source)])
+
+
+def test_no_path_of_one_machine_is_written_down():
+    folders = ("modern_llm", "tests", "launch", ".ci", "accelerate_configs", "ds_configs")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    files += [path for path in ROOT.iterdir() if path.name != ".git"]  # a file, in a worktree
+    found = []
+    for path in sorted(p for p in files if p.is_file() and "__pycache__" not in p.parts):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue
+        found += [
+            f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+            for number, line in enumerate(lines, 1)
+            if MACHINE_PATH.search(line)
+        ]
+    expect_none(found)
+
+
+def silent(source: Source) -> bool:
+    """Whether a module with code in it lacks a docstring; an empty package marker needs none."""
+    return bool(source.tree.body) and not ast.get_docstring(source.tree)
+
+
+# The rules themselves, on sources made up for the purpose.
+
+
+def made_up(module: str, text: str, package: bool = False) -> Source:
+    path = module.replace(".", "/") + ("/__init__.py" if package else ".py")
+    return Source(module, path, text)
+
+
+WORLD = [
+    made_up("modern_llm", "", package=True),
+    made_up("modern_llm.config", "", package=True),
+    made_up("modern_llm.data", "", package=True),
+    made_up("modern_llm.data.rows", "import numpy"),
+    made_up("modern_llm.data.records", ""),
+    made_up("modern_llm.models", "", package=True),
+    made_up("modern_llm.models.scorer", "import torch"),
+    made_up("modern_llm.training", "", package=True),
+    made_up("modern_llm.training.loop", ""),
+    made_up("modern_llm.training.train_dpo", ""),
+]
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "reason"),
+    [
+        ("config.x", "import torch", "config imports torch: not among"),
+        ("config.x", "def f():\n    import torch", "x.py:2: config imports torch"),
+        (
+            "config.x",
+            "from ..data import rows",
+            "config imports modern_llm.data.rows: not among nothing",
+        ),
+        (
+            "objectives.x",
+            "from modern_llm.config import TrainingConfig",
+            "modern_llm.config: not among",
+        ),
+        ("objectives.x", "import numpy as np", "objectives imports numpy"),
+        ("models.x", "import torch.distributed as dist", "imports torch.distributed"),
+        ("models.x", "from torch import distributed", "imports torch.distributed"),
+        ("models.x", "import torch\ndef f():\n    torch.distributed.barrier()", "x.py:3"),
+        ("models.x", "from accelerate import Accelerator", "models imports accelerate.Accelerator"),
+        (
+            "models.x",
+            "from modern_llm.data import rows",
+            "modern_llm.data.rows: not among ['config']",
+        ),
+        ("data.x", "import torch", "only in ['data.batches']"),
+        ("data.x", "from torch.nn import Module", "only in ['data.batches']"),
+        ("data.x", "from accelerate import Accelerator", "not among"),
+        (
+            "distributed.x",
+            "from modern_llm.models.scorer import TokenScorer",
+            "not among ['config']",
+        ),
+        ("reference.x", "from modern_llm.data.rows import Rows", "not among"),
+        (
+            "reference.x",
+            "from modern_llm.training import loop",
+            "modern_llm.training.loop: not among",
+        ),
+        (
+            "training.loop",
+            "from modern_llm.data.rows import Rows",
+            "core imports modern_llm.data.rows",
+        ),
+        ("training.loop", "from modern_llm.training.setup import go", "core imports"),
+        ("training.loop", "import torch.distributed", "core imports torch.distributed"),
+        ("training.setup", "import deepspeed", "stages imports deepspeed"),
+        ("training.setup", "from accelerate import Accelerator", "stages imports accelerate"),
+        ("training.setup", "from modern_llm.training import train_dpo", "do not import a stage"),
+        ("training.train_sft", "from .train_lm import run_training", "do not import a stage"),
+        ("training.train_sft", "from modern_llm.cli import main", "stages imports modern_llm.cli"),
+        ("report.x", "from modern_llm.config import TrainingConfig", "report imports"),
+        ("demo.x", "from modern_llm.cli import main", "demo imports modern_llm.cli"),
+        ("cli", "import importlib\nimportlib.import_module('deepspeed')", "cli imports deepspeed"),
+        (
+            "data.x",
+            "__import__('modern_llm.models.scorer')",
+            "data imports modern_llm.models.scorer",
+        ),
+        ("models.x", "import importlib as i\ni.import_module(name)", "(a computed name)"),
+        (
+            "models.x",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import datasets",
+            "x.py:3",
+        ),
+        ("novelty.x", "", "layer 'novelty' has no row"),
+    ],
+)
+def test_the_table_refuses(module, text, reason):
+    (found,) = table_violations([*WORLD, made_up(f"modern_llm.{module}", text)], TABLE, CORE)
+    assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("config.x", "import os\nfrom pydantic import Field\nfrom modern_llm.config import base"),
+        ("objectives.x", "from torch import Tensor\nfrom modern_llm.objectives import preference"),
+        ("data.batches", "import torch\nfrom modern_llm.data.rows import Rows"),
+        ("distributed.x", "import torch.distributed as dist\ndef f():\n    import deepspeed"),
+        (
+            "reference.x",
+            "from modern_llm.data.records import Pair\nfrom modern_llm.models import scorer",
+        ),
+        (
+            "training.loop",
+            "from accelerate import Accelerator\nfrom modern_llm.training import task",
+        ),
+        (
+            "training.train_dpo",
+            "from modern_llm.data import rows\nfrom modern_llm.training.loop import f",
+        ),
+        ("demo.x", "def f():\n    from modern_llm.training.train_lm import run_training"),
+        ("cli", "def f():\n    from modern_llm.training.train_dpo import run_dpo"),
+    ],
+)
+def test_the_table_allows(module, text):
+    assert table_violations([*WORLD, made_up(f"modern_llm.{module}", text)], TABLE, CORE) == []
+
+
+def test_a_slow_import_is_found_through_other_modules():
+    cli = made_up("modern_llm.cli", "from modern_llm.models.scorer import A")
+    assert heavy_at_start([*WORLD, cli], "modern_llm.cli", SLOW_TO_IMPORT) == [
+        "modern_llm.cli -> modern_llm.models.scorer -> torch"
+    ]
+    lazy = made_up("modern_llm.cli", "def f():\n    from modern_llm.models.scorer import A")
+    assert heavy_at_start([*WORLD, lazy], "modern_llm.cli", SLOW_TO_IMPORT) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "print('hello')",
+        "import torch\nDEVICE = torch.device('cpu')",
+        "A = open('file').read()",
+        "class A:\n    x = expensive()",
+        "for i in range(3):\n    pass",
+        "try:\n    import a\nexcept ImportError:\n    a = None",
+        "import os\nos.environ['A'] = str(1)",
+        "def f():\n    print(1)\n    return 2\nA = f()",
+    ],
+)
+def test_work_at_import_is_refused(text):
+    assert work_at_import(made_up("modern_llm.x", text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "'''Doc.'''\nfrom typing import TypeVar\nT = TypeVar('T')\nA: int = 3\nB = frozenset({1})",
+        "class Row:\n    'Doc.'\n    a: int = 1\nTABLE = {'x': Row(a=2)}",
+        "from modern_llm.config.base import Row\nTABLE = (Row(1, lambda: open('x')),)",
+        "def has(name):\n    return lambda row: name in row\nTABLE = [has('a')]",
+        "def main():\n    print(1)\nif __name__ == '__main__':\n    main()",
+    ],
+)
+def test_naming_things_at_import_is_allowed(text):
+    assert work_at_import(made_up("modern_llm.x", text)) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import torch\ntorch.load(path)",
+        "import torch\ntorch.load(path, weights_only=flag)",
+        "from torch import load",
+        "f(trust_remote_code=True)",
+        "OPTIONS = {'trust_remote_code': True}",
+        "import numpy as np\nnp.load(path, allow_pickle=True)",
+    ],
+)
+def test_unsafe_loading_is_refused(text):
+    assert unsafe_loading(made_up("modern_llm.x", text))
+
+
+def test_safe_loading_is_allowed():
+    text = "from pickle import UnpicklingError\nimport torch\ntorch.load(p, weights_only=True)"
+    assert unsafe_loading(made_up("modern_llm.x", text)) == []
+
+
+def test_sizes_are_measured():
+    body = "def f():\n" + "    a = 1\n" * 5
+    source = made_up("modern_llm.x", body)
+    assert sizes(source, max_lines=6, max_function=6) == []
+    assert len(sizes(source, max_lines=5, max_function=6)) == 1
+    assert "f has 6 lines" in sizes(source, max_lines=6, max_function=5)[0]
+
+
+def test_a_missing_docstring_is_found():
+    assert silent(made_up("modern_llm.x", "import os"))
+    assert not silent(made_up("modern_llm.x", "'''Doc.'''\nimport os"))
+    assert not silent(made_up("modern_llm.data", "", package=True))
+
+
+def test_a_machine_path_is_found():
+    assert MACHINE_PATH.search("open('" + "/".join(["", "home", "me", "x')"]))
+    assert not MACHINE_PATH.search('cd "$root/home/x"')

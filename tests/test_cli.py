@@ -1,0 +1,203 @@
+"""The command line: help at once, every error one line with rule, value, place, cure; status 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modern_llm.cli import VERBS, main
+from tests.helpers.text import make_checkpoint, make_tokenizer, transcripts, write_jsonl
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    make_checkpoint(folder / "model", make_tokenizer(folder / "tokenizer"))
+    make_checkpoint(folder / "other", folder / "tokenizer", seed=5)
+    write_jsonl(folder / "pairs.jsonl", transcripts(12))
+    return folder
+
+
+def shell(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "modern_llm", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_imports_nothing_heavy_and_explains(verb):
+    code = (
+        f"import sys; from modern_llm.cli import main\n"
+        f"try: main(['{verb}', '--help'])\nexcept SystemExit as e: assert e.code == 0\n"
+        "heavy = {'torch', 'transformers', 'accelerate', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert f"modern-llm {verb}" in done.stdout
+    assert len(done.stdout.splitlines()) > 8
+
+
+def test_the_overview_lists_every_verb(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {verb} " in shown for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["dop"], ["unknown verb 'dop'", "did you mean dpo?"]),
+        (["dpo", "--train.lerning_rate", "1"], ["--train.lerning_rate", "--train.learning_rate"]),
+        (["dpo", "--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+        (["generate", "--model", "no/such", "--prompt", "x"], ["no/such", "check the path"]),
+        (["generate", "--model", "x", "--temperature", "-1"], ["temperature", "-1"]),
+    ],
+)
+def test_bad_usage_is_one_line_and_status_2(words, parts, capsys):
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("modern-llm: error: ")
+    assert len(err.strip().splitlines()) == 1
+    for part in parts:
+        assert part in err
+
+
+def test_all_configuration_errors_come_at_once_with_their_lines(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "train:\n  run_name: x\n  lerning_rate: 3\n  batch_size: -1\n"
+        f"  output_dir: {tmp_path / 'out'}\n"
+        "dpo:\n  loss_type: sigmoidd\n  beta: -1\nmodle: 3\n"
+    )
+    assert main(["dpo", "--config", str(file), "--train.max_steps", "many"]) == 2
+    err = capsys.readouterr().err
+    assert len(err.strip().splitlines()) == 1
+    for part in (
+        f"{file}:3: train.lerning_rate: unknown option (did you mean learning_rate?)",
+        f"{file}:4: train.batch_size: Input should be greater than 0, got -1",
+        "train.max_steps: Input should be a valid integer",
+        "sft_checkpoint: required",
+        "did you mean 'sigmoid'?",
+        "beta=-1",
+        f"{file}:9: modle: unknown option",
+    ):
+        assert part in err, part
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("train: [", "not YAML"),
+        ("- 1\n", "must be a mapping"),
+        ("train: {a: 1}\ntrain: {b: 2}\n", "stands twice"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(tmp_path, text, part, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert main(["sft", "--config", str(file)]) == 2
+    err = capsys.readouterr().err
+    assert f"{file}:" in err and part in err
+
+
+def test_files_are_overridden_by_the_command_line(place, tmp_path, capsys):
+    file = tmp_path / "run.json"
+    file.write_text(
+        json.dumps(
+            {
+                "sft_checkpoint": str(place / "model"),
+                "train": {
+                    "run_name": "a", "output_dir": str(tmp_path / "x"), "batch_size": 4,
+                    "max_steps": 50, "log_every": 1,
+                },
+                "dpo": {"max_length": 96},
+                "data": {"dataset_name": str(place / "pairs.jsonl")},
+            }
+        )
+    )  # fmt: skip
+    words = ["--train.max_steps", "2", "--train.output_dir", str(tmp_path / "y"), "--json"]
+    assert main(["dpo", "--config", str(file), *words]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert json.loads(out[-1]) == {"final": str(tmp_path / "y" / "a_final")}
+    assert [line.split()[0] for line in out[:-1]] == ["step=1", "step=2"]
+    # What was written is what ran, and runs again from the file alone.
+    assert main(["dpo", "--config", str(tmp_path / "y" / "config.yaml")]) == 0
+
+
+def test_score_writes_the_models_own_logprobs(place, tmp_path, capsys):
+    output = tmp_path / "scores.jsonl"
+    words = ["--model", str(place / "model"), "--reference", str(place / "other")]
+    words += ["--data", str(place / "pairs.jsonl"), "--output", str(output), "--max_length", "256"]
+    assert main(["score", *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["pairs"] == 12
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    models = {
+        "policy": AutoModelForCausalLM.from_pretrained(place / "model"),
+        "reference": AutoModelForCausalLM.from_pretrained(place / "other"),
+    }
+    for row, pair in zip(rows, transcripts(12), strict=True):
+        for side in ("chosen", "rejected"):
+            head, _, answer = pair[side].rpartition("\n\nAssistant:")
+            prompt = tokenizer(head + "\n\nAssistant:")["input_ids"]
+            response = tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id]
+            assert row[f"{side}_tokens"] == len(response)
+            ids = torch.tensor([prompt + response])
+            for name, model in models.items():
+                with torch.no_grad():
+                    logprobs = model(ids).logits[0, :-1].double().log_softmax(-1)
+                expected = logprobs.gather(-1, ids[0, 1:, None])[len(prompt) - 1 :].sum()
+                assert row[f"{name}_{side}"] == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_generate_answers_as_transformers_does(place, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    prompts = ["the red river", "a"]
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    model = AutoModelForCausalLM.from_pretrained(place / "model")
+    expected = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        output = model.generate(ids, max_new_tokens=6, do_sample=False)
+        expected.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    file = place / "prompts.txt"
+    file.write_text("\n".join(prompts))
+    words = ["--model", str(place / "model"), "--prompts", str(file), "--max_new_tokens", "6"]
+    assert main(["generate", *words, "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out.splitlines()[-1])["answers"]
+    assert [a["answer"] for a in answers] == expected
+    assert [a["prompt"] for a in answers] == prompts
+
+
+def test_a_data_error_names_file_and_line_and_leaves_nothing(place, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    lines = (place / "pairs.jsonl").read_text().splitlines()
+    broken.write_text("\n".join([*lines[:5], lines[5][:-3], *lines[6:]]))
+    done = shell(
+        "dpo", "--sft_checkpoint", str(place / "model"), "--data.dataset_name", str(broken),
+        "--train.run_name", "x", "--train.output_dir", str(tmp_path / "out"),
+        "--dpo.max_length", "96", "--train.batch_size", "4",
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = [text for text in done.stderr.splitlines() if "error" in text]
+    assert line.startswith(f"modern-llm: error: {broken}:6")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

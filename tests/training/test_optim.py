@@ -1,0 +1,74 @@
+"""The learning rate is a function of the step; decay touches matrices alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from modern_llm.config import TrainingConfig
+from modern_llm.training.optim import is_due, learning_rate, make_optimizer, set_learning_rate
+
+
+def config(**changes):
+    fields = {"run_name": "x", "output_dir": Path("x"), "learning_rate": 2.0, "warmup_steps": 4}
+    return TrainingConfig(**(fields | changes))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_warm_up_rises_to_the_peak(schedule):
+    rates = [learning_rate(config(schedule=schedule), s, 20) for s in range(5)]
+    assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
+
+
+def test_decay_follows_its_shape_and_the_last_step_still_learns():
+    half_way = 4 + 8
+    assert learning_rate(config(), half_way, 20) == pytest.approx(1.0)
+    assert learning_rate(config(schedule="linear"), half_way, 20) == pytest.approx(1.0)
+    assert learning_rate(config(schedule="constant"), 19, 20) == 2.0
+    last = learning_rate(config(), 19, 20)
+    assert last == pytest.approx(1 + math.cos(math.pi * 15 / 16))
+    assert last > 0
+    floor = config(min_learning_rate_ratio=0.25)
+    assert learning_rate(floor, 20, 20) == pytest.approx(0.5)
+    assert learning_rate(floor, half_way, 20) == pytest.approx(0.5 + 1.5 / 2)
+
+
+def test_no_warm_up_starts_at_the_peak():
+    assert learning_rate(config(warmup_steps=0), 0, 10) == 2.0
+
+
+def test_decay_is_on_matrices_alone_and_the_step_is_adamws():
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)).double()
+    twin = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)).double()
+    twin.load_state_dict(model.state_dict())
+    optimizer = make_optimizer(config(weight_decay=0.5), model)
+    decays = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        assert decays[parameter] == (0.5 if name == "0.weight" else 0.0)
+    set_learning_rate(optimizer, 0.1)
+    plain = torch.optim.AdamW(
+        [
+            {"params": [twin[0].weight], "weight_decay": 0.5},
+            {"params": [twin[0].bias, *twin[1].parameters()], "weight_decay": 0.0},
+        ],
+        lr=0.1,
+        betas=(0.9, 0.95),
+        foreach=False,
+    )
+    x = torch.arange(6.0, dtype=torch.float64).view(2, 3)
+    for _ in range(3):
+        for m, o in ((model, optimizer), (twin, plain)):
+            o.zero_grad()
+            m(x).pow(3).sum().backward()
+            o.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_is_due():
+    assert [s for s in range(1, 11) if is_due(3, s, 10)] == [3, 6, 9]
+    assert [s for s in range(1, 11) if is_due(4, s, 10, at_end=True)] == [4, 8, 10]
