@@ -53,9 +53,9 @@ class Recipe:
     log_every: int
 
 
-PRETRAIN = Recipe(epochs=6, batch_size=6, learning_rate=4e-3, warmup_steps=60, log_every=200)
+PRETRAIN = Recipe(epochs=12, batch_size=6, learning_rate=4e-3, warmup_steps=60, log_every=200)
 SFT = Recipe(epochs=2, batch_size=32, learning_rate=1e-3, warmup_steps=10, log_every=25)
-DPO = Recipe(epochs=1, batch_size=32, learning_rate=3e-4, warmup_steps=5, log_every=10)
+DPO = Recipe(epochs=2, batch_size=32, learning_rate=1.5e-4, warmup_steps=5, log_every=10)
 BETA = 0.1
 
 

@@ -9,7 +9,7 @@ separate runs. Called by the stages; nothing else asks about ranks.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -68,6 +68,20 @@ class Runtime:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_main(self, work: Callable[[], object]) -> None:
+        """Let rank 0 do `work` while the others wait; its error is raised on every process."""
+        failure: BaseException | None = None
+        if self.is_main:
+            try:
+                work()
+            except Exception as error:
+                failure = error
+        everywhere = self.from_main(_portable(failure))
+        if failure is not None:
+            raise failure
+        if everywhere is not None:
+            raise everywhere
 
     @contextmanager
     def one_per_machine_first(self) -> Iterator[None]:

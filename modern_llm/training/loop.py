@@ -252,7 +252,8 @@ def _save(
     step: int,
     facts: dict[str, Any],
 ) -> None:
-    if runtime.is_main:
+    def write() -> None:
         checkpoint.save(run.checkpoints, step, model, optimizer, runtime.accelerator, facts)
         checkpoint.retire(run.checkpoints, config.keep_checkpoints)
-    runtime.barrier()
+
+    runtime.on_main(write)

@@ -8,6 +8,8 @@ Called by the stages before anything is loaded and by the loop.
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,17 @@ class RunFolder:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         (self.path / "outcome.json").unlink(missing_ok=True)
         write_file(self.path / "config.yaml", yaml.safe_dump(self.record, sort_keys=False))
+
+    def is_open(self) -> bool:
+        """Whether a run has begun here."""
+        return (self.path / "config.yaml").exists()
+
+    def leave_nothing(self) -> None:
+        """Remove the tables of a run that was refused before it began, and the folder if empty."""
+        if not self.is_open():
+            shutil.rmtree(self.data, ignore_errors=True)
+            with suppress(OSError):
+                self.path.rmdir()
 
     def last_step(self) -> int:
         """Return the last step that was logged, 0 before the first."""

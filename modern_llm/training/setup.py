@@ -98,9 +98,11 @@ def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if runtime.is_main and (run.path / "config.yaml").exists():
+        if runtime.is_main and run.is_open():
             status = getattr(error, "status", 1)
             run.close(status, f"{type(error).__name__}: {error}", run.last_step())
+        elif runtime.accelerator.is_local_main_process:
+            run.leave_nothing()
         raise
     if runtime.is_main:
         run.close(0, "done", run.last_step())
@@ -267,10 +269,9 @@ def train_and_export(
 ) -> Path:
     """Run the loop and write the final model as a `transformers` folder; return that folder."""
     train(runtime, scorer, task, config, run, facts)
+    runtime.on_main(lambda: export(scorer.model, tokenizer, run.final))
     if runtime.is_main:
-        export(scorer.model, tokenizer, run.final)
         log.info("final model: %s", run.final)
-    runtime.barrier()
     return run.final
 
 

@@ -70,8 +70,7 @@ def run_dpo(
             train_config,
         )
         setup.check_ids_fit(prepared.train, checkpoint.vocabulary)
-        if runtime.is_main:
-            run.open()
+        runtime.on_main(run.open)
         scorer = setup.set_up_scorer(runtime, load_model(checkpoint), train_config, dropout=False)
         task, reference = _task(runtime, scorer, train_config, dpo_config, prepared)
         facts = {"data": prepared.train.digest, "reference": reference}

@@ -55,8 +55,7 @@ def run_training(
             ),
             train_config,
         )
-        if runtime.is_main:
-            run.open()
+        runtime.on_main(run.open)
         model = build_model(model_config, seed=train_config.seed)
         scorer = setup.set_up_scorer(runtime, model, train_config, dropout=True)
         source, evaluation = setup.make_sources(

@@ -62,8 +62,7 @@ def run_sft(
             train_config,
         )
         setup.check_ids_fit(prepared.train, checkpoint.vocabulary)
-        if runtime.is_main:
-            run.open()
+        runtime.on_main(run.open)
         scorer = setup.set_up_scorer(runtime, load_model(checkpoint), train_config, dropout=True)
         source, evaluation = setup.make_sources(runtime, train_config, prepared, "answers", scorer)
         task = LanguageTask(source, evaluation, scorer.aux_coefficient)

@@ -34,6 +34,10 @@ def on_a_rank(folder: Path) -> dict:
                 raise DataError("line 7 is broken")
     except DataError as error:
         seen["error"] = str(error)
+    try:
+        runtime.on_main(lambda: (folder / "no" / "such").write_text(""))
+    except (OSError, RuntimeError) as error:
+        seen["on_main"] = type(error).__name__, str(error)
     runtime.agree("same", "the data")
     try:
         runtime.agree(f"other {runtime.rank}", "the data")
@@ -51,6 +55,7 @@ def test_two_processes(tmp_path):
         assert seen["from_main"] == "said by 0"
         assert seen["found"] == (rank == 1)
         assert seen["error"] == "line 7 is broken"
+        assert "No such file" in seen["on_main"][1]
         assert "the data" in seen["differ"] and "rank 1" in seen["differ"]
 
 

@@ -270,6 +270,8 @@ def test_what_cannot_run_is_refused(tmp_path, tiny_checkpoint, tiny_pairs, chang
             DPOConfig(**({"max_length": 96} | dpo)),
             PreferenceDatasetConfig(dataset_name=str(tiny_pairs)),
         )
+    # A budget is only judged once the model is loaded; what is wrong before leaves nothing at all.
+    assert (tmp_path / "dpo").exists() == ("tokens_per_micro_batch" in changes)
     assert not (tmp_path / "dpo" / "t_final").exists()
 
 
