@@ -9,6 +9,7 @@ architecture that it builds. Called by `load` and by export.
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,15 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"checkpoint {path}: no such file; check the path")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Mapped, so that the configuration costs no reading of weights; files in the format before
+        # torch 1.6, which is no zip archive, cannot be.
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
     except Exception as error:  # the unpickler's own kinds among them
         raise UserError(
             f"checkpoint {path}: not a .pt file of plain tensors "
-            f"({str(error).strip().splitlines()[0][:120]}); "
+            f"({' '.join(str(error).split())[:120] or type(error).__name__}); "
             "nothing in it was executed"
         ) from error
     if not isinstance(content, dict) or not {"config", "model_state"} <= set(content):

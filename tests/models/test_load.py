@@ -1,0 +1,182 @@
+"""Checkpoints of every form load exactly, and what cannot be one is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modern_llm.config import ModernLLMConfig
+from modern_llm.config.errors import UserError
+from modern_llm.models import pt_files
+from modern_llm.models.build import build_model, to_transformers_config
+from modern_llm.models.load import (
+    check_tokenizer_fits,
+    inspect_checkpoint,
+    load_model,
+    load_tokenizer,
+)
+from tests.helpers.text import make_checkpoint, make_tokenizer
+
+SHAPE = ModernLLMConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def pt(tmp_path):
+    model = build_model(SHAPE, seed=1)
+    pt_files.save_model(tmp_path / "model.pt", SHAPE, model)
+    return tmp_path / "model.pt", model
+
+
+def equal(a, b):
+    one, two = dict(a.named_parameters()), dict(b.named_parameters())
+    return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
+def test_a_pt_file_gives_its_model(pt):
+    path, model = pt
+    checkpoint = inspect_checkpoint(path)
+    assert (checkpoint.vocabulary, checkpoint.positions) == (64, 64)
+    assert not checkpoint.has_tokenizer
+    assert equal(load_model(checkpoint), model)
+
+
+@pytest.mark.parametrize("form", ["prefixed", "legacy", "bfloat16"])
+def test_other_ways_of_writing_the_same_pt_file(pt, tmp_path, form):
+    path, model = pt
+    content = torch.load(path, weights_only=True)
+    if form == "prefixed":
+        content["model_state"] = {f"module.{n}": t for n, t in content["model_state"].items()}
+    if form == "bfloat16":
+        content["model_state"] = {n: t.bfloat16() for n, t in content["model_state"].items()}
+        model.to(torch.bfloat16).float()
+    torch.save(content, tmp_path / "m.pt", _use_new_zipfile_serialization=form != "legacy")
+    loaded = load_model(inspect_checkpoint(tmp_path / "m.pt"))
+    assert loaded.dtype == torch.float32
+    assert equal(loaded, model)
+
+
+def test_a_planted_payload_is_not_executed(tmp_path):
+    content = {"config": {"vocab_size": 64}, "model_state": Payload(tmp_path / "executed")}
+    torch.save(content, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="nothing in it was executed"):
+        inspect_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("config"), "needs the keys config and model_state"),
+        (lambda c: c["config"].update(d_model=33), "not divisible"),
+        (lambda c: c["config"].update(colour=3), "colour"),
+        (lambda c: c["model_state"].pop("model.norm.weight"), "is missing"),
+        (lambda c: c["model_state"].update(extra=torch.ones(1)), "extra is unknown"),
+        (
+            lambda c: c["model_state"].update({"model.norm.weight": torch.ones(3)}),
+            r"model.norm.weight has shape \(3,\), expected \(32,\)",
+        ),
+    ],
+)
+def test_a_pt_file_that_does_not_fit_is_refused(pt, tmp_path, change, message):
+    content = torch.load(pt[0], weights_only=True)
+    change(content)
+    torch.save(content, tmp_path / "m.pt")
+    with pytest.raises(UserError, match=message):
+        load_model(inspect_checkpoint(tmp_path / "m.pt"))
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04broken"])
+def test_garbage_is_no_pt_file(tmp_path, content):
+    (tmp_path / "m.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"m\.pt"):
+        inspect_checkpoint(tmp_path / "m.pt")
+
+
+def test_a_folder_without_all_weights_is_refused(tmp_path):
+    folder = make_checkpoint(tmp_path / "model", make_tokenizer(tmp_path / "tokenizer"))
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="up_proj"):
+        load_model(inspect_checkpoint(folder))
+
+
+def test_what_is_no_checkpoint_says_what_was_looked_for(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        inspect_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        inspect_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(UserError, match="check the path or the id"):
+        inspect_checkpoint("nobody/nothing")
+    with pytest.raises(UserError, match="tokenizer_name"):
+        load_tokenizer(tmp_path)
+
+
+def test_remote_code_is_not_run(tmp_path):
+    folder = make_checkpoint(tmp_path / "model", make_tokenizer(tmp_path / "tokenizer"))
+    (folder / "evil.py").write_text(f"import os; os.mkdir({str(tmp_path / 'executed')!r})\n")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "evil.X", "AutoModelForCausalLM": "evil.Y"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    load_model(inspect_checkpoint(folder))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_tokenizer_must_fit_the_embedding(tmp_path):
+    tokenizer = load_tokenizer(make_tokenizer(tmp_path / "tokenizer"))
+    check_tokenizer_fits(tokenizer, len(tokenizer), "here")
+    with pytest.raises(UserError, match="token id 299 .* but embedding has 299 rows"):
+        check_tokenizer_fits(tokenizer, 299, "here")
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        ({}, "LlamaForCausalLM"),
+        ({"use_gqa": True, "gqa_groups": 2}, "LlamaForCausalLM"),
+        ({"use_moe": True, "moe_config": {"num_experts": 4}}, "MixtralForCausalLM"),
+    ],
+)
+def test_our_own_shapes_are_stock_architectures(shape, kind):
+    fields = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "dropout": 0.1}
+    config = ModernLLMConfig(**(fields | shape))
+    model = build_model(config, seed=3)
+    assert type(model).__name__ == kind
+    stock = to_transformers_config(config)
+    assert stock.attention_dropout == 0.1
+    assert stock.num_key_value_heads == (2 if shape.get("use_gqa") else 4)
+    assert stock.intermediate_size == config.ffn_width == 96
+    assert equal(model, build_model(config, seed=3))
+    assert not equal(model, build_model(config, seed=4))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_attention_sinks": True}, "no stock Llama or Mixtral has attention sinks"),
+        ({"use_rope": False}, "rotary"),
+        ({"use_swiglu": False}, "SwiGLU"),
+        ({"d_model": 30}, "not divisible"),
+        ({"gqa_groups": 2}, "no effect without use_gqa"),
+        ({"use_gqa": True, "gqa_groups": 3}, "does not divide"),
+        ({"use_moe": True, "moe_config": {"capacity_factor": 1.25}}, "capacity"),
+        ({"moe_config": {}}, "no effect without use_moe"),
+        ({"d_modle": 3}, "d_modle"),
+    ],
+)
+def test_a_shape_that_no_stock_architecture_has_is_refused(change, message):
+    fields = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4}
+    with pytest.raises(ValueError, match=message):
+        ModernLLMConfig(**(fields | change))
