@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -84,9 +84,9 @@ class ScoreSettings(Settings):
     """Tokens of prompt and response together."""
     max_prompt_length: Annotated[int, Field(ge=0)] | None = None
     """Tokens of the prompt's end that are kept at least; half of max_length unless said."""
-    mixed_precision: str = "no"
+    mixed_precision: Literal["no", "fp32", "bf16", "fp16"] = "no"
     """Dtype of the forward: no, bf16 or fp16."""
-    on_bad_row: str = "error"
+    on_bad_row: Literal["error", "skip"] = "error"
     """What a row of broken structure does: error or skip."""
 
 
@@ -111,8 +111,8 @@ class GenerateSettings(Settings):
     """0 takes the likeliest token; above, tokens are drawn."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Draw from the likeliest tokens that make up this share; needs a temperature above 0."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the draws."""
+    seed: Annotated[int, Field(ge=0)] | None = None
+    """Seed of the draws, 0 unless said; needs a temperature above 0."""
     batch_size: Annotated[int, Field(gt=0)] = 16
     """Prompts that are answered together."""
 
@@ -171,7 +171,7 @@ def _score(settings: ScoreSettings) -> dict[str, Any]:
         dataset_name=settings.data,
         split=settings.split,
         template=settings.template,
-        on_bad_row=settings.on_bad_row,  # type: ignore[arg-type]
+        on_bad_row=settings.on_bad_row,
     )
     return score_pairs(
         settings.model,
@@ -186,7 +186,8 @@ def _score(settings: ScoreSettings) -> dict[str, Any]:
 
 
 def _generate(settings: GenerateSettings) -> dict[str, Any]:
-    from modern_llm.models.generate import answer_prompts, read_prompts
+    from modern_llm.models.generate import read_prompts
+    from modern_llm.training.answer import answer_prompts
 
     prompts = read_prompts(settings.prompt, settings.prompts)
     answers = answer_prompts(
@@ -234,11 +235,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _run(verb, rest)
     except KeyboardInterrupt:
-        return 130
+        print(
+            "modern-llm: error: interrupted; the same command goes on from what is on disk",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 75
     except BrokenPipeError:
         return 141
     except Exception as error:
-        status = getattr(error, "status", None)
+        # An OSError that nobody turned into a sentence is a disk that refuses.
+        status = getattr(error, "status", 3 if isinstance(error, OSError) else None)
         if debug or status is None:
             raise
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, UserError):

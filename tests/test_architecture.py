@@ -37,7 +37,7 @@ TABLE = {
     "package": row(),
     "config": row("", "pydantic pydantic_settings yaml"),
     "objectives": row("", "torch"),
-    "models": row("config", "torch transformers peft"),
+    "models": row("config", "torch transformers peft safetensors"),
     # A table of a million pairs is made without torch; only the tensors of one batch need it.
     "data": row(
         "config",

@@ -65,6 +65,11 @@ def test_the_overview_lists_every_verb(capsys):
         (["dpo", "--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
         (["generate", "--model", "no/such", "--prompt", "x"], ["no/such", "check the path"]),
         (["generate", "--model", "x", "--temperature", "-1"], ["temperature", "-1"]),
+        (["generate", "--model", "x", "--prompt", "y", "--seed", "1"], ["seed has no effect"]),
+        (
+            ["score", "--model", "x", "--data", "y", "--output", "z", "--mixed_precision", "bf17"],
+            ["mixed_precision", "'bf17'"],
+        ),
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(words, parts, capsys):
@@ -185,6 +190,28 @@ def test_generate_answers_as_transformers_does(place, capsys):
     answers = json.loads(capsys.readouterr().out.splitlines()[-1])["answers"]
     assert [a["answer"] for a in answers] == expected
     assert [a["prompt"] for a in answers] == prompts
+
+
+def test_a_yaml_no_is_the_word_no(tmp_path):
+    from modern_llm.cli import PretrainSettings
+    from modern_llm.config.files import read_settings
+
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: {vocab_size: 10}\n"
+        f"train: {{run_name: a, output_dir: {tmp_path}, mixed_precision: no}}\n"
+    )
+    settings = read_settings(
+        PretrainSettings, ["--config", str(file), "--train.max_grad_norm", "null"], "pretrain"
+    )
+    assert settings.train.mixed_precision == "no"
+    assert settings.train.max_grad_norm is None
+
+
+def test_a_place_that_cannot_be_written_is_one_line_and_status_3(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--output_dir", str(tmp_path / "file" / "demo")]) == 3
+    assert capsys.readouterr().err.startswith("modern-llm: error: ")
 
 
 def test_a_data_error_names_file_and_line_and_leaves_nothing(place, tmp_path):

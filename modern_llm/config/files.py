@@ -31,6 +31,7 @@ class Settings(BaseSettings):
         env_prefix="MODERN_LLM_NOT_READ_FROM_THE_ENVIRONMENT_",
         use_attribute_docstrings=True,
         cli_avoid_json=True,
+        cli_parse_none_str="null",
         cli_hide_none_type=True,
         cli_exit_on_error=False,
         cli_implicit_flags="toggle",

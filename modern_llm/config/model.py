@@ -14,6 +14,18 @@ from pydantic import Field, model_validator
 from modern_llm.config.base import section
 
 Positive = Annotated[int, Field(gt=0)]
+# Kinds of rotary scaling, and what each cannot do without.
+ROPE_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -125,6 +137,7 @@ class ModernLLMConfig:
                 self.moe_config is not None and not self.use_moe,
                 "moe_config has no effect without use_moe: set it",
             ),
+            *self._rope_rules(),
             (
                 not self.use_rope,
                 "use_rope=False: the stock architectures built here are rotary; leave it on",
@@ -135,6 +148,26 @@ class ModernLLMConfig:
                 "use_attention_sinks: no stock Llama or Mixtral has attention sinks, and a "
                 "checkpoint with "
                 "them would not load elsewhere; leave it off",
+            ),
+        ]
+
+    def _rope_rules(self) -> list[tuple[bool, str]]:
+        scaling = self.rope_scaling
+        if scaling is None:
+            return []
+        kind = scaling.get("rope_type")
+        return [
+            (
+                kind not in ROPE_NEEDS,
+                f"rope_scaling needs rope_type, one of {', '.join(ROPE_NEEDS)}; got {scaling}",
+            ),
+            *(
+                (name not in scaling, f"rope_scaling of rope_type {kind} needs {name}")
+                for name in ROPE_NEEDS.get(kind, ())
+            ),
+            (
+                "type" in scaling,
+                "rope_scaling: type is the old name and is not read: use rope_type",
             ),
         ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from modern_llm.config.base import section
 
@@ -57,7 +57,7 @@ class TrainingConfig:
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the root of the second moment."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Gradient norm above which the gradient is scaled down; none switches it off."""
+    """Gradient norm above which the gradient is scaled down; null switches that off."""
 
     mixed_precision: Literal["no", "fp32", "bf16", "fp16"] = "no"
     """Dtype of the forward: float32 ("no", "fp32"), bfloat16 or float16 (GPU only).
@@ -86,6 +86,12 @@ class TrainingConfig:
     without;
     never: refuse an output_dir that holds a run."""
 
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: object) -> object:
+        # YAML 1.1 reads a bare `no` as false.
+        return "no" if value is False else value
+
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
         problems = [text for bad, text in self._rules() if bad]
@@ -111,6 +117,10 @@ class TrainingConfig:
                 not both and accumulation is not None and accumulation > self.batch_size,
                 f"gradient_accumulation_steps {accumulation} is above batch_size "
                 f"{self.batch_size}: lower it",
+            ),
+            (
+                self.schedule == "constant" and self.min_learning_rate_ratio > 0,
+                "min_learning_rate_ratio has no effect with schedule constant: remove one",
             ),
             (
                 self.max_steps is not None and self.epochs is not None,

@@ -33,6 +33,10 @@ from modern_llm.data.tokens import TokenTable, TokenTableWriter
 VERSION = 1
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 2**23
 _COUNTED_AFTER_BROKEN = 100_000
+FELL_BACK = (
+    "the tokenizer has no chat template: messages are written as <|user|> and <|assistant|> turns "
+    "(set template to change that)"
+)
 
 
 @dataclass(frozen=True)
@@ -293,10 +297,7 @@ def _items(source: Source, config: DatasetConfig, recipe: Recipe, drops: Drops) 
         raise DataError(f"{first} ({among}; mend them, or on_bad_row: skip drops such rows)")
     report.formats = {reader.format.name: 0} if reader.format else {}
     if recipe.fell_back and reader.saw_chat:
-        report.notes.append(
-            "the tokenizer has no chat template: messages are written as <|user|> and "
-            "<|assistant|> turns (set template to change that)"
-        )
+        report.notes.append(FELL_BACK)
 
 
 class _RowReader:

@@ -25,6 +25,7 @@ from modern_llm.demo.corpus import CorpusPaths, read_questions
 from modern_llm.demo.judge import judge, word_count
 from modern_llm.models.generate import generate
 from modern_llm.models.load import inspect_checkpoint, load_model, load_tokenizer, make_scorer
+from modern_llm.training.answer import prompt_ids
 from modern_llm.training.score import score_pairs
 
 TEMPERATURE = 1.0
@@ -69,13 +70,15 @@ def evaluate_stages(
     for stage, folder in folders.items():
         model = load_model(inspect_checkpoint(folder))
         tokenizer = load_tokenizer(folder)
+        rows, ends = prompt_ids(tokenizer, [question.prompt for question in questions], None)
         replies = generate(
             model,
             tokenizer,
-            [question.prompt for question in questions],
+            rows,
             max_new_tokens=48,
             temperature=TEMPERATURE,
             batch_size=128,
+            ends=ends,
         )
         verdicts = [judge(q, reply) for q, reply in zip(questions, replies, strict=True)]
         for row, reply in zip(shown, replies[::every], strict=False):

@@ -74,7 +74,8 @@ def run_demo(output_dir: Path, *, seed: int = 0) -> dict[str, Any]:
     with _own_references(output_dir):
         _clear(output_dir)
         corpus = write_corpus(output_dir / "corpus", seed)
-        texts = [json.loads(line)["text"] for line in corpus.documents.open(encoding="utf-8")]
+        documents = corpus.documents.read_text(encoding="utf-8").splitlines()
+        texts = [json.loads(line)["text"] for line in documents]
         tokenizer = build_tokenizer(output_dir / "tokenizer", texts)
         folders = _train(output_dir, corpus, tokenizer, seed)
         _headline("4 of 4  held-out questions, answered by each stage")

@@ -77,7 +77,7 @@ class Runtime:
                 work()
             except Exception as error:
                 failure = error
-        everywhere = self.from_main(_portable(failure))
+        everywhere = self.from_main(portable(failure))
         if failure is not None:
             raise failure
         if everywhere is not None:
@@ -97,7 +97,7 @@ class Runtime:
                 yield
             except Exception as error:
                 failure = error
-        failures = [f for f in self.gather(_portable(failure)) if f is not None]
+        failures = [f for f in self.gather(portable(failure)) if f is not None]
         if failure is not None:
             raise failure
         if failures:
@@ -130,9 +130,19 @@ def start(config: TrainingConfig) -> Runtime:
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     # cpu=True under DeepSpeed would switch DeepSpeed off without a word; without it, processes on a
     # CPU would each believe to be alone.
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", config.precision)
+    if launched != config.precision and launched != "no":
+        raise ConfigError(
+            [
+                f"accelerate launch says mixed precision {launched}, train.mixed_precision says "
+                f"{config.mixed_precision}: say the same in both"
+            ]
+        )
     announced = int(os.environ.get("WORLD_SIZE", "1"))
     group = InitProcessGroupKwargs(
-        backend="gloo" if on_cpu else None, timeout=timedelta(minutes=30)
+        backend="gloo" if on_cpu else None,
+        # Long enough for one process to tokenise while the others wait.
+        timeout=timedelta(hours=3),
     )
     # Stages run one after another in one process, each with a precision of its own; the process
     # group of the first serves all.
@@ -152,8 +162,8 @@ def start(config: TrainingConfig) -> Runtime:
     return Runtime(accelerator)
 
 
-def _portable(error: BaseException | None) -> BaseException | None:
-    """An error that survives pickling: foreign ones may hold what cannot be sent."""
+def portable(error: BaseException | None) -> BaseException | None:
+    """Return an error that survives pickling: foreign ones may hold what cannot be sent."""
     if error is None:
         return None
     if isinstance(error, ConfigError):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from modern_llm.config.errors import UserError
+from modern_llm.config.errors import StorageError, UserError
 from modern_llm.models import pt_files
 from modern_llm.models.probe import probe
 from modern_llm.models.scorer import TokenScorer
@@ -66,12 +67,17 @@ def inspect_checkpoint(place: str | Path) -> Checkpoint:
             "a Hub id"
         )
     try:
-        config = AutoConfig.from_pretrained(place)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"checkpoint {place}: neither a folder here nor a model that the Hub gives "
             f"({_first_line(error)}); check the path or the id"
         ) from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(
+            f"checkpoint {place}: {config.model_type} is no causal language model that "
+            "transformers knows; give a decoder"
+        )
     return Checkpoint(place, config, has_tokenizer=_load_tokenizer(place) is not None)
 
 
@@ -80,9 +86,22 @@ def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
     forward."""
     if checkpoint.is_pt:
         return pt_files.load_model(Path(checkpoint.place))
-    model, report = AutoModelForCausalLM.from_pretrained(
-        checkpoint.place, dtype=torch.float32, output_loading_info=True
-    )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint.place,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    except SafetensorError as error:
+        raise StorageError(
+            f"checkpoint {checkpoint.place}: damaged weights ({_first_line(error)}); fetch it again"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {checkpoint.place}: its weights cannot be loaded ({_first_line(error)}); "
+            "check the folder or the id"
+        ) from error
     wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if wrong:
         raise UserError(
@@ -122,7 +141,7 @@ def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
 
 def _load_tokenizer(place: str) -> PreTrainedTokenizerBase | None:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         log.debug("no tokenizer at %s: %s", place, _first_line(error))
         return None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from modern_llm.config.errors import NotFiniteError
 from modern_llm.distributed.display import Display
-from modern_llm.distributed.runtime import Runtime
+from modern_llm.distributed.runtime import Runtime, portable
 from modern_llm.reference.keys import KEY_BYTES, entry_key
 from modern_llm.reference.store import ReferenceStore
 
@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 
 # Entries that a killed pass may lose, against the cost of many small files.
 FLUSH_EVERY = 4096
+
+# Keys, sums and counts of some answers.
+Entries = tuple[NDArray[np.bytes_], NDArray[np.float32], NDArray[np.int32]]
 
 
 class Pairs(Protocol):
@@ -83,7 +86,17 @@ def fill(
     lacking = _once(keys, found)
     if runtime.is_main:
         log.info("reference: %d of %d answers are in the store %s", present, needed, store.folder)
-    mine = _score_and_store(runtime, pairs, store, score, lacking, keys) if len(lacking) else []
+    mine: list[Entries] = []
+    failure: Exception | None = None
+    try:
+        if len(lacking):
+            mine = _score_and_store(runtime, pairs, store, score, lacking, keys)
+    except Exception as error:
+        failure = error
+    # The others are about to meet in a collective: they must hear of it there.
+    failures = [f for f in runtime.gather(portable(failure)) if f is not None]
+    if failures:
+        raise failure or failures[0]
     scored = _merge(runtime, mine, keys, values, store)
     return values, FillReport(needed, present, scored, time.perf_counter() - began)
 
@@ -102,10 +115,10 @@ def _score_and_store(
     score: Score,
     lacking: NDArray[np.int64],
     keys: NDArray[np.bytes_],
-) -> list[tuple[NDArray[np.bytes_], NDArray[np.float32], NDArray[np.int32]]]:
+) -> list[Entries]:
     """Score this rank's share, a shard at a time; return every shard's entries."""
     shards = []
-    waiting: list[tuple[NDArray[np.bytes_], NDArray[np.float32], NDArray[np.int32]]] = []
+    waiting: list[Entries] = []
 
     def flush() -> None:
         if waiting:
@@ -142,7 +155,7 @@ def _score_and_store(
 
 def _merge(
     runtime: Runtime,
-    mine: list[tuple[NDArray[np.bytes_], NDArray[np.float32], NDArray[np.int32]]],
+    mine: list[Entries],
     keys: NDArray[np.bytes_],
     values: NDArray[np.float32],
     store: ReferenceStore,

@@ -45,10 +45,16 @@ NOT_SCORED = {
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Return a digest of every parameter's name, shape, dtype and bytes (tied ones once), in hex.
+    """Return a digest of name, shape, dtype and bytes of all weights (tied ones once), in hex.
+
+    Weights are the parameters and the buffers saved with them: some routers keep a bias so.
 
     The same for a sharded and an unsharded file, for a `.pt` file and a `transformers` folder.
     """
+
+    saved = model.state_dict(keep_vars=True)
+    weights = dict(model.named_parameters())
+    weights |= {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
     def one(item: tuple[str, torch.Tensor]) -> tuple[str, str]:
         name, tensor = item
@@ -63,7 +69,7 @@ def weights_digest(model: nn.Module) -> str:
 
     # SHA-256 lets go of the interpreter lock, so threads hash several tensors at once.
     with ThreadPoolExecutor(4) as pool:
-        digests = sorted(pool.map(one, model.named_parameters()))
+        digests = sorted(pool.map(one, weights.items()))
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 

@@ -77,6 +77,8 @@ def load(
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names[parameter]
+            if f"step/{name}" not in loaded:
+                continue  # it never had a gradient: AdamW keeps nothing for such a parameter
             for moment in ("exp_avg", "exp_avg_sq"):
                 _must_match(place / MOMENTS, f"{moment}/{name}", loaded, shapes[f"{moment}/{name}"])
             optimizer.state[parameter] = {

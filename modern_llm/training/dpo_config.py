@@ -48,8 +48,9 @@ class DPOConfig:
     """Weight of dpop's penalty (50 unless said)."""
     reference: Literal["cache"] = "cache"
     """cache: score with the SFT checkpoint what the store lacks, then train without it."""
-    self_check_pairs: Annotated[int, Field(gt=0)] = 16
-    """Pairs whose stored reference values are scored again by the policy before step 1."""
+    self_check_pairs: Annotated[int, Field(gt=0)] | None = None
+    """Pairs whose stored reference values are scored again by the policy before step 1; 16 unless
+    said."""
 
     @model_validator(mode="after")
     def _check(self) -> DPOConfig:
@@ -59,6 +60,12 @@ class DPOConfig:
                 f"max_prompt_length {self.max_prompt_length} leaves no room for a response in "
                 "max_length "
                 f"{self.max_length}: lower it"
+            )
+        known = self.loss_type in LOSSES
+        if known and self.self_check_pairs is not None and not LOSSES[self.loss_type].reference:
+            problems.append(
+                f"self_check_pairs has no effect with loss_type={self.loss_type!r}, which reads no "
+                "reference: remove it"
             )
         if problems:
             raise ValueError("; ".join(problems))

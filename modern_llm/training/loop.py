@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from modern_llm.config import TrainingConfig
-from modern_llm.config.errors import NotFiniteError, Stopped, UserError
+from modern_llm.config.errors import ConfigError, NotFiniteError, Stopped, UserError
 from modern_llm.distributed.display import Display
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.training import checkpoint
@@ -30,12 +30,19 @@ from modern_llm.training.task import Task
 
 log = logging.getLogger(__name__)
 
+# A loss scaler halves its scale at each skip, from 65,536 down: more skips than this in a row are
+# no search for the right scale any more.
+MOST_SKIPPED = 20
+
 
 def total_steps(config: TrainingConfig, task: Task) -> int:
-    """Return the optimizer steps of the run."""
-    if config.max_steps is not None:
-        return config.max_steps
-    return max(1, round((config.epochs or 1) * task.steps_per_epoch))
+    """Return the optimizer steps of the run, or raise `ConfigError` if the warm-up has more."""
+    total = config.max_steps or max(1, round((config.epochs or 1) * task.steps_per_epoch))
+    if config.warmup_steps > total:
+        raise ConfigError(
+            [f"train.warmup_steps {config.warmup_steps} is above the {total} steps of this run"]
+        )
+    return total
 
 
 @dataclass
@@ -147,7 +154,21 @@ def _optimizer_step(
     set_learning_rate(optimizer, rate)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    _count_skipped(runtime, optimizer, step)
     return sums, grad_norm
+
+
+def _count_skipped(runtime: Runtime, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Stop a float16 run whose loss scaler skips one step after the other: it learns nothing."""
+    if runtime.accelerator.scaler is None:
+        return
+    skipped = runtime.accelerator.optimizer_step_was_skipped
+    optimizer.skipped_in_a_row = getattr(optimizer, "skipped_in_a_row", 0) + 1 if skipped else 0
+    if optimizer.skipped_in_a_row > MOST_SKIPPED:
+        raise NotFiniteError(
+            f"step {step + 1}: float16 overflowed in {optimizer.skipped_in_a_row} steps one after "
+            "the other and none was applied; use train.mixed_precision bf16 or no"
+        )
 
 
 @torch.no_grad()
@@ -224,6 +245,8 @@ def _resume(
     """Load the newest intact checkpoint, if there is one; return the number of steps already
     done."""
     found = runtime.from_main(checkpoint.newest(run.checkpoints) if runtime.is_main else None)
+    if found is None and run.config.resume == "must":
+        raise UserError(f"resume: {run.checkpoints} holds no checkpoint to go on from")
     if found is None:
         if runtime.is_main:
             MetricsLog(run.metrics).truncate(0)

@@ -19,9 +19,19 @@ from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import UserError
 from modern_llm.distributed.commit import write_file
 
-# Fields that may differ between a run and its continuation: they change no number.
+# Fields that may differ between a run and its continuation: they change no number but by rounding.
 FREE = {
-    "train": {"log_every", "eval_every", "save_every", "keep_checkpoints", "resume", "output_dir"},
+    "train": {
+        "eval_every",
+        "gradient_accumulation_steps",
+        "keep_checkpoints",
+        "log_every",
+        "micro_batch_size",
+        "output_dir",
+        "resume",
+        "save_every",
+        "tokens_per_micro_batch",
+    },
 }
 
 
@@ -50,10 +60,16 @@ class RunFolder:
             raise UserError(
                 f"resume: never, but output_dir {self.path} holds a run; name another folder"
             )
-        before = yaml.safe_load(standing.read_text(encoding="utf-8"))
+        if not any(self.checkpoints.glob("step-*")) and not self.final.exists():
+            return  # nothing was learnt yet: other settings may start here
+        try:
+            before = yaml.safe_load(standing.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{standing}: cannot be read ({error}); remove the folder") from error
+        if not isinstance(before, dict):
+            raise UserError(f"{standing}: is not the configuration of a run; remove the folder")
         changes = [
-            f"{name}: {old!r} -> {new!r}"
-            for name, old, new in _differences(before or {}, self.record)
+            f"{name}: {old!r} -> {new!r}" for name, old, new in _differences(before, self.record)
         ]
         if changes:
             raise UserError(

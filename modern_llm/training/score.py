@@ -18,6 +18,7 @@ import torch
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.errors import UserError
 from modern_llm.data.preference_datasets import build_preference_tables
+from modern_llm.data.prepare import Prepared
 from modern_llm.data.tokens import TokenTable
 from modern_llm.distributed import runtime as distributed
 from modern_llm.distributed.commit import write_file
@@ -62,7 +63,7 @@ def score_pairs(
         runtime = distributed.start(config)
         policy = inspect_checkpoint(model)
         tokenizer, _ = setup.choose_tokenizer(tokenizer_name, policy, config)
-        setup.check_positions(max_length, policy.positions, "max_length")
+        setup.check_positions(max_length, policy, "max_length")
         # Every process reads for itself: nothing of this outlives the call.
         prepared = build_preference_tables(
             data,
@@ -79,8 +80,22 @@ def score_pairs(
             write_file(output, "".join(f"{json.dumps(row)}\n" for row in _rows(columns)))
             log.info("%d pairs scored: %s", len(table), output)
         runtime.barrier()
-        dropped = prepared.report.as_dict().get("dropped")
-        return {"pairs": len(table), "dropped": dropped, "output": str(output)}
+        return {"pairs": len(table), "output": str(output)} | _dropped(runtime, prepared, output)
+
+
+def _dropped(runtime: distributed.Runtime, prepared: Prepared, output: Path) -> dict[str, Any]:
+    """Say what was left out, and keep the list of it beside the output."""
+    report = prepared.report
+    missing = report.rows - len(prepared.train)
+    listed = prepared.train.folder.parent / "dropped_rows.jsonl"
+    if runtime.is_main:
+        for line in report.lines():
+            log.info("data: %s", line)
+        if missing:
+            beside = output.with_suffix(".dropped_rows.jsonl")
+            write_file(beside, listed.read_text(encoding="utf-8"))
+            log.info("rows that were left out: %s", beside)
+    return {"dropped": missing}
 
 
 def _sums(

@@ -20,8 +20,9 @@ from modern_llm.config import TrainingConfig
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.errors import ConfigError, UserError
 from modern_llm.data.plan import Budget, Order
-from modern_llm.data.prepare import Prepared, sample_texts
+from modern_llm.data.prepare import FELL_BACK, Prepared, sample_texts
 from modern_llm.data.rows import Examples, Kind
+from modern_llm.data.templates import Template, chat_template_of, end_tokens
 from modern_llm.data.tokenize import check_tokenizers_agree
 from modern_llm.data.tokens import TokenTable
 from modern_llm.distributed.commit import committed_folder
@@ -99,7 +100,7 @@ def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
         yield
     except BaseException as error:
         if runtime.is_main and run.is_open():
-            status = getattr(error, "status", 1)
+            status = getattr(error, "status", 75 if isinstance(error, KeyboardInterrupt) else 1)
             run.close(status, f"{type(error).__name__}: {error}", run.last_step())
         elif runtime.accelerator.is_local_main_process:
             run.leave_nothing()
@@ -177,8 +178,16 @@ def check_ids_fit(table: TokenTable, vocabulary: int) -> None:
         )
 
 
-def check_positions(length: int, positions: int | None, setting: str) -> None:
-    """Refuse sequences longer than the model has positions."""
+def check_positions(length: int, checkpoint: Checkpoint, setting: str) -> None:
+    """Refuse sequences longer than the model has positions, or than its positions are stable."""
+    positions = checkpoint.positions
+    rope = getattr(checkpoint.config.get_text_config(), "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") == "longrope" and original and length > original:
+        raise UserError(
+            f"{setting} {length} is above {original}, where this model changes its rotary scaling "
+            "for a whole forward: a log-prob would depend on what is computed beside it; lower it"
+        )
     if positions is not None and length > positions:
         raise UserError(
             f"{setting} {length} is above the {positions} positions that the model is made for: "
@@ -266,22 +275,60 @@ def train_and_export(
     run: RunFolder,
     tokenizer: PreTrainedTokenizerBase,
     facts: dict[str, Any],
+    ends: tuple[int | None, ...] = (),
 ) -> Path:
-    """Run the loop and write the final model as a `transformers` folder; return that folder."""
+    """Run the loop and write the final model as a `transformers` folder; return that folder.
+
+    Args:
+        ends: ids that end an answer besides the tokenizer's end token.
+    """
+    runtime.on_main(run.open)
     train(runtime, scorer, task, config, run, facts)
-    runtime.on_main(lambda: export(scorer.model, tokenizer, run.final))
+    runtime.on_main(lambda: export(scorer.model, tokenizer, run.final, ends))
     if runtime.is_main:
         log.info("final model: %s", run.final)
     return run.final
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def answer_ends(
+    tokenizer: PreTrainedTokenizerBase, data: DatasetConfig, prepared: Prepared
+) -> tuple[int | None, ...]:
+    """Return the ids that end an answer in this data; the tokenizer gets the chat template in use.
+
+    A template of the user's, or the one that stands in for a tokenizer without any, must travel
+    with the model: prompts are to be written at generation as they were in training.
+    """
+    template = data.template
+    asked = template is not None and (template == "chat" or "{%" in template)
+    if asked or FELL_BACK in prepared.report.notes:
+        tokenizer.chat_template = chat_template_of(tokenizer, template) or tokenizer.chat_template
+    if not tokenizer.chat_template:
+        return (tokenizer.eos_token_id,)
+    return end_tokens(tokenizer, Template(tokenizer, template))
+
+
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    ends: tuple[int | None, ...] = (),
+) -> None:
     """Write weights, configuration and tokenizer so that plain `transformers` loads them."""
+    generation = model.generation_config
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(model.config, name, None) is None:
             setattr(model.config, name, getattr(tokenizer, name))
-        if getattr(model.generation_config, name, None) is None:
-            setattr(model.generation_config, name, getattr(tokenizer, name))
+        if getattr(generation, name, None) is None:
+            setattr(generation, name, getattr(tokenizer, name))
+    old = generation.eos_token_id
+    known = {*(old if isinstance(old, list) else [old]), *ends} - {None}
+    if len(known) > 1:
+        generation.eos_token_id = sorted(known)
+    # Some published folders hold a temperature without do_sample; transformers reads such a
+    # configuration and refuses to write it.
+    sampled = any(getattr(generation, n, None) not in (None, 1.0) for n in ("temperature", "top_p"))
+    if not generation.do_sample and (sampled or getattr(generation, "top_k", None)):
+        generation.do_sample = True
     with committed_folder(folder) as place, torch.no_grad():
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)

@@ -54,7 +54,7 @@ def run_dpo(
         return run.final
     checkpoint = inspect_checkpoint(sft_checkpoint)
     tokenizer, others = setup.choose_tokenizer(tokenizer_name, checkpoint, train_config)
-    setup.check_positions(dpo_config.max_length, checkpoint.positions, "dpo.max_length")
+    setup.check_positions(dpo_config.max_length, checkpoint, "dpo.max_length")
     setup.check_agreement(tokenizer, others, data)
     with setup.outcome_recorded(runtime, run):
         prepared = setup.build_tables(
@@ -70,11 +70,13 @@ def run_dpo(
             train_config,
         )
         setup.check_ids_fit(prepared.train, checkpoint.vocabulary)
-        runtime.on_main(run.open)
         scorer = setup.set_up_scorer(runtime, load_model(checkpoint), train_config, dropout=False)
         task, reference = _task(runtime, scorer, train_config, dpo_config, prepared)
         facts = {"data": prepared.train.digest, "reference": reference}
-        return setup.train_and_export(runtime, scorer, task, train_config, run, tokenizer, facts)
+        ends = setup.answer_ends(tokenizer, data, prepared)
+        return setup.train_and_export(
+            runtime, scorer, task, train_config, run, tokenizer, facts, ends
+        )
 
 
 def _task(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from modern_llm.config import DocumentDatasetConfig, ModernLLMConfig, TrainingConfig
-from modern_llm.config.errors import ConfigError
 from modern_llm.data.document_datasets import build_document_tables
 from modern_llm.models.build import build_model
 from modern_llm.models.load import check_tokenizer_fits
@@ -38,13 +37,7 @@ def run_training(
     if run.finished():
         return run.final
     tokenizer, others = setup.choose_tokenizer(tokenizer_name, None, train_config)
-    if others:
-        raise ConfigError(
-            [
-                f"tokenizer_name {tokenizer_name!r} and train.tokenizer_name {others[0][0]!r} "
-                "differ: keep one"
-            ]
-        )
+    setup.check_agreement(tokenizer, others, data)
     check_tokenizer_fits(tokenizer, model_config.vocab_size, str(tokenizer.name_or_path))
     with setup.outcome_recorded(runtime, run):
         prepared = setup.build_tables(
@@ -55,7 +48,6 @@ def run_training(
             ),
             train_config,
         )
-        runtime.on_main(run.open)
         model = build_model(model_config, seed=train_config.seed)
         scorer = setup.set_up_scorer(runtime, model, train_config, dropout=True)
         source, evaluation = setup.make_sources(

@@ -46,7 +46,7 @@ def run_sft(
     max_length = data.max_length or min(
         DEFAULT_MAX_LENGTH, checkpoint.positions or DEFAULT_MAX_LENGTH
     )
-    setup.check_positions(max_length, checkpoint.positions, "data.max_length")
+    setup.check_positions(max_length, checkpoint, "data.max_length")
     setup.check_agreement(tokenizer, others, data)
     with setup.outcome_recorded(runtime, run):
         prepared = setup.build_tables(
@@ -62,9 +62,11 @@ def run_sft(
             train_config,
         )
         setup.check_ids_fit(prepared.train, checkpoint.vocabulary)
-        runtime.on_main(run.open)
         scorer = setup.set_up_scorer(runtime, load_model(checkpoint), train_config, dropout=True)
         source, evaluation = setup.make_sources(runtime, train_config, prepared, "answers", scorer)
         task = LanguageTask(source, evaluation, scorer.aux_coefficient)
         facts = {"data": prepared.train.digest}
-        return setup.train_and_export(runtime, scorer, task, train_config, run, tokenizer, facts)
+        ends = setup.answer_ends(tokenizer, data, prepared)
+        return setup.train_and_export(
+            runtime, scorer, task, train_config, run, tokenizer, facts, ends
+        )

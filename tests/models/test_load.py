@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modern_llm.config import ModernLLMConfig
-from modern_llm.config.errors import UserError
+from modern_llm.config.errors import StorageError, UserError
 from modern_llm.models import pt_files
 from modern_llm.models.build import build_model, to_transformers_config
 from modern_llm.models.load import (
@@ -113,6 +113,28 @@ def test_a_folder_without_all_weights_is_refused(tmp_path):
         load_model(inspect_checkpoint(folder))
 
 
+def test_damaged_or_missing_weights_are_one_sentence(tmp_path):
+    folder = make_checkpoint(tmp_path / "model", make_tokenizer(tmp_path / "tokenizer"))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(StorageError, match="damaged weights"):
+        load_model(inspect_checkpoint(folder))
+    weights.unlink()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(inspect_checkpoint(folder))
+    (folder / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(UserError, match="t5 is no causal language model"):
+        inspect_checkpoint(folder)
+
+
+def test_rotary_scaling_reaches_the_model():
+    scaled = ModernLLMConfig(
+        vocab_size=64, d_model=32, n_heads=4, rope_scaling={"rope_type": "linear", "factor": 2.0}
+    )
+    parameters = to_transformers_config(scaled).rope_parameters
+    assert parameters == {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
+
+
 def test_what_is_no_checkpoint_says_what_was_looked_for(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         inspect_checkpoint(tmp_path)
@@ -174,6 +196,9 @@ def test_our_own_shapes_are_stock_architectures(shape, kind):
         ({"use_moe": True, "moe_config": {"capacity_factor": 1.25}}, "capacity"),
         ({"moe_config": {}}, "no effect without use_moe"),
         ({"d_modle": 3}, "d_modle"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type is the old name"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "needs factor"),
+        ({"rope_scaling": {"rope_type": "linaer", "factor": 2.0}}, "one of linear"),
     ],
 )
 def test_a_shape_that_no_stock_architecture_has_is_refused(change, message):

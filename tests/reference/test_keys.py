@@ -38,6 +38,18 @@ def test_one_bit_of_one_weight_changes_the_digest():
     assert weights_digest(model) != before
 
 
+def test_saved_buffers_count_and_unsaved_ones_do_not():
+    model = make_model("llama")
+    before = weights_digest(model)
+    model.register_buffer("scratch", torch.zeros(2), persistent=False)
+    assert weights_digest(model) == before
+    model.register_buffer("bias", torch.zeros(2))
+    changed = weights_digest(model)
+    assert changed != before
+    model.bias[0] = 1
+    assert weights_digest(model) not in (before, changed)
+
+
 def test_names_and_shapes_count():
     class Other(torch.nn.Module):
         def __init__(self, name, *shape):

@@ -12,7 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modern_llm.config import ModernLLMConfig, TrainingConfig
-from modern_llm.config.errors import UserError
+from modern_llm.config.errors import StorageError, UserError
 from modern_llm.data.instruction_datasets import InstructionDatasetConfig
 from modern_llm.data.preference_datasets import PreferenceDatasetConfig
 from modern_llm.models import pt_files
@@ -270,9 +270,7 @@ def test_what_cannot_run_is_refused(tmp_path, tiny_checkpoint, tiny_pairs, chang
             DPOConfig(**({"max_length": 96} | dpo)),
             PreferenceDatasetConfig(dataset_name=str(tiny_pairs)),
         )
-    # A budget is only judged once the model is loaded; what is wrong before leaves nothing at all.
-    assert (tmp_path / "dpo").exists() == ("tokens_per_micro_batch" in changes)
-    assert not (tmp_path / "dpo" / "t_final").exists()
+    assert not (tmp_path / "dpo").exists()
 
 
 def test_the_pairs_on_disk_decide_not_their_order(tmp_path, tiny_checkpoint, caplog):
@@ -298,3 +296,82 @@ def test_the_pairs_on_disk_decide_not_their_order(tmp_path, tiny_checkpoint, cap
     assert "scored 0 " in scored["b"] and "nothing was computed" in scored["b"]
     # Both answers of the edited pair are scored together; only one of them is new.
     assert "found 39, scored 2 " in scored["c"]
+
+
+def test_values_that_are_not_these_weights_stop_the_run(
+    tmp_path, tiny_checkpoint, tiny_pairs, monkeypatch
+):
+    """The self-check: numbers of another model stand in the store under this reference's name."""
+    from modern_llm.reference import store
+
+    append = store.ReferenceStore.append
+
+    def append_wrong(self, keys, sums, counts):
+        sums = sums.copy()
+        sums[:1] += 3.0
+        append(self, keys, sums, counts)
+
+    data = PreferenceDatasetConfig(dataset_name=str(tiny_pairs))
+    options = DPOConfig(max_length=96, self_check_pairs=30)
+    with monkeypatch.context() as patch:
+        patch.setattr(store.ReferenceStore, "append", append_wrong)
+        run_dpo(tiny_checkpoint, config(tmp_path / "a"), options, data)
+    with pytest.raises(StorageError, match=r"pairs.jsonl:\d+: .* off ln 2 by .*; remove "):
+        run_dpo(tiny_checkpoint, config(tmp_path / "b"), options, data)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_published_generation_configuration_does_not_break_the_export(
+    tmp_path, tiny_checkpoint, tiny_pairs
+):
+    import shutil
+
+    folder = tmp_path / "vicuna"
+    shutil.copytree(tiny_checkpoint, folder)
+    settings = {"temperature": 0.9, "top_p": 0.6, "max_length": 200}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    final = run_dpo(
+        folder,
+        config(tmp_path / "dpo"),
+        DPOConfig(max_length=96),
+        PreferenceDatasetConfig(dataset_name=str(tiny_pairs)),
+    )
+    written = json.loads((final / "generation_config.json").read_text())
+    assert (written["temperature"], written["top_p"]) == (0.9, 0.6)
+
+
+def test_generation_writes_prompts_and_ends_answers_as_training_did(tmp_path, tiny_checkpoint):
+    """Messages without a chat template of the tokenizer's own: the one used goes with the model."""
+    from modern_llm.data.instruction_datasets import build_instruction_tables
+    from modern_llm.training.answer import prompt_ids
+
+    rows = [
+        {"messages": [{"role": "user", "content": w}, {"role": "assistant", "content": f"{w} {w}"}]}
+        for w in WORDS
+    ]
+    data = InstructionDatasetConfig(
+        dataset_name=str(write_jsonl(tmp_path / "chat.jsonl", rows)), max_length=64
+    )
+    final = run_sft(tiny_checkpoint, config(tmp_path / "sft"), data)
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    assert tokenizer.chat_template
+    table = build_instruction_tables(
+        data, AutoTokenizer.from_pretrained(tiny_checkpoint), tmp_path / "t", max_length=64
+    ).train
+    ids, ends = prompt_ids(tokenizer, [WORDS[0], WORDS[5]], "chat")
+    assert ids == [table.ids(0, "prompt").tolist(), table.ids(5, "prompt").tolist()]
+    assert table.ids(0, "response")[-1] in ends
+
+
+def test_settings_may_change_until_something_was_learnt(tmp_path, tiny_checkpoint, tiny_pairs):
+    data = PreferenceDatasetConfig(dataset_name=str(tiny_pairs))
+    folder = tmp_path / "dpo"
+    with pytest.raises(UserError, match="warmup_steps 5 is above the 3 steps"):
+        run_dpo(
+            tiny_checkpoint,
+            config(folder, max_steps=None, epochs=0.4, warmup_steps=5),
+            DPOConfig(max_length=96),
+            data,
+        )
+    final = run_dpo(tiny_checkpoint, config(folder), DPOConfig(max_length=96), data)
+    assert (final / "config.json").is_file()
