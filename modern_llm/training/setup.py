@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.data import DatasetConfig
-from modern_llm.config.errors import ConfigError, UserError
+from modern_llm.config.errors import ConfigError, Stopped, StorageError, UserError
 from modern_llm.data.plan import Budget, Order
 from modern_llm.data.prepare import FELL_BACK, Prepared, sample_texts
 from modern_llm.data.rows import Examples, Kind
@@ -100,13 +100,19 @@ def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
         yield
     except BaseException as error:
         if runtime.is_main and run.is_open():
-            status = getattr(error, "status", 75 if isinstance(error, KeyboardInterrupt) else 1)
-            run.close(status, f"{type(error).__name__}: {error}", run.last_step())
+            run.close(status_of(error), f"{type(error).__name__}: {error}", run.last_step())
         elif runtime.accelerator.is_local_main_process:
             run.leave_nothing()
         raise
     if runtime.is_main:
         run.close(0, "done", run.last_step())
+
+
+def status_of(error: BaseException) -> int:
+    """Return the exit status that the command line gives to `error`."""
+    if isinstance(error, KeyboardInterrupt):
+        return Stopped.status
+    return getattr(error, "status", StorageError.status if isinstance(error, OSError) else 1)
 
 
 def choose_tokenizer(
