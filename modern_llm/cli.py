@@ -24,7 +24,7 @@ from modern_llm.config import (
     PreferenceDatasetConfig,
     TrainingConfig,
 )
-from modern_llm.config.errors import UserError
+from modern_llm.config.errors import UserError, status_of
 from modern_llm.config.files import Settings, read_settings
 from modern_llm.training.dpo_config import DPOConfig
 
@@ -234,23 +234,22 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in rest
     try:
         return _run(verb, rest)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print(
             "modern-llm: error: interrupted; the same command goes on from what is on disk",
             file=sys.stderr,
             flush=True,
         )
-        return 75
+        return status_of(interrupt)
     except BrokenPipeError:
         return 141
     except Exception as error:
-        # An OSError that nobody turned into a sentence is a disk that refuses.
-        status = getattr(error, "status", 3 if isinstance(error, OSError) else None)
-        if debug or status is None:
+        status = status_of(error)
+        if debug or status == 1:
             raise
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, UserError):
             print(f"modern-llm: error: {_one_line(error)}", file=sys.stderr, flush=True)
-        return int(status)
+        return status
 
 
 def _run(verb: str, rest: list[str]) -> int:

@@ -66,6 +66,7 @@ def test_the_overview_lists_every_verb(capsys):
         (["generate", "--model", "no/such", "--prompt", "x"], ["no/such", "check the path"]),
         (["generate", "--model", "x", "--temperature", "-1"], ["temperature", "-1"]),
         (["generate", "--model", "x", "--prompt", "y", "--seed", "1"], ["seed has no effect"]),
+        (["generate", "--model", "x", "--prompt", "y", "--template", "z{"], ["neither `chat`"]),
         (
             ["score", "--model", "x", "--data", "y", "--output", "z", "--mixed_precision", "bf17"],
             ["mixed_precision", "'bf17'"],

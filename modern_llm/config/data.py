@@ -8,11 +8,9 @@ from pydantic import AfterValidator, Field, model_validator
 
 from modern_llm.config.base import section
 
-PREFERENCE_FORMATS = ("auto", "hh", "shp", "strings", "messages", "sharegpt")
-INSTRUCTION_FORMATS = ("auto", "alpaca", "messages", "strings")
 
-
-def _known_template(template: str | None) -> str | None:
+def known_template(template: str | None) -> str | None:
+    """Return `template` if it is one of the three kinds, else raise ValueError."""
     if template is None or template == "chat" or "{prompt}" in template or "{%" in template:
         return template
     raise ValueError(
@@ -21,7 +19,7 @@ def _known_template(template: str | None) -> str | None:
     )
 
 
-Template = Annotated[str, AfterValidator(_known_template)]
+Template = Annotated[str, AfterValidator(known_template)]
 
 
 @section

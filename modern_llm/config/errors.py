@@ -47,3 +47,14 @@ class Stopped(RuntimeError):
     """A signal asked the run to stop and everything was saved: exit status 75."""
 
     status = 75
+
+
+def status_of(error: BaseException) -> int:
+    """Return the exit status of a run that ends with `error`; 1 is a bug of ours.
+
+    An OSError that nobody turned into a sentence is a disk that refuses; an interrupted command
+    goes on from what is on disk, as after any other signal.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return Stopped.status
+    return getattr(error, "status", StorageError.status if isinstance(error, OSError) else 1)

@@ -77,11 +77,19 @@ class Runtime:
                 work()
             except Exception as error:
                 failure = error
-        everywhere = self.from_main(portable(failure))
+        self.raise_together(failure)
+
+    def raise_together(self, failure: BaseException | None) -> None:
+        """Meet the others; raise this process's `failure`, or else the first that another one had.
+
+        Called where each did work of its own before a collective: who failed alone would leave the
+        others waiting in it.
+        """
+        failures = [f for f in self.gather(_portable(failure)) if f is not None]
         if failure is not None:
             raise failure
-        if everywhere is not None:
-            raise everywhere
+        if failures:
+            raise failures[0]
 
     @contextmanager
     def one_per_machine_first(self) -> Iterator[None]:
@@ -97,11 +105,7 @@ class Runtime:
                 yield
             except Exception as error:
                 failure = error
-        failures = [f for f in self.gather(portable(failure)) if f is not None]
-        if failure is not None:
-            raise failure
-        if failures:
-            raise failures[0]
+        self.raise_together(failure)
         if not first:
             yield
 
@@ -162,7 +166,7 @@ def start(config: TrainingConfig) -> Runtime:
     return Runtime(accelerator)
 
 
-def portable(error: BaseException | None) -> BaseException | None:
+def _portable(error: BaseException | None) -> BaseException | None:
     """Return an error that survives pickling: foreign ones may hold what cannot be sent."""
     if error is None:
         return None

@@ -78,7 +78,7 @@ def generate(
         top_p=top_p if temperature > 0 else None,
         top_k=0 if temperature > 0 else None,
         repetition_penalty=1.0,
-        eos_token_id=sorted({*_end_ids(model, tokenizer), *ends} - {None}),
+        eos_token_id=end_ids(model, (tokenizer.eos_token_id, *ends)),
         pad_token_id=pad if pad is not None else 0,
     )
     answers: list[str] = [""] * len(prompts)
@@ -103,7 +103,7 @@ def generate(
     return answers
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_ids(model: PreTrainedModel, more: Iterable[int | None]) -> list[int]:
+    """Return the ids at which the model's own generation settings end an answer, and `more`."""
     own = model.generation_config.eos_token_id
-    ids = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}
-    return sorted(i for i in ids if i is not None)
+    return sorted({*(own if isinstance(own, list) else [own]), *more} - {None})

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from modern_llm.config.errors import NotFiniteError
 from modern_llm.distributed.display import Display
-from modern_llm.distributed.runtime import Runtime, portable
+from modern_llm.distributed.runtime import Runtime
 from modern_llm.reference.keys import KEY_BYTES, entry_key
 from modern_llm.reference.store import ReferenceStore
 
@@ -93,10 +93,7 @@ def fill(
             mine = _score_and_store(runtime, pairs, store, score, lacking, keys)
     except Exception as error:
         failure = error
-    # The others are about to meet in a collective: they must hear of it there.
-    failures = [f for f in runtime.gather(portable(failure)) if f is not None]
-    if failures:
-        raise failure or failures[0]
+    runtime.raise_together(failure)
     scored = _merge(runtime, mine, keys, values, store)
     return values, FillReport(needed, present, scored, time.perf_counter() - began)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from modern_llm.config.data import known_template
 from modern_llm.config.errors import ConfigError
 from modern_llm.data.templates import Template, end_tokens
 from modern_llm.data.tokenize import Encoder
@@ -47,6 +48,10 @@ def answer_prompts(
         raise ConfigError(
             ["seed has no effect at temperature 0: raise temperature or leave it out"]
         )
+    try:
+        known_template(template)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
     checkpoint = inspect_checkpoint(model)
     if tokenizer_name is None and not checkpoint.has_tokenizer:
         raise ConfigError([f"tokenizer_name: {model} holds no tokenizer; name one"])
@@ -54,10 +59,6 @@ def answer_prompts(
     check_tokenizer_fits(tokenizer, checkpoint.vocabulary, tokenizer_name or model)
     loaded = load_model(checkpoint)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
-    if template is not None and template != "chat" and "{" not in template:
-        raise ConfigError(
-            [f"template {template!r}: must be chat, hold {{prompt}}, or be a Jinja chat template"]
-        )
     rows, ends = prompt_ids(tokenizer, prompts, template)
     return generate(
         loaded,

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.data import DatasetConfig
-from modern_llm.config.errors import ConfigError, Stopped, StorageError, UserError
+from modern_llm.config.errors import ConfigError, UserError, status_of
 from modern_llm.data.plan import Budget, Order
 from modern_llm.data.prepare import FELL_BACK, Prepared, sample_texts
 from modern_llm.data.rows import Examples, Kind
@@ -27,6 +27,7 @@ from modern_llm.data.tokenize import check_tokenizers_agree
 from modern_llm.data.tokens import TokenTable
 from modern_llm.distributed.commit import committed_folder
 from modern_llm.distributed.runtime import Runtime, start
+from modern_llm.models.generate import end_ids
 from modern_llm.models.load import (
     Checkpoint,
     check_tokenizer_fits,
@@ -106,13 +107,6 @@ def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
         raise
     if runtime.is_main:
         run.close(0, "done", run.last_step())
-
-
-def status_of(error: BaseException) -> int:
-    """Return the exit status that the command line gives to `error`."""
-    if isinstance(error, KeyboardInterrupt):
-        return Stopped.status
-    return getattr(error, "status", StorageError.status if isinstance(error, OSError) else 1)
 
 
 def choose_tokenizer(
@@ -326,10 +320,9 @@ def export(
             setattr(model.config, name, getattr(tokenizer, name))
         if getattr(generation, name, None) is None:
             setattr(generation, name, getattr(tokenizer, name))
-    old = generation.eos_token_id
-    known = {*(old if isinstance(old, list) else [old]), *ends} - {None}
+    known = end_ids(model, ends)
     if len(known) > 1:
-        generation.eos_token_id = sorted(known)
+        generation.eos_token_id = known
     # Some published folders hold a temperature without do_sample; transformers reads such a
     # configuration and refuses to write it.
     sampled = any(getattr(generation, n, None) not in (None, 1.0) for n in ("temperature", "top_p"))

@@ -48,6 +48,13 @@ def test_contradictions_are_refused(section, fields, message):
 
 
 def test_what_goes_together_is_taken():
-    PreferenceDatasetConfig(eval_dataset_name="other", eval_split="train", template="{prompt}\n")
-    DocumentDatasetConfig(split="a", eval_split="train")
-    InstructionDatasetConfig(max_prompt_length=2000, template="{% for m in messages %}{% endfor %}")
+    pairs = PreferenceDatasetConfig(
+        eval_dataset_name="other", eval_split="train", template="{prompt}\n"
+    )
+    assert (pairs.eval_dataset_name, pairs.eval_split) == ("other", "train")
+    assert pairs.template == "{prompt}\n"
+    documents = DocumentDatasetConfig(split="a", eval_split="train")
+    assert (documents.split, documents.eval_split) == ("a", "train")
+    jinja = "{% for m in messages %}{% endfor %}"
+    answers = InstructionDatasetConfig(max_prompt_length=2000, template=jinja)
+    assert (answers.max_prompt_length, answers.template) == (2000, jinja)
