@@ -53,7 +53,9 @@ TABLE = {
     "stages": row(BELOW, "torch transformers numpy safetensors pydantic"),
     "report": row(),
     "demo": row(f"{BELOW} stages report", "tokenizers transformers rich numpy torch"),
-    "cli": row(f"{BELOW} stages report demo", "pydantic pydantic_settings rich transformers"),
+    # One module a verb or a family of them; the command line itself only chooses among these.
+    "verbs": row(f"{BELOW} stages report demo", "pydantic"),
+    "cli": row(f"{BELOW} stages report demo verbs", "pydantic pydantic_settings rich transformers"),
 }
 STARTS_AT_ONCE = ("modern_llm.__main__", "modern_llm.cli", "modern_llm.config")
 SLOW_TO_IMPORT = frozenset("torch transformers accelerate datasets numpy pyarrow pandas".split())

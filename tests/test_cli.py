@@ -41,7 +41,7 @@ def shell(*words: str) -> subprocess.CompletedProcess:
 def test_help_imports_nothing_heavy_and_explains(verb):
     code = (
         f"import sys; from modern_llm.cli import main\n"
-        f"try: main(['{verb}', '--help'])\nexcept SystemExit as e: assert e.code == 0\n"
+        f"try: main([*'{verb}'.split(), '--help'])\nexcept SystemExit as e: assert e.code == 0\n"
         "heavy = {'torch', 'transformers', 'accelerate', 'datasets'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -194,8 +194,8 @@ def test_generate_answers_as_transformers_does(place, capsys):
 
 
 def test_a_yaml_no_is_the_word_no(tmp_path):
-    from modern_llm.cli import PretrainSettings
     from modern_llm.config.files import read_settings
+    from modern_llm.verbs.stages import PretrainSettings
 
     file = tmp_path / "run.yaml"
     file.write_text(
