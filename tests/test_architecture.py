@@ -41,7 +41,8 @@ TABLE = {
     # A table of a million pairs is made without torch; only the tensors of one batch need it.
     "data": row(
         "config",
-        "numpy datasets tokenizers pyarrow",
+        # huggingface_hub: the commit that a streamed data set is read at.
+        "numpy datasets tokenizers pyarrow huggingface_hub",
         only_in={"torch": frozenset({"data.batches"})},
     ),
     "distributed": row("config", "torch torch.distributed accelerate deepspeed rich"),
@@ -51,7 +52,8 @@ TABLE = {
     "core": row("config distributed", "torch accelerate safetensors yaml"),
     # train_*.py and what they are made of; a train_*.py itself is imported by cli and demo only.
     "stages": row(BELOW, "torch transformers numpy safetensors pydantic"),
-    "report": row(),
+    # Pages from plain numbers: a template, a drawing, a terminal; nothing that computes.
+    "report": row("", "jinja2 matplotlib numpy rich yaml"),
     "demo": row(f"{BELOW} stages report", "tokenizers transformers rich numpy torch"),
     # One module a verb or a family of them; the command line itself only chooses among these.
     "verbs": row(f"{BELOW} stages report demo", "pydantic"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -23,11 +23,31 @@ Template = Annotated[str, AfterValidator(known_template)]
 
 
 @section
+class MixtureSource:
+    """One of several data sets that are trained on together."""
+
+    dataset_name: Annotated[str, Field(min_length=1)]
+    """Hub id, or a local file or folder."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often each of its examples is used in one epoch: 2 twice, 0.5 every second one (chosen by
+    content, so that they stay the same when rows are added). Held-out examples count once."""
+    subset: str | None = None
+    """Configuration name of a Hub data set that has several."""
+    split: str | None = None
+    """Split to train on, as in the section above."""
+    format: str = "auto"
+    """How its rows are read; the section's own where that names one."""
+
+
+@section
 class DatasetConfig:
     """What every kind of data shares: where it is, what is held out, what happens to bad rows."""
 
     dataset_name: str | None = None
     """Hub id, or a local .jsonl .json .csv .parquet (documents: .txt) file, or a folder of them."""
+    sources: Annotated[list[MixtureSource], Field(min_length=1)] | None = None
+    """Several data sets in one run, in place of `dataset_name`: a list of `dataset_name`, `weight`
+    and, where needed, `subset`, `split` and `format`."""
     subset: str | None = None
     """Configuration name of a Hub data set that has several."""
     split: str | None = None
@@ -62,9 +82,39 @@ class DatasetConfig:
                     f"eval_split {self.eval_split!r} is the split to train on: "
                     "name another, or use eval_fraction"
                 )
+        problems += self._mixture_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _mixture_problems(self) -> list[str]:
+        if self.sources is None:
+            return []
+        problems = [
+            f"sources and {name} exclude each other: say {name} in each source"
+            for name in ("dataset_name", "subset", "split")
+            if getattr(self, name) is not None
+        ]
+        if self.eval_split is not None and self.eval_dataset_name is None:
+            problems.append(
+                "eval_split needs eval_dataset_name beside sources, which have splits of their own"
+            )
+        fields: Any = getattr(type(self), "__pydantic_fields__", {})
+        known = get_args(fields["format"].annotation) if "format" in fields else ("auto",)
+        problems += [
+            f"sources: {source.dataset_name}: format {source.format!r} is none of "
+            f"{', '.join(known)}"
+            for source in self.sources
+            if source.format not in known
+        ]
+        return problems
+
+    @property
+    def names(self) -> list[str]:
+        """What is trained on, by name."""
+        if self.sources is not None:
+            return [source.dataset_name for source in self.sources]
+        return [] if self.dataset_name is None else [self.dataset_name]
 
 
 @section
@@ -76,6 +126,9 @@ class DocumentDatasetConfig(DatasetConfig):
 
     text_column: str = "text"
     """Column that holds the document, for formats with columns."""
+    streaming: bool = False
+    """Read data sets of the Hub row by row while they are tokenised, without a copy of them on the
+    disk; `max_examples` says where to stop. Local files are always read so."""
 
 
 @section

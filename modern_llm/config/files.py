@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -38,6 +38,9 @@ class Settings(BaseSettings):
         protected_namespaces=(),
     )
 
+    config_is_of_a_stage: ClassVar[bool] = False
+    """Whether `--config` names the configuration of a run, which the verb reads itself."""
+
     config: Path | None = None
     """YAML or JSON file with the sections below; options on the command line override it."""
     json_output: bool = False
@@ -61,9 +64,28 @@ def read_settings(schema: type[S], arguments: list[str], verb: str) -> S:
     file = Path(given["config"]) if given.get("config") else None
     lines: dict[str, int] = {}
     values = given
-    if file is not None:
+    if file is not None and not schema.config_is_of_a_stage:
         content, lines = _read_file(file)
         values = _merged(content, given)
+    return _checked(schema, values, given, file, lines)
+
+
+def sections_of(path: Path) -> list[str]:
+    """Return the names at the top of a configuration file.
+
+    Raises:
+        ConfigError: it cannot be read, or is no mapping.
+    """
+    return list(_read_file(path)[0])
+
+
+def _checked(
+    schema: type[S],
+    values: dict[str, Any],
+    given: dict[str, Any],
+    file: Path | None,
+    lines: dict[str, int],
+) -> S:
     try:
         return schema.model_validate(values)
     except ValidationError as error:

@@ -12,31 +12,36 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from modern_llm.config.data import DatasetConfig, DocumentDatasetConfig
-from modern_llm.config.errors import DataError, StorageError, UserError
-from modern_llm.data.formats import Format, Values, choose_format
+from modern_llm.config.data import DatasetConfig
+from modern_llm.config.errors import DataError, StorageError
+from modern_llm.data.formats import choose_format
+from modern_llm.data.passes import (
+    FELL_BACK,
+    Part,
+    evaluation_source,
+    in_batches,
+    read_items,
+    share_of,
+    training_sources,
+)
 from modern_llm.data.readers import Row
-from modern_llm.data.recipes import Item, Recipe, RowPacker, formats_of
-from modern_llm.data.records import Broken, ContentFault, Document, Dropped, RowFault
+from modern_llm.data.recipes import Recipe, RowPacker, formats_of
+from modern_llm.data.records import ContentFault, Document, Dropped, RowFault
 from modern_llm.data.report import DataReport, Drops
-from modern_llm.data.sources import Source, open_source
+from modern_llm.data.sources import Source
 from modern_llm.data.storage import new_folder
 from modern_llm.data.templates import Tokenizer
-from modern_llm.data.tokenize import Cuts, Ids, tokenizer_identity
+from modern_llm.data.tokenize import Ids, tokenizer_identity
 from modern_llm.data.tokens import TokenTable, TokenTableWriter
 
-VERSION = 1
-_BATCH_ROWS, _BATCH_CHARACTERS = 1000, 2**23
-_COUNTED_AFTER_BROKEN = 100_000
-FELL_BACK = (
-    "the tokenizer has no chat template: messages are written as <|user|> and <|assistant|> turns "
-    "(set template to change that)"
-)
+__all__ = ["FELL_BACK", "Prepared", "prepare", "sample_texts"]
+
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,20 @@ class Prepared:
     """The tables of a section.
 
     `evaluation` is None where the section names no evaluation data; `evaluation_report` is there
-    where that comes from a source of its own.
+    where that comes from a source of its own. `parts` has one report a training source, `report`
+    their sum.
     """
 
     train: TokenTable
     evaluation: TokenTable | None
     report: DataReport
     evaluation_report: DataReport | None = None
+    parts: tuple[DataReport, ...] = ()
+
+    def lines(self) -> list[str]:
+        """Return what a person should read of it: every source, and the sum of several."""
+        reports = [*self.parts, self.report] if len(self.parts) > 1 else [self.report]
+        return [line for report in reports for line in report.lines()]
 
 
 def prepare(config: DatasetConfig, tokenizer: Tokenizer, folder: Path, recipe: Recipe) -> Prepared:
@@ -60,21 +72,20 @@ def prepare(config: DatasetConfig, tokenizer: Tokenizer, folder: Path, recipe: R
         DataError: a source cannot be read, is broken, or leaves nothing to train or evaluate on.
         StorageError: the folder cannot be written.
     """
-    source, evaluation = _training_source(config), _evaluation_source(config)
-    key = _key(config, tokenizer, recipe, source, evaluation)
+    parts, evaluation = training_sources(config), evaluation_source(config)
+    key = _key(config, tokenizer, recipe, parts, evaluation)
     if (found := _reuse(folder, key)) is not None:
         return found
     with new_folder(folder) as new:
         with (new / "dropped_rows.jsonl").open("w", encoding="utf-8") as out:
-            build = _Build(config, recipe, new)
-            report = build.source(source, Drops(out, DataReport(source.name)), "train")
+            reports = _Build(config, recipe, new, out).tables(parts, "train")
             other = None
             if evaluation is not None:
-                drops = Drops(out, DataReport(evaluation.name))
-                other = build.source(evaluation, drops, "evaluation")
+                whole = replace(config, eval_fraction=None)
+                (other,) = _Build(whole, recipe, new, out).tables([Part(evaluation)], "evaluation")
         summary = {
             "key": key,
-            "report": report.as_dict(),
+            "reports": [report.as_dict() for report in reports],
             "evaluation_report": other and other.as_dict(),
         }
         (new / "prepared.json").write_text(json.dumps(summary), encoding="utf-8")
@@ -87,17 +98,18 @@ def prepare(config: DatasetConfig, tokenizer: Tokenizer, folder: Path, recipe: R
 
 
 def sample_texts(config: DatasetConfig, count: int = 64) -> list[str]:
-    """Return the texts of the first `count` rows that are good, to compare tokenizers on."""
-    source = _training_source(config)
+    """Return the texts of the first `count` rows of each source that are good, to compare
+    tokenizers on."""
     formats, name = formats_of(config)
     texts: list[str] = []
-    for row in islice(source, count):
-        try:
-            if isinstance(row, Row):
-                record = choose_format(formats, name, row.values).convert(row.values, row.origin)
-                texts += _texts(record)
-        except (RowFault, ContentFault):
-            continue
+    for part in training_sources(config):
+        for row in islice(part.source, count):
+            try:
+                if isinstance(row, Row):
+                    chosen = choose_format(formats, part.format or name, row.values)
+                    texts += _texts(chosen.convert(row.values, row.origin))
+            except (RowFault, ContentFault):
+                continue
     return texts
 
 
@@ -109,56 +121,25 @@ def _texts(record: Any) -> list[str]:
     return [*turns, *record.responses]
 
 
-def _training_source(config: DatasetConfig) -> Source:
-    if config.dataset_name is None:
-        raise UserError("dataset_name is missing: give a Hub id, or a local file or folder")
-    return open_source(
-        config.dataset_name,
-        split=config.split,
-        subset=config.subset,
-        text_column=_text_column(config),
-    )
-
-
-def _evaluation_source(config: DatasetConfig) -> Source | None:
-    """The source to evaluate on, where that is another than the one to train on."""
-    if config.eval_dataset_name is not None:
-        return open_source(
-            config.eval_dataset_name,
-            split=config.eval_split,
-            text_column=_text_column(config),
-            evaluation=True,
-        )
-    if config.eval_split is None:
-        return None
-    return open_source(
-        config.dataset_name,
-        split=config.eval_split,
-        subset=config.subset,
-        text_column=_text_column(config),
-    )
-
-
-def _text_column(config: DatasetConfig) -> str | None:
-    return config.text_column if isinstance(config, DocumentDatasetConfig) else None
-
-
 def _key(
     config: DatasetConfig,
     tokenizer: Tokenizer,
     recipe: Recipe,
-    source: Source,
+    parts: Sequence[Part],
     evaluation: Source | None,
 ) -> str:
     """Digest of everything that the tables depend on."""
-    parts = {
+    facts = {
         "version": VERSION,
         "section": [type(config).__name__, asdict(config)],
         "settings": recipe.settings,
         "tokenizer": tokenizer_identity(tokenizer),
-        "sources": [source.identity, evaluation and evaluation.identity],
+        "sources": [
+            *(part.source.identity for part in parts),
+            evaluation and evaluation.identity,
+        ],
     }
-    text = json.dumps(parts, sort_keys=True)
+    text = json.dumps(facts, sort_keys=True)
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=20).hexdigest()
 
 
@@ -168,7 +149,8 @@ def _reuse(folder: Path, key: str) -> Prepared | None:
         summary = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
         if summary["key"] != key:
             return None
-        report = DataReport.from_dict(summary["report"])
+        parts = [DataReport.from_dict(values) for values in summary["reports"]]
+        report = DataReport.merged(parts)
         other = summary["evaluation_report"]
         held_out = other is not None or report.evaluation_examples
         return Prepared(
@@ -176,6 +158,7 @@ def _reuse(folder: Path, key: str) -> Prepared | None:
             evaluation=TokenTable.open(folder / "evaluation") if held_out else None,
             report=report,
             evaluation_report=other and DataReport.from_dict(other),
+            parts=tuple(parts),
         )
     except (OSError, ValueError, KeyError, TypeError, StorageError):
         return None
@@ -184,14 +167,17 @@ def _reuse(folder: Path, key: str) -> Prepared | None:
 class _Build:
     """One pass over each source of a section."""
 
-    def __init__(self, config: DatasetConfig, recipe: Recipe, folder: Path):
-        self._config, self._recipe, self._folder = config, recipe, folder
+    def __init__(self, config: DatasetConfig, recipe: Recipe, folder: Path, out: TextIO):
+        self._config, self._recipe, self._folder, self._out = config, recipe, folder, out
 
-    def source(self, source: Source, drops: Drops, name: str) -> DataReport:
-        """Write the table `name` (and `evaluation`, if a fraction is held out) from one source."""
-        config, recipe, report = self._config, self._recipe, drops.report
-        fraction = config.eval_fraction
-        recipe.cuts.clear()
+    def tables(self, parts: Sequence[Part], name: str) -> list[DataReport]:
+        """Write the table `name` (and `evaluation`, if a fraction is held out) from all sources.
+
+        Returns:
+            One report a source; documents run on from one source into the next, so that what does
+            not fill a row is counted with the last.
+        """
+        recipe, fraction = self._recipe, self._config.eval_fraction
         with ExitStack() as stack:
             sinks = {
                 table: _Sink(
@@ -200,36 +186,55 @@ class _Build:
                 )
                 for table in ([name] if fraction is None else [name, "evaluation"])
             }
-            for cells, origin in self._rows(source, drops):
-                held_out = fraction is not None and share_of(cells) < fraction
-                sinks["evaluation" if held_out else name].add(cells, origin)
-            drops.settle(config.max_dropped)
-            self._fill_in(report, sinks, name)
+            reports = [self._source(part, sinks, name) for part in parts]
+            reports[-1].tokens_cut += sum(sink.leftover for sink in sinks.values())
+            whole = DataReport.merged(reports)
+            for table, sink in sinks.items():
+                if sink.rows == 0:
+                    raise DataError(f"{whole.source}: {self._nothing_in(table, sink, whole)}")
+        return reports
+
+    def _source(self, part: Part, sinks: dict[str, _Sink], name: str) -> DataReport:
+        config, report = self._config, DataReport(part.source.name)
+        drops = Drops(self._out, report)
+        before = {table: (sink.rows, sink.tokens) for table, sink in sinks.items()}
+        self._recipe.cuts.clear()
+        for cells, origin in self._rows(part, drops):
+            fraction = config.eval_fraction
+            if fraction is not None and share_of(cells) < fraction:
+                sinks["evaluation"].add(cells, origin)
+                continue
+            for _ in range(part.times(cells)):
+                sinks[name].add(cells, origin)
+        drops.settle(config.max_dropped)
+        cuts = self._recipe.cuts
+        report.prompts_cut, report.responses_cut = cuts.prompts, cuts.responses
+        report.tokens_cut = cuts.tokens
+        gained = {
+            table: (sink.rows - before[table][0], sink.tokens - before[table][1])
+            for table, sink in sinks.items()
+        }
+        report.tokens = sum(tokens for _, tokens in gained.values())
+        report.examples = gained[name][0]
+        if len(sinks) > 1:
+            report.evaluation_examples = gained["evaluation"][0]
+        if part.weight != 1:
+            report.notes.append(f"{part.source.name}: weight {part.weight:g}")
         return report
 
-    def _rows(self, source: Source, drops: Drops) -> Iterator[tuple[list[Ids], str]]:
+    def _rows(self, part: Part, drops: Drops) -> Iterator[tuple[list[Ids], str]]:
         """Cells and origin of every row that is kept, tokenised in batches."""
-        for batch in _batches(_items(source, self._config, self._recipe, drops)):
-            ids = iter(self._recipe.encoder([text for item in batch for text in item.texts]))
+        recipe = self._recipe
+        if part.format is not None:
+            recipe = replace(recipe, name=part.format)
+        for batch in in_batches(read_items(part.source, self._config, recipe, drops)):
+            ids = iter(recipe.encoder([text for item in batch for text in item.texts]))
             for item in batch:
                 mine = [next(ids) for _ in item.texts]
                 try:
-                    yield self._recipe.cells(item, mine), item.origin
+                    yield recipe.cells(item, mine), item.origin
                 except ContentFault as fault:
                     drops.add(Dropped(item.origin, str(fault), str(fault)))
-
-    def _fill_in(self, report: DataReport, sinks: dict[str, _Sink], name: str) -> None:
-        """Complete the report, and refuse tables without a row."""
-        cuts: Cuts = self._recipe.cuts
-        report.prompts_cut, report.responses_cut = cuts.prompts, cuts.responses
-        report.tokens_cut = cuts.tokens + sum(sink.leftover for sink in sinks.values())
-        report.tokens = sum(sink.tokens for sink in sinks.values())
-        report.examples = sinks[name].rows
-        if len(sinks) > 1:
-            report.evaluation_examples = sinks["evaluation"].rows
-        for table, sink in sinks.items():
-            if sink.rows == 0:
-                raise DataError(f"{report.source}: {self._nothing_in(table, sink, report)}")
 
     def _nothing_in(self, table: str, sink: _Sink, report: DataReport) -> str:
         use = "train" if table == "train" else "evaluate"
@@ -264,94 +269,3 @@ class _Sink:
     @property
     def leftover(self) -> int:
         return 0 if self._packer is None else self._packer.leftover
-
-
-def _items(source: Source, config: DatasetConfig, recipe: Recipe, drops: Drops) -> Iterator[Item]:
-    """The texts of every good row. Broken rows are dropped, or counted and then refused.
-
-    Raises:
-        DataError: the first broken row with its place, and how many there are.
-    """
-    report = drops.report
-    reader = _RowReader(recipe)
-    first: Broken | None = None
-    broken = stop = 0
-    for row in islice(source, config.max_examples):
-        report.rows += 1
-        outcome = reader(row)
-        if isinstance(outcome, Broken):
-            if config.on_bad_row == "skip":
-                drops.add(outcome.dropped())
-                continue
-            if first is None:
-                first, stop = outcome, report.rows + _COUNTED_AFTER_BROKEN
-            broken += 1
-        elif isinstance(outcome, Dropped):
-            drops.add(outcome)
-        elif first is None:
-            yield outcome
-        if report.rows == stop:
-            break
-    if first is not None:
-        among = f"{broken} broken of {report.rows} rows read"
-        raise DataError(f"{first} ({among}; mend them, or on_bad_row: skip drops such rows)")
-    report.formats = {reader.format.name: 0} if reader.format else {}
-    if recipe.fell_back and reader.saw_chat:
-        report.notes.append(FELL_BACK)
-
-
-class _RowReader:
-    """One row to an item, or to why it is none; the first row that fits a format decides it."""
-
-    def __init__(self, recipe: Recipe):
-        self._recipe = recipe
-        self.format: Format | None = None
-        self.saw_chat = False
-
-    def __call__(self, row: Row | Broken) -> Item | Broken | Dropped:
-        if isinstance(row, Broken):
-            return row
-        try:
-            item = self._item(row.values, row.origin)
-        except RowFault as fault:
-            return Broken(row.origin, str(fault))
-        except ContentFault as fault:
-            return Dropped(row.origin, str(fault), str(fault))
-        self.saw_chat = self.saw_chat or item.chat
-        return item
-
-    def _item(self, values: Values, origin: str) -> Item:
-        recipe = self._recipe
-        if self.format is None:
-            self.format = choose_format(recipe.formats, recipe.name, values)
-        convert = self.format.convert
-        if recipe.framed and self.format.framed is not None:
-            convert = self.format.framed
-        return recipe.item(convert(values, origin))
-
-
-def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """Groups that are large enough to keep all cores busy and small enough to hold in memory."""
-    batch: list[Item] = []
-    characters = 0
-    for item in items:
-        batch.append(item)
-        characters += sum(map(len, item.texts))
-        if len(batch) >= _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def share_of(cells: Sequence[Ids]) -> float:
-    """Return a number in [0, 1) drawn from the content of a row alone.
-
-    Rows below a fraction are held out: adding rows, or another order, moves none of them, and equal
-    rows stay on one side.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for ids in cells:
-        digest.update(len(ids).to_bytes(8, "little"))
-        digest.update(ids.astype("<i4", copy=False).tobytes())
-    return int.from_bytes(digest.digest(), "little") / 2**64

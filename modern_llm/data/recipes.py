@@ -50,6 +50,7 @@ class Recipe:
         row_length: length of the rows that documents are cut into, else None.
         cuts: counts what `cells` takes away.
         fell_back: whether messages are written by the fallback template.
+        ends: ids that close an answer.
     """
 
     formats: Sequence[Format]
@@ -63,6 +64,7 @@ class Recipe:
     row_length: int | None = None
     cuts: Cuts = field(default_factory=Cuts)
     fell_back: bool = False
+    ends: frozenset[int] = frozenset()
 
 
 def formats_of(config: DatasetConfig) -> tuple[Sequence[Format], str]:
@@ -123,6 +125,7 @@ def answers_recipe(
         settings={"max_length": limits.total, "max_prompt_length": limits.prompt},
         cuts=cuts,
         fell_back=template.fell_back,
+        ends=frozenset({plain_end, chat_end} - {None}),  # type: ignore[arg-type]
     )
 
 
@@ -161,6 +164,7 @@ def documents_recipe(
         cells=cells,
         settings={"row_length": row_length},
         row_length=row_length,
+        ends=frozenset({tokenizer.eos_token_id}),
     )
 
 

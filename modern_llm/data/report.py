@@ -16,6 +16,16 @@ from modern_llm.data.records import BROKEN, Dropped
 
 EMPTY_DOCUMENT = "empty document"
 _SHOWN = 5
+_SUMMED = (
+    "rows",
+    "kept",
+    "examples",
+    "evaluation_examples",
+    "prompts_cut",
+    "responses_cut",
+    "tokens_cut",
+    "tokens",
+)
 
 
 @dataclass
@@ -61,6 +71,21 @@ class DataReport:
     def from_dict(cls, values: dict[str, Any]) -> DataReport:
         """Return the report that `as_dict` was called on."""
         return cls(**{name: value for name, value in values.items() if name != "dropped"})
+
+    @classmethod
+    def merged(cls, parts: list[DataReport]) -> DataReport:
+        """Return the sums over several sources; of one source, that report itself."""
+        if len(parts) == 1:
+            return parts[0]
+        whole = cls(" + ".join(part.source for part in parts))
+        for part in parts:
+            for name in _SUMMED:
+                setattr(whole, name, getattr(whole, name) + getattr(part, name))
+            for total, counts in ((whole.drops, part.drops), (whole.formats, part.formats)):
+                for name, count in counts.items():
+                    total[name] = total.get(name, 0) + count
+            whole.notes += [note for note in part.notes if note not in whole.notes]
+        return whole
 
     def lines(self) -> list[str]:
         """Return what a person should read of it, a few short lines."""

@@ -111,7 +111,34 @@ class HubDataset:
         return [f"{self.name}/{self.split} {self.dataset._fingerprint}"]
 
 
-Source = LocalFiles | HubDataset
+@dataclass(frozen=True)
+class StreamedDataset:
+    """One split of a data set of the Hub, read over the network row by row.
+
+    `revision` is the commit at the time of opening: a stream has no fingerprint of its content.
+    """
+
+    name: str
+    split: str
+    revision: str
+    dataset: datasets.IterableDataset
+
+    def __iter__(self) -> Iterator[Row | Broken]:
+        try:
+            for index, values in enumerate(self.dataset):
+                yield Row(dict(values), f"{self.name}/{self.split}:[{index}]")
+        except OSError as error:
+            raise DataError(
+                f"{self.name}: the stream broke off ({error}): start again, or leave out streaming"
+            ) from error
+
+    @cached_property
+    def identity(self) -> list[str]:
+        """Name, split and commit."""
+        return [f"{self.name}/{self.split} {self.revision}"]
+
+
+Source = LocalFiles | HubDataset | StreamedDataset
 
 
 def open_source(
@@ -121,6 +148,7 @@ def open_source(
     subset: str | None = None,
     text_column: str | None = None,
     evaluation: bool = False,
+    streaming: bool = False,
 ) -> Source:
     """Find what `name` stands for.
 
@@ -131,6 +159,7 @@ def open_source(
         text_column: given where documents are read, and only then `.txt` files are.
         evaluation: the data set is there to evaluate on: where no split is said, all files of a
             folder are taken, and of a Hub data set the split "test".
+        streaming: read a data set of the Hub row by row instead of fetching it first.
 
     Raises:
         DataError: nothing of that name, of a readable type, or of that split.
@@ -147,7 +176,8 @@ def open_source(
         return LocalFiles(name, tuple(files), text_column)
     if path.suffix.lower() in {*READERS, ".txt", *_COMPRESSED} or not _HUB_ID.fullmatch(name):
         raise DataError(f"{name}: no such file or folder: check dataset_name")
-    return _from_hub(name, split or ("test" if evaluation else "train"), subset)
+    split = split or ("test" if evaluation else "train")
+    return _streamed(name, split, subset) if streaming else _from_hub(name, split, subset)
 
 
 def _one_file(path: Path, suffixes: list[str], split: str | None) -> Path:
@@ -224,11 +254,27 @@ def _from_hub(name: str, split: str, subset: str | None) -> HubDataset:
     try:
         dataset = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the library raises its own, the network's and Python's errors
-        kind = type(error).__name__
-        first = (str(error).strip() or kind).splitlines()[0]
-        raise DataError(
-            f"{name}: is no local file or folder, and split {split!r} of a Hub data set of that id "
-            f"could not be loaded ({kind}: {first}): check the id, subset, split and connection, "
-            "or give a file"
-        ) from error
+        raise _not_loaded(name, split, error) from error
     return HubDataset(name, split, dataset)
+
+
+def _streamed(name: str, split: str, subset: str | None) -> StreamedDataset:
+    import datasets
+    from huggingface_hub import HfApi
+
+    try:
+        dataset = datasets.load_dataset(name, subset, split=split, streaming=True)
+        revision = HfApi().dataset_info(name).sha or "unknown"
+    except Exception as error:
+        raise _not_loaded(name, split, error) from error
+    return StreamedDataset(name, split, revision, dataset)
+
+
+def _not_loaded(name: str, split: str, error: Exception) -> DataError:
+    kind = type(error).__name__
+    first = (str(error).strip() or kind).splitlines()[0]
+    return DataError(
+        f"{name}: is no local file or folder, and split {split!r} of a Hub data set of that id "
+        f"could not be loaded ({kind}: {first}): check the id, subset, split and connection, "
+        "or give a file"
+    )

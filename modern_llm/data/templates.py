@@ -38,6 +38,9 @@ class Tokenizer(Protocol):
     def apply_chat_template(self, conversation: list[Message], **options: Any) -> Any:
         """Return the text of a conversation."""
 
+    def decode(self, token_ids: list[int], **options: Any) -> str:
+        """Return the text of ids."""
+
     def get_vocab(self) -> dict[str, int]:
         """Return token -> id."""
 

@@ -55,6 +55,8 @@ def record_of(**sections: Any) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
             return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
         return str(value) if isinstance(value, Path) else value
 
     return {name: plain(value) for name, value in sections.items() if value is not None}
@@ -63,6 +65,12 @@ def record_of(**sections: Any) -> dict[str, Any]:
 def with_dataset_name(data: DatasetConfig, config: TrainingConfig) -> DatasetConfig:
     """Return `data` with the name of its data set, which either section may say but not both
     differently."""
+    if data.sources is not None:
+        if config.dataset_name:
+            raise ConfigError(
+                ["train.dataset_name has no effect beside data.sources: remove one of them"]
+            )
+        return data
     if data.dataset_name and config.dataset_name and data.dataset_name != config.dataset_name:
         raise ConfigError(
             [
@@ -157,7 +165,7 @@ def build_tables(
         prepared = build(run.data)
     runtime.agree(prepared.train.digest, "the training data")
     if runtime.is_main:
-        for line in prepared.report.lines():
+        for line in prepared.lines():
             log.info("data: %s", line)
         if prepared.evaluation is None:
             log.info("evaluation: none, because no evaluation data is named")

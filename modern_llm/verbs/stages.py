@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -14,7 +15,8 @@ from modern_llm.config import (
     PreferenceDatasetConfig,
     TrainingConfig,
 )
-from modern_llm.config.files import Settings
+from modern_llm.config.errors import ConfigError
+from modern_llm.config.files import Settings, read_settings, sections_of
 from modern_llm.training.dpo_config import DPOConfig
 
 
@@ -50,6 +52,29 @@ class DpoSettings(TrainingSettings):
     """Hub id, transformers folder or .pt file: the policy's start and the reference."""
     dpo: DPOConfig = Field(default_factory=DPOConfig)
     data: PreferenceDatasetConfig = Field(default_factory=PreferenceDatasetConfig)
+
+
+def read_stage(path: Path, overrides: list[str] | None = None) -> tuple[str, TrainingSettings]:
+    """Return which stage a configuration file is of, and its settings.
+
+    Raises:
+        ConfigError: it is of none, or of a wrong form.
+    """
+    names = set(sections_of(path))
+    found = [stage for stage, (mark, _) in MARKS.items() if names & mark]
+    if len(found) != 1:
+        marks = ", ".join(f"{'/'.join(sorted(mark))} ({s})" for s, (mark, _) in MARKS.items())
+        raise ConfigError([f"{path}: the stage shows by one of {marks}; found {sorted(names)}"])
+    schema = MARKS[found[0]][1]
+    return found[0], read_settings(schema, ["--config", str(path), *(overrides or [])], found[0])
+
+
+# stage -> (the names in a file that only it has, its settings)
+MARKS: dict[str, tuple[set[str], type[TrainingSettings]]] = {
+    "pretrain": ({"model"}, PretrainSettings),
+    "sft": ({"pretrain_checkpoint"}, SftSettings),
+    "dpo": ({"sft_checkpoint", "dpo"}, DpoSettings),
+}
 
 
 def training_config(settings: TrainingSettings) -> TrainingConfig:

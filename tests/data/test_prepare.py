@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from modern_llm.config.errors import DataError, UserError
-from modern_llm.data import prepare as module
+from modern_llm.data import passes as module
+from modern_llm.data.passes import share_of
 from modern_llm.data.preference_datasets import PreferenceDatasetConfig, build_preference_tables
-from modern_llm.data.prepare import Prepared, sample_texts, share_of
+from modern_llm.data.prepare import Prepared, sample_texts
 
 STRINGS = {"prompt": "p", "chosen": "c", "rejected": "r"}
 
@@ -74,8 +75,8 @@ def test_rows_are_read_as_they_are_needed(jsonl, pairs, tokenizer, monkeypatch):
         config, tokenizer, ("a", "b", "c"), max_length=64, max_prompt_length=None
     )
     drops = Drops(None, DataReport("x"))
-    batches = module._batches(
-        module._items(open_source(config.dataset_name), config, recipe, drops)
+    batches = module.in_batches(
+        module.read_items(open_source(config.dataset_name), config, recipe, drops)
     )
     for number in range(1, 4):
         assert len(next(batches)) == 10

@@ -1,0 +1,147 @@
+"""Plain results shown to a person in a terminal: tables, small histograms, coloured examples.
+
+Takes what a verb returns under `--json`; knows nothing of where it came from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+BARS = " ▁▂▃▄▅▆▇█"
+COLOURS = {"prompt": "cyan", "chosen": "green", "rejected": "red"}
+
+
+def sparkline(counts: list[int]) -> str:
+    """Return one character a bin, its height by count; any count above none shows."""
+    top = max(counts, default=0)
+    return "".join(
+        BARS[max(1, round(count / top * (len(BARS) - 1)))] if count else BARS[0] for count in counts
+    )
+
+
+def show_inspection(result: dict[str, Any], console: Console | None = None) -> None:
+    """Print the result of `inspect`."""
+    console = console or Console(soft_wrap=False)
+    for source in result["sources"]:
+        _source(console, source, result)
+    shared = result["leakage"]
+    if shared["evaluation_rows"]:
+        console.print(
+            f"train/evaluation: {shared['evaluation_rows']:,} evaluation rows, "
+            f"{shared['same_prompt']:,} with a prompt that is trained on, "
+            f"{shared['same_pair']:,} with the same pair",
+            highlight=False,
+        )
+    console.print(
+        f"one epoch: {result['steps_per_epoch']:,} steps of {result['batch_size']} examples",
+        highlight=False,
+    )
+    for example in result["examples"]:
+        console.print(_example(example))
+    _warnings(console, result["warnings"])
+
+
+def _source(console: Console, source: dict[str, Any], result: dict[str, Any]) -> None:
+    title = f"{source['name']} ({source['role']}"
+    title += f", weight {source['weight']:g})" if source["weight"] != 1 else ")"
+    console.rule(Text(title, style="bold"))
+    lines = [f"format {source['format']}: {source['why']}"]
+    kept = f"{source['rows']:,} rows, {source['kept']:,} kept, {source['dropped']:,} dropped"
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in source["drops"].items())
+    lines.append(kept + (f": {reasons}" if reasons else ""))
+    if source["held_out"]:
+        lines.append(f"{source['held_out']:,} held out for evaluation")
+    for line in lines:
+        console.print(Text(line))
+    console.print(_lengths(source))
+    for line in _details(source, result):
+        console.print(Text(line))
+
+
+def _lengths(source: dict[str, Any]) -> Table:
+    table = Table(title="tokens", title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("")
+    for name in ("mean", "5%", "50%", "95%", "99%", "most", "cut", "no end"):
+        table.add_column(name, justify="right")
+    table.add_column("0 … 99%", no_wrap=True)
+    for name, whole in source["lengths"].items():
+        for label, summary in (
+            (name, whole),
+            ("  truncated", source["lengths_after_truncation"][name]),
+        ):
+            if not summary["count"]:
+                continue
+            first = label == name
+            table.add_row(
+                Text(label, style=COLOURS.get(label, "")),
+                *(f"{summary[key]:,.0f}" for key in ("mean", "p5", "p50", "p95", "p99", "max")),
+                "" if first else f"{source['truncated'].get(name, 0):.1%}",
+                "" if first else f"{source['without_end_token'].get(name, 0):.1%}",
+                Text(sparkline(_halved(summary["histogram"]["counts"])), COLOURS.get(name, "")),
+            )
+    return table
+
+
+def _halved(counts: list[int]) -> list[int]:
+    """Two bins in one: a terminal of 80 columns has room for twelve."""
+    return [a + b for a, b in zip(counts[::2], counts[1::2], strict=True)]
+
+
+def _details(source: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    lines = [
+        f"repeated rows {source['duplicate_rows']:,}, repeated prompts "
+        f"{source['duplicate_prompts']:,}, empty prompts {source['empty_prompts']:,}"
+    ]
+    if bias := source["length_bias"]:
+        lines[0] += (
+            f", contradicting rows {source['contradicting_rows']:,}, "
+            f"score ties {source['score_ties']:,}"
+        )
+        lines.append(
+            f"chosen minus rejected: {bias['mean_difference']:+.1f} tokens "
+            f"(± {bias['standard_error']:.1f}), chosen longer in {bias['chosen_longer']:.1%}"
+        )
+    if sharing := source["prefix_sharing"]:
+        lines.append(
+            f"shared prompts: {sharing['shared_tokens']:,} tokens an epoch instead of "
+            f"{sharing['separate_tokens']:,}, {sharing['saving']:.1%} saved"
+        )
+    return lines + source["notes"]
+
+
+def _example(example: dict[str, Any]) -> Panel:
+    """One example; targets are underlined, every second one dimmed so that tokens can be told
+    apart, and a count says the same where there is no colour."""
+    text = Text()
+    for column in example["columns"]:
+        name, targets = column["column"], sum(column["target"])
+        colour = COLOURS.get(name, "yellow")
+        text.append(
+            f"{name}: {len(column['tokens'])} tokens, {targets or 'none a'} target"
+            f"{'s' if targets > 1 else ''}\n",
+            style=f"bold {colour}",
+        )
+        odd = False
+        for token, target in zip(column["tokens"], column["target"], strict=True):
+            style = f"{colour} underline" if target else colour
+            text.append(token, style=f"{style} dim" if odd else style)
+            odd = not odd
+        text.append("\n")
+    text.rstrip()
+    return Panel(text, title=Text(example["origin"]), title_align="left")
+
+
+def _warnings(console: Console, warnings: list[dict[str, str]]) -> None:
+    if not warnings:
+        console.print(Text("no warnings", style="green"))
+    for warning in warnings:
+        line = Text("warning: ", style="bold yellow")
+        line.append(f"{warning['source']}: {warning['message']}", style="default")
+        if warning["setting"]:
+            line.append(f" [{warning['setting']}]", style="bold")
+        console.print(line)
