@@ -157,25 +157,28 @@ class _Tally:
         for batch in in_batches(read_items(rows, config, recipe, drops)):
             ids = iter(recipe.encoder([text for item in batch for text in item.texts]))
             for item in batch:
-                self._row(item, [next(ids) for _ in item.texts], drops, config.eval_fraction)
+                self._row(item, [next(ids) for _ in item.texts], drops, config)
         drops.settle(config.max_dropped)
         self._finish(rows)
         return result
 
-    def _row(self, item: Item, whole: list[Ids], drops: Drops, fraction: float | None) -> None:
+    def _row(self, item: Item, whole: list[Ids], drops: Drops, config: DatasetConfig) -> None:
         try:
             cells = self._recipe.cells(item, whole)
         except ContentFault as fault:
             drops.add(Dropped(item.origin, str(fault), str(fault)))
             return
         columns = self._result.columns
-        ends = self._recipe.ends
+        ends, fraction = self._recipe.ends, config.eval_fraction
+        appends = getattr(config, "append_end_token", False)
         for at, name in enumerate(columns):
             self._whole[at].append(len(whole[at]))
             self._kept[at].append(len(cells[at]))
             ended = len(cells[at]) > 0 and int(cells[at][-1]) in ends
             if len(columns) > 1:
-                self._cut[name] += len(cells[at]) < len(whole[at])
+                # An answer of exactly the room there is loses its end token alone.
+                lost = at > 0 and appends and not ended
+                self._cut[name] += lost or len(cells[at]) < len(whole[at])
                 self._unended[name] += at > 0 and not ended
         texts = [_digest(ids) for ids in whole]
         pair = _mixed(texts)
