@@ -101,6 +101,17 @@ def open_run(config: TrainingConfig, **sections: Any) -> tuple[Runtime, RunFolde
     return runtime, run
 
 
+def write_report(run: RunFolder) -> None:
+    """Write `report.html` beside the metrics; what goes wrong with it does not touch the run."""
+    from modern_llm.report.page import write_report as write
+
+    try:
+        if run.metrics.is_file():
+            write([run.path], run.path / "report.html")
+    except Exception as error:
+        log.warning("report.html was not written (%s); modern-llm report writes it anew", error)
+
+
 @contextmanager
 def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
     """Write how the run ended into `outcome.json`, which survives launchers that flatten exit
@@ -110,11 +121,13 @@ def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
     except BaseException as error:
         if runtime.is_main and run.is_open():
             run.close(status_of(error), f"{type(error).__name__}: {error}", run.last_step())
+            write_report(run)
         elif runtime.accelerator.is_local_main_process:
             run.leave_nothing()
         raise
     if runtime.is_main:
         run.close(0, "done", run.last_step())
+        write_report(run)
 
 
 def choose_tokenizer(

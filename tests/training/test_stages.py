@@ -84,6 +84,7 @@ def test_the_three_stages_chain_as_documented(tmp_path, tiny_tokenizer, tiny_pai
     assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen",
             "logps/rejected"} <= set(dpo[0])  # fmt: skip
     assert json.loads((tmp_path / "dpo" / "outcome.json").read_text())["status"] == 0
+    assert "dpo-hh" in (tmp_path / "dpo" / "report.html").read_text(encoding="utf-8")
     written = yaml.safe_load((tmp_path / "dpo" / "config.yaml").read_text())
     assert {"sft_checkpoint", "train", "dpo", "data"} <= set(written)
 

@@ -1,0 +1,222 @@
+"""Panels of a report: metrics by step as SVG, drawn by matplotlib, coloured by the page's CSS.
+
+Colours are written as marks and replaced by CSS variables, so that one drawing serves light and
+dark. Each panel also gives its points and where its axes stand, from which the page's script shows
+values under the pointer or the arrow keys. Called by `page`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+import numpy as np
+
+from modern_llm.report.runs import Floats, Run
+
+COLOURS = 8
+WIDTH, HEIGHT = 4.6, 2.7
+"""Inches; an SVG unit is a 72nd of one."""
+MARK_INK, MARK_GRID = "#abc1f0", "#abc1f1"
+MOST_POINTS, MOST_BESIDE_OTHERS, ALL_POINTS = 200, 100, 36_000
+
+
+@dataclass(frozen=True)
+class Line:
+    """One metric in a panel: its name in `metrics.jsonl`, what it is called, how it is drawn."""
+
+    metric: str
+    title: str = ""
+    style: str = "-"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A drawing; `lines` that no run has are left out."""
+
+    title: str
+    lines: tuple[Line, ...]
+    percent: bool = False
+    log: bool = False
+
+
+PANELS = (
+    Panel("Loss", (Line("loss", "training"), Line("eval/loss", "evaluation", "o--"))),
+    Panel(
+        "Reward accuracy",
+        (
+            Line("rewards/accuracies", "training"),
+            Line("eval/rewards/accuracies", "evaluation", "o--"),
+        ),
+        percent=True,
+    ),
+    Panel(
+        "Reward margin",
+        (Line("rewards/margins", "training"), Line("eval/rewards/margins", "evaluation", "o--")),
+    ),
+    Panel(
+        "Rewards", (Line("rewards/chosen", "chosen"), Line("rewards/rejected", "rejected", "--"))
+    ),
+    Panel(
+        "Log-probs of the answers",
+        (Line("logps/chosen", "chosen"), Line("logps/rejected", "rejected", "--")),
+    ),
+    Panel("Ties", (Line("ties"),), percent=True),
+    Panel(
+        "Perplexity",
+        (Line("perplexity", "training"), Line("eval/perplexity", "evaluation", "o--")),
+    ),
+    Panel(
+        "Length of sample answers, tokens",
+        (
+            Line("samples/policy_tokens", "policy", "o-"),
+            Line("samples/reference_tokens", "reference", "o--"),
+        ),
+    ),
+    Panel("Gradient norm", (Line("grad_norm"),)),
+    Panel("Learning rate", (Line("lr"),)),
+    Panel("Tokens per second", (Line("tokens_per_second"),)),
+    Panel("Model FLOPs utilisation", (Line("mfu"),), percent=True),
+    Panel("Peak memory, GB", (Line("memory_gb"),)),
+)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A panel, drawn.
+
+    Attributes:
+        svg: with ids that no other drawing of the page has, its size left to the page.
+        summary: first and last value of each line, in words.
+        data: `left` and `right` edge of the axes in SVG units, `low` and `high` step there, and
+            the `series` with `name`, `colour`, `x`, `y`.
+    """
+
+    name: str
+    title: str
+    svg: str
+    summary: str
+    data: dict[str, Any]
+
+
+def drawings(runs: Sequence[Run]) -> list[Drawing]:
+    """Return every panel that has something to show."""
+    wanted = [
+        (panel, [line for line in panel.lines if any(line.metric in run.series for run in runs)])
+        for panel in PANELS
+    ]
+    wanted = [(panel, lines) for panel, lines in wanted if lines]
+    count = sum(line.metric in run.series for _, lines in wanted for line in lines for run in runs)
+    # Curves of several runs lie over one another: fewer points, each the mean of more steps.
+    most = MOST_POINTS if len(runs) == 1 else MOST_BESIDE_OTHERS
+    points = int(np.clip(ALL_POINTS // max(count, 1), 24, most))
+    return [
+        _draw(f"panel{number}", panel, lines, runs, points)
+        for number, (panel, lines) in enumerate(wanted, 1)
+    ]
+
+
+def thinned(steps: Floats, values: Floats, most: int) -> tuple[Floats, Floats, Floats, Floats]:
+    """Return (steps, mean, lowest, highest) in at most `most` groups of neighbouring points.
+
+    A group's step is its last one, so that the curve ends where the run does.
+    """
+    if len(steps) <= most:
+        return steps, values, values, values
+    starts = np.linspace(0, len(steps), most, endpoint=False).astype(np.int64)
+    sizes = np.diff(np.append(starts, len(steps)))
+    ends = np.append(starts[1:], len(steps)) - 1
+    return (
+        steps[ends],
+        np.add.reduceat(values, starts) / sizes,
+        np.minimum.reduceat(values, starts),
+        np.maximum.reduceat(values, starts),
+    )
+
+
+def _draw(
+    name: str, panel: Panel, lines: Sequence[Line], runs: Sequence[Run], points: int
+) -> Drawing:
+    # matplotlib takes half a second to import, and only a report needs it.
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure = Figure(figsize=(WIDTH, HEIGHT))
+    canvas = FigureCanvasSVG(figure)
+    axes = figure.add_axes((0.15, 0.16, 0.82, 0.78))
+    series, words = [], []
+    for number, run in enumerate(runs):
+        colour = number % COLOURS
+        for line in lines:
+            if line.metric not in run.series:
+                continue
+            steps, mean, low, high = thinned(*run.series[line.metric], points)
+            if len(runs) == 1 and low is not high:
+                axes.fill_between(steps, low, high, color=_mark(colour), alpha=0.18, linewidth=0)
+            axes.plot(steps, mean, line.style, color=_mark(colour), linewidth=1.4, markersize=3)
+            label = " ".join(filter(None, (run.label if len(runs) > 1 else "", line.title)))
+            label = label or panel.title
+            scale = 100 if panel.percent else 1
+            words.append(f"{label} from {mean[0] * scale:.4g} to {mean[-1] * scale:.4g}")
+            series.append(
+                {
+                    "name": label,
+                    "colour": colour,
+                    "dashed": "--" in line.style,
+                    "x": [int(step) for step in steps],
+                    "y": [float(f"{value * scale:.4g}") for value in mean],
+                }
+            )
+    if panel.percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _dress(axes)
+    low, high = axes.get_xlim()
+    box = axes.get_position()
+    buffer = StringIO()
+    canvas.print_svg(buffer, metadata={"Date": None, "Creator": None})
+    data = {
+        "left": round(box.x0 * WIDTH * 72, 2),
+        "right": round(box.x1 * WIDTH * 72, 2),
+        "low": round(float(low), 3),
+        "high": round(float(high), 3),
+        "unit": "%" if panel.percent else "",
+        "series": series,
+    }
+    return Drawing(name, panel.title, _inline(buffer.getvalue(), name), "; ".join(words), data)
+
+
+def _mark(colour: int) -> str:
+    return f"#abc0f{colour}"
+
+
+def _dress(axes: Any) -> None:
+    """Quiet axes: a grid behind, no box, texts in the page's colour."""
+    axes.grid(True, color=MARK_GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.02)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(colors=MARK_INK, labelsize=8.5, length=0)
+    axes.set_xlabel("step", color=MARK_INK, fontsize=8.5)
+    axes.patch.set_visible(False)
+    axes.figure.patch.set_visible(False)
+
+
+def _inline(svg: str, name: str) -> str:
+    """The drawing as it can stand in a page with others: own ids, no size, CSS colours."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = svg.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
+    svg = svg.replace(MARK_INK, "var(--ink)").replace(MARK_GRID, "var(--grid)")
+    for colour in range(COLOURS):
+        svg = svg.replace(_mark(colour), f"var(--run{colour})")
+    # The page names the figure; a reader should not meet every tick as a group of its own.
+    return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
