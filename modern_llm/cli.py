@@ -16,7 +16,7 @@ from typing import Any
 
 from modern_llm.config.errors import UserError, status_of
 from modern_llm.config.files import Settings, read_settings
-from modern_llm.verbs import demo, generate, inspect, report, score, stages
+from modern_llm.verbs import demo, doctor, generate, inspect, report, score, stages
 
 # verb -> (settings, what it does); a verb of two words is one of a group: `reference fill`
 VERBS: dict[str, tuple[type[Settings], Callable[[Any], dict[str, Any]]]] = {
@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[type[Settings], Callable[[Any], dict[str, Any]]]] = {
     "sft": (stages.SftSettings, stages.sft),
     "dpo": (stages.DpoSettings, stages.dpo),
     "inspect": (inspect.InspectSettings, inspect.inspect),
+    "doctor": (doctor.DoctorSettings, doctor.doctor),
     "report": (report.ReportSettings, report.report),
     "score": (score.ScoreSettings, score.score),
     "generate": (generate.GenerateSettings, generate.generate),

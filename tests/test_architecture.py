@@ -45,7 +45,10 @@ TABLE = {
         "numpy datasets tokenizers pyarrow huggingface_hub",
         only_in={"torch": frozenset({"data.batches"})},
     ),
-    "distributed": row("config", "torch torch.distributed accelerate deepspeed rich"),
+    # huggingface_hub: whether the Hub answers.
+    "distributed": row(
+        "config", "torch torch.distributed accelerate deepspeed rich huggingface_hub"
+    ),
     "reference": row(
         "config data.records models.scorer distributed", "safetensors torch numpy transformers"
     ),
@@ -56,7 +59,7 @@ TABLE = {
     "report": row("", "jinja2 matplotlib numpy rich yaml"),
     "demo": row(f"{BELOW} stages report", "tokenizers transformers rich numpy torch"),
     # One module a verb or a family of them; the command line itself only chooses among these.
-    "verbs": row(f"{BELOW} stages report demo", "pydantic pydantic_settings"),
+    "verbs": row(f"{BELOW} stages report demo", "pydantic pydantic_settings yaml"),
     "cli": row(f"{BELOW} stages report demo verbs", "pydantic pydantic_settings rich transformers"),
 }
 STARTS_AT_ONCE = ("modern_llm.__main__", "modern_llm.cli", "modern_llm.config")

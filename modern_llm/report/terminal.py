@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -145,3 +146,44 @@ def _warnings(console: Console, warnings: list[dict[str, str]]) -> None:
         if warning["setting"]:
             line.append(f" [{warning['setting']}]", style="bold")
         console.print(line)
+
+
+def show_dry_run(result: dict[str, Any], console: Console | None = None) -> None:
+    """Print what `--dry-run` found."""
+    console = console or Console(soft_wrap=True)
+    console.rule(Text("configuration, resolved", style="bold"))
+    console.print(Text(yaml.safe_dump(result["configuration"], sort_keys=False).rstrip()))
+    console.rule(Text("first step", style="bold"))
+    batch, done, data = result["first_batch"], result["forward_backward"], result["data"]
+    lines = [
+        *data["lines"],
+        f"{result['steps']:,} steps; the first one has {batch['examples']} examples in "
+        f"{batch['micro_batches_per_process']} micro-batches on each of {batch['processes']} "
+        "processes",
+        f"first example: {result['first_example']}",
+        f"first micro-batch: {batch['rows']} rows of {batch['row_tokens']} tokens, "
+        f"{batch['real_tokens']:,} of them real ({batch['padding']:.1%} padding), "
+        f"{batch['targets']:,} targets",
+        f"forward and backward: {done['seconds']:.2f} s on {done['device']}, "
+        f"loss {done['metrics']['loss']:.4f}, gradient norm {done['grad_norm']:.3g}, "
+        f"{done['memory_gb']:.2f} GB at most",
+    ]
+    for line in lines:
+        console.print(Text(line))
+    console.print(Text("dry run: nothing was kept", style="green"))
+
+
+MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "problem": ("PROBLEM", "bold red")}
+
+
+def show_checks(result: dict[str, Any], console: Console | None = None) -> None:
+    """Print what `doctor` found."""
+    console = console or Console()
+    table = Table(show_edge=False, show_header=False, pad_edge=False, box=None)
+    for check in result["checks"]:
+        word, style = MARKS[check["state"]]
+        text = Text(check["found"])
+        if check["cure"]:
+            text.append(f"\n{check['cure']}", style="italic")
+        table.add_row(Text(word, style=style), Text(check["name"]), text)
+    console.print(table)

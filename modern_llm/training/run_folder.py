@@ -46,6 +46,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.final = self.path / f"{config.run_name}_final"
         self.data = self.path / "data"
+        self.dry_run: Any = None  # what is told instead of training, where the run is only tried
 
     def refuse_foreign(self) -> None:
         """Raise `UserError` unless this folder is free, or holds this very run."""

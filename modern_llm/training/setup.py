@@ -37,6 +37,7 @@ from modern_llm.models.load import (
 from modern_llm.models.prepare import compile_layers, disable_dropout, recompute_activations
 from modern_llm.models.scorer import TokenScorer
 from modern_llm.training.batch_source import BatchSource, largest_example
+from modern_llm.training.dry_run import DryRun
 from modern_llm.training.loop import train
 from modern_llm.training.run_folder import RunFolder
 from modern_llm.training.task import Task
@@ -87,15 +88,20 @@ def with_dataset_name(data: DatasetConfig, config: TrainingConfig) -> DatasetCon
     return dataclasses.replace(data, dataset_name=name)
 
 
-def open_run(config: TrainingConfig, **sections: Any) -> tuple[Runtime, RunFolder]:
+def open_run(
+    config: TrainingConfig, dry_run: DryRun | None = None, **sections: Any
+) -> tuple[Runtime, RunFolder]:
     """Start the processes and return them with the run's folder, which is refused if foreign.
 
     Args:
+        dry_run: given where the run is only tried; its folder is then a temporary one.
         sections: what stands in `config.yaml` beside `train`; None is left out.
     """
     runtime = start(config)
     run = RunFolder(config, record_of(**sections, train=config))
     run.refuse_foreign()
+    if dry_run is not None:
+        return runtime, dry_run.aside(runtime, run)
     if run.finished():
         log.info("%s is finished already; remove %s to train again", config.run_name, run.path)
     return runtime, run
@@ -187,7 +193,7 @@ def build_tables(
             f"{len(prepared.train)} examples are left to train on, fewer than one batch of "
             f"train.batch_size {config.batch_size}: lower it, or add data"
         )
-    return prepared
+    return run.dry_run.first_step_only(prepared, config) if run.dry_run else prepared
 
 
 def check_ids_fit(table: TokenTable, vocabulary: int) -> None:
@@ -303,6 +309,9 @@ def train_and_export(
     Args:
         ends: ids that end an answer besides the tokenizer's end token.
     """
+    if run.dry_run:
+        run.dry_run.first_step(runtime, scorer, task, config)
+        return run.final
     runtime.on_main(run.open)
     train(runtime, scorer, task, config, run, facts)
     runtime.on_main(lambda: export(scorer.model, tokenizer, run.final, ends))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
 from modern_llm.data.preference_datasets import build_preference_tables
@@ -12,6 +15,7 @@ from modern_llm.models.load import inspect_checkpoint, load_model
 from modern_llm.models.scorer import TokenScorer
 from modern_llm.training import setup
 from modern_llm.training.dpo_config import DPOConfig
+from modern_llm.training.dry_run import DryRun
 from modern_llm.training.preference_task import PreferenceTask
 from modern_llm.training.reference_pass import ReferencePass
 
@@ -24,11 +28,12 @@ def run_dpo(
     dpo_config: DPOConfig,
     preference_config: PreferenceDatasetConfig,
     tokenizer_name: str | None = None,
+    dry_run: DryRun | None = None,
 ) -> Path:
     """Train a policy on preference pairs and return its folder, `output_dir/{run_name}_final`.
 
-    The checkpoint is both the policy's start and the reference. The reference scores every pair
-    once, before step 1; the values are kept under `MODERN_LLM_CACHE` and found again by content.
+    The checkpoint is the policy's start and the reference, which scores every pair once, before
+    step 1; the values are kept under `MODERN_LLM_CACHE` and found again by content.
 
     Args:
         sft_checkpoint: Hub id, `transformers` folder or `.pt` file.
@@ -36,15 +41,17 @@ def run_dpo(
         dpo_config: the loss and its options.
         preference_config: where the pairs are, and their template.
         tokenizer_name: Hub id or folder; else the checkpoint's, else `train_config.tokenizer_name`.
+        dry_run: given, the run ends after one forward and backward and keeps nothing.
 
     Raises:
         UserError: bad configuration, checkpoint or data; nothing was written.
-        StorageError: the reference store cannot be written, or its values are not this policy's.
+        StorageError: the reference store refuses, or its values are not this policy's.
         Stopped: a signal asked to stop; the same call goes on.
     """
     data = setup.with_dataset_name(preference_config, train_config)
     runtime, run = setup.open_run(
         train_config,
+        dry_run,
         sft_checkpoint=str(sft_checkpoint),
         dpo=dpo_config,
         data=data,
@@ -57,26 +64,29 @@ def run_dpo(
     setup.check_positions(dpo_config.max_length, checkpoint, "dpo.max_length")
     setup.check_agreement(tokenizer, others, data)
     with setup.outcome_recorded(runtime, run):
-        prepared = setup.build_tables(
-            runtime,
-            run,
-            lambda folder: build_preference_tables(
-                data,
-                tokenizer,
-                folder,
-                max_length=dpo_config.max_length,
-                max_prompt_length=dpo_config.max_prompt_length,
-            ),
-            train_config,
-        )
+        build = _builder(data, tokenizer, dpo_config)
+        prepared = setup.build_tables(runtime, run, build, train_config)
         setup.check_ids_fit(prepared.train, checkpoint.vocabulary)
         scorer = setup.set_up_scorer(runtime, load_model(checkpoint), train_config, dropout=False)
         task, reference = _task(runtime, scorer, train_config, dpo_config, prepared)
-        facts = {"data": prepared.train.digest, "reference": reference}
         ends = setup.answer_ends(tokenizer, data, prepared)
+        facts = {"data": prepared.train.digest, "reference": reference}
         return setup.train_and_export(
             runtime, scorer, task, train_config, run, tokenizer, facts, ends
         )
+
+
+def _builder(
+    data: PreferenceDatasetConfig, tokenizer: PreTrainedTokenizerBase, config: DPOConfig
+) -> Callable[[Path], Prepared]:
+    """What turns the section into tables in a folder."""
+    return lambda folder: build_preference_tables(
+        data,
+        tokenizer,
+        folder,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+    )
 
 
 def _task(

@@ -9,6 +9,7 @@ from modern_llm.data.document_datasets import build_document_tables
 from modern_llm.models.build import build_model
 from modern_llm.models.load import check_tokenizer_fits
 from modern_llm.training import setup
+from modern_llm.training.dry_run import DryRun
 from modern_llm.training.language_task import LanguageTask
 
 
@@ -17,6 +18,7 @@ def run_training(
     train_config: TrainingConfig,
     dataset_config: DocumentDatasetConfig | None = None,
     tokenizer_name: str | None = None,
+    dry_run: DryRun | None = None,
 ) -> Path:
     """Pretrain a model from scratch and return its folder, `output_dir/{run_name}_final`.
 
@@ -25,6 +27,7 @@ def run_training(
         train_config: `batch_size` counts rows. `dataset_name` names the documents unless
             `dataset_config` does.
         tokenizer_name: Hub id or folder; `train_config.tokenizer_name` unless given.
+        dry_run: given, the run ends after one forward and backward and keeps nothing.
 
     Raises:
         UserError: bad configuration or data; nothing was written.
@@ -32,7 +35,7 @@ def run_training(
     """
     data = setup.with_dataset_name(dataset_config or DocumentDatasetConfig(), train_config)
     runtime, run = setup.open_run(
-        train_config, model=model_config, data=data, tokenizer_name=tokenizer_name
+        train_config, dry_run, model=model_config, data=data, tokenizer_name=tokenizer_name
     )
     if run.finished():
         return run.final

@@ -8,6 +8,7 @@ from modern_llm.config import InstructionDatasetConfig, TrainingConfig
 from modern_llm.data.instruction_datasets import build_instruction_tables
 from modern_llm.models.load import inspect_checkpoint, load_model
 from modern_llm.training import setup
+from modern_llm.training.dry_run import DryRun
 from modern_llm.training.language_task import LanguageTask
 
 # Longest answers with their prompts where the user says nothing and the model has more positions.
@@ -19,6 +20,7 @@ def run_sft(
     train_config: TrainingConfig,
     dataset_config: InstructionDatasetConfig,
     tokenizer_name: str | None = None,
+    dry_run: DryRun | None = None,
 ) -> Path:
     """Fine-tune a checkpoint on instructions and return its folder, `output_dir/{run_name}_final`.
 
@@ -27,6 +29,7 @@ def run_sft(
         train_config: `batch_size` counts answers.
         dataset_config: where the instructions are, and their template.
         tokenizer_name: Hub id or folder; else the checkpoint's, else `train_config.tokenizer_name`.
+        dry_run: given, the run ends after one forward and backward and keeps nothing.
 
     Raises:
         UserError: bad configuration, checkpoint or data; nothing was written.
@@ -38,6 +41,7 @@ def run_sft(
         pretrain_checkpoint=str(pretrain_checkpoint),
         data=data,
         tokenizer_name=tokenizer_name,
+        dry_run=dry_run,
     )
     if run.finished():
         return run.final

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -19,6 +20,9 @@ from modern_llm.config.errors import ConfigError
 from modern_llm.config.files import Settings, read_settings, sections_of
 from modern_llm.training.dpo_config import DPOConfig
 
+if TYPE_CHECKING:
+    from modern_llm.training.dry_run import DryRun
+
 
 class TrainingSettings(Settings):
     """Shared by the three stages."""
@@ -28,6 +32,12 @@ class TrainingSettings(Settings):
     """Hub id or folder of the tokenizer; comes before the checkpoint's own."""
     resume: bool = False
     """Go on with the run in output_dir, and refuse to start where there is none."""
+    dry_run: bool = False
+    """Resolve everything, build the first batch, go once forward and backward, keep nothing
+    (--dry-run does the same)."""
+    sweep: str | None = None
+    """Run once for every value, e.g. `dpo.beta=0.05,0.1,0.3`; several options, with a space between
+    them, make a grid. Each run has a folder of its own in output_dir, beside one report of all."""
 
 
 class PretrainSettings(TrainingSettings):
@@ -84,36 +94,95 @@ def training_config(settings: TrainingSettings) -> TrainingConfig:
 
 def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     """Run the stage; return its final folder."""
-    from modern_llm.training.train_lm import run_training
-
-    folder = run_training(
-        settings.model, training_config(settings), settings.data, settings.tokenizer_name
-    )
-    return {"final": str(folder)}
+    return _stage(settings, _pretrain)
 
 
 def sft(settings: SftSettings) -> dict[str, Any]:
     """Run the stage; return its final folder."""
-    from modern_llm.training.train_sft import run_sft
-
-    folder = run_sft(
-        settings.pretrain_checkpoint,
-        training_config(settings),
-        settings.data,
-        settings.tokenizer_name,
-    )
-    return {"final": str(folder)}
+    return _stage(settings, _sft)
 
 
 def dpo(settings: DpoSettings) -> dict[str, Any]:
     """Run the stage; return its final folder."""
+    return _stage(settings, _dpo)
+
+
+def _pretrain(settings: PretrainSettings, dry_run: DryRun | None = None) -> Path:
+    from modern_llm.training.train_lm import run_training
+
+    return run_training(
+        settings.model,
+        training_config(settings),
+        settings.data,
+        settings.tokenizer_name,
+        dry_run=dry_run,
+    )
+
+
+def _sft(settings: SftSettings, dry_run: DryRun | None = None) -> Path:
+    from modern_llm.training.train_sft import run_sft
+
+    return run_sft(
+        settings.pretrain_checkpoint,
+        training_config(settings),
+        settings.data,
+        settings.tokenizer_name,
+        dry_run=dry_run,
+    )
+
+
+def _dpo(settings: DpoSettings, dry_run: DryRun | None = None) -> Path:
     from modern_llm.training.train_dpo import run_dpo
 
-    folder = run_dpo(
+    return run_dpo(
         settings.sft_checkpoint,
         training_config(settings),
         settings.dpo,
         settings.data,
         settings.tokenizer_name,
+        dry_run=dry_run,
     )
-    return {"final": str(folder)}
+
+
+def _stage(settings: TrainingSettings, run: Callable[..., Path]) -> dict[str, Any]:
+    """Run, try, or run once for every value of a sweep."""
+    if settings.sweep is not None:
+        if settings.dry_run:
+            raise ConfigError(["dry_run and sweep exclude each other: try one run at a time"])
+        from modern_llm.verbs.sweep import run_sweep
+
+        return run_sweep(settings, run)
+    if settings.dry_run:
+        return _try(settings, run)
+    return {"final": str(run(settings))}
+
+
+def _try(settings: TrainingSettings, run: Callable[..., Path]) -> dict[str, Any]:
+    import os
+
+    from modern_llm.report.terminal import show_dry_run
+    from modern_llm.training.dry_run import DryRun, contradictions
+
+    checkpoint = getattr(settings, "sft_checkpoint", getattr(settings, "pretrain_checkpoint", None))
+    data = settings.data  # type: ignore[attr-defined]
+    problems = contradictions(
+        training_config(settings),
+        data,
+        checkpoint=checkpoint,
+        tokenizer=settings.tokenizer_name,
+        max_length=_max_length(settings),
+    )
+    if problems:
+        raise ConfigError(problems)
+    trial = DryRun()
+    with trial.cleaned_up():
+        run(settings, dry_run=trial)
+    if os.environ.get("RANK", "0") == "0" and not settings.json_output:
+        show_dry_run(trial.result)
+    return trial.result
+
+
+def _max_length(settings: TrainingSettings) -> int | None:
+    if isinstance(settings, DpoSettings):
+        return settings.dpo.max_length
+    return settings.data.max_length if isinstance(settings, SftSettings) else None

@@ -1,0 +1,45 @@
+"""The verb `doctor`: what this machine has, and what would stop a run on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+from modern_llm.config.errors import StorageError, UserError
+from modern_llm.config.files import Settings
+
+
+class DoctorSettings(Settings):
+    """Check versions, devices, process group, compilers, stale locks, disk, write and Hub
+    access."""
+
+    config_is_of_a_stage: ClassVar[bool] = True
+
+    output_dir: Path | None = None
+    """Folder that a run would write into; that of --config, or the current one, unless said."""
+    skip_group: bool = False
+    """Leave out the check that starts two processes."""
+
+
+def doctor(settings: DoctorSettings) -> dict[str, Any]:
+    """Make every check, show them, and raise the first problem as the one-line error."""
+    from modern_llm.distributed.doctor import as_result, examine_machine, problems_of
+    from modern_llm.reference.store import cache_root
+    from modern_llm.report.terminal import show_checks
+    from modern_llm.verbs.stages import read_stage
+
+    place = settings.output_dir
+    if place is None and settings.config is not None:
+        place = Path(read_stage(settings.config)[1].train.output_dir)
+    checks = examine_machine([place or Path(), cache_root()], group=not settings.skip_group)
+    result = as_result(checks)
+    if not settings.json_output:
+        show_checks(result)
+    if problems := problems_of(checks):
+        if settings.json_output:  # an error leaves no result to print
+            print(json.dumps(result), flush=True)
+        text = "; ".join(f"{check.name}: {check.found}: {check.cure}" for check in problems)
+        storage = any(check.name.startswith("write ") for check in problems)
+        raise (StorageError if storage else UserError)(text)
+    return result
