@@ -23,7 +23,9 @@ from tests.helpers.imports import (
     work_at_import,
 )
 
-CORE = frozenset("loop task optim checkpoint metrics signals run_folder".split())
+CORE = frozenset(
+    "loop task optim checkpoint metrics signals run_folder watch teacher trackers".split()
+)
 """Modules of `training` that know an Accelerator and a Task, not data, models or losses."""
 
 

@@ -10,6 +10,17 @@ from pydantic import Field, field_validator, model_validator
 from modern_llm.config.base import section
 
 Positive = Annotated[int, Field(gt=0)]
+Tracker = Literal[
+    "tensorboard",
+    "wandb",
+    "trackio",
+    "mlflow",
+    "comet_ml",
+    "aim",
+    "clearml",
+    "dvclive",
+    "swanlab",
+]
 
 
 @section
@@ -74,6 +85,19 @@ class TrainingConfig:
 
     log_every: Positive = 10
     """Steps between lines on the console and in metrics.jsonl."""
+    trackers: list[Tracker] = Field(default_factory=list)
+    """Experiment trackers that get every logged metric: tensorboard, wandb, trackio, mlflow,
+    comet_ml, aim, clearml, dvclive, swanlab."""
+    tracker_project: Annotated[str, Field(min_length=1)] = "modern-llm"
+    """Project (of mlflow: experiment) that the trackers file this run under; those that write into
+    the run folder (tensorboard) need none."""
+    generate_every: Positive | None = None
+    """Steps between sample answers to fixed prompts, written to samples.jsonl beside those of the
+    start; none unless said."""
+    generate_prompts: list[str] | None = None
+    """The prompts; the first three of the held-out (else training) examples unless said."""
+    generate_tokens: Positive = 128
+    """Most tokens of a sample answer."""
     eval_every: Positive = 500
     """Steps between evaluations; none runs without evaluation data. One runs at the end in any
     case."""
@@ -121,6 +145,14 @@ class TrainingConfig:
             (
                 self.schedule == "constant" and self.min_learning_rate_ratio > 0,
                 "min_learning_rate_ratio has no effect with schedule constant: remove one",
+            ),
+            (
+                self.generate_every is None and self.generate_prompts is not None,
+                "generate_prompts has no effect without generate_every: set it",
+            ),
+            (
+                len(set(self.trackers)) < len(self.trackers),
+                "trackers names one twice: name each once",
             ),
             (
                 self.max_steps is not None and self.epochs is not None,

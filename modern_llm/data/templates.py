@@ -8,6 +8,8 @@ tokenizer can ask `chat_template_of` for the template that was used.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any, Protocol
 
 from modern_llm.config.errors import DataError
@@ -64,6 +66,17 @@ class Template:
         """Whether message lists are written by `FALLBACK_CHAT_TEMPLATE`."""
         return self.chat == FALLBACK_CHAT_TEMPLATE
 
+    def describe(self) -> str:
+        """Return in a few words how prompts are written, with a digest of the template."""
+        if self.frame is not None:
+            return f"strings in a frame ({_digest(self.frame)})"
+        whose = "given" if self.chat else "the tokenizer's own"
+        if self.fell_back:
+            whose = "the fallback for tokenizers without one"
+        text = self.chat or self._tokenizer.chat_template
+        strings = "as user turns" if self.wraps else "literally"
+        return f"strings {strings}; messages by the chat template {_digest(text)} ({whose})"
+
     def render(self, prompt: Prompt) -> tuple[str, bool]:
         """Return the text of a prompt, and whether a chat template wrote it.
 
@@ -105,6 +118,12 @@ def chat_template_of(tokenizer: Tokenizer, template: str | None) -> str | None:
     if template is not None and "{%" in template:
         return template
     return None if tokenizer.chat_template else FALLBACK_CHAT_TEMPLATE
+
+
+def _digest(template: Any) -> str:
+    """Twelve hexadecimal digits; a tokenizer may have several templates by name."""
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _is_frame(template: str) -> bool:

@@ -21,15 +21,18 @@ class Display:
         if shown and self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TextColumn("time left"),
                 TimeRemainingColumn(),
+                TextColumn("{task.fields[status]}", markup=False),
                 console=self._console,
                 transient=True,
                 refresh_per_second=4,
+                # A person may keep stdout in a file and look at the bar, which goes to stderr.
+                redirect_stdout=False,
             )
-            self._task = self._bar.add_task(title, total=total, completed=done)
+            self._task = self._bar.add_task(title, total=total, completed=done, status="")
 
     def __enter__(self) -> Display:
         if self._bar:
@@ -44,6 +47,11 @@ class Display:
         """Move the bar to step `to`."""
         if self._bar:
             self._bar.update(self._task, completed=to)
+
+    def status(self, text: str) -> None:
+        """Show the newest metrics beside the bar."""
+        if self._bar:
+            self._bar.update(self._task, status=text)
 
     def line(self, text: str) -> None:
         """Print one line on stdout, where the documented console line is looked for."""

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modern_llm.config.errors import ConfigError, UserError
+from modern_llm.models.attention import TREE_ATTENTION
 
 
 def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
@@ -47,7 +50,6 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
     return prompts
 
 
-@torch.inference_mode()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -68,6 +70,39 @@ def generate(
             distribution (or its `top_p`), whatever the checkpoint's own generation settings say.
         ends: ids that end an answer besides the model's and the tokenizer's.
     """
+    answers = generate_ids(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        batch_size=batch_size,
+        ends=ends,
+    )
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def generate_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    ends: Iterable[int | None] = (),
+    streamer: Any = None,
+) -> list[list[int]]:
+    """Return the ids that `model` adds to each prompt, as `generate` does, its end token left out.
+
+    Args:
+        streamer: one of `transformers`' streamers, for a single prompt.
+    """
     model.eval()
     torch.manual_seed(seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -81,7 +116,8 @@ def generate(
         eos_token_id=end_ids(model, (tokenizer.eos_token_id, *ends)),
         pad_token_id=pad if pad is not None else 0,
     )
-    answers: list[str] = [""] * len(prompts)
+    answers: list[list[int]] = [[]] * len(prompts)
+    last = {*settings.eos_token_id, settings.pad_token_id}
     # Prompts of similar length together: padding on the left costs time.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
@@ -95,12 +131,29 @@ def generate(
             mask[row, width - len(tokens) :] = 1
         device = model.device
         output = model.generate(
-            ids.to(device), attention_mask=mask.to(device), generation_config=settings
+            ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=settings,
+            streamer=streamer,
         )
-        texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-        for i, text in zip(part, texts, strict=True):
-            answers[i] = text
+        for i, row in zip(part, output[:, width:].tolist(), strict=True):
+            while row and row[-1] in last:
+                row.pop()
+            answers[i] = row
     return answers
+
+
+@contextmanager
+def native_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Give a model that is being trained on trees its own attention back while it generates."""
+    if model.config._attn_implementation != TREE_ATTENTION:
+        yield
+        return
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(TREE_ATTENTION)
 
 
 def end_ids(model: PreTrainedModel, more: Iterable[int | None]) -> list[int]:

@@ -12,14 +12,13 @@ import logging
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError, NotFiniteError, Stopped, UserError
-from modern_llm.distributed.display import Display
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.training import checkpoint
 from modern_llm.training.metrics import MetricsLog, console_line, peak_memory_gb
@@ -27,12 +26,23 @@ from modern_llm.training.optim import is_due, learning_rate, make_optimizer, set
 from modern_llm.training.run_folder import RunFolder
 from modern_llm.training.signals import StopRequest
 from modern_llm.training.task import Task
+from modern_llm.training.watch import Watch
 
 log = logging.getLogger(__name__)
 
 # A loss scaler halves its scale at each skip, from 65,536 down: more skips than this in a row are
 # no search for the right scale any more.
 MOST_SKIPPED = 20
+
+
+class Sample(Protocol):
+    """What answers fixed prompts while a run goes."""
+
+    def start(self, step: int) -> None:
+        """Make ready for a run of which `step` steps are done."""
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Answer, and return what is to be logged."""
 
 
 def total_steps(config: TrainingConfig, task: Task) -> int:
@@ -66,12 +76,14 @@ def train(
     config: TrainingConfig,
     run: RunFolder,
     facts: dict[str, Any],
+    sample: Sample | None = None,
 ) -> None:
     """Train `scorer` in place until the last step, or until a signal asks to stop.
 
     Args:
         scorer: the unprepared module; its `.model` is what is saved.
         facts: digests that a checkpoint must share with the run that goes on from it.
+        sample: answers fixed prompts; asked before the first step and at `generate_every`.
 
     Raises:
         NotFiniteError: a loss or gradient is not finite; nothing of that step was applied.
@@ -82,13 +94,12 @@ def train(
     model, optimizer = runtime.accelerator.prepare(scorer, make_optimizer(config, scorer))
     model.train()
     start = _resume(runtime, inner, optimizer, run, facts)
-    metrics_log = MetricsLog(run.metrics)
-    clock = Clock(before=metrics_log.elapsed() if start else 0.0, began=time.perf_counter())
+    before = MetricsLog(run.metrics).elapsed() if start else 0.0
+    clock = Clock(before=before, began=time.perf_counter())
     saved = start
-    with (
-        StopRequest() as stop,
-        Display(config.run_name, total, start, shown=runtime.is_main) as display,
-    ):
+    if sample is not None:
+        sample.start(start)
+    with StopRequest() as stop, Watch(config, run, total, start, runtime.is_main) as watch:
         for step in range(start, total):
             began = time.perf_counter()
             rate = learning_rate(config, step, total)
@@ -96,17 +107,19 @@ def train(
             done = step + 1
             clock.window += time.perf_counter() - began
             clock.tokens += float(sums["tokens"])
-            display.advance(done)
+            watch.advance(done)
             record: dict[str, float] = {}
             if done == 1 or is_due(config.log_every, done, total, at_end=True):
                 record |= _measure(runtime, task, sums, clock)
                 record |= {"grad_norm": float(grad_norm), "lr": rate}
-                display.line(console_line(done, record))
+                watch.line(console_line(done, record))
             if is_due(config.eval_every, done, total, at_end=True):
-                record |= _evaluate(runtime, model, task, display, done)
-            if record and runtime.is_main:
+                record |= _evaluate(runtime, model, task, watch, done)
+            if sample is not None and is_due(config.generate_every, done, total, at_end=True):
+                record |= sample(done)
+            if record:
                 head = {"step": done, "elapsed_s": clock.elapsed(), "examples": task.consumed(done)}
-                metrics_log.write(head | record)
+                watch.record(done, head | record)
             stopping = _any_rank(runtime, stop.asked)
             if stopping or (done < total and is_due(config.save_every, done, total)):
                 _save(runtime, inner, optimizer, run, config, done, facts)
@@ -173,7 +186,7 @@ def _count_skipped(runtime: Runtime, optimizer: torch.optim.Optimizer, step: int
 
 @torch.no_grad()
 def _evaluate(
-    runtime: Runtime, model: nn.Module, task: Task, display: Display, step: int
+    runtime: Runtime, model: nn.Module, task: Task, watch: Watch, step: int
 ) -> dict[str, float]:
     groups = task.evaluation()
     if groups is None:
@@ -186,7 +199,7 @@ def _evaluate(
             _add(sums, task.run(model, batch).statistics)
     model.train()
     metrics = task.metrics(_over_ranks(runtime, sums))
-    display.line(f"evaluation {console_line(step, metrics)}")
+    watch.line(f"evaluation {console_line(step, metrics)}")
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 

@@ -43,6 +43,23 @@ def console_line(step: int, metrics: Mapping[str, float]) -> str:
     return " ".join(parts)
 
 
+# What the progress display shows: metric, and how it is written.
+STATUS = {
+    "loss": "loss {:.4f}",
+    "rewards/accuracies": "accuracy {:.1%}",
+    "rewards/margins": "margin {:.3f}",
+    "perplexity": "perplexity {:.2f}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "mfu": "MFU {:.1%}",
+    "memory_gb": "{:.1f} GB",
+}
+
+
+def status_line(metrics: Mapping[str, float]) -> str:
+    """Return what stands beside the progress bar, e.g. `loss 0.4523  accuracy 72.5%`."""
+    return "  ".join(form.format(metrics[n]) for n, form in STATUS.items() if n in metrics)
+
+
 class MetricsLog:
     """`metrics.jsonl`: one object a logged step, each step once."""
 

@@ -23,6 +23,9 @@ from modern_llm.distributed.commit import write_file
 FREE = {
     "train": {
         "eval_every",
+        "generate_every",
+        "generate_prompts",
+        "generate_tokens",
         "gradient_accumulation_steps",
         "keep_checkpoints",
         "log_every",
@@ -31,6 +34,8 @@ FREE = {
         "resume",
         "save_every",
         "tokens_per_micro_batch",
+        "tracker_project",
+        "trackers",
     },
 }
 
@@ -46,6 +51,8 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.final = self.path / f"{config.run_name}_final"
         self.data = self.path / "data"
+        self.notes: dict[str, Any] = {}  # for summary.json
+        self.prompts: list[list[int]] = []  # token ids that sample answers are given to
         self.dry_run: Any = None  # what is told instead of training, where the run is only tried
 
     def refuse_foreign(self) -> None:

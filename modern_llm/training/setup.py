@@ -39,8 +39,12 @@ from modern_llm.models.scorer import TokenScorer
 from modern_llm.training.batch_source import BatchSource, largest_example
 from modern_llm.training.dry_run import DryRun
 from modern_llm.training.loop import train
+from modern_llm.training.notes import data_notes, write_report, write_summary
 from modern_llm.training.run_folder import RunFolder
+from modern_llm.training.samples import make_sampler, prompt_rows
 from modern_llm.training.task import Task
+from modern_llm.training.teacher import learning_rate_warning
+from modern_llm.training.trackers import check_trackers
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +101,7 @@ def open_run(
         dry_run: given where the run is only tried; its folder is then a temporary one.
         sections: what stands in `config.yaml` beside `train`; None is left out.
     """
+    check_trackers(config)
     runtime = start(config)
     run = RunFolder(config, record_of(**sections, train=config))
     run.refuse_foreign()
@@ -105,17 +110,6 @@ def open_run(
     if run.finished():
         log.info("%s is finished already; remove %s to train again", config.run_name, run.path)
     return runtime, run
-
-
-def write_report(run: RunFolder) -> None:
-    """Write `report.html` beside the metrics; what goes wrong with it does not touch the run."""
-    from modern_llm.report.page import write_report as write
-
-    try:
-        if run.metrics.is_file():
-            write([run.path], run.path / "report.html")
-    except Exception as error:
-        log.warning("report.html was not written (%s); modern-llm report writes it anew", error)
 
 
 @contextmanager
@@ -193,6 +187,7 @@ def build_tables(
             f"{len(prepared.train)} examples are left to train on, fewer than one batch of "
             f"train.batch_size {config.batch_size}: lower it, or add data"
         )
+    run.notes["data"], run.prompts = data_notes(prepared), prompt_rows(prepared)
     return run.dry_run.first_step_only(prepared, config) if run.dry_run else prepared
 
 
@@ -313,7 +308,13 @@ def train_and_export(
         run.dry_run.first_step(runtime, scorer, task, config)
         return run.final
     runtime.on_main(run.open)
-    train(runtime, scorer, task, config, run, facts)
+    if runtime.is_main:
+        write_summary(runtime, run)
+        full = all(parameter.requires_grad for parameter in scorer.parameters())
+        if warning := learning_rate_warning(config, full=full, new="model" in run.record):
+            log.warning("warning: %s", warning)
+    sample = make_sampler(runtime, scorer.model, tokenizer, config, run, ends)
+    train(runtime, scorer, task, config, run, facts, sample)
     runtime.on_main(lambda: export(scorer.model, tokenizer, run.final, ends))
     if runtime.is_main:
         log.info("final model: %s", run.final)
@@ -332,6 +333,7 @@ def answer_ends(
     asked = template is not None and (template == "chat" or "{%" in template)
     if asked or FELL_BACK in prepared.report.notes:
         tokenizer.chat_template = chat_template_of(tokenizer, template) or tokenizer.chat_template
+    log.info("template: %s", Template(tokenizer, template).describe())
     if not tokenizer.chat_template:
         return (tokenizer.eos_token_id,)
     return end_tokens(tokenizer, Template(tokenizer, template))

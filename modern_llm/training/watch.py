@@ -1,0 +1,62 @@
+"""Everything that looks at a run while it goes: the display, `metrics.jsonl`, trackers, warnings.
+
+The loop hands it each record once; it changes nothing of the run. Rank 0 writes and shows, the
+other ranks get an object that does nothing. Called by the loop.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from modern_llm.config import TrainingConfig
+from modern_llm.distributed.display import Display
+from modern_llm.training.metrics import MetricsLog, status_line
+from modern_llm.training.run_folder import RunFolder
+from modern_llm.training.teacher import Teacher
+from modern_llm.training.trackers import Trackers
+
+log = logging.getLogger(__name__)
+
+
+class Watch:
+    """Context in which a run is watched.
+
+    Args:
+        total: optimizer steps of the run; `done` of them are behind it.
+        shown: whether this is the rank that writes.
+    """
+
+    def __init__(self, config: TrainingConfig, run: RunFolder, total: int, done: int, shown: bool):
+        self._shown = shown
+        self._metrics = MetricsLog(run.metrics)
+        self._display = Display(config.run_name, total, done, shown=shown)
+        self._trackers = Trackers(config, run, shown=shown)
+        self._teacher = Teacher(total)
+
+    def __enter__(self) -> Watch:
+        self._display.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._display.__exit__(*error)
+        self._trackers.finish()
+
+    def advance(self, step: int) -> None:
+        """Show that `step` is done."""
+        self._display.advance(step)
+
+    def line(self, text: str) -> None:
+        """Print one line on stdout."""
+        self._display.line(text)
+
+    def record(self, step: int, record: Mapping[str, float]) -> None:
+        """Write, show and judge what was logged at `step`."""
+        if not self._shown:
+            return
+        self._metrics.write(record)
+        self._trackers.log(step, {k: v for k, v in record.items() if k != "step"})
+        if text := status_line(record):
+            self._display.status(text)
+        for warning in self._teacher.look(record):
+            log.warning("warning: %s", warning)

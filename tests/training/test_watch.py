@@ -1,0 +1,204 @@
+"""Trackers, the display and samples of a real run: what they show is what the run did."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
+from modern_llm.config.errors import ConfigError
+from modern_llm.training import trackers as trackers_module
+from modern_llm.training.run_folder import RunFolder
+from modern_llm.training.train_dpo import DPOConfig, run_dpo
+from modern_llm.training.watch import Watch
+from tests.helpers.ranks import run_ranks
+
+
+def config(folder: Path, **changes) -> TrainingConfig:
+    fields = {
+        "run_name": "w", "output_dir": folder, "batch_size": 6, "max_steps": 4, "log_every": 1,
+        "learning_rate": 1e-2, "tokens_per_micro_batch": 300,
+    }  # fmt: skip
+    return TrainingConfig(**(fields | changes))
+
+
+def run(checkpoint, pairs, training, **data) -> Path:
+    return run_dpo(
+        checkpoint,
+        training,
+        DPOConfig(max_length=96),
+        PreferenceDatasetConfig(dataset_name=str(pairs), **data),
+    )
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_tensorboard_gets_every_metric_under_its_name(tmp_path, tiny_checkpoint, tiny_pairs):
+    pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tiny_checkpoint, tiny_pairs, config(tmp_path, trackers=["tensorboard"]))
+    (folder,) = (tmp_path / "trackers").iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    records = lines(tmp_path / "metrics.jsonl")
+    for name in ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "lr"):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert [step for step, _ in found] == [1, 2, 3, 4]
+        assert [v for _, v in found] == pytest.approx([r[name] for r in records], rel=1e-5)
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything(
+    tmp_path, monkeypatch, tiny_checkpoint, tiny_pairs
+):
+    monkeypatch.setattr(trackers_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"wandb .*modern-llm\[wandb\].*aim .*pip install aim"):
+        run(tiny_checkpoint, tiny_pairs, config(tmp_path / "r", trackers=["wandb", "aim"]))
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_tracker_that_fails_is_switched_off_and_the_run_goes_on(
+    tmp_path, monkeypatch, caplog, tiny_checkpoint, tiny_pairs
+):
+    class Failing:
+        requires_logging_directory = False
+        seen: list[int] = []
+
+        def __init__(self, project, **options):
+            assert project == "modern-llm" and options["resume"] == "allow"
+
+        def store_init_configuration(self, values):
+            assert values["dpo.beta"] == 0.1 and values["train.epochs"] == "null"
+
+        def log(self, values, step):
+            self.seen.append(step)
+            if step == 2:
+                raise ConnectionError("the server is away\nmore")
+
+        def finish(self):
+            raise AssertionError("it was switched off")
+
+    monkeypatch.setitem(trackers_module.LOGGER_TYPE_TO_CLASS, "wandb", Failing)
+    monkeypatch.setitem(trackers_module.MODULES, "wandb", ("json", None))
+    with caplog.at_level(logging.WARNING, logger="modern_llm"):
+        run(tiny_checkpoint, tiny_pairs, config(tmp_path, trackers=["wandb"]))
+    assert Failing.seen == [1, 2]
+    assert "tracker wandb is switched off: the server is away" in caplog.text
+    assert [record["step"] for record in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def own_answer(model: Path, prompt_ids: list[int], tokens: int) -> str:
+    """What plain `transformers` generates."""
+    import torch
+
+    loaded, tokenizer = (
+        kind.from_pretrained(model) for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    output = loaded.generate(
+        torch.tensor([prompt_ids]), max_new_tokens=tokens, do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    return tokenizer.decode(output[0, len(prompt_ids) :], skip_special_tokens=True)
+
+
+def sampled(folder: Path, checkpoint: Path, pairs: Path) -> list[dict]:
+    training = config(folder, generate_every=2, generate_tokens=8)
+    run(checkpoint, pairs, training, eval_fraction=0.3)
+    return lines(folder / "samples.jsonl")
+
+
+def test_samples_are_the_models_own_answers_beside_the_references(
+    tmp_path, tiny_checkpoint, tiny_pairs
+):
+    samples = sampled(tmp_path, tiny_checkpoint, tiny_pairs)
+    assert [(s["step"], s["number"]) for s in samples] == [
+        (n, i) for n in (0, 2, 4) for i in range(3)
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    changed = 0
+    for before, after in zip(samples[:3], samples[6:], strict=True):
+        ids = tokenizer(before["prompt"])["input_ids"]
+        assert tokenizer.decode(ids) == before["prompt"] == after["prompt"]
+        assert before["policy"] == own_answer(tiny_checkpoint, ids, 8)
+        assert after["reference"] == before["policy"]
+        assert after["policy"] == own_answer(tmp_path / "w_final", ids, 8)
+        changed += after["policy"] != after["reference"]
+    assert changed, "the policy was not trained"
+    record = lines(tmp_path / "metrics.jsonl")[-1]
+    assert record["samples/policy_tokens"] == sum(s["policy_tokens"] for s in samples[6:]) / 3
+    assert record["samples/reference_tokens"] == sum(s["policy_tokens"] for s in samples[:3]) / 3
+    assert "Sample answers" in (tmp_path / "report.html").read_text()
+
+
+def test_sampling_changes_nothing_of_the_training(tmp_path, tiny_checkpoint, tiny_pairs):
+    sampled(tmp_path / "with", tiny_checkpoint, tiny_pairs)
+    run(tiny_checkpoint, tiny_pairs, config(tmp_path / "without"), eval_fraction=0.3)
+    names = ("loss", "grad_norm", "logps/chosen")
+    a, b = (
+        [[r[n] for n in names] for r in lines(tmp_path / f / "metrics.jsonl")]
+        for f in ("with", "without")
+    )
+    assert a == b
+
+
+def test_a_resumed_run_keeps_its_reference_answers(tmp_path, tiny_checkpoint, tiny_pairs):
+    whole = sampled(tmp_path / "whole", tiny_checkpoint, tiny_pairs)
+    training = config(tmp_path / "cut", generate_every=2, generate_tokens=8, save_every=2)
+    run(tiny_checkpoint, tiny_pairs, training, eval_fraction=0.3)
+    # As a kill after step 2 leaves it.
+    for name in ("outcome.json", "w_final/config.json"):
+        (tmp_path / "cut" / name).unlink()
+    run(tiny_checkpoint, tiny_pairs, training, eval_fraction=0.3)
+    assert lines(tmp_path / "cut" / "samples.jsonl") == whole
+
+
+def on_a_rank(*arguments) -> list[dict]:
+    import torch.distributed as dist
+
+    samples = sampled(*arguments)
+    assert dist.get_world_size() == 2
+    return samples
+
+
+def test_two_processes_answer_as_one(tmp_path, tiny_checkpoint, tiny_pairs):
+    alone = sampled(tmp_path / "one", tiny_checkpoint, tiny_pairs)
+    both = run_ranks(on_a_rank, 2, tmp_path / "two", tiny_checkpoint, tiny_pairs, timeout=200)
+    assert both[0] == both[1] and len(both[0]) == len(alone)
+    assert both[0][:3] == alone[:3]
+
+
+def test_given_prompts_are_written_with_the_runs_template(tmp_path, tiny_checkpoint, tiny_pairs):
+    training = config(
+        tmp_path, generate_every=4, generate_tokens=4, generate_prompts=["the cat", "why?"]
+    )
+    run(tiny_checkpoint, tiny_pairs, training, template="Q: {prompt}\nA:")
+    prompts = [s["prompt"] for s in lines(tmp_path / "samples.jsonl")]
+    assert prompts == ["Q: the cat\nA:", "Q: why?\nA:"] * 2
+
+
+def test_prompts_without_a_step_are_refused():
+    with pytest.raises(ValueError, match="generate_prompts has no effect without generate_every"):
+        TrainingConfig(run_name="a", output_dir=Path("b"), generate_prompts=["x"])
+
+
+def test_watching_takes_under_one_percent_of_a_100_ms_step(tmp_path, capsys):
+    pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
+    training = config(tmp_path, trackers=["tensorboard"], max_steps=400, log_every=10)
+    folder = RunFolder(training, {"train": {"run_name": "w"}})
+    record = {f"metric/{n}": float(n) for n in range(20)} | {"loss": 0.5, "grad_norm": 1.0}
+    with Watch(training, folder, 400, 0, shown=True) as watch:
+        began = time.process_time()
+        for step in range(1, 401):
+            watch.advance(step)
+            if step % training.log_every == 0:
+                watch.record(step, record | {"step": step})
+        used = time.process_time() - began
+    assert used / 400 < 1e-3, f"{used / 400 * 1e3:.3f} ms a step"
+    assert len(lines(tmp_path / "metrics.jsonl")) == 40
