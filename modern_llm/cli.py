@@ -16,7 +16,7 @@ from typing import Any
 
 from modern_llm.config.errors import UserError, status_of
 from modern_llm.config.files import Settings, read_settings
-from modern_llm.verbs import demo, doctor, generate, inspect, report, score, stages
+from modern_llm.verbs import demo, doctor, evaluate, generate, inspect, report, score, stages
 
 # verb -> (settings, what it does); a verb of two words is one of a group: `reference fill`
 VERBS: dict[str, tuple[type[Settings], Callable[[Any], dict[str, Any]]]] = {
@@ -28,6 +28,7 @@ VERBS: dict[str, tuple[type[Settings], Callable[[Any], dict[str, Any]]]] = {
     "doctor": (doctor.DoctorSettings, doctor.doctor),
     "report": (report.ReportSettings, report.report),
     "score": (score.ScoreSettings, score.score),
+    "evaluate": (evaluate.EvaluateSettings, evaluate.evaluate),
     "generate": (generate.GenerateSettings, generate.generate),
 }
 

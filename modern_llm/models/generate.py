@@ -21,7 +21,7 @@ from modern_llm.config.errors import ConfigError, UserError
 from modern_llm.models.attention import TREE_ATTENTION
 
 
-def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
+def read_prompts(prompt: str | None, file: Path | None) -> list[str | list[dict[str, Any]]]:
     """Return the prompts to answer: the one given, those of a file, or the lines of standard
     input."""
     if prompt is not None and file is not None:
@@ -36,18 +36,24 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
         ) from error
     if file is None or file.suffix != ".jsonl":
         return [line for line in lines if line]
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{file}:{number}: not a JSON object with a field prompt ({error})"
-            ) from error
-        if not isinstance(value, str):
-            raise UserError(f"{file}:{number}: prompt is {type(value).__name__}, must be a string")
-        prompts.append(value)
-    return prompts
+    return [_prompt(f"{file}:{number}", line) for number, line in enumerate(lines, 1) if line]
+
+
+def _prompt(place: str, line: str) -> str | list[dict[str, Any]]:
+    """The prompt of one JSON object: a string, or messages with a role and words each."""
+    try:
+        values = json.loads(line)
+        value = values["messages"] if "messages" in values else values["prompt"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{place}: not a JSON object with a field prompt ({error})") from error
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{place}: prompt is {type(value).__name__}, must be a string or messages")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UserError(f"{place}: a message has no role; write {{role: ..., content: ...}}")
+    return value
 
 
 def generate(

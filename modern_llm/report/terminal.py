@@ -187,3 +187,41 @@ def show_checks(result: dict[str, Any], console: Console | None = None) -> None:
             text.append(f"\n{check['cure']}", style="italic")
         table.add_row(Text(word, style=style), Text(check["name"]), text)
     console.print(table)
+
+
+def show_judgement(result: dict[str, Any], console: Console | None = None) -> None:
+    """Print what `evaluate` found."""
+    console = console or Console()
+    against = f" against {result['reference']}" if result["reference"] else ", no reference"
+    console.print(Text(f"{result['model']}{against}, beta {result['beta']:g}", style="bold"))
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("", overflow="fold")
+    for name in ("pairs", "accuracy", "95%", "ties", "margin", "95%"):
+        table.add_column(name, justify="right")
+    rows = [("all", result)]
+    for by, groups in result["groups"].items():
+        rows += [(f"{by}: {name}", judged) for name, judged in groups.items() if len(groups) > 1]
+    for name, judged in rows:
+        low, high = judged["accuracy_interval"]
+        least, most = judged["margin_interval"]
+        table.add_row(
+            Text(name),
+            f"{judged['pairs']:,}",
+            f"{judged['accuracy']:.1%}",
+            f"{low:.1%} … {high:.1%}",
+            f"{judged['ties']:.1%}",
+            f"{judged['margin']:.3f}",
+            f"{least:.3f} … {most:.3f}",
+        )
+    console.print(table)
+    found = result["calibration"]
+    console.print(
+        f"calibration: expected error {found['expected_error']:.3f}, "
+        f"log loss {found['log_loss']:.4f} (0.6931 knows nothing), Brier {found['brier']:.4f}",
+        highlight=False,
+    )
+    for bin in found["bins"]:
+        text = f"  confidence {bin['from']:.2f} to {bin['to']:.2f}: right in {bin['accuracy']:.1%}"
+        console.print(f"{text} of {bin['pairs']:,} pairs", highlight=False)
+    if result["dropped"]:
+        console.print(f"{result['dropped']:,} rows were left out", highlight=False)

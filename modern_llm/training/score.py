@@ -10,10 +10,15 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.errors import UserError
@@ -29,29 +34,41 @@ from modern_llm.training.reference_pass import Scoring
 log = logging.getLogger(__name__)
 
 
-def score_pairs(
+@dataclass(frozen=True)
+class Scored:
+    """The pairs of a data set with the log-prob sums of one model or two.
+
+    Attributes:
+        columns: `policy` and, where one was given, `reference` -> sums and target counts, (P, 2).
+    """
+
+    runtime: distributed.Runtime
+    prepared: Prepared
+    columns: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+    def sums(self, name: str) -> NDArray[np.float64]:
+        """Return (P, 2) log-prob sums in nats."""
+        return self.columns[name][0].double().numpy()
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """(P, 2) numbers of target tokens."""
+        return self.columns["policy"][1].numpy()
+
+
+@contextmanager
+def scored_pairs(
     model: str,
     data: PreferenceDatasetConfig,
-    output: Path,
     *,
     reference: str | None = None,
     tokenizer_name: str | None = None,
     max_length: int = 512,
     max_prompt_length: int | None = None,
     mixed_precision: str = "no",
-) -> dict[str, Any]:
-    """Write `policy_chosen policy_rejected [reference_chosen reference_rejected] chosen_tokens
-    rejected_tokens`.
-
-    Log-probs are sums over the response tokens in nats; tokens are the numbers of target tokens.
-
-    Returns:
-        `pairs`, `dropped` and `output`.
-    """
-    if not output.parent.is_dir():
-        raise UserError(
-            f"output {output}: {output.parent} is no folder; create it or name another place"
-        )
+) -> Iterator[Scored]:
+    """Give every pair of `data` with its sums, on every process; the table lives as long as the
+    context."""
     with tempfile.TemporaryDirectory(prefix="modern-llm-score-") as folder:
         config = TrainingConfig(
             run_name="score",
@@ -76,11 +93,41 @@ def score_pairs(
         columns = {"policy": _sums(runtime, policy, table, config)}
         if reference is not None:
             columns["reference"] = _sums(runtime, inspect_checkpoint(reference), table, config)
+        yield Scored(runtime, prepared, columns)
+
+
+def score_pairs(
+    model: str,
+    data: PreferenceDatasetConfig,
+    output: Path,
+    *,
+    reference: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write `policy_chosen policy_rejected [reference_chosen reference_rejected] chosen_tokens
+    rejected_tokens`.
+
+    Log-probs are sums over the response tokens in nats; tokens are the numbers of target tokens.
+
+    Args:
+        options: `tokenizer_name`, `max_length`, `max_prompt_length`, `mixed_precision` as
+            `scored_pairs` takes them.
+
+    Returns:
+        `pairs`, `dropped` and `output`.
+    """
+    if not output.parent.is_dir():
+        raise UserError(
+            f"output {output}: {output.parent} is no folder; create it or name another place"
+        )
+    with scored_pairs(model, data, reference=reference, **options) as scored:
+        runtime, pairs = scored.runtime, len(scored.prepared.train)
         if runtime.is_main:
-            write_file(output, "".join(f"{json.dumps(row)}\n" for row in _rows(columns)))
-            log.info("%d pairs scored: %s", len(table), output)
+            lines = (f"{json.dumps(row)}\n" for row in _rows(scored.columns))
+            write_file(output, "".join(lines))
+            log.info("%d pairs scored: %s", pairs, output)
         runtime.barrier()
-        return {"pairs": len(table), "output": str(output)} | _dropped(runtime, prepared, output)
+        return {"pairs": pairs, "output": str(output)} | _dropped(runtime, scored.prepared, output)
 
 
 def _dropped(runtime: distributed.Runtime, prepared: Prepared, output: Path) -> dict[str, Any]:

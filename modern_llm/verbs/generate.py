@@ -1,12 +1,14 @@
-"""The verb `generate`: answers to prompts."""
+"""The verb `generate`: answers to prompts, in batches, streamed, or line by line in a talk."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from modern_llm.config.errors import ConfigError
 from modern_llm.config.files import Settings
 
 
@@ -19,7 +21,15 @@ class GenerateSettings(Settings):
     """One prompt; read from --prompts, or line by line from standard input, where it is not
     given."""
     prompts: Path | None = None
-    """A file of prompts: one a line, or .jsonl objects with a field prompt."""
+    """A file of prompts: one a line, or .jsonl objects with a field prompt (a string or a list of
+    messages) or messages."""
+    interactive: bool = False
+    """Talk: each line is answered as it is typed, with the turns before it where a chat template
+    is used; /new starts over, an empty input (Ctrl-D) ends."""
+    stream: bool = False
+    """Print each answer while it is made, one prompt after the other."""
+    system: str | None = None
+    """Words of the system turn before the first one; needs a chat template."""
     template: str | None = None
     """chat wraps each prompt as a user turn; a text with {prompt} frames it; none uses it
     literally."""
@@ -33,28 +43,68 @@ class GenerateSettings(Settings):
     """Draw from the likeliest tokens that make up this share; needs a temperature above 0."""
     seed: Annotated[int, Field(ge=0)] | None = None
     """Seed of the draws, 0 unless said; needs a temperature above 0."""
-    batch_size: Annotated[int, Field(gt=0)] = 16
-    """Prompts that are answered together."""
+    batch_size: Annotated[int, Field(gt=0)] | None = None
+    """Prompts that are answered together; 16 unless said."""
 
 
 def generate(settings: GenerateSettings) -> dict[str, Any]:
     """Answer the prompts, print and return the answers."""
     from modern_llm.models.generate import read_prompts
-    from modern_llm.training.answer import answer_prompts
+    from modern_llm.training.answer import Answerer, Options
 
-    prompts = read_prompts(settings.prompt, settings.prompts)
-    answers = answer_prompts(
-        settings.model,
-        prompts,
+    _check(settings)
+    options = Options(
         template=settings.template,
-        tokenizer_name=settings.tokenizer_name,
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
         seed=settings.seed,
-        batch_size=settings.batch_size,
+        batch_size=settings.batch_size or 16,
     )
-    if not settings.json_output:
-        for answer in answers:
-            print(answer)
+    prompts = [] if settings.interactive else read_prompts(settings.prompt, settings.prompts)
+    answerer = Answerer(settings.model, options, settings.tokenizer_name)
+    if settings.interactive:
+        found = list(answerer.converse(_read_line, settings.system))
+        return {"answers": [{"prompt": line, "answer": answer} for line, answer in found]}
+    written = [_with_system(prompt, settings) for prompt in prompts]
+    if settings.stream:
+        answers = [answerer.stream(prompt) for prompt in written]
+    else:
+        answers = answerer.answer(written)
+        if not settings.json_output:
+            for answer in answers:
+                print(answer)
     return {"answers": [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]}
+
+
+def _check(settings: GenerateSettings) -> None:
+    problems = [
+        f"interactive and {name} exclude each other: keep one"
+        for name in ("prompt", "prompts", "stream", "batch_size")
+        if settings.interactive and getattr(settings, name)
+    ]
+    if settings.stream and settings.batch_size:
+        problems.append("batch_size has no effect with stream: remove one")
+    if settings.stream and settings.json_output:
+        problems.append("stream and json exclude each other: keep one")
+    given = settings.template is not None and "{prompt}" in settings.template
+    if settings.system is not None and not settings.interactive and given:
+        problems.append("system has no effect with a frame: use template: chat")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _with_system(prompt: str | list, settings: GenerateSettings) -> str | list:
+    """The prompt as messages after the system turn, where one is given."""
+    if settings.system is None:
+        return prompt
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [{"role": "system", "content": settings.system}, *turns]
+
+
+def _read_line() -> str | None:
+    """The next line of a talk; a mark stands before it where a person types."""
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None

@@ -1,0 +1,120 @@
+"""How well rewards tell chosen from rejected answers: pure functions of numbers.
+
+`judge` gives accuracy, margins and calibration with 95% intervals, for all pairs and for groups.
+Called by `evaluate`.
+
+Letters: P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Z = 1.959963984540054
+"""97.5% quantile of the normal distribution: intervals are of 95%."""
+RESAMPLES = 2000
+BINS = 10
+
+
+def wilson(successes: int, count: int) -> tuple[float, float]:
+    """Return the Wilson score interval (1927) of a share: right at 0 and 1 too, where the usual
+    one has no width."""
+    if count == 0:
+        return 0.0, 1.0
+    share, z2 = successes / count, Z * Z
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z / (1 + z2 / count) * (share * (1 - share) / count + z2 / (4 * count**2)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap_mean(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
+    """Return the percentile bootstrap interval (Efron, 1979) of a mean; the same for the same
+    values."""
+    if len(values) < 2:
+        return float(values.mean()), float(values.mean())
+    rng = np.random.Generator(np.random.Philox(seed))
+    # In parts: an index matrix of a million pairs would take 16 GB.
+    means = np.array(
+        [values[rng.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
+    )
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def calibration(margins: NDArray[np.float64]) -> dict[str, Any]:
+    """Return how far sigmoid(margin), the Bradley-Terry probability, can be believed.
+
+    Args:
+        margins: (P,) reward of the chosen answer minus that of the rejected one.
+
+    Returns:
+        `log_loss` and `brier` of sigmoid(margin); `expected_error` (ECE: mean distance between
+        confidence and accuracy, weighted by bin) and the `bins` it is made of, over the confidence
+        max(p, 1 - p) in the pair's likelier order; a tie is right half of the time.
+    """
+    probability = 1 / (1 + np.exp(-np.clip(margins, -700, 700)))
+    confidence = np.maximum(probability, 1 - probability)
+    right = np.where(margins == 0, 0.5, margins > 0)
+    place = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    bins = []
+    for number in range(BINS):
+        inside = place == number
+        if inside.any():
+            bins.append(
+                {
+                    "from": 0.5 + number / (2 * BINS),
+                    "to": 0.5 + (number + 1) / (2 * BINS),
+                    "pairs": int(inside.sum()),
+                    "confidence": float(confidence[inside].mean()),
+                    "accuracy": float(right[inside].mean()),
+                }
+            )
+    error = sum(b["pairs"] * abs(b["confidence"] - b["accuracy"]) for b in bins) / len(margins)
+    return {
+        "log_loss": float(np.logaddexp(0, -margins).mean()),
+        "brier": float(((1 - probability) ** 2).mean()),
+        "expected_error": float(error),
+        "bins": bins,
+    }
+
+
+def judge(rewards: NDArray[np.float64]) -> dict[str, Any]:
+    """Return accuracy (strictly larger; ties apart) and margin, each with its interval.
+
+    Args:
+        rewards: (P, 2), chosen and rejected.
+    """
+    assert rewards.ndim == 2 and rewards.shape[1] == 2, rewards.shape
+    margins = rewards[:, 0] - rewards[:, 1]
+    won = int((margins > 0).sum())
+    return {
+        "pairs": len(margins),
+        "accuracy": won / len(margins),
+        "accuracy_interval": wilson(won, len(margins)),
+        "ties": float((margins == 0).mean()),
+        "margin": float(margins.mean()),
+        "margin_interval": bootstrap_mean(margins),
+        "reward_chosen": float(rewards[:, 0].mean()),
+        "reward_rejected": float(rewards[:, 1].mean()),
+    }
+
+
+def judge_groups(
+    rewards: NDArray[np.float64], groups: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, Any]]:
+    """Return a judgement for every value of every grouping.
+
+    Args:
+        rewards: (P, 2).
+        groups: what pairs are grouped by -> the group of each of the P pairs.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for by, names in groups.items():
+        assert len(names) == len(rewards), (by, len(names), len(rewards))
+        labels = np.array(names, dtype=object)
+        found[by] = {str(name): judge(rewards[labels == name]) for name in sorted(set(names))}
+    return found
