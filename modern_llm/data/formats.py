@@ -8,6 +8,7 @@ cannot be learnt from. It takes texts as they are. Called by `prepare`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from modern_llm.data.readers import bad_text
 from modern_llm.data.records import (
     ContentFault,
+    Conversation,
     Document,
     Instruction,
     Message,
@@ -36,6 +38,8 @@ ALPACA_FRAME_WITH_INPUT = (
     "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
+# What a turn may say besides its role and its words; chat templates write them.
+EXTRA = ("tool_calls", "tool_call_id", "name")
 _SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -117,8 +121,6 @@ def _messages(values: Values, name: str) -> list[Message]:
 def _message(item: Any, place: str) -> Message:
     if not isinstance(item, Mapping):
         raise RowFault(f"{place} is {_kind(item)}, expected an object")
-    if item.get("tool_calls"):
-        raise RowFault(f"{place} calls a tool: such turns cannot be trained on")
     role_key, text_key = ("from", "value") if "from" in item else ("role", "content")
     for key in (role_key, text_key):
         if key not in item:
@@ -128,7 +130,33 @@ def _message(item: Any, place: str) -> Message:
         if role not in _SPEAKERS:
             raise RowFault(f"{place} is from {role!r}, expected one of {sorted(_SPEAKERS)}")
         role = _SPEAKERS[role]
-    return {"role": role, "content": _text_of(item[text_key], f"{place}, {text_key!r}")}
+    extra = {key: item[key] for key in EXTRA if item.get(key)}
+    text = item[text_key]
+    if text is None and "tool_calls" in extra:
+        text = ""  # a turn that only calls
+    return {"role": role, "content": _text_of(text, f"{place}, {text_key!r}"), **extra}
+
+
+def _words(message: Message, place: str) -> str:
+    """The words of a turn that is learnt."""
+    if message.get("tool_calls"):
+        raise RowFault(f"{place} ends with a call of a tool: such turns cannot be trained on")
+    return message["content"]
+
+
+def _with_tools(values: Values, messages: list[Message]) -> list[Message]:
+    """The messages with the tools of the row's column of that name, a list or JSON of one."""
+    tools = values.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools or "null")
+        except ValueError as error:
+            raise RowFault(f"column 'tools' is no JSON: {error}") from error
+    if not tools:
+        return messages
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RowFault(f"column 'tools' is {_kind(tools)}, expected a list of objects")
+    return Conversation.of(messages, tools)
 
 
 def _answer(values: Values, name: str) -> tuple[list[Message], str]:
@@ -145,7 +173,7 @@ def _answer(values: Values, name: str) -> tuple[list[Message], str]:
     role = turns[-1]["role"]
     if role != "assistant":
         raise RowFault(f"column {name!r} ends with a turn of the {role!r}, not the assistant")
-    return turns[:-1], turns[-1]["content"]
+    return turns[:-1], _words(turns[-1], f"column {name!r}")
 
 
 # Preferences
@@ -194,7 +222,8 @@ def message_pair(values: Values, origin: str) -> PreferencePair:
     other, rejected = _answer(values, "rejected")
     if lead != other:
         raise ContentFault("transcripts differ before the last turn")
-    return _pair(_prompt_before(values, lead), chosen, rejected, origin)
+    prompt = _with_tools(values, _prompt_before(values, lead))
+    return _pair(prompt, chosen, rejected, origin)
 
 
 def _prompt_before(values: Values, lead: list[Message]) -> list[Message]:
@@ -215,7 +244,7 @@ def _prompt_before(values: Values, lead: list[Message]) -> list[Message]:
 
 def sharegpt_pair(values: Values, origin: str) -> PreferencePair:
     """`conversations` before the answers, which are one `{"from", "value"}` each."""
-    prompt = _messages(values, "conversations")
+    prompt = _with_tools(values, _messages(values, "conversations"))
     answers = []
     for name in ("chosen", "rejected"):
         lead, answer = _answer(values, name)
@@ -267,7 +296,8 @@ def message_instruction(values: Values, origin: str) -> Instruction:
         raise ContentFault("no assistant turn")
     if last == 0:
         raise ContentFault("no turn before the answer")
-    return _instruction(turns[:last], turns[last]["content"], origin)
+    prompt = _with_tools(values, turns[:last])
+    return _instruction(prompt, _words(turns[last], "the conversation"), origin)
 
 
 def string_instruction(values: Values, origin: str) -> Instruction:

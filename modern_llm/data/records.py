@@ -10,9 +10,24 @@ user skips such rows), `ContentFault` is content that cannot be learnt from (dro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Prompt = str | list[Message]
+
+
+class Conversation(list[Message]):
+    """Messages with the tools that the assistant may call in them, as the chat template takes
+    them (JSON schemas of functions)."""
+
+    tools: tuple[Any, ...] = ()
+
+    @classmethod
+    def of(cls, messages: list[Message], tools: list[Any]) -> Conversation:
+        """Return `messages` with `tools`."""
+        conversation = cls(messages)
+        conversation.tools = tuple(tools)
+        return conversation
 
 
 @dataclass(frozen=True, slots=True)

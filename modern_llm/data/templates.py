@@ -101,9 +101,19 @@ class Template:
 
     def turns(self, messages: list[Message], *, open_answer: bool) -> str:
         """Return the text of messages; `open_answer` adds the head of the assistant's next turn."""
+        tools = list(getattr(messages, "tools", ()))
+        written = str(self.chat or self._tokenizer.chat_template)
+        calls = any(message.get("tool_calls") for message in messages)
+        for name, there in (("tools", bool(tools)), ("tool_calls", calls)):
+            if there and name not in written:
+                raise RowFault(
+                    f"the row has {name} and the chat template does not write them: "
+                    "give a template that does, or leave them out"
+                )
         try:
             return self._tokenizer.apply_chat_template(
                 messages,
+                tools=tools or None,
                 chat_template=self.chat,
                 tokenize=False,
                 add_generation_prompt=open_answer,

@@ -221,7 +221,7 @@ BROKEN = {
     "tool call": (
         "pairs",
         {**LISTS, "chosen": [user("q"), {**assistant("c"), "tool_calls": [{}]}]},
-        "column 'chosen', message 1 calls a tool",
+        "column 'chosen' ends with a call of a tool",
     ),
     "ends with the user": ("pairs", {**LISTS, "chosen": [user("q")]}, "turn of the 'user'"),
     "no prompt": (
