@@ -10,13 +10,23 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from modern_llm.config.errors import UserError, status_of
 from modern_llm.config.files import Settings, read_settings
-from modern_llm.verbs import demo, doctor, evaluate, generate, inspect, report, score, stages
+from modern_llm.verbs import (
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    reference,
+    report,
+    score,
+    stages,
+)
 
 # verb -> (settings, what it does); a verb of two words is one of a group: `reference fill`
 VERBS: dict[str, tuple[type[Settings], Callable[[Any], dict[str, Any]]]] = {
@@ -27,6 +37,11 @@ VERBS: dict[str, tuple[type[Settings], Callable[[Any], dict[str, Any]]]] = {
     "inspect": (inspect.InspectSettings, inspect.inspect),
     "doctor": (doctor.DoctorSettings, doctor.doctor),
     "report": (report.ReportSettings, report.report),
+    "reference fill": (reference.FillSettings, reference.fill),
+    "reference verify": (reference.VerifySettings, reference.verify),
+    "reference info": (reference.InfoSettings, reference.info),
+    "reference merge": (reference.MergeSettings, reference.merge),
+    "reference prune": (reference.PruneSettings, reference.prune),
     "score": (score.ScoreSettings, score.score),
     "evaluate": (evaluate.EvaluateSettings, evaluate.evaluate),
     "generate": (generate.GenerateSettings, generate.generate),
@@ -40,6 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(_overview())
         return 0 if arguments else 2
     verb, rest = _split(arguments)
+    group = [name for name in VERBS if name.startswith(f"{verb} ")]
+    if group:
+        print(_overview(group))
+        return 0 if rest[:1] in (["-h"], ["--help"]) else 2
     debug = "--debug" in rest
     try:
         return _run(verb, rest)
@@ -88,15 +107,13 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
     return verb, rest
 
 
-def _overview() -> str:
+def _overview(verbs: Iterable[str] = VERBS) -> str:
     lines = [
         "usage: modern-llm VERB [--config FILE.yaml] [--section.option VALUE ...]",
         "",
         "verbs:",
     ]
-    lines += [
-        f"  {verb:<17} {(schema.__doc__ or '').strip()}" for verb, (schema, _) in VERBS.items()
-    ]
+    lines += [f"  {verb:<17} {' '.join((VERBS[verb][0].__doc__ or '').split())}" for verb in verbs]
     lines += ["", "modern-llm VERB --help lists the options of one verb."]
     return "\n".join(lines)
 

@@ -52,7 +52,7 @@ TABLE = {
         "config", "torch torch.distributed accelerate deepspeed rich huggingface_hub"
     ),
     "reference": row(
-        "config data.records models.scorer distributed", "safetensors torch numpy transformers"
+        "config data.records models.scorer distributed", "torch numpy transformers xxhash"
     ),
     "core": row("config distributed", "torch accelerate safetensors yaml"),
     # train_*.py and what they are made of; a train_*.py itself is imported by cli and demo only.

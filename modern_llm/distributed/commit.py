@@ -46,7 +46,7 @@ def committed_folder(target: Path, facts: dict[str, Any] | None = None) -> Itera
             shutil.rmtree(old, ignore_errors=True)
         else:
             temporary.rename(target)
-        _flush_folder(target.parent)
+        flush_folder(target.parent)
     except OSError as error:
         raise StorageError(
             f"cannot write {target}: {error.strerror or error}; free space or choose another place"
@@ -139,7 +139,7 @@ def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
         json.dump(manifest, file, indent=1, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
-    _flush_folder(folder)
+    flush_folder(folder)
 
 
 def _own_digest(manifest: dict[str, Any]) -> str:
@@ -148,7 +148,8 @@ def _own_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Put on disk which names a folder holds."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

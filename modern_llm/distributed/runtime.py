@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
-from torch import Tensor
+from torch import Tensor, nn
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError, PeerError
@@ -108,6 +108,19 @@ class Runtime:
         self.raise_together(failure)
         if not first:
             yield
+
+    def freeze(self, module: nn.Module) -> nn.Module:
+        """Return a module that is only asked, never trained, ready for forwards on this device.
+
+        Every rank makes the same number of forwards with it, in step: it may be sharded.
+        """
+        return module.to(self.device).eval().requires_grad_(False)
+
+    def release(self, module: nn.Module) -> None:
+        """Free what a frozen module holds."""
+        module.to("meta")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def agree(self, value: str, what: str) -> None:
         """Raise `PeerError` on every process unless all have the same `value`."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from modern_llm.config import ModernLLMConfig
@@ -30,11 +31,16 @@ def read_config(path: Path) -> PretrainedConfig:
     return to_transformers_config(_model_config(path, _read(path)))
 
 
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a `.pt` file under plain names, mapped where the format allows it."""
+    return _plain_names(_read(path))
+
+
 def load_model(path: Path) -> PreTrainedModel:
     """Return the model of a `.pt` file in float32; names and shapes must match exactly."""
     content = _read(path)
     model = build_model(_model_config(path, content), seed=0)
-    state = {_plain_name(name): tensor for name, tensor in content["model_state"].items()}
+    state = _plain_names(content)
     expected = model.state_dict()
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     problems = [f"{name} is missing" for name in expected if name not in state and name not in tied]
@@ -90,6 +96,10 @@ def _model_config(path: Path, content: dict[str, Any]) -> ModernLLMConfig:
         raise UserError(
             f"checkpoint {path}: config is no ModernLLMConfig: {' '.join(lines[:6])}"
         ) from error
+
+
+def _plain_names(content: dict[str, Any]) -> dict[str, Tensor]:
+    return {_plain_name(name): tensor for name, tensor in content["model_state"].items()}
 
 
 def _plain_name(name: str) -> str:

@@ -1,57 +1,66 @@
-"""The reference pass: score what the store lacks, forward only, and give every rank all values.
+"""The reference pass: score what the store lacks, forward only, shard by shard.
 
-Rank 0 alone decides what is missing, so that no rank acts on a file that another did not see;
-values
-travel through the process group. Called by the DPO stage before step 1.
+Rank 0 alone looks at the store and decides; no rank acts on a file that another did not see. What
+is left to do is cut into pieces that are named by their content, so that several jobs with the same
+data share them by claims. A piece is committed whole: whoever is killed, its rows are either in the
+store or scored again in the very same forwards. Called by the DPO stage and by `reference fill`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from modern_llm.config.errors import NotFiniteError
+from modern_llm.config.errors import NotFiniteError, StorageError
 from modern_llm.distributed.display import Display
 from modern_llm.distributed.runtime import Runtime
-from modern_llm.reference.keys import KEY_BYTES, entry_key
+from modern_llm.reference.entries import Entries, concatenate
 from modern_llm.reference.store import ReferenceStore
 
 log = logging.getLogger(__name__)
 
-# Entries that a killed pass may lose, against the cost of many small files.
-FLUSH_EVERY = 4096
-
-# Keys, sums and counts of some answers.
-Entries = tuple[NDArray[np.bytes_], NDArray[np.float32], NDArray[np.int32]]
+Indices = NDArray[np.int64]
+_PAUSE_S = 0.25
+"""Between two looks at pieces that other jobs have claimed."""
 
 
-class Pairs(Protocol):
-    """What is known here of the data: the ids of a pair, and where it came from."""
+class Answers(Protocol):
+    """What is known here of the data: names of the answers, and where each came from."""
+
+    keys: NDArray[np.bytes_]
+    """(E,) S16, each once."""
 
     def __len__(self) -> int: ...
 
-    def ids(self, index: int, column: str) -> NDArray[np.int32]:
-        """Ids of one column of one pair."""
-
-    def origin(self, index: int) -> str:
-        """File and line of one pair."""
+    def origin(self, entry: int) -> str:
+        """File and line of one answer."""
 
 
-# Given the pairs to score on this rank, yields (indices (P,), sums (P, 2), counts (P, 2)).
-Score = Callable[[NDArray[np.int64]], Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]]
+class Trees(Protocol):
+    """Some answers laid out for the model."""
+
+    def groups(self) -> list[Indices]:
+        """Trees that are computed in one forward."""
+
+    def entries(self, group: Indices) -> Indices:
+        """Answers of the trees of a group."""
+
+
+# Lays some answers out; scores groups of trees on this rank, yielding answers and values.
+LayOut = Callable[[Indices], Trees]
+Score = Callable[[Trees, Sequence[Indices]], Iterator[tuple[Indices, Entries]]]
 
 
 @dataclass(frozen=True)
 class FillReport:
-    """What a pass did, in entries; an entry is one distinct (prompt, response)."""
+    """What a pass did, in answers: distinct (prompt, response)."""
 
     needed: int
     found: int
@@ -59,117 +68,246 @@ class FillReport:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Groups that are scored and committed together."""
+
+    trees: Trees
+    groups: list[Indices]
+    name: str
+
+
 def fill(
-    runtime: Runtime, pairs: Pairs, store: ReferenceStore, score: Score
-) -> tuple[NDArray[np.float32], FillReport]:
-    """Return the reference log-prob sums (P, 2) of all pairs, scoring those that the store lacks.
+    runtime: Runtime,
+    answers: Answers,
+    store: ReferenceStore,
+    lay_out: LayOut,
+    score: Score,
+    *,
+    flush_every: int,
+    tokens: bool = False,
+    part: tuple[int, int] = (1, 1),
+) -> FillReport:
+    """Score the answers that the store lacks and add them to it.
 
     Args:
-        score: scores this rank's share of the pairs it is given (every rank is given all of them).
+        flush_every: answers of one shard: what a killed pass loses at most.
+        tokens: also keep the log-prob of every token; an entry without them counts as lacking.
+        part: (k, n): see to the k-th of n parts of the data alone, the same whatever is there.
 
     Raises:
         NotFiniteError: a log-prob is not finite; it is not written, and its pair is named.
+        StorageError: the store cannot be written; what was committed stays.
     """
     began = time.perf_counter()
-    keys = np.array(
-        [
-            entry_key(pairs.ids(i, "prompt"), pairs.ids(i, side))
-            for i in range(len(pairs))
-            for side in ("chosen", "rejected")
-        ],
-        dtype=f"S{KEY_BYTES}",
-    ).reshape(-1, 2)
-    found, values = runtime.from_main(store.lookup(keys.ravel()) if runtime.is_main else None)
-    found, values = found.reshape(-1, 2), values.reshape(-1, 2)
-    needed = len(np.unique(keys))
-    present = len(np.unique(keys[found]))
-    lacking = _once(keys, found)
-    if runtime.is_main:
-        log.info("reference: %d of %d answers are in the store %s", present, needed, store.folder)
-    mine: list[Entries] = []
-    failure: Exception | None = None
-    try:
-        if len(lacking):
-            mine = _score_and_store(runtime, pairs, store, score, lacking, keys)
-    except Exception as error:
-        failure = error
-    runtime.raise_together(failure)
-    scored = _merge(runtime, mine, keys, values, store)
-    return values, FillReport(needed, present, scored, time.perf_counter() - began)
+    found = runtime.from_main(_present(store, answers.keys, tokens) if runtime.is_main else None)
+    pieces, mine = _plan(answers, lay_out, found, flush_every, part)
+    needed, present = int(mine.sum()), int((found & mine).sum())
+    pass_ = _Pass(runtime, answers, store, score, lay_out, tokens)
+    with Display("reference", needed, present, shown=runtime.is_main) as display:
+        scored = pass_.run(pieces, lambda done: display.advance(min(present + done, needed)))
+    return FillReport(needed, present, scored, time.perf_counter() - began)
 
 
-def _once(keys: NDArray[np.bytes_], found: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Pairs to score so that every missing entry is covered, equal pairs once."""
-    rows = np.flatnonzero(~found.all(1))
-    _, first = np.unique(keys[rows], axis=0, return_index=True)
-    return rows[np.sort(first)]
+def _present(store: ReferenceStore, keys: NDArray[np.bytes_], tokens: bool) -> NDArray[np.bool_]:
+    """Return which keys (n,) are in the store. Their values are read and checked as well."""
+    return np.isin(keys, store.find(keys, tokens=tokens).keys)
 
 
-def _score_and_store(
-    runtime: Runtime,
-    pairs: Pairs,
-    store: ReferenceStore,
-    score: Score,
-    lacking: NDArray[np.int64],
-    keys: NDArray[np.bytes_],
-) -> list[Entries]:
-    """Score this rank's share, a shard at a time; return every shard's entries."""
-    shards = []
-    waiting: list[Entries] = []
+def _plan(
+    answers: Answers,
+    lay_out: LayOut,
+    found: NDArray[np.bool_],
+    flush_every: int,
+    part: tuple[int, int],
+) -> tuple[list[Piece], NDArray[np.bool_]]:
+    """Return the pieces that lack something, and which answers (E,) belong to this part.
 
-    def flush() -> None:
-        if waiting:
-            shard = tuple(np.concatenate(column) for column in zip(*waiting, strict=True))
-            store.append(*shard)
-            shards.append(shard)
-            waiting.clear()
+    The groups are planned over all answers, so that a pass that goes on computes the forwards that
+    were not yet committed, and no others, bit by bit as an undisturbed one. Answers whose group is
+    there in part (edited rows, say) are planned together anew.
+    """
+    k, n = part
+    mine = np.ones(len(answers), bool)
+    if n == 1 and found.all():
+        return [], mine
+    everything = lay_out(np.arange(len(answers)))
+    rest = np.zeros(len(answers), bool)
+    pieces = []
+    for number, piece in enumerate(_pieces(answers, everything, flush_every)):
+        groups = [everything.entries(group) for group in piece.groups]
+        if number % n != k - 1:
+            for entries in groups:
+                mine[entries] = False
+            continue
+        whole = [not found[entries].any() for entries in groups]
+        for entries, lacks in zip(groups, whole, strict=True):
+            if not lacks:
+                rest[entries[~found[entries]]] = True
+        if any(whole):
+            kept = [
+                group for group, lacks_all in zip(piece.groups, whole, strict=True) if lacks_all
+            ]
+            pieces.append(Piece(everything, kept, piece.name))
+    if rest.any():
+        pieces += _pieces(answers, lay_out(np.flatnonzero(rest)), flush_every)
+    return pieces, mine
 
-    done = 0
-    with Display("reference", len(lacking), 0, shown=runtime.is_main) as display:
-        for indices, sums, counts in score(lacking):
-            bad = (~torch.isfinite(sums)).any(1).nonzero().flatten().tolist()
-            if bad:
-                flush()
-                raise NotFiniteError(
-                    f"{pairs.origin(int(indices[bad[0]]))}: the reference gives a log-prob that "
-                    "is not finite; "
-                    "it was not stored; look at that pair and at the reference's weights"
-                )
-            waiting.append(
-                (
-                    keys[indices].ravel(),
-                    sums.float().cpu().numpy().ravel(),
-                    counts.cpu().numpy().astype(np.int32).ravel(),
-                )
+
+def _pieces(answers: Answers, trees: Trees, flush_every: int) -> Iterator[Piece]:
+    """Cut groups, in their order, into pieces of about `flush_every` answers."""
+    groups: list[Indices] = []
+    names = hashlib.blake2b(digest_size=12)
+    count = 0
+    for group in trees.groups():
+        entries = trees.entries(group)
+        groups.append(group)
+        names.update(answers.keys[entries].tobytes())
+        count += len(entries)
+        if count >= flush_every:
+            yield Piece(trees, groups, names.hexdigest())
+            groups, names, count = [], hashlib.blake2b(digest_size=12), 0
+    if groups:
+        yield Piece(trees, groups, names.hexdigest())
+
+
+class _Pass:
+    """One job at work on the pieces, all ranks in step."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        answers: Answers,
+        store: ReferenceStore,
+        score: Score,
+        lay_out: LayOut,
+        tokens: bool,
+    ):
+        self._runtime, self._answers, self._store = runtime, answers, store
+        self._score, self._lay_out, self._tokens = score, lay_out, tokens
+
+    def run(self, pieces: list[Piece], advance: Callable[[int], None]) -> int:
+        """See to every piece; return the number of answers that this job scored."""
+        scored = done = 0
+        open_ = list(range(len(pieces)))
+        waited = False
+        try:
+            while open_:
+                number, lacking = self._decide(pieces, open_)
+                if number is None:
+                    if not waited and self._runtime.is_main:
+                        log.info("reference: waiting for %d pieces of other jobs", len(open_))
+                    waited = True
+                    continue
+                open_.remove(number)
+                scored += self._do(pieces[number], lacking)
+                done += sum(len(pieces[number].trees.entries(g)) for g in pieces[number].groups)
+                advance(done)
+        finally:
+            if self._runtime.is_main:
+                self._store.claims.close()
+        return scored
+
+    def _decide(
+        self, pieces: list[Piece], open_: list[int]
+    ) -> tuple[int | None, NDArray[np.bool_] | None]:
+        """Rank 0 claims a piece and looks what it lacks now; every rank gets the answer."""
+        decision: tuple[int | None, NDArray[np.bool_] | None] = (None, None)
+        failure: Exception | None = None
+        if self._runtime.is_main:
+            try:
+                decision = self._claim(pieces, open_)
+            except Exception as error:
+                failure = error
+        self._runtime.raise_together(failure)
+        return self._runtime.from_main(decision)
+
+    def _claim(
+        self, pieces: list[Piece], open_: list[int]
+    ) -> tuple[int | None, NDArray[np.bool_] | None]:
+        for number in open_:
+            piece = pieces[number]
+            if not self._store.claims.take(piece.name):
+                continue
+            # Another job may have seen to it between our first look and our claim.
+            self._store.refresh()
+            entries = np.concatenate([piece.trees.entries(group) for group in piece.groups])
+            lacking = ~_present(self._store, self._answers.keys[entries], self._tokens)
+            if not lacking.any():
+                self._store.claims.release(piece.name)
+            return number, lacking
+        time.sleep(_PAUSE_S)
+        return None, None
+
+    def _do(self, piece: Piece, lacking: NDArray[np.bool_] | None) -> int:
+        """Score what a piece lacks on all ranks, commit it on rank 0, give the claim back."""
+        assert lacking is not None
+        if not lacking.any():
+            return 0
+        trees, groups = piece.trees, piece.groups
+        if not lacking.all():
+            entries = np.concatenate([trees.entries(group) for group in groups])
+            trees = self._lay_out(entries[lacking])
+            groups = trees.groups()
+        mine, failure = self._score_share(trees, groups)
+        everyone = self._runtime.gather(mine)
+        parts = [entries for entries in everyone if len(entries)]
+        self._runtime.on_main(lambda: self._store.append(concatenate(parts, tokens=self._tokens)))
+        self._runtime.raise_together(failure)
+        if self._runtime.is_main:
+            self._store.claims.release(piece.name)
+        return sum(len(part) for part in parts)
+
+    def _score_share(self, trees: Trees, groups: list[Indices]) -> tuple[Entries, Exception | None]:
+        """Score this rank's groups; every rank makes the same number of forwards."""
+        world, rank = self._runtime.world, self._runtime.rank
+        groups = groups + [np.zeros(0, np.int64)] * (-len(groups) % world)
+        scored: list[Entries] = []
+        failure: Exception | None = None
+        try:
+            for entries, values in self._score(trees, groups[rank::world]):
+                self._check(entries, values)
+                scored.append(values)
+        except Exception as error:
+            failure = error
+        return concatenate(scored, tokens=self._tokens), failure
+
+    def _check(self, entries: Indices, values: Entries) -> None:
+        bad = np.flatnonzero(~np.isfinite(values.sums))
+        if len(bad):
+            raise NotFiniteError(
+                f"{self._answers.origin(int(entries[bad[0]]))}: the reference gives a log-prob "
+                "that is not finite; it was not stored; look at that pair and at the reference's "
+                "weights"
             )
-            done += len(indices)
-            display.advance(min(done * runtime.world, len(lacking)))
-            if sum(len(entry[0]) for entry in waiting) >= FLUSH_EVERY:
-                flush()
-        flush()
-    return shards
 
 
-def _merge(
-    runtime: Runtime,
-    mine: list[Entries],
-    keys: NDArray[np.bytes_],
-    values: NDArray[np.float32],
-    store: ReferenceStore,
-) -> int:
-    """Write what all ranks scored into `values` (P, 2); return the number of entries scored."""
-    everyone = [shard for shards in runtime.gather(mine) for shard in shards]
-    if not everyone:
-        return 0
-    names, sums, counts = (np.concatenate(column) for column in zip(*everyone, strict=True))
-    names, first = np.unique(names, return_index=True)
-    sums, counts = sums[first], counts[first]
-    at = np.minimum(np.searchsorted(names, keys), len(names) - 1)
-    hit = names[at] == keys
-    values[hit] = sums[at[hit]]
+def values_of(
+    runtime: Runtime, keys: NDArray[np.bytes_], store: ReferenceStore, *, tokens: bool = False
+) -> Entries:
+    """Return the entries of `keys` (E,), in their order, on every rank, as rank 0 reads them.
+
+    Raises:
+        StorageError: the store lacks one of them: it was damaged since it was filled.
+        PeerError: what arrived is not the same everywhere.
+    """
+    entries = None
+    failure: Exception | None = None
     if runtime.is_main:
-        # Ranks on other machines may have written to a disk that this one does not see.
-        store.refresh()
-        unseen = ~store.lookup(names)[0]
-        store.append(names[unseen], sums[unseen], counts[unseen])
-    return len(names)
+        try:
+            found = store.find(keys, tokens=tokens)
+            at = np.searchsorted(found.keys, keys)
+            lost = len(found) == 0 or (found.keys[np.minimum(at, len(found) - 1)] != keys).any()
+            if lost and len(keys):
+                raise StorageError(
+                    f"reference store {store.folder}: entries that were there are gone; run again, "
+                    "and they are scored anew"
+                )
+            entries = found.take(at)
+        except Exception as error:
+            failure = error
+    runtime.raise_together(failure)
+    entries = runtime.from_main(entries)
+    digest = hashlib.sha256(entries.keys.tobytes() + entries.sums.tobytes()).hexdigest()
+    runtime.agree(digest, "the reference's values")
+    return entries

@@ -1,150 +1,381 @@
-"""Reference log-probs on disk: immutable safetensors shards in a folder named by weights and
-recipe.
+"""Reference log-probs on disk: a folder of immutable shards under the name of weights and recipe.
 
-An entry is named by the digest of its token ids; its value is the sum of log-probs in float32 and
-the
-number of target tokens. Shards are written once, under a temporary name first, and checked when
-they
-are opened. Called by the fill.
+An entry is named by the digest of its token ids; its value is the sum of log-probs, the number of
+target tokens and, where asked for, the log-prob of each. Shards are written beside their place,
+flushed and moved there; which there are is what the folder lists, so that any number of jobs may
+add to a store at once. Every byte is checked before it is used: a damaged shard is set aside, named
+in the log, and its rows are missing until they are scored again. Called by the fill and the verbs.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import fcntl
 import logging
 import os
-from contextlib import suppress
+import platform
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from modern_llm.config.errors import StorageError
-from modern_llm.reference.keys import KEY_BYTES
+from modern_llm.distributed.commit import flush_folder, write_file
+from modern_llm.reference.claims import PATIENCE, Claims, lock_is_free
+from modern_llm.reference.entries import Entries, concatenate
+from modern_llm.reference.joining import due_groups, joined_layout, merged
+from modern_llm.reference.layout import PLAIN, RAGGED, Damaged, Identity, Layout
+from modern_llm.reference.places import (
+    MANIFEST,
+    folder_of,
+    free_bytes,
+    manifest_text,
+    read_manifest,
+)
+from modern_llm.reference.shard import Shard, is_gone
+from modern_llm.reference.shard_writer import write_shard
 
 log = logging.getLogger(__name__)
 
-FORMAT = "1"
-
-
-def cache_root() -> Path:
-    """Return the folder of all stores: `MODERN_LLM_CACHE`, or a folder beside the Hub's cache."""
-    named = os.environ.get("MODERN_LLM_CACHE")
-    if named:
-        return Path(named)
-    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    return Path(home).expanduser() / "modern_llm"
+_ATTEMPTS = 20
 
 
 class ReferenceStore:
-    """The values of one reference under one recipe.
+    """The values of one reference under one recipe. Opening reads the index of every shard.
 
     Args:
-        reference: digest of the weights, hex.
-        recipe: what else decides a log-prob, see `keys.scoring_recipe`.
+        folder: where it is or will be; made when something is first written.
+        identity: digest of the weights and recipe that every shard must have.
+        patience: see `claims.Claims`.
     """
 
-    def __init__(self, root: Path, reference: str, recipe: dict[str, Any]):
-        text = json.dumps(recipe, sort_keys=True)
-        self.reference, self.recipe = reference, text
-        suffix = hashlib.sha256(text.encode()).hexdigest()[:12]
-        self.folder = root / "references" / f"{reference[:20]}-{suffix}"
-        self._keys = np.zeros(0, dtype=f"S{KEY_BYTES}")
-        self._sums = np.zeros(0, dtype=np.float32)
-        self._counts = np.zeros(0, dtype=np.int32)
+    def __init__(self, folder: Path, identity: Identity, *, patience: float = PATIENCE):
+        self.folder, self.identity = folder, identity
+        self.claims = Claims(folder / "claims", patience=patience)
+        self._shards: dict[str, Shard] = {}
+        self._passed_over: set[str] = set()
         self.refresh()
 
+    @classmethod
+    def at(cls, root: Path, identity: Identity, *, patience: float = PATIENCE) -> ReferenceStore:
+        """Return the store of this identity under `root`, whose folder is named after it."""
+        return cls(folder_of(root, identity), identity, patience=patience)
+
+    @classmethod
+    def open(cls, folder: Path) -> ReferenceStore:
+        """Return the store that stands in `folder`.
+
+        Raises:
+            StorageError: there is none.
+        """
+        identity = read_manifest(folder)
+        if identity is None:  # lost or damaged: every shard says the same
+            for path in sorted(folder.glob("shard-*.safetensors")):
+                with suppress(Damaged, OSError):
+                    identity = Shard(path).identity
+                    break
+        if identity is None:
+            raise StorageError(
+                f"{folder}: no reference store (neither a {MANIFEST} nor an intact shard); name "
+                "the folder of one"
+            )
+        return cls(folder, identity)
+
     def __len__(self) -> int:
-        return len(self._keys)
+        """Entries of all shards; one that two jobs scored counts twice until they are joined."""
+        return sum(len(shard) for shard in self._shards.values())
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The intact shards, in the order of their names."""
+        return [self._shards[name] for name in sorted(self._shards)]
 
     def refresh(self) -> None:
-        """Read every shard that stands in the folder; a damaged one is set aside and reported."""
-        parts = [self._read(path) for path in sorted(self.folder.glob("shard-*.safetensors"))]
-        parts = [part for part in parts if part is not None]
-        if not parts:
-            return
-        keys, sums, counts = (np.concatenate(column) for column in zip(*parts, strict=True))
-        # A response scored twice (by two jobs) stands twice; the first shard by name counts.
-        self._keys, first = np.unique(keys, return_index=True)
-        self._sums, self._counts = sums[first], counts[first]
+        """Look which shards there are now; a damaged one is set aside and reported."""
+        try:
+            names = {path.name for path in self.folder.glob("shard-*.safetensors")}
+        except OSError as error:
+            raise StorageError(f"{self.folder}: cannot be read ({error.strerror})") from error
+        for name in set(self._shards) - names:
+            del self._shards[name]
+        for name in sorted(names - set(self._shards) - self._passed_over):
+            path = self.folder / name
+            try:
+                self._shards[name] = Shard(path, self.identity)
+            except Damaged as damage:
+                self._set_aside(path, damage)
+            except OSError as error:
+                if not is_gone(error):
+                    self._pass_over(path, error)
 
-    def lookup(self, keys: NDArray[np.bytes_]) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-        """Return (found (n,), sums (n,)) for keys (n,) of dtype S16; a sum is 0 where nothing was
-        found."""
-        found = np.zeros(len(keys), dtype=bool)
-        sums = np.zeros(len(keys), dtype=np.float32)
-        if len(self._keys) and len(keys):
-            at = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-            found = self._keys[at] == keys
-            sums[found] = self._sums[at[found]]
-        return found, sums
+    def find(self, keys: NDArray[np.bytes_], *, tokens: bool = False) -> Entries:
+        """Return the entries among `keys` (n,) S16 that the store holds, in the order of keys.
 
-    def append(
-        self, keys: NDArray[np.bytes_], sums: NDArray[np.float32], counts: NDArray[np.int32]
-    ) -> None:
-        """Write one shard with these entries, sorted; it is whole on disk when this returns."""
-        if not len(keys):
+        Args:
+            keys: in any order, any number of times each.
+            tokens: find only entries with per-token values, and read these.
+        """
+        wanted = np.unique(keys)
+        for _ in range(_ATTEMPTS):
+            try:
+                return self._find(wanted, tokens)
+            except _Changed:
+                self.refresh()
+        raise StorageError(
+            f"{self.folder}: its shards change faster than they can be read; run again when fewer "
+            "jobs are at work on it"
+        )
+
+    def _find(self, wanted: NDArray[np.bytes_], tokens: bool) -> Entries:
+        parts = []
+        # An answer that two jobs scored stands twice; the shard that is first by name counts.
+        for shard in self.shards:
+            if not len(wanted) or (tokens and not shard.ragged):
+                continue
+            with self._watching(shard):
+                at, found = shard.find(wanted, tokens=tokens)
+                parts.append(found)
+                wanted = np.delete(wanted, at)
+        found = concatenate(parts, tokens=tokens)
+        return found.take(np.argsort(found.keys, kind="stable"))
+
+    def append(self, entries: Entries) -> None:
+        """Write one shard with these entries; it is whole on disk when this returns.
+
+        Raises:
+            StorageError: the disk refuses; says how much room is missing where that is why.
+        """
+        if self._add(entries) is None:
             return
-        order = np.argsort(keys, kind="stable")
-        raw = np.frombuffer(keys[order].tobytes(), dtype=np.uint8).reshape(-1, KEY_BYTES)
-        tensors = {"keys": raw, "sums": sums[order], "counts": counts[order]}
-        digest = _digest(tensors)
-        metadata = {
-            "format": FORMAT,
-            "reference": self.reference,
-            "recipe": self.recipe,
-            "rows": str(len(keys)),
-            "sha256": digest,
-        }
-        path = self.folder / f"shard-{digest[:24]}.safetensors"
-        temporary = self.folder / f".tmp-{path.name}-{os.getpid()}"
+        while groups := due_groups(self.shards):
+            with self.claims.holding("joining") as held:
+                if not held or not all(self._join(group) for group in groups):
+                    break
+
+    def _add(self, entries: Entries) -> str | None:
+        """Write a shard and return its name; None where there is nothing to write."""
+        if not len(entries):
+            return None
+        keys, first = np.unique(entries.keys, return_index=True)
+        entries = entries.take(first)
+        ragged = entries.tokens is not None
+        targets = int(entries.counts.sum(dtype=np.int64))
+        return self._write(Layout(len(keys), targets, ragged), [entries])
+
+    def join(self) -> None:
+        """Join all shards into one (those with per-token values into another); each entry once."""
+        with self._joining():
+            for ragged in (False, True):
+                self._join([shard for shard in self.shards if shard.ragged == ragged])
+
+    @contextmanager
+    def _joining(self) -> Iterator[None]:
+        """Be the only job that replaces shards."""
+        with self.claims.holding("joining") as held:
+            if not held:
+                raise StorageError(
+                    f"{self.folder}: another job is joining its shards; run again when it is done"
+                )
+            self.refresh()
+            yield
+
+    def keep_only(self, keys: NDArray[np.bytes_]) -> int:
+        """Forget every entry but those of `keys`; return the number that is kept."""
+        with self._joining():
+            before = self.shards
+            ragged = self.find(keys, tokens=True)
+            plain = self.find(np.setdiff1d(keys, ragged.keys))
+            written = {self._add(entries) for entries in (ragged, plain)}
+            self._remove(before, but=written)
+        return len(ragged) + len(plain)
+
+    def copy_from(self, other: ReferenceStore) -> None:
+        """Take over the shards of another store of the same identity, checked byte by byte."""
+        for shard in other.shards:
+            try:
+                shard.verify()
+            except (Damaged, OSError) as damage:
+                log.warning("%s: %s; its rows are not taken over", shard.path, damage)
+                continue
+            if (self.folder / shard.path.name).exists():
+                continue
+            self._commit(shard.size, lambda place, of=shard: _copy(of.path, place))
+
+    def verify(self) -> tuple[int, list[str]]:
+        """Check every byte; set damaged shards aside.
+
+        Returns:
+            Number of intact shards, and what is wrong with the others, one line each.
+        """
+        damaged = [path.name for path in self.folder.glob("damaged-*")]
+        problems = [f"{name}: set aside earlier" for name in sorted(damaged)]
+        if read_manifest(self.folder) != self.identity:
+            problems.append(f"{MANIFEST}: missing or not what was written")
+        for shard in self.shards:
+            try:
+                shard.verify()
+            except Damaged as damage:
+                problems.append(f"{shard.path.name}: {damage}")
+                self._set_aside(shard.path, damage)
+            except OSError as error:
+                problems.append(f"{shard.path.name}: {error.strerror or error}")
+        return len(self._shards), problems
+
+    def make_room(self, rows: int, targets: int, *, tokens: bool) -> None:
+        """Refuse now what could not be written later: a read-only place, or too little room.
+
+        Args:
+            rows: entries that will be added.
+            targets: target tokens of all of them.
+
+        Raises:
+            StorageError: names the place, and how much room is missing.
+        """
+        record = (RAGGED if tokens else PLAIN).itemsize + 1
+        need = int(1.1 * (rows * record + (4 * targets if tokens else 0))) + (64 << 10)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, metadata=metadata)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
+            self._write_manifest()
+            probe = self.folder / f".tmp-probe-{uuid.uuid4().hex}"
+            probe.write_bytes(b"x")
+            probe.unlink()
+        except OSError as error:
+            raise self._refused(error) from error
+        free = free_bytes(self.folder)
+        if free < need:
+            raise StorageError(
+                f"reference store {self.folder}: needs {need / 1e6:.1f} MB, {free / 1e6:.1f} MB "
+                f"are free: {(need - free) / 1e6:.1f} MB are missing; free them, or name another "
+                "folder with MODERN_LLM_CACHE"
+            )
+
+    def clean(self) -> int:
+        """Remove set-aside shards, and what dead jobs left; return the number of files."""
+        gone = list(self.folder.glob("damaged-*"))
+        gone += [p for p in self.folder.glob(f".tmp-{platform.node()}-*") if lock_is_free(p)]
+        for path in gone:
+            path.unlink(missing_ok=True)
+        return len(gone) + self.claims.clean()
+
+    def _join(self, group: list[Shard]) -> bool:
+        """Replace some shards by one; False where one of them is damaged or gone."""
+        if len(group) < 2:
+            return True
+        try:
+            name = self._write(joined_layout(group), merged(group))
+        except Damaged:
+            for shard in group:
+                try:
+                    shard.verify()
+                except Damaged as damage:
+                    self._set_aside(shard.path, damage)
+            return False
+        except FileNotFoundError:
+            self.refresh()
+            return False
+        # The new shard is on disk with all that stands in the old ones.
+        self._remove(group, but={name})
+        return True
+
+    def _remove(self, shards: list[Shard], *, but: set[str | None]) -> None:
+        """Remove shards, except those that were written anew under the same name."""
+        for shard in shards:
+            if shard.path.name not in but and shard.path.name in self._shards:
+                del self._shards[shard.path.name]
+                with suppress(OSError):
+                    shard.path.unlink()
+
+    def _write(self, layout: Layout, chunks: Iterable[Entries]) -> str:
+        return self._commit(
+            layout.size, lambda place: write_shard(place, self.identity, layout, chunks)
+        )
+
+    def _commit(self, size: int, write: Callable[[Path], str]) -> str:
+        """Let `write` make a file, which returns its name, and move it there in one piece."""
+        temporary = self.folder / f".tmp-{platform.node()}-{uuid.uuid4().hex}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write_manifest()
+            with temporary.open("wb") as lock:
+                with suppress(OSError):  # tells `clean` that somebody is still writing
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                name = write(temporary)
+                # Opened before it gets its name: what cannot be read back is seen by nobody.
+                shard = Shard(temporary, self.identity)
+                shard.path = self.folder / name
+                temporary.replace(shard.path)
+            flush_folder(self.folder)
+        except OSError as error:
+            if is_gone(error) and "shard-" in str(error.filename):
+                raise  # one of those that were to be joined
+            raise self._refused(error, size) from error
+        finally:
             with suppress(OSError):
                 temporary.unlink()
-            raise StorageError(
-                f"reference store {self.folder}: cannot write ({error}); free space, or name "
-                "another folder "
-                "with MODERN_LLM_CACHE"
-            ) from error
+        self._shards[name] = shard
+        return name
 
-    def _read(self, path: Path) -> tuple[NDArray[Any], ...] | None:
+    def _write_manifest(self) -> None:
+        path = self.folder / MANIFEST
+        if path.exists():
+            if read_manifest(self.folder) == self.identity:
+                return
+            log.warning("%s: not what was written; set aside and written anew", path)
+            with suppress(OSError):
+                path.replace(self.folder / f"damaged-{MANIFEST}")
+        write_file(path, manifest_text(self.identity))
+
+    def _refused(self, error: OSError, size: int | None = None) -> StorageError:
+        reason = error.strerror or str(error)
+        if size is not None:
+            missing = size - free_bytes(self.folder)
+            if missing > 0:
+                reason += f"; {missing / 1e6:.1f} MB are missing"
+        return StorageError(
+            f"reference store {self.folder}: cannot write ({reason}); free space, or name another "
+            "folder with MODERN_LLM_CACHE"
+        )
+
+    def _set_aside(self, path: Path, damage: Damaged) -> None:
+        self._shards.pop(path.name, None)
+        aside = path.with_name(f"damaged-{path.name}")
         try:
-            with safe_open(path, framework="np") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in ("keys", "sums", "counts")}
-            expected = {"format": FORMAT, "reference": self.reference, "recipe": self.recipe}
-            if any(metadata.get(name) != value for name, value in expected.items()):
-                raise StorageError("header of another store or format")
-            if metadata.get("sha256") != _digest(tensors):
-                raise StorageError("not the bytes that were written")
-        except (SafetensorError, StorageError, OSError, ValueError) as error:
-            aside = path.with_name(f"damaged-{path.name}")
+            path.replace(aside)
             log.warning(
-                "%s: %s; set aside as %s, its rows are scored again", path, error, aside.name
+                "%s: %s; set aside as %s, its rows are scored again", path, damage, aside.name
             )
-            try:
-                path.replace(aside)
-            except OSError:
-                log.warning("%s cannot be renamed; it is passed over", path)
-            return None
-        keys = np.frombuffer(np.ascontiguousarray(tensors["keys"]).tobytes(), dtype=f"S{KEY_BYTES}")
-        return keys, tensors["sums"], tensors["counts"]
+        except OSError as error:
+            self._passed_over.add(path.name)
+            log.warning("%s: %s; cannot be renamed (%s), passed over", path, damage, error.strerror)
+
+    def _pass_over(self, path: Path, error: OSError) -> None:
+        self._shards.pop(path.name, None)
+        self._passed_over.add(path.name)
+        log.warning("%s: cannot be read (%s); passed over", path, error.strerror or error)
+
+    @contextmanager
+    def _watching(self, shard: Shard) -> Iterator[None]:
+        """Turn a shard that proves damaged, unreadable or gone into another look at the folder."""
+        try:
+            yield
+        except Damaged as damage:
+            self._set_aside(shard.path, damage)
+            raise _Changed from damage
+        except OSError as error:
+            if not is_gone(error):
+                self._pass_over(shard.path, error)
+            raise _Changed from error
 
 
-def _digest(tensors: dict[str, NDArray[Any]]) -> str:
-    content = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = np.ascontiguousarray(tensors[name])
-        content.update(f"{name} {tensor.dtype.str} {tensor.shape} ".encode())
-        content.update(tensor.data)
-    return content.hexdigest()
+class _Changed(Exception):
+    """The set of shards is another than when the lookup began."""
+
+
+def _copy(source: Path, place: Path) -> str:
+    shutil.copyfile(source, place)
+    with place.open("rb") as file:
+        os.fsync(file.fileno())
+    return source.name

@@ -7,6 +7,8 @@ the section is built, and not ignored later.
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -14,6 +16,12 @@ from pydantic import Field, model_validator
 from modern_llm.config.base import section
 from modern_llm.objectives.catalogue import LOSSES, check_options
 
+# Options about the reference; those in the second row are about stored values.
+REFERENCE = (
+    "reference", "reference_checkpoint", "reference_digest", "reference_store",
+    "keep_token_logprobs", "flush_every", "self_check_pairs",
+)  # fmt: skip
+NOT_LIVE = ("keep_token_logprobs", "flush_every", "self_check_pairs")
 # The losses' own options; None means the default of the loss's row.
 OPTIONS = ("discopop_tau", "simpo_gamma", "dpop_lambda")
 
@@ -46,30 +54,78 @@ class DPOConfig:
     """Target reward margin of simpo (0.5 unless said)."""
     dpop_lambda: float | None = None
     """Weight of dpop's penalty (50 unless said)."""
-    reference: Literal["cache"] = "cache"
-    """cache: score with the SFT checkpoint what the store lacks, then train without it."""
+    ld_alpha: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Weight of the longer answer's tokens beyond the length of the shorter one (LD-DPO, Liu et al.
+    2024); all tokens count whole unless said."""
+    reference: Literal["cache", "store", "model"] = "cache"
+    """cache: score with the reference what the store lacks, then train without it. store: never
+    score; the values must be there, the reference's weights need not. model: no store, a frozen
+    model beside the policy."""
+    reference_checkpoint: str | None = None
+    """Hub id, transformers folder or .pt file of the reference; the policy's start unless said."""
+    reference_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")] | None = None
+    """With reference: store, the digest that the reference's weights should have (hex, at least
+    the first 16 digits), where the weights themselves are not at hand."""
+    reference_store: Path | None = None
+    """With reference: store, the folder of the store; one under MODERN_LLM_CACHE unless said."""
+    keep_token_logprobs: bool = False
+    """Also keep the log-prob of every token in the store; ld_alpha needs it and does so by
+    itself."""
+    flush_every: Annotated[int, Field(gt=0)] = 2048
+    """Pairs between two shards of the reference pass: what a killed pass scores again at most."""
     self_check_pairs: Annotated[int, Field(gt=0)] | None = None
-    """Pairs whose stored reference values are scored again by the policy before step 1; 16 unless
-    said."""
+    """Pairs whose stored reference values are scored again before step 1; 16 unless said."""
 
     @model_validator(mode="after")
     def _check(self) -> DPOConfig:
         problems = check_options(self.loss_type, self.loss_options, beta=self.beta)
+        if self.ld_alpha is not None and self.loss_type in LOSSES:
+            if LOSSES[self.loss_type].lengths:
+                problems.append(
+                    f"ld_alpha cannot be combined with loss_type={self.loss_type!r}, which divides "
+                    "by the lengths itself: remove one"
+                )
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
             problems.append(
                 f"max_prompt_length {self.max_prompt_length} leaves no room for a response in "
                 "max_length "
                 f"{self.max_length}: lower it"
             )
-        known = self.loss_type in LOSSES
-        if known and self.self_check_pairs is not None and not LOSSES[self.loss_type].reference:
-            problems.append(
-                f"self_check_pairs has no effect with loss_type={self.loss_type!r}, which reads no "
-                "reference: remove it"
-            )
+        if self.loss_type in LOSSES:
+            problems += self._reference_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _reference_problems(self) -> list[str]:
+        """Options about the reference that would have no effect, or contradict each other."""
+        row = LOSSES[self.loss_type]
+        default = {f.name: f.default for f in dataclasses.fields(self) if f.name in REFERENCE}
+        said = [name for name, value in default.items() if getattr(self, name) != value]
+        if not row.reference:
+            return [
+                f"{name} has no effect with loss_type={self.loss_type!r}, which reads no "
+                "reference: remove it"
+                for name in said
+            ]
+        problems = []
+        for name in said:
+            if name in ("reference_digest", "reference_store") and self.reference != "store":
+                problems.append(f"{name} has an effect with reference: store alone: remove it")
+            if name in NOT_LIVE and self.reference == "model":
+                problems.append(f"{name} has no effect with reference: model: remove it")
+            if name == "flush_every" and self.reference == "store":
+                problems.append("flush_every has no effect with reference: store: remove it")
+        if self.reference_digest and self.reference_checkpoint:
+            problems.append(
+                "reference_digest and reference_checkpoint both name the reference: keep one"
+            )
+        return problems
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the reference's log-prob of every token is needed."""
+        return self.keep_token_logprobs or self.ld_alpha is not None
 
     @property
     def loss_options(self) -> dict[str, float | None]:

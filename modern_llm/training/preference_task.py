@@ -40,7 +40,11 @@ class PreferenceTask:
         evaluation: BatchSource | None,
         evaluation_reference: Reference,
         aux_coefficient: float,
+        *,
+        live: nn.Module | None = None,
     ):
+        """`live` is a frozen model that is asked in every step, in place of stored values."""
+        self._live = live
         self._runtime, self._config = runtime, config
         self._source, self._reference = source, reference
         self._evaluation, self._evaluation_reference = evaluation, evaluation_reference
@@ -63,13 +67,15 @@ class PreferenceTask:
     def prepare(
         self, model: nn.Module, step: int, micro_batches: Sequence[MicroBatch]
     ) -> Sequence[MicroBatch]:
-        """For a loss across pairs, return the micro-batches with their slopes; else as they are."""
+        """Ask a live reference; for a loss across pairs, also return the slopes."""
+        if self._live is not None:
+            micro_batches = [self._ask(self._live, batch) for batch in micro_batches]
         if self._aux and model.training:
             self._aux_scale = self.denominator(step) / self._source.tokens(step)
         if not self._config.looks_across_pairs:
             return micro_batches
         with torch.no_grad():
-            policies = [_score(model, batch)[0] for batch in micro_batches]
+            policies = [self._score(model, batch)[0] for batch in micro_batches]
         mine = torch.cat(policies).detach()
         everyone = self._runtime.gather(
             (
@@ -98,7 +104,7 @@ class PreferenceTask:
     def run(self, model: nn.Module, micro_batch: MicroBatch) -> StepSums:
         """Return the summed loss of the pairs and their statistics."""
         batch = micro_batch
-        policy, aux = _score(model, batch)
+        policy, aux = self._score(model, batch)
         if batch.slope is None:
             loss = self._losses(policy, batch.reference, batch.lengths).sum()
             value = loss.detach()
@@ -146,6 +152,32 @@ class PreferenceTask:
         parts: Iterator[Lazy] = self._evaluation.in_order(group)
         return ([_with(self._evaluation_reference, batch) for batch in part] for part in parts)
 
+    def _score(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        """Sums (P, 2) of the policy, and the routers' loss."""
+        output = model(batch.ids, batch.positions, batch.segments, batch.targets)
+        return batch.sums(self._weighted(output.logprobs, batch)), output.aux_loss
+
+    @torch.no_grad()
+    def _ask(self, live: nn.Module, batch: MicroBatch) -> MicroBatch:
+        """Fill the column `reference` of a micro-batch by a forward of the frozen model."""
+        with self._runtime.accelerator.autocast():
+            output = live(batch.ids, batch.positions, batch.segments, batch.targets)
+        return replace(batch, reference=batch.sums(self._weighted(output.logprobs, batch)).float())
+
+    def _weighted(self, logprobs: Tensor, batch: MicroBatch) -> Tensor:
+        """Scale tokens (N,) beyond the length of the pair's shorter answer by `ld_alpha`."""
+        if self._config.ld_alpha is None or not logprobs.numel():
+            return logprobs
+        shared = batch.lengths.min(1).values.repeat_interleave(batch.lengths.shape[1])
+        # Within a slot targets stand in order, one after the other: their rank is their place.
+        order = torch.argsort(batch.slots, stable=True)
+        ends = batch.lengths.flatten().cumsum(0)
+        starts = (ends - batch.lengths.flatten())[batch.slots[order]]
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device) - starts
+        beyond = place >= shared[batch.slots]
+        return torch.where(beyond, logprobs * self._config.ld_alpha, logprobs)
+
     def _losses(self, policy: Tensor, reference: Tensor | None, lengths: Tensor) -> Tensor:
         return preference_loss(
             policy,
@@ -157,13 +189,8 @@ class PreferenceTask:
         )
 
 
-def _score(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
-    output = model(batch.ids, batch.positions, batch.segments, batch.targets)
-    return batch.sums(output.logprobs), output.aux_loss
-
-
 def _with(reference: Reference, batch: MicroBatch) -> MicroBatch:
     """Fill the column `reference` of a micro-batch."""
-    if reference is None:
+    if reference is None:  # a loss that reads none, or a live model that is asked later
         return batch
     return replace(batch, reference=torch.from_numpy(reference[batch.examples]))

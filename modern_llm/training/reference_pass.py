@@ -1,29 +1,38 @@
-"""The reference pass of a DPO run: whose values, how they are scored, and the check before step
-1."""
+"""The reference of a DPO run: whose values, where they are kept, how they come, and the check.
+
+Before a model is loaded it is known what the store lacks and whether that could be written; then
+the missing answers are scored, and a sample of the stored values is scored again. Called by the DPO
+stage and by the verbs `reference fill` and `reference verify`.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import nn
 from torch.nn.functional import logsigmoid
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import StorageError
-from modern_llm.data.batches import collate
-from modern_llm.data.plan import Budget, place
+from modern_llm.data.prepare import Prepared
+from modern_llm.data.tokens import TokenTable
 from modern_llm.distributed.runtime import Runtime
+from modern_llm.models.load import Checkpoint, inspect_checkpoint
 from modern_llm.models.scorer import TokenScorer
-from modern_llm.reference.fill import fill
-from modern_llm.reference.keys import scoring_recipe, weights_digest
-from modern_llm.reference.store import ReferenceStore, cache_root
-from modern_llm.training.batch_source import BatchSource
+from modern_llm.reference.entries import Entries
+from modern_llm.reference.fill import FillReport, fill, values_of
+from modern_llm.reference.store import ReferenceStore
+from modern_llm.training import setup
 from modern_llm.training.dpo_config import DPOConfig
+from modern_llm.training.reference_place import find_store
+from modern_llm.training.scoring import Answers, Scoring, score_everywhere
 
 log = logging.getLogger(__name__)
 
@@ -32,107 +41,280 @@ log = logging.getLogger(__name__)
 # forward. For beta up to 0.1: above, the same rounding moves the loss in proportion.
 LN2_BOUND = {"no": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
 SELF_CHECK_PAIRS = 16
-# Tokens of one forward where the user says nothing. No activations are kept for a backward, so on a
-# GPU it may hold more than training does; on a CPU what stays in the caches is fastest (seen on two
-# cores: 800 tokens 34 pairs/s, 2,048 tokens 26, 6,000 tokens 27).
-FORWARD_TOKENS = {"cpu": 768, "cuda": 32_768}
+
+# (P, 2) float32 sums for every pair of a table.
+Values = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One table whose answers need values: its name in the log, and what it needs."""
+
+    what: str
+    answers: Answers
 
 
 class ReferencePass:
-    """Scores pairs with the scorer as it stands, before training has changed it."""
+    """One run's way to its reference values.
+
+    Attributes:
+        digest: of the reference's weights; None for a loss that reads no reference.
+        store: where the values are; None as well for a live reference.
+    """
 
     def __init__(
-        self, runtime: Runtime, scorer: TokenScorer, train_config: TrainingConfig, config: DPOConfig
+        self,
+        runtime: Runtime,
+        policy: Checkpoint,
+        config: TrainingConfig,
+        dpo: DPOConfig,
+        *,
+        part: tuple[int, int] = (1, 1),
     ):
-        self._runtime, self._scorer = runtime, scorer
-        self._train_config, self._config = train_config, config
+        self._runtime, self._config, self._dpo, self._part = runtime, config, dpo, part
         self.digest: str | None = None
-        if config.needs_reference:
-            precision = train_config.precision
-            recipe = scoring_recipe(scorer.config, "float32" if precision == "no" else precision)
-            self.digest = weights_digest(scorer.model)
-            runtime.agree(self.digest, "the reference's weights")
-            self._store = ReferenceStore(cache_root(), self.digest, recipe)
-        elif runtime.is_main:
-            log.info("reference: loss_type %s uses none", config.loss_type)
+        self.store: ReferenceStore | None = None
+        self._checkpoint: Checkpoint | None = policy
+        self._is_policy = dpo.reference_checkpoint is None
+        self._wanted: list[Wanted] = []
+        if not dpo.needs_reference:
+            if runtime.is_main:
+                log.info("reference: loss_type %s uses none", dpo.loss_type)
+            return
+        if dpo.reference_checkpoint is not None:
+            self._checkpoint = inspect_checkpoint(dpo.reference_checkpoint)
+        place = find_store(runtime, self._checkpoint, config, dpo)
+        self.digest, self.store = place.digest, place.store
+        if place.foreign:
+            self._checkpoint = None
 
-    def values(self, source: BatchSource, what: str) -> NDArray[np.float32] | None:
-        """Return the reference's sums (P, 2) for every pair of `source`; None for a loss without
-        one."""
-        if not self._config.needs_reference:
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The reference's checkpoint; None where only its values are known."""
+        return self._checkpoint
+
+    @property
+    def precision(self) -> str:
+        """Precision of the forward, in Accelerate's words."""
+        return self._config.precision
+
+    @property
+    def wanted(self) -> list[Wanted]:
+        """The tables whose answers need values."""
+        return self._wanted
+
+    def want(self, **tables: TokenTable | None) -> None:
+        """Name the tables whose pairs need values, each by what the log calls it."""
+        if self.store is not None:
+            self._wanted = [
+                Wanted(name.replace("_", " "), Answers(table))
+                for name, table in tables.items()
+                if table is not None
+            ]
+
+    def make_room(self) -> None:
+        """Refuse now what could not be done later; rank 0 only.
+
+        Raises:
+            StorageError: values are missing and may not be scored, or could not be written.
+        """
+        if self.store is None:
+            return
+        tokens = self._dpo.per_token
+        rows = targets = 0
+        for wanted in self._wanted:
+            answers = wanted.answers
+            lacking = ~np.isin(answers.keys, self.store.find(answers.keys, tokens=tokens).keys)
+            rows, targets = rows + int(lacking.sum()), targets + int(answers.targets[lacking].sum())
+            if self._dpo.reference == "store" and lacking.any():
+                first = answers.origin(answers.earliest(np.flatnonzero(lacking)))
+                kind = " with per-token values" if tokens else ""
+                raise StorageError(
+                    f"dpo.reference: store: {self.store.folder} lacks {int(lacking.sum())} of "
+                    f"{len(answers)} answers of the {wanted.what}{kind}, the first at {first}; "
+                    "fill it with `modern-llm reference fill` (same tokenizer, template and "
+                    "lengths), or use dpo.reference: cache"
+                )
+        if rows:
+            self.store.make_room(rows, targets, tokens=tokens)
+
+    def stored(self, wanted: Wanted, sample: int) -> Entries:
+        """Return up to `sample` stored values of a table, in the order of keys, on every rank."""
+        assert self.store is not None
+        keys = wanted.answers.keys
+        keys = keys[np.unique(np.linspace(0, len(keys) - 1, sample).astype(np.int64))]
+        found = self.store.find(keys) if self._runtime.is_main else None
+        return self._runtime.from_main(found)
+
+    def complete(self, policy: TokenScorer) -> dict[str, Values | None]:
+        """Score what is missing, check a sample, and return the values of every table by its name.
+
+        Args:
+            policy: with the weights that the run starts from: the reference itself, unless another
+                is named. After a resume too: a checkpoint's weights are loaded later, by the loop.
+        """
+        if self.store is None:
+            return {}
+        reports = []
+        with self.frozen(policy) as scoring:
+            for wanted in self._wanted:
+                reports.append(self.fill(wanted, scoring))
+            self._check(self._wanted[0], scoring)
+            values = [self._values(wanted) for wanted in self._wanted]
+        return {wanted.what: found for wanted, found in zip(self._wanted, values, strict=True)}
+
+    def live(self) -> nn.Module | None:
+        """Return the frozen model of `reference: model`, else None."""
+        if self._dpo.reference != "model" or not self._dpo.needs_reference:
             return None
-        score = Scoring(self._runtime, self._scorer, source, self._train_config)
-        values, report = fill(self._runtime, source.examples.table, self._store, score)
+        assert self._checkpoint is not None
+        scorer = setup.set_up_frozen(self._runtime, self._checkpoint, self._config)
         if self._runtime.is_main:
-            pairs = report.scored / 2 / max(report.seconds, 1e-9)
+            log.info("reference: a frozen model beside the policy, asked in every step")
+        return self._runtime.freeze(scorer)
+
+    def fill_all(self) -> list[FillReport]:
+        """Score what is missing of every table; the values stay in the store."""
+        with self.frozen(None) as scoring:
+            reports = [self.fill(wanted, scoring) for wanted in self._wanted]
+            if self._part == (1, 1):
+                self._check(self._wanted[0], scoring)
+        return reports
+
+    def fill(self, wanted: Wanted, scoring: Scoring | None) -> FillReport:
+        """Score what the store lacks of one table and say what was done."""
+        assert self.store is not None
+        answers = wanted.answers
+        if scoring is None:
+            return FillReport(len(answers), len(answers), 0, 0.0)
+        report = fill(
+            self._runtime,
+            answers,
+            self.store,
+            lambda entries: scoring.lay_out(answers, entries),
+            scoring,
+            flush_every=2 * self._dpo.flush_every,
+            tokens=self._dpo.per_token,
+            part=self._part,
+        )
+        if self._runtime.is_main:
+            rate = report.scored / 2 / max(report.seconds, 1e-9)
             log.info(
                 "reference pass over %s: needed %d, found %d, scored %d in %.1f s%s",
-                what,
+                wanted.what,
                 report.needed,
                 report.found,
                 report.scored,
                 report.seconds,
-                f" ({pairs:.1f} pairs/s)" if report.scored else "; nothing was computed",
+                f" ({rate:.1f} pairs/s)" if report.scored else "; nothing was computed",
             )
-        return values
+        return report
 
-    def check(self, source: BatchSource, values: NDArray[np.float32] | None) -> None:
+    @contextmanager
+    def frozen(self, policy: TokenScorer | None) -> Iterator[Scoring | None]:
+        """Give the reference ready to score, for the time of the body.
+
+        None where its weights are not at hand.
+        """
+        if self._checkpoint is None:
+            log.info("reference: its weights are not at hand, so no stored value is scored again")
+            yield None
+            return
+        if self._is_policy and policy is not None:
+            scorer, module = policy, policy
+        else:
+            scorer = setup.set_up_frozen(self._runtime, self._checkpoint, self._config)
+            module = self._runtime.freeze(scorer)
+        yield Scoring(
+            self._runtime,
+            module,
+            self._config,
+            trees=scorer.abilities.trees,
+            tokens=self._dpo.per_token,
+        )
+        if module is not policy:
+            self._runtime.release(module)
+
+    def _values(self, wanted: Wanted) -> Values:
+        """Return the two numbers of every pair of a table."""
+        assert self.store is not None
+        answers, alpha = wanted.answers, self._dpo.ld_alpha
+        found = values_of(self._runtime, answers.keys, self.store, tokens=alpha is not None)
+        if alpha is None:
+            return found.sums[answers.of_pairs]
+        return desensitised(found, answers.of_pairs, alpha)
+
+    def _check(self, wanted: Wanted, scoring: Scoring | None) -> None:
         """Score a sample of the stored values again: the loss of each of these pairs must be ln 2.
 
         Raises:
             StorageError: a stored value is not what these weights give; names the worst pair.
         """
-        if values is None:
+        if scoring is None:
             return
-        count = min(self._config.self_check_pairs or SELF_CHECK_PAIRS, len(values))
-        sample = np.unique(np.linspace(0, len(values) - 1, count).astype(np.int64))
-        score = Scoring(self._runtime, self._scorer, source, self._train_config)
-        worst = (0.0, -1)
-        for indices, sums, _ in score(sample):
-            log_ratios = sums.double().cpu() - torch.from_numpy(values[indices]).double()
-            losses = -logsigmoid(self._config.beta * (log_ratios[:, 0] - log_ratios[:, 1]))
-            off = (losses - math.log(2)).abs()
-            if len(off):
-                off = off.nan_to_num(nan=math.inf)
-                worst = max(worst, (float(off.max()), int(indices[int(off.argmax())])))
-        distance, index = max(self._runtime.gather(worst))
-        bound = LN2_BOUND[self._train_config.precision] * max(1.0, self._config.beta / 0.1)
-        if not distance <= bound:
+        answers = wanted.answers
+        pairs = answers.of_pairs
+        count = min(self._dpo.self_check_pairs or SELF_CHECK_PAIRS, len(pairs))
+        sample = np.unique(np.linspace(0, len(pairs) - 1, count).astype(np.int64))
+        entries = np.unique(pairs[sample])
+        assert self.store is not None
+        stored = values_of(self._runtime, answers.keys[entries], self.store)
+        fresh = score_everywhere(self._runtime, scoring, answers, entries)
+        log_ratios = fresh.sums.astype(np.float64) - stored.sums
+        chosen, rejected = log_ratios[np.searchsorted(entries, pairs[sample])].T
+        losses = -logsigmoid(self._dpo.beta * torch.from_numpy(chosen - rejected))
+        off = (losses - math.log(2)).abs().nan_to_num(nan=math.inf)
+        worst = int(off.argmax())
+        bound = LN2_BOUND[self._config.precision] * max(1.0, self._dpo.beta / 0.1)
+        if not float(off[worst]) <= bound:
             raise StorageError(
-                f"{source.examples.table.origin(index)}: policy and reference are the same "
-                "weights, but the loss "
-                f"of this pair is off ln 2 by {distance:.3g} (bound {bound:g}): the stored "
-                "reference values are not "
-                f"this model's; remove {self._store.folder} and run again"
+                f"{answers.table.origin(int(sample[worst]))}: the stored values should be those of "
+                f"these weights, but the loss of this pair is off ln 2 by {float(off[worst]):.3g} "
+                f"(bound {bound:g}): they are not this model's; remove {self.store.folder} and "
+                "run again"
             )
         if self._runtime.is_main:
             log.info(
-                "reference check: %d pairs within %.1e of ln 2 (bound %g)", count, distance, bound
+                "reference check: %d pairs within %.1e of ln 2 (bound %g)",
+                len(sample),
+                float(off[worst]),
+                bound,
             )
 
 
-class Scoring:
-    """Forward-only scoring of given pairs, this rank's share of them."""
+def reference_for(
+    runtime: Runtime,
+    policy: Checkpoint,
+    config: TrainingConfig,
+    dpo: DPOConfig,
+    prepared: Prepared,
+) -> ReferencePass:
+    """Find the store of a run's reference, and refuse now what could not be done later.
 
-    def __init__(
-        self, runtime: Runtime, scorer: TokenScorer, source: BatchSource, config: TrainingConfig
-    ):
-        self._runtime, self._scorer, self._source = runtime, scorer, source
-        automatic = FORWARD_TOKENS.get(runtime.device.type, 8192)
-        self._budget = Budget(tokens=config.tokens_per_micro_batch or automatic)
+    Raises:
+        StorageError: values are missing and may not be scored, or could not be written.
+    """
+    references = ReferencePass(runtime, policy, config, dpo)
+    references.want(training_pairs=prepared.train, evaluation_pairs=prepared.evaluation)
+    runtime.on_main(references.make_room)
+    return references
 
-    def __call__(
-        self, pairs: NDArray[np.int64]
-    ) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
-        examples, shared = self._source.examples, self._source.shared
-        ranks = place(
-            pairs, examples.sizes, world=self._runtime.world, budget=self._budget, shared=shared
-        )
-        training = self._scorer.training
-        self._scorer.eval()
-        for part in ranks[self._runtime.rank]:
-            batch = collate(examples, part, shared=shared).to(self._runtime.device)
-            with torch.inference_mode(), self._runtime.accelerator.autocast():
-                output = self._scorer(batch.ids, batch.positions, batch.segments, batch.targets)
-            yield batch.examples, batch.sums(output.logprobs), batch.lengths
-        self._scorer.train(training)
+
+def desensitised(found: Entries, pairs: NDArray[np.int64], alpha: float) -> Values:
+    """Return the length-desensitised sums (P, 2) of some pairs (LD-DPO, arXiv 2409.06411, eq. 9).
+
+    Tokens up to the length of the pair's shorter answer count whole, those after it `alpha` times.
+
+    Args:
+        found: answers with per-token values.
+        pairs: (P, 2) indices into them.
+    """
+    assert found.tokens is not None
+    counts = found.counts.astype(np.int64)
+    # Sums of the first n tokens of an answer are differences of running sums.
+    running = np.concatenate([[0.0], np.cumsum(found.tokens, dtype=np.float64)])
+    starts = np.cumsum(counts) - counts
+    shared = counts[pairs].min(1, keepdims=True)
+    head = running[starts[pairs] + shared] - running[starts[pairs]]
+    whole = running[starts[pairs] + counts[pairs]] - running[starts[pairs]]
+    return (head + alpha * (whole - head)).astype(np.float32)

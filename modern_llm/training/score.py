@@ -27,9 +27,9 @@ from modern_llm.data.prepare import Prepared
 from modern_llm.data.tokens import TokenTable
 from modern_llm.distributed import runtime as distributed
 from modern_llm.distributed.commit import write_file
-from modern_llm.models.load import Checkpoint, inspect_checkpoint, load_model
+from modern_llm.models.load import Checkpoint, inspect_checkpoint
 from modern_llm.training import setup
-from modern_llm.training.reference_pass import Scoring
+from modern_llm.training.scoring import Answers, Scoring, score_everywhere
 
 log = logging.getLogger(__name__)
 
@@ -150,17 +150,14 @@ def _sums(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums and target counts (P, 2) of every pair under one model."""
     setup.check_ids_fit(table, checkpoint.vocabulary)
-    scorer = setup.set_up_scorer(runtime, load_model(checkpoint), config, dropout=False)
-    source = setup.make_source(runtime, config, table, "pairs", scorer)
-    mine = [
-        (torch.from_numpy(i), s.double().cpu(), n.cpu())
-        for i, s, n in Scoring(runtime, scorer, source, config)(torch.arange(len(table)).numpy())
-    ]
-    sums = torch.zeros(len(table), 2, dtype=torch.float64)
-    counts = torch.zeros(len(table), 2, dtype=torch.long)
-    for indices, values, numbers in (part for parts in runtime.gather(mine) for part in parts):
-        sums[indices], counts[indices] = values, numbers
-    return sums, counts
+    scorer = setup.set_up_frozen(runtime, checkpoint, config)
+    module = runtime.freeze(scorer)
+    scoring = Scoring(runtime, module, config, trees=scorer.abilities.trees)
+    answers = Answers(table)
+    found = score_everywhere(runtime, scoring, answers)
+    runtime.release(module)
+    sums, counts = found.sums[answers.of_pairs], found.counts[answers.of_pairs]
+    return torch.from_numpy(sums), torch.from_numpy(counts)
 
 
 def _rows(columns: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> list[dict[str, float]]:

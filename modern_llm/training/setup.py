@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
+import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +34,7 @@ from modern_llm.models.generate import end_ids
 from modern_llm.models.load import (
     Checkpoint,
     check_tokenizer_fits,
+    load_model,
     load_tokenizer,
     make_scorer,
 )
@@ -174,14 +178,7 @@ def build_tables(
 ) -> Prepared:
     """Tokenise once a machine, map everywhere, compare, and refuse data that cannot fill one
     step."""
-    with runtime.one_per_machine_first():
-        prepared = build(run.data)
-    runtime.agree(prepared.train.digest, "the training data")
-    if runtime.is_main:
-        for line in prepared.lines():
-            log.info("data: %s", line)
-        if prepared.evaluation is None:
-            log.info("evaluation: none, because no evaluation data is named")
+    prepared = read_tables(runtime, run.data, build)
     if len(prepared.train) < config.batch_size:
         raise UserError(
             f"{len(prepared.train)} examples are left to train on, fewer than one batch of "
@@ -189,6 +186,31 @@ def build_tables(
         )
     run.notes["data"], run.prompts = data_notes(prepared), prompt_rows(prepared)
     return run.dry_run.first_step_only(prepared, config) if run.dry_run else prepared
+
+
+@contextmanager
+def passing_folder(runtime: Runtime, purpose: str) -> Iterator[Path]:
+    """Give a folder for tables that is the same for all processes of a machine, and goes again."""
+    token = runtime.from_main(uuid.uuid4().hex if runtime.is_main else None)
+    folder = Path(tempfile.gettempdir()) / f"modern-llm-{purpose}-{token}"
+    try:
+        yield folder
+    finally:
+        if runtime.accelerator.is_local_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_tables(runtime: Runtime, folder: Path, build: Callable[[Path], Prepared]) -> Prepared:
+    """Tokenise once a machine, map everywhere, compare, and say what was read."""
+    with runtime.one_per_machine_first():
+        prepared = build(folder)
+    runtime.agree(prepared.train.digest, "the training data")
+    if runtime.is_main:
+        for line in prepared.lines():
+            log.info("data: %s", line)
+        if prepared.evaluation is None:
+            log.info("evaluation: none, because no evaluation data is named")
+    return prepared
 
 
 def check_ids_fit(table: TokenTable, vocabulary: int) -> None:
@@ -238,6 +260,14 @@ def set_up_scorer(
     if config.compile:
         compile_layers(model)
     return scorer
+
+
+def set_up_frozen(runtime: Runtime, checkpoint: Checkpoint, config: TrainingConfig) -> TokenScorer:
+    """Load and probe a model that is only asked, never trained."""
+    model = load_model(checkpoint).to(runtime.device)
+    disable_dropout(model)
+    scorer = make_scorer(model, config.attention)
+    return scorer.eval().requires_grad_(False)
 
 
 def make_sources(

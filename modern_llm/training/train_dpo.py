@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +18,7 @@ from modern_llm.training import setup
 from modern_llm.training.dpo_config import DPOConfig
 from modern_llm.training.dry_run import DryRun
 from modern_llm.training.preference_task import PreferenceTask
-from modern_llm.training.reference_pass import ReferencePass
+from modern_llm.training.reference_pass import ReferencePass, reference_for
 
 __all__ = ["DPOConfig", "run_dpo"]
 
@@ -32,8 +33,9 @@ def run_dpo(
 ) -> Path:
     """Train a policy on preference pairs and return its folder, `output_dir/{run_name}_final`.
 
-    The checkpoint is the policy's start and the reference, which scores every pair once, before
-    step 1; the values are kept under `MODERN_LLM_CACHE` and found again by content.
+    The checkpoint is the policy's start and, unless `dpo_config` names another, the reference. The
+    reference scores every answer once, before step 1; the values are kept under `MODERN_LLM_CACHE`
+    and found again by content.
 
     Args:
         sft_checkpoint: Hub id, `transformers` folder or `.pt` file.
@@ -67,10 +69,11 @@ def run_dpo(
         build = _builder(data, tokenizer, dpo_config)
         prepared = setup.build_tables(runtime, run, build, train_config)
         setup.check_ids_fit(prepared.train, checkpoint.vocabulary)
+        reference = reference_for(runtime, checkpoint, train_config, dpo_config, prepared)
         scorer = setup.set_up_scorer(runtime, load_model(checkpoint), train_config, dropout=False)
-        task, reference = _task(runtime, scorer, train_config, dpo_config, prepared)
+        task = _task(runtime, scorer, train_config, dpo_config, prepared, reference)
+        facts = {"data": prepared.train.digest, "reference": reference.digest}
         ends = setup.answer_ends(tokenizer, data, prepared)
-        facts = {"data": prepared.train.digest, "reference": reference}
         return setup.train_and_export(
             runtime, scorer, task, train_config, run, tokenizer, facts, ends
         )
@@ -80,10 +83,10 @@ def _builder(
     data: PreferenceDatasetConfig, tokenizer: PreTrainedTokenizerBase, config: DPOConfig
 ) -> Callable[[Path], Prepared]:
     """What turns the section into tables in a folder."""
-    return lambda folder: build_preference_tables(
+    return partial(
+        build_preference_tables,
         data,
         tokenizer,
-        folder,
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
     )
@@ -95,18 +98,22 @@ def _task(
     train_config: TrainingConfig,
     dpo_config: DPOConfig,
     prepared: Prepared,
-) -> tuple[PreferenceTask, str | None]:
-    """Run the reference pass with the scorer as loaded; return the task and the reference's digest.
+    reference: ReferencePass,
+) -> PreferenceTask:
+    """Complete the reference's values with the scorer as loaded, before training changes it.
 
     After a resume too: the checkpoint's weights are loaded later, by the loop, so that a reference
     is never built from a policy that has trained.
     """
+    values = reference.complete(scorer)
     source, evaluation = setup.make_sources(runtime, train_config, prepared, "pairs", scorer)
-    references = ReferencePass(runtime, scorer, train_config, dpo_config)
-    values = references.values(source, "training pairs")
-    held_out = None if evaluation is None else references.values(evaluation, "evaluation pairs")
-    references.check(source, values)
-    task = PreferenceTask(
-        runtime, dpo_config, source, values, evaluation, held_out, scorer.aux_coefficient
+    return PreferenceTask(
+        runtime,
+        dpo_config,
+        source,
+        values.get("training pairs"),
+        evaluation,
+        values.get("evaluation pairs"),
+        scorer.aux_coefficient,
+        live=reference.live(),
     )
-    return task, references.digest

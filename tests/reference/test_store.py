@@ -1,20 +1,25 @@
-"""The store gives back what was appended, misses what it was not given, and notices damage."""
+"""The store gives back what was appended, misses what it was not given, and names what differs."""
 
 from __future__ import annotations
 
-import logging
+import json
+import os
 
 import numpy as np
 import pytest
 
 from modern_llm.config.errors import StorageError
+from modern_llm.reference import joining, places, store
+from modern_llm.reference.entries import Entries
 from modern_llm.reference.keys import entry_key
-from modern_llm.reference.store import ReferenceStore, cache_root
+from modern_llm.reference.layout import Identity
+from modern_llm.reference.places import cache_root
+from modern_llm.reference.store import ReferenceStore
 
-RECIPE = {"scoring": 1, "compute": "float32", "architecture": "a"}
+RECIPE = '{"compute": "float32", "scoring": 2}'
 
 
-def entries(numbers):
+def entries(numbers, tokens=False):
     keys = np.array(
         [
             entry_key(np.arange(n % 5, dtype=np.int32), np.arange(n, dtype=np.int32))
@@ -22,91 +27,190 @@ def entries(numbers):
         ],
         dtype="S16",
     )
-    return keys, -np.array(numbers, dtype=np.float32) / 3, np.array(numbers, dtype=np.int32)
+    counts = np.array(numbers, dtype=np.int32)
+    values = np.concatenate([np.zeros(0), *[-np.arange(n) / (n + 1) for n in numbers]])
+    sums = -counts.astype(np.float32) / 3
+    return Entries(keys, sums, counts, values.astype(np.float32) if tokens else None)
 
 
 def make(root, **changes):
-    fields = {"reference": "abc" * 10, "recipe": RECIPE} | changes
-    return ReferenceStore(root, **fields)
+    identity = Identity("abc" * 10, RECIPE)._replace(**changes)
+    return ReferenceStore.at(root, identity)
 
 
-def test_what_was_appended_is_found_bit_for_bit_in_another_process_life(tmp_path):
-    store = make(tmp_path)
-    store.append(*entries([7, 3, 11]))
-    store.append(*entries([2, 500]))
+def found(stored, numbers, **options):
+    """Which of some entries a store holds, with the values checked."""
+    expected = entries(numbers, **options)
+    result = stored.find(expected.keys, **options)
+    at = np.flatnonzero(np.isin(expected.keys, result.keys))
+    expected = expected.take(at).take(np.argsort(expected.keys[at]))
+    assert (result.keys == expected.keys).all()
+    assert (result.sums == expected.sums).all() and (result.counts == expected.counts).all()
+    if options.get("tokens"):
+        assert (result.tokens == expected.tokens).all()
+    return [numbers[i] for i in at]
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_what_was_appended_is_found_bit_for_bit_in_another_process_life(tmp_path, tokens):
+    stored = make(tmp_path)
+    stored.append(entries([7, 3, 11], tokens))
+    stored.append(entries([2, 500], tokens))
     again = make(tmp_path)
-    keys, sums, _ = entries([2, 3, 4, 500, 7, 11])
-    found, values = again.lookup(keys)
-    assert found.tolist() == [True, True, False, True, True, True]
-    assert (values[found] == sums[found]).all()
-    assert values[~found].tolist() == [0.0]
+    assert found(again, [2, 3, 4, 500, 7, 11], tokens=tokens) == [2, 3, 500, 7, 11]
+    assert len(again.find(np.repeat(entries([7, 4, 2]).keys, 3))) == 2
     assert len(again) == 5
     assert len(list(again.folder.glob("shard-*"))) == 2
 
 
 def test_an_empty_store_finds_nothing_and_makes_no_folder(tmp_path):
-    store = make(tmp_path)
-    found, _ = store.lookup(entries([1, 2])[0])
-    assert not found.any()
-    store.append(*entries([]))
-    assert not store.folder.exists()
+    stored = make(tmp_path)
+    assert found(stored, [1, 2]) == []
+    stored.append(entries([]))
+    assert not stored.folder.exists()
 
 
-@pytest.mark.parametrize(
-    "changes", [{"reference": "abd" * 10}, {"recipe": RECIPE | {"compute": "bf16"}}]
-)
+@pytest.mark.parametrize("changes", [{"reference": "abd" * 10}, {"recipe": RECIPE + " "}])
 def test_other_weights_or_another_recipe_miss(tmp_path, changes):
-    make(tmp_path).append(*entries([1, 2]))
-    found, _ = make(tmp_path, **changes).lookup(entries([1, 2])[0])
-    assert not found.any()
+    make(tmp_path).append(entries([1, 2]))
+    assert found(make(tmp_path, **changes), [1, 2]) == []
 
 
-def test_an_entry_twice_stands_once(tmp_path):
-    store = make(tmp_path)
-    store.append(*entries([5, 6]))
-    store.append(*entries([6, 7]))
-    assert len(make(tmp_path)) == 3
+def test_entries_without_token_values_miss_where_these_are_asked_for(tmp_path):
+    stored = make(tmp_path)
+    stored.append(entries([5, 6]))
+    stored.append(entries([7], tokens=True))
+    assert found(stored, [5, 6, 7]) == [5, 6, 7]
+    assert found(stored, [5, 6, 7], tokens=True) == [7]
+    stored.append(entries([5], tokens=True))
+    assert found(stored, [5, 6, 7], tokens=True) == [5, 7]
 
 
-def test_every_flipped_byte_and_every_truncation_is_noticed(tmp_path, caplog):
-    store = make(tmp_path)
-    store.append(*entries([7, 3]))
-    (path,) = store.folder.glob("shard-*")
-    intact = path.read_bytes()
-    keys, sums, _ = entries([7, 3])
-    caplog.set_level(logging.CRITICAL)
-    damaged = [intact[:n] for n in range(0, len(intact), 7)]
-    for at in range(len(intact)):
-        flipped = bytearray(intact)
-        flipped[at] ^= 1 << (at % 8)
-        damaged.append(bytes(flipped))
-    wrong = 0
-    for content in damaged:
-        path.write_bytes(content)
-        found, values = make(tmp_path).lookup(keys)
-        # Padding of the header may change without changing a value: then all must be right.
-        assert not found.any() or (found.all() and (values == sums).all())
-        wrong += not found.any()
-        for aside in store.folder.glob("damaged-*"):
-            aside.unlink()
-    assert wrong >= len(damaged) * 0.9
+def test_an_entry_in_several_shards_is_found_once(tmp_path):
+    stored = make(tmp_path)
+    stored.append(entries([5, 6]))
+    stored.append(entries([6, 7]))
+    assert found(stored, [5, 6, 7]) == [5, 6, 7]
+    stored.join()
+    assert len(stored) == 3 and len(stored.shards) == 1
+    assert found(stored, [5, 6, 7]) == [5, 6, 7]
+    # What is joined already stays: its new name is its old one.
+    stored.append(entries([6]))
+    stored.join()
+    assert len(stored) == 3 and found(make(tmp_path), [5, 6, 7]) == [5, 6, 7]
 
 
-def test_a_damaged_shard_is_set_aside_and_named(tmp_path, caplog):
-    store = make(tmp_path)
-    store.append(*entries([7]))
-    (path,) = store.folder.glob("shard-*")
-    path.write_bytes(path.read_bytes()[:-1])
-    store = make(tmp_path)
-    assert path.name in caplog.text
-    assert not path.exists()
-    assert (store.folder / f"damaged-{path.name}").exists()
+def test_many_small_shards_become_few(tmp_path):
+    stored = make(tmp_path)
+    for number in range(3 * joining.JOINED_AT_ONCE):
+        stored.append(entries([number]))
+    assert len(stored.shards) < joining.JOINED_AT_ONCE
+    assert {path.name for path in stored.folder.glob("shard-*")} == {
+        shard.path.name for shard in stored.shards
+    }
+    numbers = list(range(3 * joining.JOINED_AT_ONCE))
+    assert found(make(tmp_path), numbers) == numbers
+
+
+def test_a_reader_finds_what_was_joined_under_its_hands(tmp_path):
+    writer = make(tmp_path)
+    writer.append(entries([5, 6]))
+    writer.append(entries([8]))
+    reader = make(tmp_path)
+    writer.join()
+    assert found(reader, [5, 6, 8]) == [5, 6, 8]
+
+
+def test_only_what_is_needed_is_kept(tmp_path):
+    stored = make(tmp_path)
+    stored.append(entries([1, 2, 3]))
+    stored.append(entries([3, 4, 5], tokens=True))
+    wanted = entries([2, 4, 9]).keys
+    assert stored.keep_only(wanted) == 2
+    assert found(make(tmp_path), [1, 2, 3, 4, 5, 9]) == [2, 4]
+    assert stored.keep_only(wanted) == 2  # nothing to change: the same shards are written again
+    assert found(make(tmp_path), [1, 2, 3, 4, 5, 9]) == [2, 4]
+
+
+def test_a_store_is_taken_over_but_for_what_is_damaged(tmp_path):
+    one, two = make(tmp_path / "one"), make(tmp_path / "two")
+    one.append(entries([1, 2]))
+    two.append(entries([3]))
+    two.append(entries([4]))
+    path = two.shards[0].path
+    content = bytearray(path.read_bytes())
+    content[-30] ^= 1
+    path.write_bytes(content)
+    one.copy_from(two)
+    assert len(found(one, [1, 2, 3, 4])) == 3
+    assert path.exists(), "the source stays as it is"
+
+
+def test_a_store_says_itself_whose_values_it_holds(tmp_path):
+    stored = make(tmp_path)
+    stored.append(entries([1]))
+    assert ReferenceStore.open(stored.folder).identity == stored.identity
+    (stored.folder / "MANIFEST.json").unlink()  # every shard says the same
+    assert ReferenceStore.open(stored.folder).identity == stored.identity
+    stored.append(entries([2]))
+    content = json.loads((stored.folder / "MANIFEST.json").read_text())
+    assert content["reference"] == stored.identity.reference
+    with pytest.raises(StorageError, match="no reference store"):
+        ReferenceStore.open(tmp_path)
 
 
 def test_a_disk_that_refuses_is_one_clear_error(tmp_path):
     (tmp_path / "references").write_text("a file where the folder should be")
     with pytest.raises(StorageError, match="MODERN_LLM_CACHE"):
-        make(tmp_path).append(*entries([1]))
+        make(tmp_path).append(entries([1]))
+    with pytest.raises(StorageError, match="MODERN_LLM_CACHE"):
+        make(tmp_path).make_room(1, 1, tokens=False)
+
+
+def test_too_little_room_is_told_before_anything_is_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "free_bytes", lambda folder: 10_000_000)
+    stored = make(tmp_path)
+    stored.make_room(300_000, 10**8, tokens=False)
+    with pytest.raises(StorageError, match=r"needs 27\.\d MB, 10\.0 MB are free: 17\.\d MB"):
+        stored.make_room(10**6, 10**8, tokens=False)
+    with pytest.raises(StorageError, match=r"are missing"):
+        stored.make_room(100_000, 10**7, tokens=True)
+    assert [path.name for path in stored.folder.iterdir()] == ["MANIFEST.json"]
+
+
+def test_room_that_runs_out_keeps_what_was_committed(tmp_path, monkeypatch):
+    stored = make(tmp_path)
+    stored.append(entries([1, 2]))
+    real = os.fsync
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(store, "free_bytes", lambda folder: 100)
+    with pytest.raises(StorageError, match=r"No space left on device; 0\.\d+ MB are missing"):
+        stored.append(entries(range(1000, 5000)))
+    monkeypatch.setattr(os, "fsync", real)
+    assert not list(stored.folder.glob(".tmp-*"))
+    assert found(make(tmp_path), [1, 2]) == [1, 2]
+
+
+def test_a_shard_that_cannot_be_read_is_passed_over_and_named(tmp_path, monkeypatch, caplog):
+    stored = make(tmp_path)
+    stored.append(entries([1]))
+    stored.append(entries([2]))
+    broken = stored.shards[0].path
+    real = os.preadv
+
+    def preadv(descriptor, *args):
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(broken):
+            raise OSError(5, "Input/output error")
+        return real(descriptor, *args)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert len(found(stored, [1, 2])) == 1
+    assert broken.name in caplog.text and "Input/output error" in caplog.text
+    assert broken.exists()
 
 
 def test_the_place_is_named_by_the_environment_or_beside_the_hub(monkeypatch, tmp_path):
@@ -115,3 +219,7 @@ def test_the_place_is_named_by_the_environment_or_beside_the_hub(monkeypatch, tm
     monkeypatch.delenv("MODERN_LLM_CACHE")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     assert cache_root() == tmp_path / "hf" / "modern_llm"
+
+
+def test_free_room_is_that_of_the_nearest_folder_that_exists(tmp_path):
+    assert places.free_bytes(tmp_path / "not" / "there") > 0

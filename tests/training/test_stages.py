@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -295,8 +296,8 @@ def test_the_pairs_on_disk_decide_not_their_order(tmp_path, tiny_checkpoint, cap
         scored[name] = next(r.message for r in caplog.records if "reference pass" in r.message)
     assert "scored 40 " in scored["a"]
     assert "scored 0 " in scored["b"] and "nothing was computed" in scored["b"]
-    # Both answers of the edited pair are scored together; only one of them is new.
-    assert "found 39, scored 2 " in scored["c"]
+    # Of the edited pair only the answer that is new is scored.
+    assert "found 39, scored 1 " in scored["c"]
 
 
 def test_values_that_are_not_these_weights_stop_the_run(
@@ -307,19 +308,18 @@ def test_values_that_are_not_these_weights_stop_the_run(
 
     append = store.ReferenceStore.append
 
-    def append_wrong(self, keys, sums, counts):
-        sums = sums.copy()
+    def append_wrong(self, entries):
+        sums = entries.sums.copy()
         sums[:1] += 3.0
-        append(self, keys, sums, counts)
+        append(self, dataclasses.replace(entries, sums=sums))
 
     data = PreferenceDatasetConfig(dataset_name=str(tiny_pairs))
     options = DPOConfig(max_length=96, self_check_pairs=30)
-    with monkeypatch.context() as patch:
-        patch.setattr(store.ReferenceStore, "append", append_wrong)
-        run_dpo(tiny_checkpoint, config(tmp_path / "a"), options, data)
-    with pytest.raises(StorageError, match=r"pairs.jsonl:\d+: .* off ln 2 by .*; remove "):
-        run_dpo(tiny_checkpoint, config(tmp_path / "b"), options, data)
-    assert not (tmp_path / "b").exists()
+    monkeypatch.setattr(store.ReferenceStore, "append", append_wrong)
+    for name in "ab":  # in the launch that scored them, and in a later one that found them
+        with pytest.raises(StorageError, match=r"pairs.jsonl:\d+: .* off ln 2 by .*; remove "):
+            run_dpo(tiny_checkpoint, config(tmp_path / name), options, data)
+        assert not (tmp_path / name).exists()
 
 
 def test_a_published_generation_configuration_does_not_break_the_export(

@@ -1,0 +1,203 @@
+"""Claims: which of several jobs on one file system does a piece of work. No clock is compared.
+
+A claim is a file that exists once, made by linking (a link to a name that is taken fails). Its
+owner holds a lock on it (`flock`) and appends a byte every few seconds. Another job takes it over
+when its owner is dead: on the same machine when the lock is free, on another when the file has not
+grown for `patience` seconds of the watcher's own monotonic clock. Two jobs that both come to hold a
+claim do work twice and nothing wrong: entries are named by content. Called by the store.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+PATIENCE = 60.0
+"""Seconds without a sign of life from another machine. Network file systems may show a file's
+growth up to half a minute late."""
+_BEATS = 12
+"""Signs of life within that time."""
+
+
+class Claims:
+    """The claims of one job in one folder, which is made when the first is taken.
+
+    Args:
+        patience: seconds after which a claim of another machine that does not grow is taken over.
+    """
+
+    def __init__(self, folder: Path, *, patience: float = PATIENCE):
+        self.folder, self._patience = folder, patience
+        self._me = uuid.uuid4().hex
+        self._machine = _machine()
+        self._held: dict[str, int] = {}
+        # name -> (what was seen of it, when it was first seen so, by the monotonic clock)
+        self._seen: dict[str, tuple[tuple[int, int], float]] = {}
+        self._stop = threading.Event()
+        self._guard = threading.Lock()
+        self._beat: threading.Thread | None = None
+
+    def take(self, name: str) -> bool:
+        """Take the claim `name` if it is free or its owner is dead; never waits."""
+        path = self.folder / name
+        if self._make(path):
+            return True
+        dead = self._dead_head(path)
+        if dead is None:
+            return False
+        # Only one of several watchers can move the file away. One that was slow may have moved the
+        # new owner's: it puts that back, where nobody was faster.
+        aside = self.folder / f".dead-{name}-{self._me}"
+        try:
+            path.rename(aside)
+            theirs = _head(aside) != dead
+            if theirs:
+                with suppress(OSError):
+                    os.link(aside, path)
+            aside.unlink()
+        except OSError:
+            return False
+        return not theirs and self._make(path)
+
+    def release(self, name: str) -> None:
+        """Give a claim back; one that was lost meanwhile is left to its new owner."""
+        with self._guard:
+            descriptor = self._held.pop(name, None)
+        if descriptor is None:
+            return
+        path = self.folder / name
+        if self._me.encode() in _head(path):
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+    @contextmanager
+    def holding(self, name: str) -> Iterator[bool]:
+        """Hold the claim for the body if it can be had; yields whether it is held."""
+        taken = self.take(name)
+        try:
+            yield taken
+        finally:
+            if taken:
+                self.release(name)
+
+    def close(self) -> None:
+        """Give back what is held and stop the signs of life."""
+        for name in list(self._held):
+            self.release(name)
+        self._stop.set()
+        if self._beat is not None:
+            self._beat.join()
+            self._beat = None
+
+    def clean(self) -> int:
+        """Remove claims and leftovers of owners that are dead on this machine; return how many."""
+        removed = 0
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if self._dead_head(path) is not None:
+                path.unlink(missing_ok=True)
+                removed += 1
+        return removed
+
+    def _make(self, path: Path) -> bool:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".new-{self._me}"
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        made = False
+        try:
+            with suppress(OSError):  # a file system without locks has the growth to go by
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            head = {"owner": self._me, "machine": self._machine, "pid": os.getpid()}
+            os.write(descriptor, json.dumps(head).encode() + b"\n")
+            os.link(temporary, path)
+            made = True
+        except (FileExistsError, FileNotFoundError):  # taken, or cleaned away under us
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+            if not made:
+                os.close(descriptor)
+        with self._guard:
+            self._held[path.name] = descriptor
+        if self._beat is None:
+            self._stop.clear()
+            self._beat = threading.Thread(target=self._live, name="claims", daemon=True)
+            self._beat.start()
+        return True
+
+    def _live(self) -> None:
+        """Append a byte to every claim that is held, again and again."""
+        while not self._stop.wait(self._patience / _BEATS):
+            with self._guard:
+                for descriptor in self._held.values():
+                    # A full disk must not end the work; a claim that no longer grows is at worst
+                    # taken over, and the work done twice.
+                    with suppress(OSError):
+                        os.write(descriptor, b".")
+                        os.fsync(descriptor)
+
+    def _dead_head(self, path: Path) -> bytes | None:
+        """Return the first line of a claim whose owner is dead, None while it may be alive."""
+        try:
+            with path.open("rb") as file:
+                state, head = os.fstat(file.fileno()), file.readline()
+        except OSError:
+            return None  # given back just now: the next round takes it
+        if _machine_in(head) == self._machine:
+            return head if lock_is_free(path) else None
+        sign = (state.st_ino, state.st_size)
+        now = time.monotonic()
+        last = self._seen.get(path.name)
+        if last is None or last[0] != sign:
+            self._seen[path.name] = (sign, now)
+            return None
+        return head if now - last[1] > self._patience else None
+
+
+def lock_is_free(path: Path) -> bool:
+    """Whether no process of this machine holds the lock of a file that exists."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.readline()
+    except OSError:
+        return b""
+
+
+def _machine_in(head: bytes) -> str | None:
+    try:
+        return str(json.loads(head)["machine"])
+    except (ValueError, KeyError, TypeError):
+        return None  # not readable as a claim: judged by growth alone
+
+
+def _machine() -> str:
+    """Name of this machine since it was started; containers on it count as machines of their own.
+
+    A lock says something only among processes that share it.
+    """
+    parts = [platform.node()]
+    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
+        with suppress(OSError):
+            parts.append(os.readlink(path) if "ns" in path else Path(path).read_text().strip())
+    return " ".join(parts)

@@ -1,0 +1,163 @@
+"""Which store a run reads: by the digest of the reference's weights, or by the digest it is told.
+
+Called by the reference pass and the verbs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from modern_llm.config import TrainingConfig
+from modern_llm.config.errors import StorageError
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.models.load import Checkpoint
+from modern_llm.models.weights import stored_tensors, weight_files
+from modern_llm.reference.digest import remembered_digest
+from modern_llm.reference.keys import scoring_recipe
+from modern_llm.reference.layout import Identity
+from modern_llm.reference.places import cache_root, read_manifest, stores_in
+from modern_llm.reference.store import ReferenceStore
+from modern_llm.training.dpo_config import DPOConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A reference by its digest, and the store of its values (None for a live reference)."""
+
+    digest: str
+    store: ReferenceStore | None
+    foreign: bool = False
+    """Whether the weights are not at hand: the digest was told."""
+
+
+def find_store(
+    runtime: Runtime, checkpoint: Checkpoint, config: TrainingConfig, dpo: DPOConfig
+) -> Place:
+    """Return the store of the reference's values; it need not exist yet.
+
+    Args:
+        checkpoint: of the reference, unless `dpo.reference_digest` tells of another.
+
+    Raises:
+        StorageError: no store, or several, have the digest that was told.
+    """
+    recipe = recipe_of(checkpoint, config)
+    if dpo.reference_digest is not None:
+        folder = runtime.from_main(_told(config, dpo) if runtime.is_main else None)
+        runtime.raise_together(folder if isinstance(folder, Exception) else None)
+        store = ReferenceStore.open(folder)
+        return Place(store.identity.reference, store, foreign=True)
+    digest = digest_of_checkpoint(runtime, checkpoint)
+    if dpo.reference == "model":
+        return Place(digest, None)
+    identity = Identity(digest, recipe)
+    if dpo.reference_store is None:
+        store = ReferenceStore.at(cache_root(), identity)
+    else:
+        store = ReferenceStore.open(dpo.reference_store)
+        _must_be(store, identity)
+    if runtime.is_main:
+        log.info("reference: store %s", store.folder)
+        if not store.shards:
+            _say_what_differs(identity)
+    return Place(digest, store)
+
+
+def recipe_of(checkpoint: Checkpoint, config: TrainingConfig) -> str:
+    """Return the scoring recipe of a run."""
+    precision = config.precision
+    return scoring_recipe(checkpoint.config, "float32" if precision == "no" else precision)
+
+
+def digest_of_checkpoint(runtime: Runtime, checkpoint: Checkpoint) -> str:
+    """Return the digest of a checkpoint's weights, read once a machine, the same on every rank."""
+    files = weight_files(checkpoint)
+    with runtime.one_per_machine_first():
+        digest = remembered_digest(
+            files,
+            lambda: stored_tensors(checkpoint, files),
+            cache_root() / "digests",
+            recipe_facts(checkpoint),
+        )
+    runtime.agree(digest, "the reference's weights")
+    return digest
+
+
+def recipe_facts(checkpoint: Checkpoint) -> str:
+    """Return what of a configuration decides which tensors count: the architecture, and ties."""
+    config = checkpoint.config
+    return f"{config.model_type} tied={getattr(config, 'tie_word_embeddings', None)}"
+
+
+def _say_what_differs(identity: Identity) -> None:
+    """Where other values are kept under this root, say in what they are not those of this run."""
+    for folder in stores_in(cache_root()):
+        other = read_manifest(folder)
+        if other is None or other == identity:
+            continue
+        if other.reference == identity.reference:
+            log.info(
+                "reference: %s holds values of these weights, scored otherwise (%s, not %s)",
+                folder.name,
+                other.recipe,
+                identity.recipe,
+            )
+        elif other.recipe == identity.recipe:
+            log.info(
+                "reference: %s holds values of other weights (%s, not %s)",
+                folder.name,
+                other.reference[:16],
+                identity.reference[:16],
+            )
+
+
+def _told(config: TrainingConfig, dpo: DPOConfig) -> Path | Exception:
+    """Find the store of a digest that was told; rank 0 only. Errors are returned, to be shared."""
+    told = dpo.reference_digest or ""
+    compute = "float32" if config.precision == "no" else config.precision
+    candidates = stores_in(cache_root())
+    if dpo.reference_store is not None:
+        candidates = [dpo.reference_store]
+    fitting, others = [], []
+    for folder in candidates:
+        try:
+            identity = ReferenceStore.open(folder).identity
+        except StorageError as error:
+            others.append(str(error))
+            continue
+        scored = json.loads(identity.recipe).get("compute")
+        if identity.reference.startswith(told) and scored == compute:
+            fitting.append(folder)
+        else:
+            others.append(f"{folder} holds {identity.reference[:16]} in {scored}")
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        return StorageError(
+            f"dpo.reference_digest {told[:16]}: several stores hold such values "
+            f"({', '.join(map(str, fitting))}); name one with dpo.reference_store"
+        )
+    return StorageError(
+        f"dpo.reference_digest {told[:16]}: no store holds values of these weights in {compute}"
+        f"{'; ' + '; '.join(others[:3]) if others else ''}; name its folder with "
+        "dpo.reference_store, or look at the digest (`modern-llm reference info`)"
+    )
+
+
+def _must_be(store: ReferenceStore, identity: Identity) -> None:
+    if store.identity.reference != identity.reference:
+        raise StorageError(
+            f"dpo.reference_store {store.folder}: holds values of other weights "
+            f"({store.identity.reference[:16]}, the reference is {identity.reference[:16]}); name "
+            "the right folder or checkpoint"
+        )
+    if store.identity.recipe != identity.recipe:
+        raise StorageError(
+            f"dpo.reference_store {store.folder}: scored otherwise ({store.identity.recipe}, this "
+            f"run needs {identity.recipe}); train with the same mixed_precision, or fill it anew"
+        )

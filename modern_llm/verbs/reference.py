@@ -1,0 +1,217 @@
+"""The verbs `reference fill`, `verify`, `info`, `merge` and `prune`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, StringConstraints
+
+from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
+from modern_llm.config.errors import ConfigError, StorageError
+from modern_llm.config.files import Settings
+from modern_llm.training.dpo_config import DPOConfig
+from modern_llm.verbs.stages import DpoSettings, training_config
+
+if TYPE_CHECKING:
+    from modern_llm.reference.store import ReferenceStore
+    from modern_llm.training.reference_stage import Request
+
+log = logging.getLogger(__name__)
+
+
+class FillSettings(DpoSettings):
+    """Score what the reference store lacks for a run's pairs, without training."""
+
+    part: Annotated[str, StringConstraints(pattern=r"^[1-9]\d*/[1-9]\d*$")] = "1/1"
+    """Which part of the data this job sees to, such as 3/8; merge the stores of all parts after."""
+
+
+class RunOfStore(Settings):
+    """Which store: a folder, or the one that a run with these sections would read."""
+
+    store: Path | None = None
+    """Folder of a store."""
+    sft_checkpoint: str | None = None
+    """As for dpo; with train, dpo and data in place of store."""
+    train: TrainingConfig | None = None
+    dpo: DPOConfig = Field(default_factory=DPOConfig)
+    data: PreferenceDatasetConfig = Field(default_factory=PreferenceDatasetConfig)
+    tokenizer_name: str | None = None
+    """Hub id or folder of the tokenizer; comes before the checkpoint's own."""
+
+
+class VerifySettings(RunOfStore):
+    """Check every byte of a store; with a run's sections, also score a sample again."""
+
+    sample: Annotated[int, Field(gt=0)] = 64
+    """Answers to score again, where a run is named."""
+
+
+class InfoSettings(Settings):
+    """Tell which reference, recipe, rows, tokens and bytes a store holds."""
+
+    store: Path | None = None
+    """Folder of a store; all under MODERN_LLM_CACHE unless said."""
+
+
+class MergeSettings(Settings):
+    """Join stores of the same reference and recipe into one; the sources stay as they are."""
+
+    sources: Annotated[list[Path], Field(min_length=1)]
+    """Folders of stores."""
+    into: Path | None = None
+    """Folder of the joined store, new or standing; the one under MODERN_LLM_CACHE unless said."""
+
+
+class PruneSettings(RunOfStore):
+    """Remove damaged and left-over files and join small shards; with a run's sections, also forget
+    what its pairs do not use."""
+
+
+def fill(settings: FillSettings) -> dict[str, Any]:
+    """Fill the store; return needed, found, scored, store and reference."""
+    from modern_llm.training.reference_stage import fill_reference
+
+    if settings.resume:
+        raise ConfigError(["resume has no effect here, a store is always gone on with: remove it"])
+    first, count = map(int, settings.part.split("/"))
+    return fill_reference(
+        settings.sft_checkpoint,
+        training_config(settings),
+        settings.dpo,
+        settings.data,
+        settings.tokenizer_name,
+        part=(first, count),
+    )
+
+
+def verify(settings: VerifySettings) -> dict[str, Any]:
+    """Check a store; return what was checked."""
+    from modern_llm.reference.store import ReferenceStore
+    from modern_llm.training.reference_stage import verify_reference
+
+    if (request := _request(settings)) is not None:
+        return verify_reference(request, settings.sample)
+    assert settings.store is not None
+    store = ReferenceStore.open(settings.store)
+    shards, problems = store.verify()
+    if problems:
+        raise StorageError(f"{store.folder}: {'; '.join(problems)}; fill it again")
+    log.info("reference: %s: %d shards, every byte is what was written", store.folder, shards)
+    return {"store": str(store.folder), "shards": shards, "rescored": 0}
+
+
+def info(settings: InfoSettings) -> dict[str, Any]:
+    """Describe one store or all; return the same."""
+    from modern_llm.reference.places import cache_root, stores_in
+    from modern_llm.reference.store import ReferenceStore
+
+    folders = [settings.store] if settings.store else stores_in(cache_root())
+    stores = [_describe(ReferenceStore.open(folder)) for folder in folders]
+    if not settings.json_output:
+        for store in stores:
+            for name, value in store.items():
+                print(f"{name:<10} {value:,}" if isinstance(value, int) else f"{name:<10} {value}")
+            print()
+        if not stores:
+            print(f"no store under {cache_root()}")
+    return {"stores": stores}
+
+
+def merge(settings: MergeSettings) -> dict[str, Any]:
+    """Join stores; return what the joined one holds."""
+    from modern_llm.reference.places import cache_root
+    from modern_llm.reference.store import ReferenceStore
+
+    sources = [ReferenceStore.open(folder) for folder in settings.sources]
+    identity = sources[0].identity
+    for source in sources[1:]:
+        if source.identity != identity:
+            raise ConfigError(
+                [
+                    f"sources {source.folder}: holds {tuple(source.identity)}, "
+                    f"{sources[0].folder} holds {tuple(identity)}: only values of the same weights "
+                    "and recipe can stand in one store"
+                ]
+            )
+    if settings.into is None:
+        target = ReferenceStore.at(cache_root(), identity)
+    elif settings.into.is_dir() and any(settings.into.iterdir()):
+        target = ReferenceStore.open(settings.into)
+    else:
+        target = ReferenceStore(settings.into, identity)
+    if target.identity != identity:
+        raise ConfigError([f"into {target.folder}: holds values of other weights or recipe"])
+    for source in sources:
+        if source.folder.resolve() != target.folder.resolve():
+            target.copy_from(source)
+    target.join()
+    target.claims.close()
+    found = _describe(target)
+    log.info(
+        "reference: %d stores joined into %s: %d rows", len(sources), target.folder, len(target)
+    )
+    return found
+
+
+def prune(settings: PruneSettings) -> dict[str, Any]:
+    """Clean one store or all; return what each holds after."""
+    from modern_llm.reference.places import cache_root, stores_in
+    from modern_llm.reference.store import ReferenceStore
+    from modern_llm.training.reference_stage import keep_needed
+
+    request = _request(settings, needed=False)
+    if request is not None:
+        folders = [Path(keep_needed(request)["store"])]
+    else:
+        folders = [settings.store] if settings.store else stores_in(cache_root())
+    result = []
+    for folder in folders:
+        store = ReferenceStore.open(folder)
+        removed = store.clean()
+        store.join()
+        store.claims.close()
+        result.append(_describe(store) | {"removed": removed})
+        log.info("reference: %s: %d files removed, %d rows", folder, removed, len(store))
+    return {"stores": result}
+
+
+def _request(settings: RunOfStore, *, needed: bool = True) -> Request | None:
+    """Return the run whose store is meant, None where a folder is (or nothing) is named."""
+    from modern_llm.training.reference_stage import Request
+
+    if settings.store is not None and settings.sft_checkpoint is not None:
+        raise ConfigError(["store and sft_checkpoint both say which store: keep one"])
+    if settings.sft_checkpoint is None:
+        if settings.store is None and needed:
+            raise ConfigError(
+                ["name a store (--store FOLDER), or a run (--config FILE and --sft_checkpoint)"]
+            )
+        return None
+    if settings.train is None:
+        raise ConfigError(["train: required beside sft_checkpoint; give the run's --config"])
+    return Request(
+        settings.sft_checkpoint,
+        settings.train,
+        settings.dpo,
+        settings.data,
+        settings.tokenizer_name,
+    )
+
+
+def _describe(store: ReferenceStore) -> dict[str, Any]:
+    """What `info` tells of one store."""
+    shards = store.shards
+    return {
+        "store": str(store.folder),
+        "reference": store.identity.reference,
+        "recipe": store.identity.recipe,
+        "shards": len(shards),
+        "rows": sum(len(shard) for shard in shards),
+        "tokens": sum(shard.targets for shard in shards),
+        "per_token": sum(len(shard) for shard in shards if shard.ragged),
+        "bytes": sum(shard.size for shard in shards),
+        "damaged": len(list(store.folder.glob("damaged-*"))),
+    }
