@@ -57,6 +57,11 @@ FIELDS = {
         "save_every": (FREE, 1, {}),
         "keep_checkpoints": (FREE, 1, {}),
         "resume": (FREE, "never", {}),
+        "trackers": (FREE, ["tensorboard"], {}),
+        "tracker_project": (FREE, "p", {"trackers": ["tensorboard"]}),
+        "generate_every": (FREE, 5, {"generate_prompts": ["a"]}),
+        "generate_prompts": (FREE, ["a"], {"generate_every": 5}),
+        "generate_tokens": (FREE, 9, {"generate_every": 5, "generate_prompts": ["a"]}),
     },
     "dpo": {
         "beta": (FREE, 0.3, {}),
