@@ -69,15 +69,17 @@ class Runtime:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def on_main(self, work: Callable[[], object]) -> None:
-        """Let rank 0 do `work` while the others wait; its error is raised on every process."""
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Let rank 0 do `work` while the others wait; all get its result, or its error."""
+        result: T | None = None
         failure: BaseException | None = None
         if self.is_main:
             try:
-                work()
+                result = work()
             except Exception as error:
                 failure = error
         self.raise_together(failure)
+        return self.from_main(result)  # type: ignore[return-value]
 
     def raise_together(self, failure: BaseException | None) -> None:
         """Meet the others; raise this process's `failure`, or else the first that another one had.

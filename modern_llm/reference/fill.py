@@ -100,7 +100,7 @@ def fill(
         StorageError: the store cannot be written; what was committed stays.
     """
     began = time.perf_counter()
-    found = runtime.from_main(_present(store, answers.keys, tokens) if runtime.is_main else None)
+    found = runtime.on_main(lambda: _present(store, answers.keys, tokens))
     pieces, mine = _plan(answers, lay_out, found, flush_every, part)
     needed, present = int(mine.sum()), int((found & mine).sum())
     pass_ = _Pass(runtime, answers, store, score, lay_out, tokens)
@@ -193,7 +193,7 @@ class _Pass:
         waited = False
         try:
             while open_:
-                number, lacking = self._decide(pieces, open_)
+                number, lacking = self._runtime.on_main(lambda: self._claim(pieces, open_))
                 if number is None:
                     if not waited and self._runtime.is_main:
                         log.info("reference: waiting for %d pieces of other jobs", len(open_))
@@ -208,23 +208,15 @@ class _Pass:
                 self._store.claims.close()
         return scored
 
-    def _decide(
-        self, pieces: list[Piece], open_: list[int]
-    ) -> tuple[int | None, NDArray[np.bool_] | None]:
-        """Rank 0 claims a piece and looks what it lacks now; every rank gets the answer."""
-        decision: tuple[int | None, NDArray[np.bool_] | None] = (None, None)
-        failure: Exception | None = None
-        if self._runtime.is_main:
-            try:
-                decision = self._claim(pieces, open_)
-            except Exception as error:
-                failure = error
-        self._runtime.raise_together(failure)
-        return self._runtime.from_main(decision)
-
     def _claim(
         self, pieces: list[Piece], open_: list[int]
     ) -> tuple[int | None, NDArray[np.bool_] | None]:
+        """Claim a piece and look what it lacks now; rank 0 only.
+
+        Returns:
+            Its number, and which of its answers are lacking; (None, None) while all that is left is
+            claimed by others.
+        """
         for number in open_:
             piece = pieces[number]
             if not self._store.claims.take(piece.name):
@@ -291,23 +283,18 @@ def values_of(
         StorageError: the store lacks one of them: it was damaged since it was filled.
         PeerError: what arrived is not the same everywhere.
     """
-    entries = None
-    failure: Exception | None = None
-    if runtime.is_main:
-        try:
-            found = store.find(keys, tokens=tokens)
-            at = np.searchsorted(found.keys, keys)
-            lost = len(found) == 0 or (found.keys[np.minimum(at, len(found) - 1)] != keys).any()
-            if lost and len(keys):
-                raise StorageError(
-                    f"reference store {store.folder}: entries that were there are gone; run again, "
-                    "and they are scored anew"
-                )
-            entries = found.take(at)
-        except Exception as error:
-            failure = error
-    runtime.raise_together(failure)
-    entries = runtime.from_main(entries)
+
+    def look_up() -> Entries:
+        found = store.find(keys, tokens=tokens)
+        at = np.searchsorted(found.keys, keys)
+        if len(found) < len(np.unique(keys)):
+            raise StorageError(
+                f"reference store {store.folder}: entries that were there are gone; run again, and "
+                "they are scored anew"
+            )
+        return found.take(at)
+
+    entries = runtime.on_main(look_up)
     digest = hashlib.sha256(entries.keys.tobytes() + entries.sums.tobytes()).hexdigest()
     runtime.agree(digest, "the reference's values")
     return entries

@@ -143,8 +143,8 @@ class ReferencePass:
         assert self.store is not None
         keys = wanted.answers.keys
         keys = keys[np.unique(np.linspace(0, len(keys) - 1, sample).astype(np.int64))]
-        found = self.store.find(keys) if self._runtime.is_main else None
-        return self._runtime.from_main(found)
+        store = self.store
+        return self._runtime.on_main(lambda: store.find(keys))
 
     def complete(self, policy: TokenScorer) -> dict[str, Values | None]:
         """Score what is missing, check a sample, and return the values of every table by its name.
@@ -225,15 +225,17 @@ class ReferencePass:
         else:
             scorer = setup.set_up_frozen(self._runtime, self._checkpoint, self._config)
             module = self._runtime.freeze(scorer)
-        yield Scoring(
-            self._runtime,
-            module,
-            self._config,
-            trees=scorer.abilities.trees,
-            tokens=self._dpo.per_token,
-        )
-        if module is not policy:
-            self._runtime.release(module)
+        try:
+            yield Scoring(
+                self._runtime,
+                module,
+                self._config,
+                trees=scorer.abilities.trees,
+                tokens=self._dpo.per_token,
+            )
+        finally:
+            if module is not policy:
+                self._runtime.release(module)
 
     def _values(self, wanted: Wanted) -> Values:
         """Return the two numbers of every pair of a table."""

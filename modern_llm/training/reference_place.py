@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,9 +49,7 @@ def find_store(
     """
     recipe = recipe_of(checkpoint, config)
     if dpo.reference_digest is not None:
-        folder = runtime.from_main(_told(config, dpo) if runtime.is_main else None)
-        runtime.raise_together(folder if isinstance(folder, Exception) else None)
-        store = ReferenceStore.open(folder)
+        store = _opened(runtime, lambda: _told(config, dpo))
         return Place(store.identity.reference, store, foreign=True)
     digest = digest_of_checkpoint(runtime, checkpoint)
     if dpo.reference == "model":
@@ -59,13 +58,24 @@ def find_store(
     if dpo.reference_store is None:
         store = ReferenceStore.at(cache_root(), identity)
     else:
-        store = ReferenceStore.open(dpo.reference_store)
+        folder = dpo.reference_store
+        store = _opened(runtime, lambda: folder)
         _must_be(store, identity)
     if runtime.is_main:
         log.info("reference: store %s", store.folder)
         if not store.shards:
             _say_what_differs(identity)
     return Place(digest, store)
+
+
+def _opened(runtime: Runtime, find: Callable[[], Path]) -> ReferenceStore:
+    """Open a standing store; on rank 0 alone must it be there, which is the one that reads it."""
+
+    def look() -> tuple[Path, Identity]:
+        folder = find()
+        return folder, ReferenceStore.open(folder).identity
+
+    return ReferenceStore(*runtime.on_main(look))
 
 
 def recipe_of(checkpoint: Checkpoint, config: TrainingConfig) -> str:
@@ -116,8 +126,8 @@ def _say_what_differs(identity: Identity) -> None:
             )
 
 
-def _told(config: TrainingConfig, dpo: DPOConfig) -> Path | Exception:
-    """Find the store of a digest that was told; rank 0 only. Errors are returned, to be shared."""
+def _told(config: TrainingConfig, dpo: DPOConfig) -> Path:
+    """Find the store of a digest that was told; rank 0 only."""
     told = dpo.reference_digest or ""
     compute = "float32" if config.precision == "no" else config.precision
     candidates = stores_in(cache_root())
@@ -138,11 +148,11 @@ def _told(config: TrainingConfig, dpo: DPOConfig) -> Path | Exception:
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
-        return StorageError(
+        raise StorageError(
             f"dpo.reference_digest {told[:16]}: several stores hold such values "
             f"({', '.join(map(str, fitting))}); name one with dpo.reference_store"
         )
-    return StorageError(
+    raise StorageError(
         f"dpo.reference_digest {told[:16]}: no store holds values of these weights in {compute}"
         f"{'; ' + '; '.join(others[:3]) if others else ''}; name its folder with "
         "dpo.reference_store, or look at the digest (`modern-llm reference info`)"

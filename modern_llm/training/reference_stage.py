@@ -112,7 +112,7 @@ def verify_reference(request: Request, sample: int) -> dict[str, Any]:
         store = references.store
         if store is None:
             raise ConfigError(["dpo: this run reads no store (loss_type or reference: model)"])
-        shards, problems = runtime.from_main(store.verify() if runtime.is_main else None)
+        shards, problems = runtime.on_main(store.verify)
         if problems:
             raise StorageError(f"{store.folder}: {'; '.join(problems)}; fill it again")
         rescored, largest = _rescore(runtime, references, references.wanted[0], sample)
@@ -131,9 +131,8 @@ def keep_needed(request: Request) -> dict[str, Any]:
         if store is None:
             raise ConfigError(["dpo: this run reads no store (loss_type or reference: model)"])
         keys = np.unique(np.concatenate([wanted.answers.keys for wanted in references.wanted]))
-        kept: list[int] = []
-        runtime.on_main(lambda: kept.append(store.keep_only(keys)))
-        return {"store": str(store.folder), "kept": runtime.from_main(kept)[0]}
+        kept = runtime.on_main(lambda: store.keep_only(keys))
+        return {"store": str(store.folder), "kept": kept}
 
 
 @contextmanager
