@@ -17,11 +17,13 @@ from typing import Any
 from modern_llm.config.errors import UserError, status_of
 from modern_llm.config.files import Settings, read_settings
 from modern_llm.verbs import (
+    completion,
     demo,
     doctor,
     evaluate,
     generate,
     inspect,
+    presets,
     reference,
     report,
     score,
@@ -35,6 +37,8 @@ VERBS: dict[str, tuple[type[Settings], Callable[[Any], dict[str, Any]]]] = {
     "sft": (stages.SftSettings, stages.sft),
     "dpo": (stages.DpoSettings, stages.dpo),
     "inspect": (inspect.InspectSettings, inspect.inspect),
+    "presets": (presets.PresetsSettings, presets.presets),
+    "completion": (completion.CompletionSettings, lambda s: completion.completion(s, VERBS)),
     "doctor": (doctor.DoctorSettings, doctor.doctor),
     "report": (report.ReportSettings, report.report),
     "reference fill": (reference.FillSettings, reference.fill),

@@ -37,7 +37,7 @@ BELOW = "config objectives models data distributed reference core"
 TABLE = {
     # layer: what it may import of the project; of others, besides the standard library
     "package": row(),
-    "config": row("", "pydantic pydantic_settings yaml"),
+    "config": row("", "pydantic pydantic_settings yaml shtab"),
     "objectives": row("", "torch"),
     "models": row("config", "torch transformers peft safetensors"),
     # A table of a million pairs is made without torch; only the tensors of one batch need it.
@@ -61,7 +61,7 @@ TABLE = {
     "report": row("", "jinja2 matplotlib numpy rich yaml"),
     "demo": row(f"{BELOW} stages report", "tokenizers transformers rich numpy torch"),
     # One module a verb or a family of them; the command line itself only chooses among these.
-    "verbs": row(f"{BELOW} stages report demo", "pydantic pydantic_settings yaml"),
+    "verbs": row(f"{BELOW} stages report demo", "pydantic pydantic_settings yaml shtab"),
     "cli": row(f"{BELOW} stages report demo verbs", "pydantic pydantic_settings rich transformers"),
 }
 STARTS_AT_ONCE = ("modern_llm.__main__", "modern_llm.cli", "modern_llm.config")

@@ -59,7 +59,7 @@ def read_settings(schema: type[S], arguments: list[str], verb: str) -> S:
         ConfigError: every unknown name, wrong type, illegal value and contradiction, with its
         place.
     """
-    spelled = {"--json": "--json_output", "--dry-run": "--dry_run"}
+    spelled = {"--json": "--json_output", "--dry-run": "--dry_run", "--copy": "--copy_to"}
     arguments = [spelled.get(argument, argument) for argument in arguments]
     given = _command_line(schema, arguments, verb)
     file = Path(given["config"]) if given.get("config") else None

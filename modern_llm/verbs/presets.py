@@ -1,0 +1,71 @@
+"""The verb `presets`: the configurations of `accelerate launch` and DeepSpeed that come along."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from modern_llm.config.errors import StorageError, UserError
+from modern_llm.config.files import Settings
+
+FOLDERS = ("accelerate_configs", "ds_configs")
+
+
+class PresetsSettings(Settings):
+    """List the launch presets (accelerate_configs, ds_configs), or copy them into a folder."""
+
+    copy_to: Path | None = None
+    """Folder that gets accelerate_configs/ and ds_configs/ (--copy DIR does the same); files that
+    stand there already and differ are refused."""
+
+
+def presets_root() -> Path:
+    """Return where the presets are: inside the installed package, else beside it in a checkout.
+
+    Raises:
+        UserError: in neither place.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for place in (package / "presets", package.parent):
+        if all((place / folder).is_dir() for folder in FOLDERS):
+            return place
+    raise UserError(f"{package}: the presets are missing; install modern-llm again")
+
+
+def presets(settings: PresetsSettings) -> dict[str, Any]:
+    """List or copy."""
+    root = presets_root()
+    names = [
+        str(file.relative_to(root))
+        for folder in FOLDERS
+        for file in sorted((root / folder).rglob("*"))
+        if file.is_file() and "__pycache__" not in file.parts
+    ]
+    if settings.copy_to is not None:
+        _copy(root, names, settings.copy_to)
+    if not settings.json_output:
+        for name in names:
+            print(settings.copy_to / name if settings.copy_to else name)
+    return {"root": str(root), "presets": names, "copied_to": str(settings.copy_to or "")}
+
+
+def _copy(root: Path, names: list[str], target: Path) -> None:
+    changed = [
+        name
+        for name in names
+        if (target / name).exists() and (target / name).read_bytes() != (root / name).read_bytes()
+    ]
+    if changed:
+        raise UserError(
+            f"copy {target}: {', '.join(changed)} stand there with other content: "
+            "remove them or name another folder"
+        )
+    try:
+        for name in names:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / name, target / name)
+    except OSError as error:
+        raise StorageError(
+            f"copy {target}: cannot be written ({error.strerror or error}); name another folder"
+        ) from error
