@@ -184,7 +184,7 @@ def hinge_loss(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
 
 
 def ipo_loss(policy: Tensor, reference: Tensor, lengths: Tensor, *, beta: float) -> Tensor:
-    """(r_w/|w| - r_l/|l| - 1/(2 beta))^2, IPO, arXiv 2310.12036, eq. 17 with tau = beta.
+    """`(r_w/|w| - r_l/|l| - 1/(2 beta))^2`, IPO, arXiv 2310.12036, eq. 17 with tau = beta.
 
     Means over tokens, as its authors confirmed; with sums the square would grow with the length.
     """
@@ -277,14 +277,14 @@ def discopop_loss(policy: Tensor, reference: Tensor, *, beta: float, discopop_ta
 
 
 def sigmoid_norm_loss(policy: Tensor, reference: Tensor, lengths: Tensor, *, beta: float) -> Tensor:
-    """-log s(beta (r_w/|w| - r_l/|l|)), length-normalised DPO, arXiv 2411.15124, section 5."""
+    """`-log s(beta (r_w/|w| - r_l/|l|))`, length-normalised DPO, arXiv 2411.15124, section 5."""
     return -logsigmoid(beta * _delta(policy / lengths, reference / lengths))
 
 
 def simpo_loss(
     policy: Tensor, lengths: Tensor, *, beta: float, simpo_gamma: float, label_smoothing: float
 ) -> Tensor:
-    """-log s(beta (log p_w/|w| - log p_l/|l|) - gamma), SimPO, arXiv 2405.14734, eq. 6.
+    """`-log s(beta (log p_w/|w| - log p_l/|l|) - gamma)`, SimPO, arXiv 2405.14734, eq. 6.
 
     gamma is the paper's target margin, in units of the reward: not multiplied by beta. Code that
     speaks of a `gamma_beta_ratio` g has gamma = g * beta.
@@ -294,7 +294,7 @@ def simpo_loss(
 
 
 def orpo_loss(policy: Tensor, lengths: Tensor, *, beta: float) -> Tensor:
-    """NLL_w/|w| - beta log s(log odds_w - log odds_l), odds = p / (1 - p), log p a mean per token.
+    """`NLL_w/|w| - beta log s(log odds_w - log odds_l)`, odds = p / (1 - p), log p a mean a token.
 
     ORPO, arXiv 2403.07691, eqs. 4, 6 and 7; beta is the paper's lambda. The NLL is that of the
     target tokens, a mean over each answer.

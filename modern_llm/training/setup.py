@@ -360,10 +360,10 @@ def answer_ends(
     with the model: prompts are to be written at generation as they were in training.
     """
     template = data.template
+    log.info("template: %s", Template(tokenizer, template).describe())
     asked = template is not None and (template == "chat" or "{%" in template)
     if asked or FELL_BACK in prepared.report.notes:
         tokenizer.chat_template = chat_template_of(tokenizer, template) or tokenizer.chat_template
-    log.info("template: %s", Template(tokenizer, template).describe())
     if not tokenizer.chat_template:
         return (tokenizer.eos_token_id,)
     return end_tokens(tokenizer, Template(tokenizer, template))

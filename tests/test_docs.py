@@ -1,0 +1,148 @@
+"""The documentation is true of the program: commands parse, configurations load, tables match, and
+the API reference builds without a warning."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from modern_llm.cli import VERBS, _split
+from modern_llm.config import DocumentDatasetConfig, PreferenceDatasetConfig, TrainingConfig
+from modern_llm.config.files import _command_line
+from modern_llm.objectives.catalogue import LOSSES
+from modern_llm.verbs.stages import read_stage
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "examples" / "README.md", *(ROOT / "docs").glob("*.md")])
+SPELLED = {"--json": "--json_output", "--dry-run": "--dry_run", "--copy": "--copy_to"}
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(page, text) of every fenced block of a language."""
+    pattern = re.compile(rf"^```{language}\n(.*?)^```", re.M | re.S)
+    return [(p.name, text) for p in PAGES for text in pattern.findall(p.read_text("utf-8"))]
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command line) of every call of modern-llm in a block of shell lines."""
+    found = []
+    for page, text in blocks("bash"):
+        for line in text.replace("\\\n", " ").splitlines():
+            before, mark, rest = line.partition("modern-llm ")
+            if not mark:
+                before, mark, rest = line.partition("-m modern_llm ")
+            if mark and not before.lstrip().startswith("#") and "pip install" not in line:
+                found.append((page, rest))
+    return found
+
+
+@pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value[:40])
+def test_every_command_exists_with_its_options(page, line):
+    words = [SPELLED.get(word, word) for word in shlex.split(line, comments=True)]
+    verb, rest = _split([word for word in words if word not in (">", ">>", "&")])
+    if verb == "VERB":
+        return
+    assert verb in VERBS, (page, line)
+    if "--help" in rest:
+        return
+    with contextlib.redirect_stdout(io.StringIO()):
+        _command_line(VERBS[verb][0], rest, verb)
+    for at, word in enumerate(rest):
+        if word == "--config" and rest[at + 1].startswith("examples/"):
+            assert (ROOT / rest[at + 1]).is_file(), (page, line)
+
+
+def test_there_are_commands_and_configurations():
+    assert len(commands()) > 15 and len(blocks("yaml")) >= 2 and blocks("python")
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("yaml"), ids=lambda value: value[:20])
+def test_every_configuration_loads(page, text, tmp_path):
+    values = yaml.safe_load(text)
+    if "train" in values and len(values) > 1:
+        file = tmp_path / "run.yaml"
+        file.write_text(text)
+        read_stage(file)
+        return
+    schemas = {"data": (PreferenceDatasetConfig, DocumentDatasetConfig), "train": (TrainingConfig,)}
+    for name, section in values.items():
+        if name == "train":
+            section = {"run_name": "a", "output_dir": "b"} | section
+        errors = []
+        for schema in schemas[name]:
+            try:
+                schema(**section)
+                break
+            except ValueError as error:
+                errors.append(error)
+        else:
+            raise AssertionError((page, errors))
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("python"), ids=lambda value: value[:20])
+def test_python_examples_import_what_there_is(page, text):
+    tree = ast.parse(text)
+    imports = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+    exec(compile(ast.Module(imports, []), page, "exec"), {})
+
+
+def test_links_between_pages_lead_somewhere():
+    broken = []
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+            if not (page.parent / target).exists():
+                broken.append((page.name, target))
+    assert not broken
+
+
+def test_the_table_of_losses_is_the_catalogues():
+    text = (ROOT / "docs" / "dpo.md").read_text("utf-8").partition("## Losses")[2]
+    found = {}
+    for names, reference in re.findall(r"^\| (`[^|]*`) \|.*\| (yes|no) \|$", text, re.M):
+        found |= dict.fromkeys(re.findall("`([a-z_]+)`", names), reference == "yes")
+    assert found == {name: row.reference for name, row in LOSSES.items()}
+
+
+def test_options_named_in_tables_exist():
+    sections = {
+        "train": TrainingConfig.__pydantic_fields__,
+        "data": PreferenceDatasetConfig.__pydantic_fields__
+        | DocumentDatasetConfig.__pydantic_fields__,
+    }
+    from modern_llm.training.dpo_config import DPOConfig
+
+    sections["dpo"] = DPOConfig.__pydantic_fields__
+    wrong = [
+        (page.name, f"{section}.{name}")
+        for page in PAGES
+        for section, name in re.findall(r"`(train|data|dpo)\.([a-z_]+)", page.read_text("utf-8"))
+        if name not in sections[section]
+    ]
+    assert not wrong
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 250
+
+
+def test_pages_and_api_reference_build_without_a_warning(tmp_path):
+    pytest.importorskip("sphinx", reason="the extra `docs` is not installed")
+    pytest.importorskip("myst_parser", reason="the extra `docs` is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html",
+         "-d", str(tmp_path / "trees"), str(ROOT / "docs"), str(tmp_path / "html")],
+        capture_output=True, text=True, timeout=240, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    api = (tmp_path / "html" / "api.html").read_text("utf-8")
+    for name in ("run_dpo", "TrainingConfig.learning_rate", "preference_loss", "evaluate_pairs"):
+        assert name.split(".")[-1] in api, name
