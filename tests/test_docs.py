@@ -19,6 +19,7 @@ from modern_llm.cli import VERBS, _split
 from modern_llm.config import DocumentDatasetConfig, PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.files import _command_line
 from modern_llm.objectives.catalogue import LOSSES
+from modern_llm.training.dpo_config import DPOConfig
 from modern_llm.verbs.stages import read_stage
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +74,11 @@ def test_every_configuration_loads(page, text, tmp_path):
         file.write_text(text)
         read_stage(file)
         return
-    schemas = {"data": (PreferenceDatasetConfig, DocumentDatasetConfig), "train": (TrainingConfig,)}
+    schemas = {
+        "data": (PreferenceDatasetConfig, DocumentDatasetConfig),
+        "train": (TrainingConfig,),
+        "dpo": (DPOConfig,),
+    }
     for name, section in values.items():
         if name == "train":
             section = {"run_name": "a", "output_dir": "b"} | section
@@ -118,8 +123,6 @@ def test_options_named_in_tables_exist():
         "data": PreferenceDatasetConfig.__pydantic_fields__
         | DocumentDatasetConfig.__pydantic_fields__,
     }
-    from modern_llm.training.dpo_config import DPOConfig
-
     sections["dpo"] = DPOConfig.__pydantic_fields__
     wrong = [
         (page.name, f"{section}.{name}")

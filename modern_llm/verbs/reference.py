@@ -74,8 +74,17 @@ def fill(settings: FillSettings) -> dict[str, Any]:
     """Fill the store; return needed, found, scored, store and reference."""
     from modern_llm.training.reference_stage import fill_reference
 
-    if settings.resume:
-        raise ConfigError(["resume has no effect here, a store is always gone on with: remove it"])
+    without_effect = {
+        "resume": "a store is always gone on with",
+        "dry_run": "nothing is trained",
+        "sweep": "name the runs of a sweep one by one; most share one store",
+    }
+    if problems := [
+        f"{name} has no effect here, {why}: remove it"
+        for name, why in without_effect.items()
+        if getattr(settings, name)
+    ]:
+        raise ConfigError(problems)
     first, count = map(int, settings.part.split("/"))
     return fill_reference(
         settings.sft_checkpoint,
