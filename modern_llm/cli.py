@@ -21,6 +21,7 @@ from modern_llm.verbs import (
     demo,
     doctor,
     evaluate,
+    export,
     generate,
     inspect,
     presets,
@@ -48,6 +49,7 @@ VERBS: dict[str, tuple[type[Settings], Callable[[Any], dict[str, Any]]]] = {
     "reference prune": (reference.PruneSettings, reference.prune),
     "score": (score.ScoreSettings, score.score),
     "evaluate": (evaluate.EvaluateSettings, evaluate.evaluate),
+    "export": (export.ExportSettings, export.export),
     "generate": (generate.GenerateSettings, generate.generate),
 }
 

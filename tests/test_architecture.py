@@ -56,9 +56,11 @@ TABLE = {
     ),
     "core": row("config distributed", "torch accelerate safetensors yaml"),
     # train_*.py and what they are made of; a train_*.py itself is imported by cli and demo only.
-    "stages": row(f"{BELOW} report", "torch transformers numpy safetensors pydantic"),
+    "stages": row(
+        f"{BELOW} report", "torch transformers numpy safetensors pydantic peft huggingface_hub"
+    ),
     # Pages from plain numbers: a template, a drawing, a terminal; nothing that computes.
-    "report": row("", "jinja2 matplotlib numpy rich yaml"),
+    "report": row("", "jinja2 matplotlib numpy rich yaml huggingface_hub"),
     "demo": row(f"{BELOW} stages report", "tokenizers transformers rich numpy torch"),
     # One module a verb or a family of them; the command line itself only chooses among these.
     "verbs": row(f"{BELOW} stages report demo", "pydantic pydantic_settings yaml shtab"),

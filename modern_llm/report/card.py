@@ -1,0 +1,82 @@
+"""The model card of a run: what was trained from what, on which data, how, and how well.
+
+Only what the run folder says; written by `export`, beside the weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from modern_llm.report.page import HEADLINES, cell, duration
+from modern_llm.report.runs import Run, read_runs
+
+STAGES = {"sft_checkpoint": "dpo", "pretrain_checkpoint": "sft"}
+
+
+def model_card(folder: Path) -> str:
+    """Return the card of the run in `folder`, with the Hub's metadata before it.
+
+    Raises:
+        ReportError: it is no run folder.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    (run,) = read_runs([folder])
+    mark = next((name for name in STAGES if name in run.config), None)
+    stage = STAGES.get(mark or "", "pretraining")
+    base = _hub_id(run.config.get(mark)) if mark else None
+    data = ModelCardData(
+        base_model=base,
+        datasets=[name for name in _data_names(run) if _hub_id(name)] or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["modern-llm", stage],
+        model_name=run.label,
+    )
+    text = "\n".join(_lines(run, stage, mark))
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
+
+
+def _lines(run: Run, stage: str, mark: str | None) -> list[str]:
+    lines = [f"# {run.label}", "", f"Trained by modern-llm: {stage}, {_steps(run)}."]
+    if mark:
+        lines.append(f"It started from `{run.config[mark]}`.")
+    lines += ["", "## Data", ""]
+    for source in run.summary.get("data", []):
+        formats = ", ".join(source["formats"])
+        kept = f"{source['rows']:,} rows, {source['kept']:,} kept ({formats})"
+        lines.append(f"- `{source['source']}`: {kept}, {source['tokens']:,} tokens")
+    if not run.summary.get("data"):
+        lines += [f"- `{name}`" for name in _data_names(run)] or ["not recorded"]
+    lines += ["", "## Results", "", "| metric | last value |", "|---|---|"]
+    for title, metric, form in HEADLINES:
+        if (value := run.last(metric)) is not None:
+            shown = duration(value) if metric == "elapsed_s" else form.format(value)
+            lines.append(f"| {title} | {shown} |")
+    lines += ["", "## Configuration", "", "```yaml"]
+    lines += [f"{name}: {cell(value)}" for name, value in run.config.items() if value is not None]
+    lines += ["```", "", "## Versions", ""]
+    environment = run.summary.get("environment", {})
+    lines += [f"- {name}: {cell(value)}" for name, value in environment.items()] or ["not recorded"]
+    return lines
+
+
+def _steps(run: Run) -> str:
+    step = run.outcome.get("last_step")
+    return f"{step:,} optimizer steps" if step is not None else "unfinished"
+
+
+def _data_names(run: Run) -> list[str]:
+    sources = run.config.get("data.sources") or []
+    names = [source["dataset_name"] for source in sources if isinstance(source, dict)]
+    if not names and (name := run.config.get("data.dataset_name")):
+        names = [str(name)]
+    return names
+
+
+def _hub_id(name: Any) -> str | None:
+    """The name where it can be one of the Hub: a local path says nothing to others."""
+    text = str(name or "")
+    local = not text or Path(text).suffix in (".jsonl", ".json", ".csv", ".parquet", ".txt", ".pt")
+    return None if local or text.startswith((".", "/")) or text.count("/") > 1 else text
