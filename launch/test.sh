@@ -4,7 +4,7 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-bash "$root/launch/setup.sh" test
+bash "$root/launch/setup.sh" test,deepspeed,lora
 cd "$root"
 export HF_HUB_OFFLINE=1
 python=$root/.venv/bin/python

@@ -8,21 +8,28 @@ separate runs. Called by the stages; nothing else asks about ranks.
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from modern_llm.config import TrainingConfig
-from modern_llm.config.errors import ConfigError, PeerError
+from modern_llm.config.errors import ConfigError, PeerError, StorageError
+from modern_llm.distributed import deepspeed_config
+from modern_llm.distributed.commit import committed_folder
+from modern_llm.distributed.engine import DeepSpeedEngine, Engine
+from modern_llm.distributed.handshake import join
 
 T = TypeVar("T")
 
@@ -40,6 +47,17 @@ class Runtime:
     def is_main(self) -> bool:
         """Whether this is rank 0, the one that writes and prints."""
         return self.rank == 0
+
+    @property
+    def stage(self) -> int | None:
+        """ZeRO stage, or None without DeepSpeed."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return None if plugin is None else deepspeed_config.stage_of(plugin.deepspeed_config)
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Engine:
+        """Return `model` and its optimizer in the hands of DDP, DeepSpeed or nobody."""
+        kind = Engine if self.stage is None else DeepSpeedEngine
+        return kind(self.accelerator, model, optimizer)
 
     def barrier(self) -> None:
         """Wait for every process."""
@@ -94,6 +112,38 @@ class Runtime:
             raise failures[0]
 
     @contextmanager
+    def committed_folder(self, target: Path, facts: dict[str, Any]) -> Iterator[Path]:
+        """Let all ranks write into one folder that appears as `target` when all are done.
+
+        Rank 0 makes it and names it. An error on any rank leaves nothing and is raised on all.
+        """
+        with ExitStack() as stack:
+            failure: Exception | None = None
+            place: Path | None = None
+            try:
+                if self.is_main:
+                    place = stack.enter_context(committed_folder(target, facts))
+            except Exception as error:
+                failure = error
+            self.raise_together(failure)
+            place = self.from_main(place)
+            try:
+                if not place.is_dir():
+                    raise StorageError(
+                        f"{target.parent}: rank {self.rank} does not see what rank 0 writes there; "
+                        "name a folder on a disk that all nodes share"
+                    )
+                yield place
+            except Exception as error:
+                failure = error
+            self.raise_together(failure)
+            try:
+                stack.close()
+            except Exception as error:
+                failure = error
+            self.raise_together(failure)
+
+    @contextmanager
     def one_per_machine_first(self) -> Iterator[None]:
         """Let one process of each machine do the body before the others (who then find it done).
 
@@ -134,51 +184,145 @@ class Runtime:
             )
 
 
-def start(config: TrainingConfig) -> Runtime:
+def start(
+    config: TrainingConfig, facts: dict[str, Any] | None = None, expect_world: int | None = None
+) -> Runtime:
     """Start the process group, if there is one, and return this process's part in it.
 
+    Args:
+        facts: what must be the same on every process, compared before the first collective.
+        expect_world: number of processes that the user counts on.
+
     Raises:
-        ConfigError: a precision that this machine cannot compute in.
-        PeerError: the world is not of the size that the launcher announced.
+        ConfigError: a precision or sharding that this machine cannot do, a DeepSpeed JSON that
+            contradicts `config`, or a world of another size than expected.
+        PeerError: processes are missing, or do not fit together.
     """
     on_cpu = not torch.cuda.is_available()
-    if config.precision == "fp16" and on_cpu:
-        raise ConfigError(
-            ["train.mixed_precision fp16 needs a GPU: use bf16 or no on this machine"]
-        )
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    # cpu=True under DeepSpeed would switch DeepSpeed off without a word; without it, processes on a
-    # CPU would each believe to be alone.
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", config.precision)
-    if launched != config.precision and launched != "no":
-        raise ConfigError(
-            [
-                f"accelerate launch says mixed precision {launched}, train.mixed_precision says "
-                f"{config.mixed_precision}: say the same in both"
-            ]
-        )
+    deepspeed = _asked("ACCELERATE_USE_DEEPSPEED")
     announced = int(os.environ.get("WORLD_SIZE", "1"))
-    group = InitProcessGroupKwargs(
-        backend="gloo" if on_cpu else None,
+    _refuse_what_cannot_be(config, announced, expect_world, on_cpu=on_cpu, deepspeed=deepspeed)
+    plugin = _deepspeed_plugin(config) if deepspeed else None
+    if (announced > 1 or deepspeed) and not dist.is_initialized():
+        if not on_cpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         # Long enough for one process to tokenise while the others wait.
-        timeout=timedelta(hours=3),
+        join("gloo" if on_cpu else "nccl", facts or {}, timedelta(hours=3))
+    before = PartialState._shared_state.get("distributed_type")
+    # Stages run one after another in one process, each with a precision and perhaps a sharding of
+    # its own; the process group of the first serves all.
+    AcceleratorState._reset_state(
+        reset_partial_state=(before == DistributedType.DEEPSPEED) != deepspeed
     )
-    # Stages run one after another in one process, each with a precision of its own; the process
-    # group of the first serves all.
-    AcceleratorState._reset_state(reset_partial_state=False)
     accelerator = Accelerator(
         mixed_precision=config.precision,
+        # cpu=True under DeepSpeed would switch DeepSpeed off without a word; without it, processes
+        # on a CPU would each believe to be alone.
         cpu=on_cpu and not deepspeed,
         gradient_accumulation_steps=1,
+        deepspeed_plugins=plugin,
         # Given to a single process, a backend makes it look for a group that does not exist.
-        kwargs_handlers=[group] if announced > 1 else [],
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if on_cpu else None)]
+        if dist.is_initialized()
+        else [],
     )
+    if deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise PeerError(
+            f"DeepSpeed was asked for, but Accelerate started {accelerator.distributed_type}: a "
+            "bug of this combination of versions, please report it"
+        )
+    if plugin is not None:
+        # Transformers shards what it loads while this stands, and the probe needs whole weights.
+        plugin.dschf = None
     if accelerator.num_processes != announced:
         raise PeerError(
             f"the launcher announced {announced} processes, the process group has "
             f"{accelerator.num_processes}; start with torchrun --nproc_per_node {announced}"
         )
     return Runtime(accelerator)
+
+
+def _asked(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1", "yes")
+
+
+def _refuse_what_cannot_be(
+    config: TrainingConfig, world: int, expected: int | None, *, on_cpu: bool, deepspeed: bool
+) -> None:
+    """Raise `ConfigError` for what a launcher or this machine would quietly do otherwise."""
+    # Only what accelerate launch itself was told: its own default is "no".
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    wanted = config.precision
+    rules = [
+        (
+            expected is not None and expected != world,
+            f"--expect-world {expected}, but the launcher started {world} processes: on a CPU use "
+            f"torchrun --nproc_per_node {expected}, or accelerate launch --multi_gpu "
+            f"--num_processes {expected} (with --cpu it quietly starts one)",
+        ),
+        (
+            wanted == "fp16" and on_cpu,
+            "train.mixed_precision fp16 needs a GPU: use bf16 or no on this machine",
+        ),
+        (
+            launched not in (wanted, "no"),
+            f"accelerate launch says mixed precision {launched}, train.mixed_precision says "
+            f"{config.mixed_precision}: say the same in both",
+        ),
+        (
+            on_cpu and _asked("ACCELERATE_USE_FSDP"),
+            "FSDP needs a GPU: without one Accelerate leaves gradients unsynchronised without a "
+            "word; use accelerate_configs/ddp.yaml or a ZeRO stage on a CPU",
+        ),
+        (
+            deepspeed and _asked("ACCELERATE_USE_CPU"),
+            "use_cpu switches DeepSpeed off without a word: leave it out (use_cpu: false); on a "
+            "machine without a GPU DeepSpeed then runs on the CPU",
+        ),
+    ]
+    problems = [text for broken, text in rules if broken]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _deepspeed_plugin(config: TrainingConfig) -> DeepSpeedPlugin:
+    """Return Accelerate's plugin for the JSON or the fields that `accelerate launch` was given."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns, on stdout
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(
+            ["DeepSpeed was asked for and is not installed: pip install modern-llm[deepspeed]"]
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it writes to stdout
+    # Of calls between DeepSpeed and torch, once a tensor.
+    warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning, "torch.distributed")
+    _leave_out_shared_memory_collectives(deepspeed)
+    named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if named != "none":
+        content, place = deepspeed_config.read_file(named), named
+    else:
+        content, place = DeepSpeedPlugin().deepspeed_config, "deepspeed_config of accelerate"
+        content = {"zero_optimization": content["zero_optimization"]} | {
+            name: content[name] for name in ("gradient_clipping",) if name in content
+        }
+    content = deepspeed_config.resolve(content, config, place)
+    try:
+        return DeepSpeedPlugin(hf_ds_config=content, zero3_init_flag=False)
+    except ValueError as error:  # fields beside a file that says the same things
+        raise ConfigError([f"{place}: {' '.join(str(error).split())}"]) from error
+
+
+def _leave_out_shared_memory_collectives(deepspeed: Any) -> None:
+    """Keep DeepSpeed from compiling a C++ op that serves inference alone.
+
+    It takes 45 to 150 s and a compiler, and a start that is killed meanwhile leaves a lock on which
+    later ones wait. The table is private: without it the op is compiled, and all works the same.
+    """
+    table = getattr(deepspeed.ops, "__compatible_ops__", None)
+    if isinstance(table, dict) and "deepspeed_shm_comm" in table:
+        table["deepspeed_shm_comm"] = False
 
 
 def _portable(error: BaseException | None) -> BaseException | None:

@@ -2,8 +2,9 @@
 counts.
 
 Holds everything that a run needs to go on: order, rate and random draws are functions of the step,
-so
-the position is one integer. Nothing is pickled. Called by the loop.
+so the position is one integer. Nothing is pickled. Under ZeRO every rank writes the pieces that it
+holds and reads those that it needs, so that a run goes on under another stage or on another number
+of processes. Called by the loop.
 """
 
 from __future__ import annotations
@@ -15,33 +16,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from modern_llm.config.errors import StorageError
-from modern_llm.distributed.commit import committed_folder, verified_manifest
+from modern_llm.distributed.commit import verified_manifest
+from modern_llm.distributed.engine import Engine
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.distributed.state import MOMENTS, base_optimizer, pieces, replicated
 
 log = logging.getLogger(__name__)
 
-WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+WEIGHTS, OPTIMIZER, STATE = "model", "optimizer", "state.json"
 
 
-def save(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-    facts: dict[str, Any],
-) -> None:
-    """Commit `folder/step-XXXXXXXX` with the state after optimizer step `step`."""
-    with committed_folder(folder / f"step-{step:08d}", {**facts, "step": step}) as place:
-        save_file(_tensors(model), place / WEIGHTS)
-        save_file(_moments(model, optimizer), place / MOMENTS)
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-        (place / STATE).write_text(json.dumps({"step": step, "scaler": scaler}))
+def save(runtime: Runtime, folder: Path, step: int, engine: Engine, facts: dict[str, Any]) -> None:
+    """Commit `folder/step-XXXXXXXX` with the state after optimizer step `step`; a collective."""
+    whole = replicated(engine)
+    ending = ".safetensors" if whole else f"-{runtime.rank:05d}.safetensors"
+    target = folder / f"step-{step:08d}"
+    with runtime.committed_folder(target, {**facts, "step": step}) as place:
+        if whole and not runtime.is_main:
+            return
+        mine = pieces(engine)
+        optimizer = base_optimizer(engine)
+        shapes = {n: p.shape for n, p in engine.inner.named_parameters()}
+        weights, moments = {}, {}
+        for piece in mine:
+            count = optimizer.state.get(piece.owner, {}).get("step")
+            if count is not None:
+                moments[f"step/{piece.name}"] = torch.tensor(float(count))
+            parts = {key: piece.moment(optimizer, key) for key in MOMENTS}
+            for key, tensor in {None: piece.weight, **parts}.items():
+                if tensor is None:
+                    continue
+                # Pieces are views into one buffer, which safetensors refuses to write.
+                tensor = tensor.view(shapes[piece.name]) if whole else tensor.cpu().clone()
+                if key is None:
+                    weights[piece.name] = tensor
+                else:
+                    moments[f"{key}/{piece.name}"] = tensor
+        if runtime.is_main:
+            weights |= buffers(engine.inner)
+            state = {"step": step, "scaler": engine.scaler_state()}
+            (place / STATE).write_text(json.dumps(state))
+        starts = {"starts": json.dumps({piece.name: piece.start for piece in mine})}
+        save_file(weights, place / f"{WEIGHTS}{ending}", metadata=starts)
+        save_file(moments, place / f"{OPTIMIZER}{ending}", metadata=starts)
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -64,31 +86,35 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def load(
-    place: Path, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
-) -> None:
-    """Read a checkpoint that `newest` verified into `model` and `optimizer`."""
-    _copy(place / WEIGHTS, _tensors(model))
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    shapes = {
-        f"{moment}/{name}": p for p, name in names.items() for moment in ("exp_avg", "exp_avg_sq")
-    }
-    loaded = _read(place / MOMENTS)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = names[parameter]
-            if f"step/{name}" not in loaded:
-                continue  # it never had a gradient: AdamW keeps nothing for such a parameter
-            for moment in ("exp_avg", "exp_avg_sq"):
-                _must_match(place / MOMENTS, f"{moment}/{name}", loaded, shapes[f"{moment}/{name}"])
-            optimizer.state[parameter] = {
-                "step": loaded[f"step/{name}"].to(parameter.device),
-                "exp_avg": loaded[f"exp_avg/{name}"].to(parameter),
-                "exp_avg_sq": loaded[f"exp_avg_sq/{name}"].to(parameter),
-            }
-    scaler = json.loads((place / STATE).read_text())["scaler"]
-    if accelerator.scaler and scaler:
-        accelerator.scaler.load_state_dict(scaler)
+def load_weights(place: Path, model: nn.Module) -> None:
+    """Read the weights of a checkpoint that `newest` verified into a `model` not yet prepared."""
+    stored = Shards(place, WEIGHTS)
+    into = {n: p.data for n, p in model.named_parameters() if p.requires_grad} | buffers(model)
+    if stored.names() != set(into):
+        raise StorageError(
+            f"{place}: holds other tensors than the model: {sorted(stored.names() ^ set(into))[:4]}"
+        )
+    for name, tensor in into.items():
+        tensor.copy_(stored.read(name, 0, tensor.numel(), of=tensor).view_as(tensor))
+
+
+def load_state(place: Path, engine: Engine) -> None:
+    """Read what this rank holds of the optimizer's state, after `load_weights`."""
+    optimizer = base_optimizer(engine)
+    stored, weights = Shards(place, OPTIMIZER), Shards(place, WEIGHTS)
+    sizes = {name: parameter for name, parameter in engine.inner.named_parameters()}
+    for piece in pieces(engine):
+        end = piece.start + piece.weight.numel()
+        of = sizes[piece.name]
+        # Under bfloat16 the weights that were given to DeepSpeed have lost bits by now.
+        piece.weight.copy_(weights.read(piece.name, piece.start, end, of=of))
+        if f"step/{piece.name}" not in stored.names():
+            continue  # it never had a gradient: AdamW keeps nothing for such a parameter
+        piece.make_moments(optimizer, float(stored.read(f"step/{piece.name}", 0, 1)))
+        for key in MOMENTS:
+            moment = piece.moment(optimizer, key)
+            moment.copy_(stored.read(f"{key}/{piece.name}", piece.start, end, of=of))
+    engine.load_scaler_state(json.loads((place / STATE).read_text())["scaler"])
 
 
 def retire(folder: Path, keep: int) -> None:
@@ -99,46 +125,62 @@ def retire(folder: Path, keep: int) -> None:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters, tied ones once, and the buffers that belong to the state."""
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that belong to the state."""
     persistent = model.state_dict(keep_vars=True)
-    tensors = dict(model.named_parameters())
-    tensors |= {n: b for n, b in model.named_buffers() if n in persistent}
-    return {name: tensor.detach() for name, tensor in tensors.items()}
+    return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{key}/{names[parameter]}": value
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
+class Shards:
+    """Tensors that lie in one file, or in pieces in the files of many ranks."""
 
+    def __init__(self, place: Path, kind: str):
+        self._place = place
+        self._parts: dict[str, list[tuple[int, int, Any]]] = {}
+        try:
+            for path in sorted(place.glob(f"{kind}*.safetensors")):
+                self._index(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise StorageError(f"{place}: {kind} cannot be read ({error})") from error
 
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise StorageError(f"{path}: cannot be read ({error})") from error
+    def _index(self, file: Any) -> None:
+        starts = json.loads((file.metadata() or {}).get("starts", "{}"))
+        for key in file.keys():  # noqa: SIM118
+            start = starts.get(key.rpartition("/")[2], 0)
+            numel = int(torch.Size(file.get_slice(key).get_shape()).numel())
+            self._parts.setdefault(key, []).append((start, start + numel, file))
 
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._parts)
 
-def _copy(path: Path, into: dict[str, Tensor]) -> None:
-    loaded = _read(path)
-    if set(loaded) != set(into):
-        raise StorageError(
-            f"{path}: holds other tensors than the model: {sorted(set(loaded) ^ set(into))[:4]}"
-        )
-    for name, tensor in into.items():
-        _must_match(path, name, loaded, tensor)
-        tensor.copy_(loaded[name])
+    def read(self, name: str, start: int, end: int, of: Tensor | None = None) -> Tensor:
+        """Return elements `start` to `end` of a flattened tensor, as float32 if `of` is a trained
+        parameter.
 
+        Raises:
+            StorageError: it is not there, not whole, or of another size or dtype than `of`.
+        """
+        parts = sorted(self._parts.get(name, []), key=lambda part: part[0])
+        size = max((part[1] for part in parts), default=0)
+        shape = getattr(of, "ds_shape", None if of is None else of.shape)
+        if not parts or (shape is not None and size != torch.Size(shape).numel()):
+            seen = f"{size} elements" if parts else "nothing"
+            raise StorageError(f"{self._place}: {name} is {seen}, expected {tuple(shape or ())}")
+        found = []
+        at = start
+        for low, high, file in parts:
+            if low <= at < min(high, end):
+                stop = min(high, end)
+                found.append(self._elements(file, name, at - low, stop - low))
+                at = stop
+        if at != end:
+            raise StorageError(f"{self._place}: elements {at} to {end} of {name} are missing")
+        return torch.cat(found) if len(found) > 1 else found[0]
 
-def _must_match(path: Path, name: str, loaded: dict[str, Tensor], expected: Tensor) -> None:
-    found = loaded.get(name)
-    if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
-        seen = "nothing" if found is None else f"{tuple(found.shape)} {found.dtype}"
-        raise StorageError(
-            f"{path}: {name} is {seen}, expected {tuple(expected.shape)} {expected.dtype}"
-        )
+    @staticmethod
+    def _elements(file: Any, name: str, start: int, stop: int) -> Tensor:
+        part = file.get_slice(name)
+        if len(part.get_shape()) == 1:
+            return part[start:stop]
+        return file.get_tensor(name).view(-1)[start:stop]

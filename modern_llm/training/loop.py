@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError, NotFiniteError, Stopped, UserError
+from modern_llm.distributed.engine import Engine, Update
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.training import checkpoint
 from modern_llm.training.metrics import MetricsLog, console_line, peak_memory_gb
@@ -77,8 +77,8 @@ def train(
     run: RunFolder,
     facts: dict[str, Any],
     sample: Sample | None = None,
-) -> None:
-    """Train `scorer` in place until the last step, or until a signal asks to stop.
+) -> Engine:
+    """Train until the last step, or until a signal asks to stop; return what holds the weights.
 
     Args:
         scorer: the unprepared module; its `.model` is what is saved.
@@ -90,10 +90,8 @@ def train(
         Stopped: a signal asked for it; the state is saved.
     """
     total = total_steps(config, task)
-    inner = scorer.model
-    model, optimizer = runtime.accelerator.prepare(scorer, make_optimizer(config, scorer))
-    model.train()
-    start = _resume(runtime, inner, optimizer, run, facts)
+    engine, start = _start_engine(runtime, scorer, config, run, facts)
+    engine.model.train()
     before = MetricsLog(run.metrics).elapsed() if start else 0.0
     clock = Clock(before=before, began=time.perf_counter())
     saved = start
@@ -103,7 +101,7 @@ def train(
         for step in range(start, total):
             began = time.perf_counter()
             rate = learning_rate(config, step, total)
-            sums, grad_norm = _optimizer_step(runtime, model, optimizer, task, config, step, rate)
+            sums, grad_norm = _optimizer_step(runtime, engine, task, config, step, rate)
             done = step + 1
             clock.window += time.perf_counter() - began
             clock.tokens += float(sums["tokens"])
@@ -111,10 +109,10 @@ def train(
             record: dict[str, float] = {}
             if done == 1 or is_due(config.log_every, done, total, at_end=True):
                 record |= _measure(runtime, task, sums, clock)
-                record |= {"grad_norm": float(grad_norm), "lr": rate}
+                record |= {"grad_norm": grad_norm, "lr": rate}
                 watch.line(console_line(done, record))
             if is_due(config.eval_every, done, total, at_end=True):
-                record |= _evaluate(runtime, model, task, watch, done)
+                record |= _evaluate(runtime, engine.model, task, watch, done)
             if sample is not None and is_due(config.generate_every, done, total, at_end=True):
                 record |= sample(done)
             if record:
@@ -122,64 +120,55 @@ def train(
                 watch.record(done, head | record)
             stopping = _any_rank(runtime, stop.asked)
             if stopping or (done < total and is_due(config.save_every, done, total)):
-                _save(runtime, inner, optimizer, run, config, done, facts)
+                _save(runtime, engine, run, config, done, facts)
                 saved = done
             if stopping and done < total:
                 raise Stopped(
                     f"stopped by {stopping} after step {saved}, saved; run the same command to go "
                     "on"
                 )
+    return engine
 
 
 def _optimizer_step(
     runtime: Runtime,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    engine: Engine,
     task: Task,
     config: TrainingConfig,
     step: int,
     rate: float,
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> tuple[dict[str, Tensor], float]:
     """One step of the optimizer; returns this rank's sums and the norm of the whole gradient."""
     batches = [batch.to(runtime.device) for batch in task.micro_batches(step)]
-    batches = task.prepare(model, step, batches)
+    batches = task.prepare(engine.model, step, batches)
     # DDP and ZeRO average gradients over ranks: the factor undoes it. Nobody else divides.
     scale = runtime.world / task.denominator(step)
     sums: dict[str, Tensor] = {}
     for at, batch in enumerate(batches):
         _seed(config.seed, step, at, runtime.rank)
         last = at == len(batches) - 1
-        with nullcontext() if last else runtime.accelerator.no_sync(model):
-            result = task.run(model, batch)
-            runtime.accelerator.backward(result.loss * scale)
+        with engine.forward_backward(last):
+            result = task.run(engine.model, batch)
+            engine.backward(result.loss * scale, last=last)
         _add(sums, result.statistics)
-    limit = config.max_grad_norm or float("inf")
-    grad_norm = runtime.accelerator.clip_grad_norm_(model.parameters(), limit)
-    # The norm is of the averaged gradient, so every rank sees the same and decides the same. With a
-    # loss scaler an overflow is expected now and then, and the scaler skips that step itself.
-    if runtime.accelerator.scaler is None and not torch.isfinite(grad_norm):
-        optimizer.zero_grad(set_to_none=True)
+    set_learning_rate(engine.optimizer, rate)
+    # The norm is of the averaged gradient, so every rank sees the same and decides the same.
+    update = engine.step(config.max_grad_norm)
+    if not update.applied and not engine.scales_loss:
         raise NotFiniteError(
-            f"step {step + 1}: the gradient is not finite (norm {float(grad_norm)}); nothing of "
-            "this step was "
-            "applied; lower train.learning_rate or look at the data of this step"
+            f"step {step + 1}: the gradient is not finite (norm {update.grad_norm}); nothing of "
+            "this step was applied; lower train.learning_rate or look at the data of this step"
         )
-    set_learning_rate(optimizer, rate)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    _count_skipped(runtime, optimizer, step)
-    return sums, grad_norm
+    _count_skipped(engine, update, step)
+    return sums, update.grad_norm
 
 
-def _count_skipped(runtime: Runtime, optimizer: torch.optim.Optimizer, step: int) -> None:
+def _count_skipped(engine: Engine, update: Update, step: int) -> None:
     """Stop a float16 run whose loss scaler skips one step after the other: it learns nothing."""
-    if runtime.accelerator.scaler is None:
-        return
-    skipped = runtime.accelerator.optimizer_step_was_skipped
-    optimizer.skipped_in_a_row = getattr(optimizer, "skipped_in_a_row", 0) + 1 if skipped else 0
-    if optimizer.skipped_in_a_row > MOST_SKIPPED:
+    engine.skipped_in_a_row = 0 if update.applied else engine.skipped_in_a_row + 1
+    if engine.skipped_in_a_row > MOST_SKIPPED:
         raise NotFiniteError(
-            f"step {step + 1}: float16 overflowed in {optimizer.skipped_in_a_row} steps one after "
+            f"step {step + 1}: float16 overflowed in {engine.skipped_in_a_row} steps one after "
             "the other and none was applied; use train.mixed_precision bf16 or no"
         )
 
@@ -248,22 +237,22 @@ def _any_rank(runtime: Runtime, asked: str | None) -> str | None:
     return next(name for name in runtime.gather(asked) if name)
 
 
-def _resume(
+def _start_engine(
     runtime: Runtime,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    scorer: nn.Module,
+    config: TrainingConfig,
     run: RunFolder,
     facts: dict[str, Any],
-) -> int:
-    """Load the newest intact checkpoint, if there is one; return the number of steps already
-    done."""
+) -> tuple[Engine, int]:
+    """Prepare the model, with the state of the newest intact checkpoint if there is one; return the
+    engine and the number of steps already done."""
     found = runtime.from_main(checkpoint.newest(run.checkpoints) if runtime.is_main else None)
     if found is None and run.config.resume == "must":
         raise UserError(f"resume: {run.checkpoints} holds no checkpoint to go on from")
     if found is None:
         if runtime.is_main:
             MetricsLog(run.metrics).truncate(0)
-        return 0
+        return runtime.prepare(scorer, make_optimizer(config, scorer)), 0
     place, before = found
     changed = [name for name, value in facts.items() if before.get(name) != value]
     if changed:
@@ -271,25 +260,24 @@ def _resume(
             f"output_dir {run.path}: {', '.join(changed)} changed since {place.name} was written; "
             "restore it, or name another output_dir"
         )
-    checkpoint.load(place, model, optimizer, runtime.accelerator)
+    # Before it is prepared: whatever shards the weights then shards these.
+    checkpoint.load_weights(place, scorer.model)
+    engine = runtime.prepare(scorer, make_optimizer(config, scorer))
+    checkpoint.load_state(place, engine)
     step = int(before["step"])
     if runtime.is_main:
         MetricsLog(run.metrics).truncate(step)
         log.info("going on from %s", place)
-    return step
+    return engine, step
 
 
 def _save(
     runtime: Runtime,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    engine: Engine,
     run: RunFolder,
     config: TrainingConfig,
     step: int,
     facts: dict[str, Any],
 ) -> None:
-    def write() -> None:
-        checkpoint.save(run.checkpoints, step, model, optimizer, runtime.accelerator, facts)
-        checkpoint.retire(run.checkpoints, config.keep_checkpoints)
-
-    runtime.on_main(write)
+    checkpoint.save(runtime, run.checkpoints, step, engine, facts)
+    runtime.on_main(lambda: checkpoint.retire(run.checkpoints, config.keep_checkpoints))

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modern_llm.config import TrainingConfig
@@ -28,9 +27,7 @@ from modern_llm.data.rows import Examples, Kind
 from modern_llm.data.templates import Template, chat_template_of, end_tokens
 from modern_llm.data.tokenize import check_tokenizers_agree
 from modern_llm.data.tokens import TokenTable
-from modern_llm.distributed.commit import committed_folder
 from modern_llm.distributed.runtime import Runtime, start
-from modern_llm.models.generate import end_ids
 from modern_llm.models.load import (
     Checkpoint,
     check_tokenizer_fits,
@@ -42,6 +39,7 @@ from modern_llm.models.prepare import compile_layers, disable_dropout, recompute
 from modern_llm.models.scorer import TokenScorer
 from modern_llm.training.batch_source import BatchSource, largest_example
 from modern_llm.training.dry_run import DryRun
+from modern_llm.training.export import export
 from modern_llm.training.loop import train
 from modern_llm.training.notes import data_notes, write_report, write_summary
 from modern_llm.training.run_folder import RunFolder
@@ -106,14 +104,27 @@ def open_run(
         sections: what stands in `config.yaml` beside `train`; None is left out.
     """
     check_trackers(config)
-    runtime = start(config)
-    run = RunFolder(config, record_of(**sections, train=config))
+    record = record_of(**sections, train=config)
+    runtime = start(config, {"configuration": _without_places(record)})
+    if config.batch_size < runtime.world:
+        raise UserError(
+            f"train.batch_size {config.batch_size} is below the {runtime.world} processes, so that "
+            f"some would compute nothing in any step: use {runtime.world} or more, or at most "
+            f"{config.batch_size} processes"
+        )
+    run = RunFolder(config, record)
     run.refuse_foreign()
     if dry_run is not None:
         return runtime, dry_run.aside(runtime, run)
     if run.finished():
         log.info("%s is finished already; remove %s to train again", config.run_name, run.path)
     return runtime, run
+
+
+def _without_places(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's configuration without what may differ from node to node."""
+    train = {name: v for name, v in record["train"].items() if name not in ("output_dir", "resume")}
+    return {**record, "train": train}
 
 
 @contextmanager
@@ -243,7 +254,8 @@ def set_up_scorer(
     runtime: Runtime, model: PreTrainedModel, config: TrainingConfig, *, dropout: bool
 ) -> TokenScorer:
     """Probe, wrap and place the model; dropout, recomputation and compilation as asked."""
-    model.to(runtime.device)
+    if runtime.stage != 3:  # there no device ever holds the whole model
+        model.to(runtime.device)
     scorer = make_scorer(model, config.attention)
     if runtime.is_main:
         rows = "pairs share their prompt" if scorer.abilities.trees else "one row an answer"
@@ -344,8 +356,8 @@ def train_and_export(
         if warning := learning_rate_warning(config, full=full, new="model" in run.record):
             log.warning("warning: %s", warning)
     sample = make_sampler(runtime, scorer.model, tokenizer, config, run, ends)
-    train(runtime, scorer, task, config, run, facts, sample)
-    runtime.on_main(lambda: export(scorer.model, tokenizer, run.final, ends))
+    engine = train(runtime, scorer, task, config, run, facts, sample)
+    export(runtime, engine, tokenizer, run.final, ends)
     if runtime.is_main:
         log.info("final model: %s", run.final)
     return run.final
@@ -367,29 +379,3 @@ def answer_ends(
     if not tokenizer.chat_template:
         return (tokenizer.eos_token_id,)
     return end_tokens(tokenizer, Template(tokenizer, template))
-
-
-def export(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    ends: tuple[int | None, ...] = (),
-) -> None:
-    """Write weights, configuration and tokenizer so that plain `transformers` loads them."""
-    generation = model.generation_config
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if getattr(model.config, name, None) is None:
-            setattr(model.config, name, getattr(tokenizer, name))
-        if getattr(generation, name, None) is None:
-            setattr(generation, name, getattr(tokenizer, name))
-    known = end_ids(model, ends)
-    if len(known) > 1:
-        generation.eos_token_id = known
-    # Some published folders hold a temperature without do_sample; transformers reads such a
-    # configuration and refuses to write it.
-    sampled = any(getattr(generation, n, None) not in (None, 1.0) for n in ("temperature", "top_p"))
-    if not generation.do_sample and (sampled or getattr(generation, "top_k", None)):
-        generation.do_sample = True
-    with committed_folder(folder) as place, torch.no_grad():
-        model.save_pretrained(place)
-        tokenizer.save_pretrained(place)

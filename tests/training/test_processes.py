@@ -91,7 +91,7 @@ def broken_dpo(checkpoint: Path, pairs: Path, folder: Path, break_at: int | None
     real = loop._optimizer_step
 
     def breaks(*args):
-        if args[5] == break_at:
+        if args[4] == break_at:
             raise KeyboardInterrupt
         return real(*args)
 

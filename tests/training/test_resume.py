@@ -58,7 +58,7 @@ def test_a_run_that_breaks_goes_on_to_the_same_end(
     real = loop._optimizer_step
 
     def breaks(*args):
-        if args[5] == stop_after:
+        if args[4] == stop_after:
             raise KeyboardInterrupt
         return real(*args)
 

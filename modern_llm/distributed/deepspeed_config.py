@@ -1,0 +1,251 @@
+"""The DeepSpeed JSON that `accelerate launch` names, checked against the run's configuration.
+
+The run says batch sizes, rates, clipping and precision; the JSON says what is sharded and where it
+lies. What both say differently is refused with both values. DeepSpeed itself passes over unknown
+keys at the top level without a word, so they are looked for here. Called by `runtime.start`.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from modern_llm.config import TrainingConfig
+from modern_llm.config.errors import ConfigError
+
+# Sections that DeepSpeed reads and that leave the meaning of a run as it is. Left out on purpose:
+# its pipelines, curricula, sparse attention, autotuning and batch-size elasticity.
+KNOWN = frozenset(
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer "
+    "scheduler gradient_clipping fp16 bf16 torch_autocast data_types zero_optimization "
+    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer communication_data_type aio "
+    "prescale_gradients gradient_predivide_factor steps_per_print wall_clock_breakdown "
+    "memory_breakdown comms_logger flops_profiler dump_state log_level disable_python_gc".split()
+)
+# Counted in words of the run: our micro-batches hold tokens, not a fixed number of examples, and
+# the loop alone divides, so DeepSpeed is told one of each.
+COUNTED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """Return the content of a DeepSpeed JSON, or raise `ConfigError` naming file and place."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            [f"deepspeed_config_file {path}: {error.strerror}; give its path from where you start"]
+        ) from error
+    except ValueError as error:
+        raise ConfigError([f"{path}: not JSON: {error}"]) from error
+    if not isinstance(content, dict):
+        raise ConfigError([f"{path}: must be one JSON object of sections"])
+    return content
+
+
+def resolve(content: dict[str, Any], config: TrainingConfig, place: str) -> dict[str, Any]:
+    """Return what DeepSpeed is given, with everything filled in from the run's configuration.
+
+    Args:
+        content: the JSON as read; it is not changed.
+        place: where it stands, for messages.
+
+    Raises:
+        ConfigError: unknown keys, contradictions and what a stage cannot do, all at once.
+    """
+    problems = [
+        *_unknown_keys(content),
+        *_contradictions(content, config),
+        *_impossible(content, config),
+    ]
+    if problems:
+        raise ConfigError([f"{place}: {problem}" for problem in problems])
+    result = copy.deepcopy(content)
+    for name in (*COUNTED, "optimizer", "scheduler"):
+        result.pop(name, None)
+    stage = stage_of(result)
+    result |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # Stage 0 clips only in mixed precision; the engine's wrapper clips there.
+        "gradient_clipping": (config.max_grad_norm or 0.0) if stage > 0 else 0.0,
+        "zero_allow_untested_optimizer": True,
+        # Else AdamW becomes the compiled CPU Adam, whose decay is coupled when it is rebuilt.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": float("inf"),
+    }
+    for name in ("bf16", "fp16"):
+        enabled = config.precision == name and stage > 0 and not _autocast(result)
+        result[name] = {**result.get(name, {}), "enabled": enabled}
+    if config.precision == "bf16" and stage == 0:
+        # Stage 0 shards nothing: float32 weights and autocast, exactly as DDP computes.
+        result["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return result
+
+
+def reference_config(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a frozen model's engine beside the policy's resolved `content`.
+
+    Always ZeRO-3, whatever the policy's stage: weights are all that a frozen model has. They lie
+    where the policy's lie, and precision is the policy's.
+    """
+    zero = content["zero_optimization"]
+    kept = {name: value for name, value in zero.items() if name.startswith("stage3_")}
+    result = {name: content[name] for name in ("bf16", "fp16", "torch_autocast") if name in content}
+    result |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": float("inf"),
+        "zero_optimization": {"stage": 3, **kept},
+    }
+    if stage_of(content) == 3 and "offload_param" in zero:
+        result["zero_optimization"]["offload_param"] = zero["offload_param"]
+    return result
+
+
+def stage_of(content: dict[str, Any]) -> int:
+    """Return the ZeRO stage."""
+    return int(content.get("zero_optimization", {}).get("stage", 0))
+
+
+def _autocast(content: dict[str, Any]) -> bool:
+    return bool(content.get("torch_autocast", {}).get("enabled", False))
+
+
+def _unknown_keys(content: dict[str, Any]) -> Iterator[str]:
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    yield from _unknown("", content, KNOWN)
+    models = {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+        "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+    }
+    for path, model in models.items():
+        section: Any = content
+        for part in path.split("."):
+            section = section.get(part) if isinstance(section, dict) else None
+        if section is None:
+            continue
+        if not isinstance(section, dict):
+            yield f"{path}: must be an object, got {section!r}"
+            continue
+        names = {field.alias or name for name, field in model.model_fields.items()}
+        yield from _unknown(f"{path}.", section, frozenset(names))
+
+
+def _unknown(prefix: str, section: dict[str, Any], known: frozenset[str]) -> Iterator[str]:
+    for name in section:
+        if name not in known:
+            close = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f" (did you mean {prefix}{close[0]}?)" if close else ""
+            yield f"{prefix}{name}: unknown key{hint}; remove it"
+
+
+def _contradictions(content: dict[str, Any], config: TrainingConfig) -> Iterator[str]:
+    """What the JSON and the run's configuration both say, and differently."""
+    optimizer = content.get("optimizer", {})
+    params = optimizer.get("params", {}) if isinstance(optimizer, dict) else {}
+    autocast = content.get("torch_autocast", {})
+    pairs = [
+        ("train_batch_size", content.get("train_batch_size"), "batch_size", config.batch_size),
+        (
+            "train_micro_batch_size_per_gpu",
+            content.get("train_micro_batch_size_per_gpu"),
+            "micro_batch_size",
+            config.micro_batch_size,
+        ),
+        (
+            "gradient_accumulation_steps",
+            content.get("gradient_accumulation_steps"),
+            "gradient_accumulation_steps",
+            config.gradient_accumulation_steps,
+        ),
+        (
+            "gradient_clipping",
+            content.get("gradient_clipping"),
+            "max_grad_norm",
+            config.max_grad_norm or 0.0,
+        ),
+        ("optimizer.type", optimizer.get("type"), "(the optimizer)", "AdamW"),
+        ("optimizer.params.lr", params.get("lr"), "learning_rate", config.learning_rate),
+        (
+            "optimizer.params.weight_decay",
+            params.get("weight_decay"),
+            "weight_decay",
+            config.weight_decay,
+        ),
+        ("optimizer.params.eps", params.get("eps"), "adam_epsilon", config.adam_epsilon),
+        (
+            "optimizer.params.betas",
+            params.get("betas"),
+            "adam_beta1/2",
+            [config.adam_beta1, config.adam_beta2],
+        ),
+        (
+            "scheduler.type",
+            (content.get("scheduler") or {}).get("type"),
+            "schedule",
+            config.schedule,
+        ),
+        (
+            "zero_force_ds_cpu_optimizer",
+            content.get("zero_force_ds_cpu_optimizer"),
+            "(torch.optim.AdamW)",
+            False,
+        ),
+        (
+            "torch_autocast.dtype",
+            autocast.get("dtype") if autocast.get("enabled") else None,
+            "mixed_precision",
+            {"bf16": "bfloat16", "fp16": "float16"}.get(config.precision, "float32"),
+        ),
+    ]
+    for name in ("bf16", "fp16"):
+        said = (content.get(name) or {}).get("enabled")
+        pairs.append((f"{name}.enabled", said, "mixed_precision", config.precision == name))
+    for name, said, field, wanted in pairs:
+        if said is None or said == "auto" or said == wanted:
+            continue
+        shown = config.mixed_precision if field == "mixed_precision" else wanted
+        yield (
+            f"{name} {said!r} contradicts train.{field} {shown!r}: the run's configuration "
+            'decides; remove the key, or write "auto"'
+        )
+
+
+def _impossible(content: dict[str, Any], config: TrainingConfig) -> Iterator[str]:
+    zero = content.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
+        stage = zero.get("stage") if isinstance(zero, dict) else zero
+        yield f"zero_optimization.stage: must be 0, 1, 2 or 3, got {stage!r}"
+        return
+    stage = zero["stage"]
+    lowest = {"offload_optimizer": 1, "offload_param": 3}
+    for name, needed in lowest.items():
+        device = (zero.get(name) or {}).get("device", "none") if zero.get(name) else "none"
+        if device == "nvme":
+            yield (
+                f"zero_optimization.{name}.device nvme: checkpoints read and write the state in "
+                "memory; use cpu"
+            )
+        elif device != "none" and stage < needed:
+            yield (
+                f"zero_optimization.{name}: stage {stage} cannot, it needs stage {needed} or above"
+            )
+    if stage == 3 and config.compile:
+        yield (
+            "zero_optimization.stage 3 gathers weights in hooks that a compiled layer does not "
+            "run: set train.compile false, or use stage 2"
+        )
+    if stage == 0 and config.precision == "fp16":
+        yield "zero_optimization.stage 0 has no loss scaler here: use stage 1, or DDP"

@@ -1,0 +1,188 @@
+"""Who is there, and do all bring the same things: said through a store before any collective.
+
+A collective among processes that do not fit together hangs or computes nonsense. So every process
+first leaves a note (where it runs, versions, digests) in the rendezvous store, reads all notes
+within `MEET_SECONDS`, and says in one line who is missing or differs. The same meeting of nodes,
+before a launcher starts, is `python -m modern_llm.distributed.meet_nodes`. Called by
+`runtime.start`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import time
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch.distributed as dist
+
+from modern_llm.config.errors import PeerError, UserError
+
+MEET_SECONDS = 60.0
+PACKAGES = ("modern-llm", "torch", "accelerate", "transformers", "deepspeed", "peft", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that must agree between processes; "absent" where not installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def open_store(host: str, port: int, *, serves: bool, seconds: float = MEET_SECONDS) -> dist.Store:
+    """Return the store at host:port, which this process hosts if it `serves`.
+
+    Raises:
+        UserError: the port is taken.
+        PeerError: nobody answers there within `seconds`.
+    """
+    try:
+        return dist.TCPStore(
+            host, port, is_master=serves, timeout=timedelta(seconds=seconds),
+            wait_for_workers=False, multi_tenant=True,
+        )  # fmt: skip
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        text = " ".join(str(error).split())
+        if serves and "address already in use" in text.lower():
+            raise UserError(
+                f"port {port} is in use on this machine: choose another "
+                "(MASTER_PORT, or --main_process_port of accelerate launch)"
+            ) from error
+        what = "could not be opened here" if serves else f"nobody answered within {seconds:.0f} s"
+        raise PeerError(
+            f"rendezvous at {host}:{port}: {what}; check the address of node 0 and that it was "
+            f"started ({text[:120]})"
+        ) from error
+
+
+def meet(
+    store: dist.Store,
+    rank: int,
+    world: int,
+    facts: dict[str, Any],
+    *,
+    word: str = "rank",
+    seconds: float = MEET_SECONDS,
+) -> list[dict[str, Any]]:
+    """Leave `facts`, wait for everybody's, and return them in order of rank.
+
+    Args:
+        word: what a member is called in messages: "rank" or "node".
+        facts: plain values under short names; `host` and `node` are added.
+
+    Raises:
+        PeerError: some did not come, two claim one place, or their facts differ; names them.
+    """
+    if not 0 <= rank < world:
+        raise PeerError(
+            f"{word} {rank} of {world}: must be 0 to {world - 1}; check machine_rank and "
+            "the number of machines on this node"
+        )
+    mine = {"host": socket.gethostname(), "node": _node(), "pid": os.getpid(), **facts}
+    note = json.dumps(mine, sort_keys=True)
+    seen = store.compare_set(f"here/{rank}", "", note).decode()
+    if seen != note:
+        other = json.loads(seen)
+        raise PeerError(
+            f"two processes claim {word} {rank}: on {other['host']} and on {mine['host']}; "
+            "give each node its own machine_rank"
+        )
+    notes = _wait_for_all(store, world, word, seconds)
+    problems = differences(notes, word)
+    # Everyone reads before anyone leaves: the host of the store takes it along when it ends.
+    store.add("read", 1)
+    _until(lambda: store.add("read", 0) >= world, seconds if not problems else 2.0)
+    if problems:
+        raise PeerError("; ".join(problems))
+    return notes
+
+
+def differences(notes: list[dict[str, Any]], word: str) -> list[str]:
+    """Return one sentence for each fact that is not the same in all notes, naming who differs."""
+    problems = []
+    for name in sorted(set().union(*notes) - {"host", "node", "pid"}):
+        values = [json.dumps(note.get(name), sort_keys=True) for note in notes]
+        for rank, value in enumerate(values):
+            if value != values[0]:
+                note = notes[rank]
+                problems.append(
+                    f"{word} {rank} (node {note['node']}, {note['host']}) has another {name} than "
+                    f"{word} 0: {_apart(notes[0].get(name), note.get(name))}"
+                )
+                break
+    return [f"{problem}; make them the same on every node" for problem in problems]
+
+
+def _apart(one: Any, other: Any) -> str:
+    """Say how two values differ: of mappings, only the entries that do."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        names = [n for n in sorted(set(one) | set(other)) if one.get(n) != other.get(n)]
+        return ", ".join(f"{n} {_short(other.get(n))}, not {_short(one.get(n))}" for n in names[:4])
+    return f"{_short(other)}, not {_short(one)}"
+
+
+def _short(value: Any) -> str:
+    return str(value)[:16]
+
+
+def _wait_for_all(store: dist.Store, world: int, word: str, seconds: float) -> list[dict[str, Any]]:
+    def absent() -> list[int]:
+        return [rank for rank in range(world) if not store.check([f"here/{rank}"])]
+
+    _until(lambda: not absent(), seconds)
+    missing = absent()
+    if missing:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if word == "rank" else 1
+        nodes = ", ".join(str(node) for node in sorted({rank // local for rank in missing}))
+        raise PeerError(
+            f"{word} {', '.join(map(str, missing[:8]))} of {world} (node {nodes}) did not come "
+            f"within {seconds:.0f} s: start that node, or check its machine_rank and that it can "
+            "reach node 0"
+        )
+    return [json.loads(store.get(f"here/{rank}").decode()) for rank in range(world)]
+
+
+def _until(condition: Any, seconds: float) -> None:
+    """Ask again and again until `condition()` holds or the time is over."""
+    deadline = time.monotonic() + seconds
+    pause = 0.01
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(pause)
+        pause = min(0.5, pause * 1.5)
+
+
+def _node() -> str:
+    for name in ("GROUP_RANK", "SLURM_NODEID", "NODE_RANK"):
+        if name in os.environ:
+            return os.environ[name]
+    return "0"
+
+
+def join(backend: str | None, facts: dict[str, Any], timeout: timedelta) -> None:
+    """Meet the other processes that the environment announces and start the process group.
+
+    Args:
+        backend: of torch.distributed; None takes what fits the device.
+        facts: what must be the same everywhere, besides the versions.
+        timeout: of every later collective.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    host = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    port = int(os.environ.setdefault("MASTER_PORT", "0" if world == 1 else "29500"))
+    # Under torchrun the launcher itself holds the store, and keeps it over a restart.
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = open_store(host, port, serves=rank == 0 and not agent)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"modern-llm/{attempt}", store)
+    meet(dist.PrefixStore("meet", store), rank, world, {"versions": versions(), **facts})
+    dist.init_process_group(
+        backend=backend, store=store, rank=rank, world_size=world, timeout=timeout
+    )
