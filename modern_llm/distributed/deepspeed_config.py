@@ -131,9 +131,7 @@ def _unknown_keys(content: dict[str, Any]) -> Iterator[str]:
         "fp16": DeepSpeedFP16Config,
     }
     for path, model in models.items():
-        section: Any = content
-        for part in path.split("."):
-            section = section.get(part) if isinstance(section, dict) else None
+        section = _at(content, path)
         if section is None:
             continue
         if not isinstance(section, dict):
@@ -153,74 +151,43 @@ def _unknown(prefix: str, section: dict[str, Any], known: frozenset[str]) -> Ite
 
 def _contradictions(content: dict[str, Any], config: TrainingConfig) -> Iterator[str]:
     """What the JSON and the run's configuration both say, and differently."""
-    optimizer = content.get("optimizer", {})
-    params = optimizer.get("params", {}) if isinstance(optimizer, dict) else {}
-    autocast = content.get("torch_autocast", {})
-    pairs = [
-        ("train_batch_size", content.get("train_batch_size"), "batch_size", config.batch_size),
-        (
-            "train_micro_batch_size_per_gpu",
-            content.get("train_micro_batch_size_per_gpu"),
-            "micro_batch_size",
-            config.micro_batch_size,
-        ),
-        (
-            "gradient_accumulation_steps",
-            content.get("gradient_accumulation_steps"),
+    autocast_dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(config.precision, "float32")
+    wanted = {
+        # path in the JSON: (field of train, its value)
+        "train_batch_size": ("batch_size", config.batch_size),
+        "train_micro_batch_size_per_gpu": ("micro_batch_size", config.micro_batch_size),
+        "gradient_accumulation_steps": (
             "gradient_accumulation_steps",
             config.gradient_accumulation_steps,
         ),
-        (
-            "gradient_clipping",
-            content.get("gradient_clipping"),
-            "max_grad_norm",
-            config.max_grad_norm or 0.0,
-        ),
-        ("optimizer.type", optimizer.get("type"), "(the optimizer)", "AdamW"),
-        ("optimizer.params.lr", params.get("lr"), "learning_rate", config.learning_rate),
-        (
-            "optimizer.params.weight_decay",
-            params.get("weight_decay"),
-            "weight_decay",
-            config.weight_decay,
-        ),
-        ("optimizer.params.eps", params.get("eps"), "adam_epsilon", config.adam_epsilon),
-        (
-            "optimizer.params.betas",
-            params.get("betas"),
-            "adam_beta1/2",
-            [config.adam_beta1, config.adam_beta2],
-        ),
-        (
-            "scheduler.type",
-            (content.get("scheduler") or {}).get("type"),
-            "schedule",
-            config.schedule,
-        ),
-        (
-            "zero_force_ds_cpu_optimizer",
-            content.get("zero_force_ds_cpu_optimizer"),
-            "(torch.optim.AdamW)",
-            False,
-        ),
-        (
-            "torch_autocast.dtype",
-            autocast.get("dtype") if autocast.get("enabled") else None,
-            "mixed_precision",
-            {"bf16": "bfloat16", "fp16": "float16"}.get(config.precision, "float32"),
-        ),
-    ]
-    for name in ("bf16", "fp16"):
-        said = (content.get(name) or {}).get("enabled")
-        pairs.append((f"{name}.enabled", said, "mixed_precision", config.precision == name))
-    for name, said, field, wanted in pairs:
-        if said is None or said == "auto" or said == wanted:
+        "gradient_clipping": ("max_grad_norm", config.max_grad_norm or 0.0),
+        "optimizer.type": ("(always)", "AdamW"),
+        "optimizer.params.lr": ("learning_rate", config.learning_rate),
+        "optimizer.params.weight_decay": ("weight_decay", config.weight_decay),
+        "optimizer.params.eps": ("adam_epsilon", config.adam_epsilon),
+        "optimizer.params.betas": ("adam_beta1/2", [config.adam_beta1, config.adam_beta2]),
+        "scheduler.type": ("schedule", config.schedule),
+        "zero_force_ds_cpu_optimizer": ("(always torch.optim.AdamW)", False),
+        "bf16.enabled": ("mixed_precision", config.precision == "bf16"),
+        "fp16.enabled": ("mixed_precision", config.precision == "fp16"),
+    }
+    if _autocast(content):
+        wanted["torch_autocast.dtype"] = ("mixed_precision", autocast_dtype)
+    for path, (field, value) in wanted.items():
+        said = _at(content, path)
+        if said is None or said == "auto" or said == value:
             continue
-        shown = config.mixed_precision if field == "mixed_precision" else wanted
+        shown = config.mixed_precision if field == "mixed_precision" else value
         yield (
-            f"{name} {said!r} contradicts train.{field} {shown!r}: the run's configuration "
+            f"{path} {said!r} contradicts train.{field} {shown!r}: the run's configuration "
             'decides; remove the key, or write "auto"'
         )
+
+
+def _at(content: Any, path: str) -> Any:
+    for part in path.split("."):
+        content = content.get(part) if isinstance(content, dict) else None
+    return content
 
 
 def _impossible(content: dict[str, Any], config: TrainingConfig) -> Iterator[str]:
