@@ -11,16 +11,24 @@ from __future__ import annotations
 import argparse
 import difflib
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
 from modern_llm.config.errors import ConfigError
 
 S = TypeVar("S", bound=BaseSettings)
+
+
+SPELLINGS = {
+    "--json": "--json_output",
+    "--dry-run": "--dry_run",
+    "--copy": "--copy_to",
+    "--expect-world": "--expect_world",
+}
 
 
 class Settings(BaseSettings):
@@ -47,6 +55,8 @@ class Settings(BaseSettings):
     """Also print the result as one JSON object, the last line on stdout (--json does the same)."""
     debug: bool = False
     """Show the traceback of an error."""
+    expect_world: Annotated[int, Field(gt=0)] | None = None
+    """Refuse to run on another number of processes than this (--expect-world does the same)."""
 
 
 def read_settings(schema: type[S], arguments: list[str], verb: str) -> S:
@@ -59,8 +69,7 @@ def read_settings(schema: type[S], arguments: list[str], verb: str) -> S:
         ConfigError: every unknown name, wrong type, illegal value and contradiction, with its
         place.
     """
-    spelled = {"--json": "--json_output", "--dry-run": "--dry_run", "--copy": "--copy_to"}
-    arguments = [spelled.get(argument, argument) for argument in arguments]
+    arguments = [_spelled(argument) for argument in arguments]
     given = _command_line(schema, arguments, verb)
     file = Path(given["config"]) if given.get("config") else None
     lines: dict[str, int] = {}
@@ -93,6 +102,11 @@ def _checked(
         known = {e["loc"]: e for e in error.errors(include_url=False)}
         problems = [_problem(schema, e, given, file, lines) for e in known.values()]
         raise ConfigError(problems) from error
+
+
+def _spelled(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return f"{SPELLINGS.get(name, name)}{equals}{value}"
 
 
 def _command_line(schema: type[BaseSettings], arguments: list[str], verb: str) -> dict[str, Any]:

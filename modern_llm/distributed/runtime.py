@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError, PeerError, StorageError
-from modern_llm.distributed import deepspeed_config
+from modern_llm.distributed import deepspeed_config, frozen
 from modern_llm.distributed.commit import committed_folder
 from modern_llm.distributed.engine import DeepSpeedEngine, Engine
 from modern_llm.distributed.handshake import join
@@ -37,8 +37,8 @@ T = TypeVar("T")
 class Runtime:
     """One process of a run: who it is, and how it agrees with the others."""
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, config: TrainingConfig):
+        self.accelerator, self.config = accelerator, config
         self.rank: int = accelerator.process_index
         self.world: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
@@ -51,13 +51,45 @@ class Runtime:
     @property
     def stage(self) -> int | None:
         """ZeRO stage, or None without DeepSpeed."""
+        content = self.deepspeed_content
+        return deepspeed_config.stage_of(content) if content else None
+
+    @property
+    def deepspeed_content(self) -> dict[str, Any]:
+        """What DeepSpeed was given; empty without it."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        return None if plugin is None else deepspeed_config.stage_of(plugin.deepspeed_config)
+        return {} if plugin is None else plugin.deepspeed_config
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Engine:
         """Return `model` and its optimizer in the hands of DDP, DeepSpeed or nobody."""
         kind = Engine if self.stage is None else DeepSpeedEngine
         return kind(self.accelerator, model, optimizer)
+
+    @property
+    def forward_dtype(self) -> str:
+        """What weights and activations of a forward are: part of what a log-prob depends on."""
+        if self.stage and not self.deepspeed_content.get("torch_autocast", {}).get("enabled"):
+            for name in ("bf16", "fp16"):
+                if self.deepspeed_content[name]["enabled"]:
+                    return f"{name}-weights"  # no autocast: norms and residuals are rounded too
+        precision = self.config.precision
+        return "float32" if precision == "no" else precision
+
+    def freeze(self, module: nn.Module) -> nn.Module:
+        """Return a module that is only asked, never trained, ready for forwards on this device.
+
+        Every rank makes the same number of forwards with it, in step: under DeepSpeed it is sharded
+        by an engine of its own.
+        """
+        if self.stage is None:
+            return frozen.still(module).to(self.device)
+        file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+        content = frozen.engine_config(self.deepspeed_content, file, self.config)
+        return frozen.shard(module, content)
+
+    def release(self, module: nn.Module) -> None:
+        """Free what `freeze` returned."""
+        frozen.let_go(module)
 
     def barrier(self) -> None:
         """Wait for every process."""
@@ -161,19 +193,6 @@ class Runtime:
         if not first:
             yield
 
-    def freeze(self, module: nn.Module) -> nn.Module:
-        """Return a module that is only asked, never trained, ready for forwards on this device.
-
-        Every rank makes the same number of forwards with it, in step: it may be sharded.
-        """
-        return module.to(self.device).eval().requires_grad_(False)
-
-    def release(self, module: nn.Module) -> None:
-        """Free what a frozen module holds."""
-        module.to("meta")
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
     def agree(self, value: str, what: str) -> None:
         """Raise `PeerError` on every process unless all have the same `value`."""
         values = self.gather(value)
@@ -184,24 +203,21 @@ class Runtime:
             )
 
 
-def start(
-    config: TrainingConfig, facts: dict[str, Any] | None = None, expect_world: int | None = None
-) -> Runtime:
+def start(config: TrainingConfig, facts: dict[str, Any] | None = None) -> Runtime:
     """Start the process group, if there is one, and return this process's part in it.
 
     Args:
         facts: what must be the same on every process, compared before the first collective.
-        expect_world: number of processes that the user counts on.
 
     Raises:
-        ConfigError: a precision or sharding that this machine cannot do, a DeepSpeed JSON that
-            contradicts `config`, or a world of another size than expected.
+        ConfigError: a precision or sharding that this machine cannot do, or a DeepSpeed JSON that
+            contradicts `config`.
         PeerError: processes are missing, or do not fit together.
     """
     on_cpu = not torch.cuda.is_available()
     deepspeed = _asked("ACCELERATE_USE_DEEPSPEED")
     announced = int(os.environ.get("WORLD_SIZE", "1"))
-    _refuse_what_cannot_be(config, announced, expect_world, on_cpu=on_cpu, deepspeed=deepspeed)
+    _refuse_what_cannot_be(config, on_cpu=on_cpu, deepspeed=deepspeed)
     plugin = _deepspeed_plugin(config) if deepspeed else None
     if (announced > 1 or deepspeed) and not dist.is_initialized():
         if not on_cpu:
@@ -239,27 +255,19 @@ def start(
             f"the launcher announced {announced} processes, the process group has "
             f"{accelerator.num_processes}; start with torchrun --nproc_per_node {announced}"
         )
-    return Runtime(accelerator)
+    return Runtime(accelerator, config)
 
 
 def _asked(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1", "yes")
 
 
-def _refuse_what_cannot_be(
-    config: TrainingConfig, world: int, expected: int | None, *, on_cpu: bool, deepspeed: bool
-) -> None:
+def _refuse_what_cannot_be(config: TrainingConfig, *, on_cpu: bool, deepspeed: bool) -> None:
     """Raise `ConfigError` for what a launcher or this machine would quietly do otherwise."""
     # Only what accelerate launch itself was told: its own default is "no".
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     wanted = config.precision
     rules = [
-        (
-            expected is not None and expected != world,
-            f"--expect-world {expected}, but the launcher started {world} processes: on a CPU use "
-            f"torchrun --nproc_per_node {expected}, or accelerate launch --multi_gpu "
-            f"--num_processes {expected} (with --cpu it quietly starts one)",
-        ),
         (
             wanted == "fp16" and on_cpu,
             "train.mixed_precision fp16 needs a GPU: use bf16 or no on this machine",

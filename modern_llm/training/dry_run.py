@@ -97,15 +97,15 @@ class DryRun:
             raise ConfigError(
                 [f"train.warmup_steps {config.warmup_steps} is above the {steps} steps of this run"]
             )
-        model, _ = runtime.accelerator.prepare(scorer, make_optimizer(config, scorer))
-        model.train()
+        engine = runtime.prepare(scorer, make_optimizer(config, scorer))
+        model = engine.model.train()
         batches = task.micro_batches(0)
         began = time.perf_counter()
         (batch,) = task.prepare(model, 0, [batches[0].to(runtime.device)])
         sums = task.run(model, batch)
-        runtime.accelerator.backward(sums.loss * runtime.world / task.denominator(0))
+        engine.backward(sums.loss * runtime.world / task.denominator(0), last=True)
         loss = float(sums.loss.detach())
-        norm = float(runtime.accelerator.clip_grad_norm_(model.parameters(), float("inf")))
+        norm = engine.step(config.max_grad_norm).grad_norm
         if not torch.isfinite(torch.tensor([loss, norm])).all():
             raise UserError(
                 f"dry run: loss {loss} and gradient norm {norm} of the first "

@@ -83,7 +83,7 @@ class ReferencePass:
             return
         if dpo.reference_checkpoint is not None:
             self._checkpoint = inspect_checkpoint(dpo.reference_checkpoint)
-        place = find_store(runtime, self._checkpoint, config, dpo)
+        place = find_store(runtime, self._checkpoint, dpo)
         self.digest, self.store = place.digest, place.store
         if place.foreign:
             self._checkpoint = None
@@ -220,7 +220,8 @@ class ReferencePass:
             log.info("reference: its weights are not at hand, so no stored value is scored again")
             yield None
             return
-        if self._is_policy and policy is not None:
+        # DeepSpeed computes in an engine only: sharded, and in the precision that training has.
+        if self._is_policy and policy is not None and self._runtime.stage is None:
             scorer, module = policy, policy
         else:
             scorer = setup.set_up_frozen(self._runtime, self._checkpoint, self._config)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import StorageError
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.load import Checkpoint
@@ -36,9 +35,7 @@ class Place:
     """Whether the weights are not at hand: the digest was told."""
 
 
-def find_store(
-    runtime: Runtime, checkpoint: Checkpoint, config: TrainingConfig, dpo: DPOConfig
-) -> Place:
+def find_store(runtime: Runtime, checkpoint: Checkpoint, dpo: DPOConfig) -> Place:
     """Return the store of the reference's values; it need not exist yet.
 
     Args:
@@ -47,9 +44,9 @@ def find_store(
     Raises:
         StorageError: no store, or several, have the digest that was told.
     """
-    recipe = recipe_of(checkpoint, config)
+    recipe = recipe_of(checkpoint, runtime)
     if dpo.reference_digest is not None:
-        store = _opened(runtime, lambda: _told(config, dpo))
+        store = _opened(runtime, lambda: _told(runtime.forward_dtype, dpo))
         return Place(store.identity.reference, store, foreign=True)
     digest = digest_of_checkpoint(runtime, checkpoint)
     if dpo.reference == "model":
@@ -78,10 +75,9 @@ def _opened(runtime: Runtime, find: Callable[[], Path]) -> ReferenceStore:
     return ReferenceStore(*runtime.on_main(look))
 
 
-def recipe_of(checkpoint: Checkpoint, config: TrainingConfig) -> str:
+def recipe_of(checkpoint: Checkpoint, runtime: Runtime) -> str:
     """Return the scoring recipe of a run."""
-    precision = config.precision
-    return scoring_recipe(checkpoint.config, "float32" if precision == "no" else precision)
+    return scoring_recipe(checkpoint.config, runtime.forward_dtype)
 
 
 def digest_of_checkpoint(runtime: Runtime, checkpoint: Checkpoint) -> str:
@@ -126,10 +122,9 @@ def _say_what_differs(identity: Identity) -> None:
             )
 
 
-def _told(config: TrainingConfig, dpo: DPOConfig) -> Path:
+def _told(compute: str, dpo: DPOConfig) -> Path:
     """Find the store of a digest that was told; rank 0 only."""
     told = dpo.reference_digest or ""
-    compute = "float32" if config.precision == "no" else config.precision
     candidates = stores_in(cache_root())
     if dpo.reference_store is not None:
         candidates = [dpo.reference_store]

@@ -276,7 +276,9 @@ def set_up_scorer(
 
 def set_up_frozen(runtime: Runtime, checkpoint: Checkpoint, config: TrainingConfig) -> TokenScorer:
     """Load and probe a model that is only asked, never trained."""
-    model = load_model(checkpoint).to(runtime.device)
+    model = load_model(checkpoint)
+    if runtime.stage is None:  # under DeepSpeed its engine places it, sharded
+        model.to(runtime.device)
     disable_dropout(model)
     scorer = make_scorer(model, config.attention)
     return scorer.eval().requires_grad_(False)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modern_llm.config import TrainingConfig
-from modern_llm.config.errors import ConfigError, DataError, PeerError
+from modern_llm.config.errors import ConfigError, DataError, PeerError, UserError
 from modern_llm.distributed.runtime import start
 from tests.helpers.ranks import run_ranks
 
@@ -76,6 +76,48 @@ def test_stages_of_one_process_may_differ_in_precision():
 def test_float16_without_a_gpu_is_refused():
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
         start(config(mixed_precision="fp16"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP needs a GPU"),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "true"},
+            "use_cpu switches DeepSpeed off",
+        ),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "accelerate launch says mixed precision bf16"),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "gone.json"},
+            "deepspeed_config_file gone.json: No such file",
+        ),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU cannot do")
+def test_what_would_quietly_be_something_else_is_refused(environment, sentence, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=sentence):
+        start(config())
+
+
+def test_another_world_than_expected_is_refused(monkeypatch, capsys):
+    from modern_llm.cli import main
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["demo", "--expect-world", "3"]) == 2
+    assert "--expect-world 3, but the launcher started 2" in capsys.readouterr().err
+
+
+def test_fewer_examples_than_processes_name_what_works(tmp_path):
+    with pytest.raises(UserError, match="below the 2 processes.*use 2 or more, or at most 1"):
+        run_ranks(too_many, 2, tmp_path)
+
+
+def too_many(folder: Path) -> None:
+    from modern_llm.training.setup import open_run
+
+    open_run(TrainingConfig(run_name="x", output_dir=folder / "run", batch_size=1))
 
 
 def lonely() -> str:

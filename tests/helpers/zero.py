@@ -99,8 +99,8 @@ def all_cases(checkpoint: Path, data: Path, cases: dict[str, Case]) -> dict[str,
     kinds = []
     real = Runtime.__init__
 
-    def noted(self, accelerator):
-        real(self, accelerator)
+    def noted(self, accelerator, config):
+        real(self, accelerator, config)
         kinds.append((accelerator.distributed_type.name, self.world, self.stage))
 
     Runtime.__init__ = noted

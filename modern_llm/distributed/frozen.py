@@ -1,0 +1,67 @@
+"""A frozen model beside the policy: whole on each device, or sharded by its own ZeRO-3 engine.
+
+Under DeepSpeed, whatever the policy's stage, the engine has neither optimizer nor gradients, and
+every process holds its share of each weight. All processes must do the same number of forwards.
+Called through `Runtime.freeze` and `Runtime.release`.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from modern_llm.config import TrainingConfig
+from modern_llm.distributed import deepspeed_config
+
+REFERENCE_FILE = "reference_zero3.json"
+
+
+def engine_config(policy: dict[str, Any], file: str, config: TrainingConfig) -> dict[str, Any]:
+    """Return the configuration of a frozen model's engine.
+
+    Args:
+        policy: the policy's resolved configuration.
+        file: the JSON that the policy's came from; `reference_zero3.json` beside it is taken.
+    """
+    beside = Path(file).with_name(REFERENCE_FILE)
+    if not beside.is_file():
+        return deepspeed_config.reference_config(policy)
+    content = deepspeed_config.read_file(str(beside))
+    content["zero_optimization"] = {"stage": 3, **content.get("zero_optimization", {})}
+    resolved = deepspeed_config.resolve(content, config, str(beside))
+    return deepspeed_config.reference_config(resolved)
+
+
+def shard(module: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """Return `module` in a ZeRO-3 engine that only does forwards; its weights are sharded."""
+    import deepspeed
+
+    still(module)
+    engine, *_ = deepspeed.initialize(model=module, config=config)
+    engine.eval()
+    return engine
+
+
+def still(module: nn.Module) -> nn.Module:
+    """Switch dropout and gradients off."""
+    module.requires_grad_(False)
+    return module.eval()
+
+
+def let_go(frozen: nn.Module) -> None:
+    """Free a frozen model's weights now, not when the last name for it goes away."""
+    destroy = getattr(frozen, "destroy", None)
+    if destroy is None:
+        frozen.to("meta")
+    else:
+        destroy()
+        for parameter in frozen.parameters():
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
+            parameter.ds_tensor = None
+        gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

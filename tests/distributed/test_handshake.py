@@ -1,0 +1,88 @@
+"""Processes that do not fit together say so in one line, at once, and name who does not fit."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from modern_llm.config.errors import PeerError, UserError
+from modern_llm.distributed.handshake import differences, meet, open_store, versions
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def together(port: int, members: list[tuple[int, dict]], world: int, seconds: float = 20.0):
+    """Let members meet, each in a thread with a connection of its own; return result or error."""
+    server = open_store("127.0.0.1", port, serves=True)
+
+    def one(member):
+        rank, facts = member
+        store = open_store("127.0.0.1", port, serves=False)
+        try:
+            return meet(store, rank, world, facts, word="node", seconds=seconds)
+        except PeerError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(members)) as pool:
+        results = list(pool.map(one, members))
+    del server
+    return results
+
+
+def test_all_see_all(port):
+    results = together(port, [(0, {"a": 1}), (1, {"a": 1}), (2, {"a": 1})], 3)
+    for notes in results:
+        assert [note["a"] for note in notes] == [1, 1, 1]
+        assert all(note["host"] == socket.gethostname() for note in notes)
+
+
+def test_a_difference_names_the_node_and_both_values(port):
+    facts = [
+        (0, {"versions": {"torch": "2.13.0", "peft": "1"}, "data": "same"}),
+        (1, {"versions": {"torch": "2.12.0", "peft": "1"}, "data": "same"}),
+    ]
+    for message in together(port, facts, 2):
+        assert message.startswith("node 1 (node 0, ")
+        assert "another versions than node 0: torch 2.12.0, not 2.13.0" in message
+        assert "peft" not in message
+
+
+def test_a_missing_node_is_named_in_time(port):
+    began = time.monotonic()
+    (first, third) = together(port, [(0, {}), (2, {})], 3, seconds=1.5)
+    assert time.monotonic() - began < 10
+    for message in (first, third):
+        assert message.startswith("node 1 of 3 (node 1) did not come within 2 s")
+
+
+def test_two_with_one_rank_and_a_rank_too_high(port):
+    results = together(port, [(0, {"n": 1}), (0, {"n": 2})], 2, seconds=1.5)
+    assert any("two processes claim node 0" in str(result) for result in results)
+    with pytest.raises(PeerError, match="node 2 of 2: must be 0 to 1"):
+        meet(None, 2, 2, {}, word="node")
+
+
+def test_nobody_at_the_address_and_a_port_in_use(port):
+    with pytest.raises(PeerError, match=f"127.0.0.1:{port}: nobody answered within 1 s"):
+        open_store("127.0.0.1", port, serves=False, seconds=1)
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", port))
+        taken.listen()
+        with pytest.raises(UserError, match=f"port {port} is in use"):
+            open_store("127.0.0.1", port, serves=True, seconds=1)
+
+
+def test_versions_hold_what_must_agree():
+    found = versions()
+    assert found["torch"] != "absent" and found["python"].count(".") == 2
+    notes = [{"host": "a", "node": "0", "pid": 1}, {"host": "b", "node": "1", "pid": os.getpid()}]
+    assert differences(notes, "rank") == []
