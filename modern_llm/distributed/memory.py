@@ -1,0 +1,227 @@
+"""Bytes that one process holds, by part, for any model, ZeRO stage, world and token budget.
+
+Parameters, gradients and optimizer states are counted as DeepSpeed and AdamW lay them out, padding
+and small unsharded parameters included: the tests compare them with the tensors of real engines.
+Activations, head and buffers are estimates of the largest moment. Pure arithmetic: nothing is
+loaded. Used by planning.
+
+Letters: W processes, N elements, h hidden width, f width of the MLP, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+FLOAT32 = 4
+ITEM = {"no": 4, "fp32": 4, "bf16": 2, "fp16": 2}
+# Under stages 1 and 2 a flat buffer of parameters is padded to this many elements times W.
+ALIGNMENT = 2
+HEAD_CHUNK = 256 << 20
+"""Bytes of logits that the fused head makes at once on a GPU."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor of the model."""
+
+    shape: tuple[int, ...]
+    trained: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the activations of a decoder depend on."""
+
+    layers: int
+    hidden: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How a run is laid out."""
+
+    world: int = 1
+    stage: int | None = None
+    """ZeRO stage; None is one process or DDP."""
+    precision: str = "no"
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    persistence_threshold: int = 100_000
+    """ZeRO-3 keeps parameters of up to so many elements whole (`stage3_param_persistence_...`)."""
+    bucket: int = 200_000_000
+    """Elements that are reduced together (`reduce_bucket_size`)."""
+    sub_group: int = 1_000_000_000
+    """Elements that ZeRO-3 steps at once (`sub_group_size`)."""
+    reference: bool = False
+    """Whether a live frozen model stands beside the policy."""
+    tokens: int = 16_384
+    """Tokens of one forward, padding included."""
+    targets: int | None = None
+    """Target positions among them; all unless said."""
+    checkpointing: bool = False
+    """Whether activations are made again in the backward pass."""
+    row: int | None = None
+    """Row length, where attention scores are held whole (the plain CPU kernel with a mask)."""
+
+    @property
+    def item(self) -> int:
+        """Bytes of one weight in the forward: only ZeRO 1 to 3 lower the weights themselves."""
+        return ITEM[self.precision] if self.stage else FLOAT32
+
+
+@dataclass
+class Memory:
+    """Bytes of one process by part, on its device and in its host's memory."""
+
+    device: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def device_total(self) -> int:
+        """Bytes on the device at the largest moment."""
+        return sum(self.device.values())
+
+
+def plan_memory(parameters: Sequence[Parameter], sizes: Sizes, setting: Setting) -> Memory:
+    """Return what each process holds right before an optimizer step that is not the first."""
+    memory = Memory()
+    weights = weight_bytes(parameters, setting)
+    (memory.host if setting.offload_parameters else memory.device)["parameters"] = weights
+    states = memory.host if setting.offload_optimizer else memory.device
+    states["optimizer"] = optimizer_bytes(parameters, setting)
+    states["gradients"] = gradient_bytes(parameters, setting)
+    if setting.reference:
+        memory.device["reference"] = _reference_bytes(parameters, setting)
+    memory.device["activations"] = activation_bytes(sizes, setting)
+    memory.device["head"] = head_bytes(sizes, setting)
+    memory.device["buffers"] = _buffer_bytes(parameters, sizes, setting)
+    return memory
+
+
+def weight_bytes(parameters: Sequence[Parameter], setting: Setting) -> int:
+    """Bytes of the weights that a forward reads, between two forwards."""
+    if setting.stage == 3:
+        return setting.item * _sharded(parameters, setting)
+    frozen = sum(p.numel for p in parameters if not p.trained)
+    if setting.stage in (1, 2):
+        return setting.item * (frozen + sum(_padded(g, setting) for g in _groups(parameters)))
+    return FLOAT32 * sum(p.numel for p in parameters)
+
+
+def gradient_bytes(parameters: Sequence[Parameter], setting: Setting) -> int:
+    """Bytes of the reduced gradients before a step, float32 where they are offloaded."""
+    item = FLOAT32 if setting.offload_optimizer else setting.item
+    if setting.stage == 3:
+        return item * sum(
+            _ceil(p.numel, setting.world) for group in _groups(parameters) for p in group
+        )
+    if setting.stage in (1, 2):
+        return item * sum(_padded(g, setting) // setting.world for g in _groups(parameters))
+    return FLOAT32 * sum(p.numel for p in parameters if p.trained)
+
+
+def optimizer_bytes(parameters: Sequence[Parameter], setting: Setting) -> int:
+    """Bytes of AdamW's two moments and counts of steps, and of ZeRO's float32 copy of the
+    weights."""
+    if setting.stage is None or setting.stage == 0:
+        trained = [p for p in parameters if p.trained]
+        return sum(2 * FLOAT32 * p.numel + FLOAT32 for p in trained)
+    flats: list[int] = []
+    for group in _groups(parameters):
+        if setting.stage == 3:
+            flats += _sub_groups(group, setting)
+        else:
+            flats.append(_padded(group, setting) // setting.world)
+    return sum(3 * FLOAT32 * numel + FLOAT32 for numel in flats)
+
+
+def activation_bytes(sizes: Sizes, setting: Setting) -> int:
+    """Bytes kept for the backward pass of one forward: an estimate.
+
+    A decoder layer with a gated MLP keeps for each token its two norm inputs and outputs (4h), the
+    queries and the attention's result (2 heads x head_dim), keys and values, and four products of
+    the MLP (4f). With `checkpointing` one layer of that, and each layer's input (h).
+    """
+    width = sizes.heads * sizes.head_dim
+    item = ITEM[setting.precision]
+    layer = 4 * sizes.hidden + 2 * width + 2 * sizes.kv_heads * sizes.head_dim + 4 * sizes.mlp
+    if setting.row is not None:
+        layer += 2 * sizes.heads * setting.row
+    if setting.checkpointing:
+        return setting.tokens * item * (layer + sizes.layers * sizes.hidden)
+    return setting.tokens * item * layer * sizes.layers
+
+
+def head_bytes(sizes: Sizes, setting: Setting) -> int:
+    """Bytes of the fused head at its largest moment: three chunks of logits, the hidden states of
+    the targets and their gradients, and the float32 gradient of the weight."""
+    targets = setting.tokens if setting.targets is None else setting.targets
+    logits = min(HEAD_CHUNK, targets * sizes.vocabulary * FLOAT32)
+    states = 2 * targets * sizes.hidden * ITEM[setting.precision]
+    return 3 * logits + states + sizes.vocabulary * sizes.hidden * FLOAT32
+
+
+def _reference_bytes(parameters: Sequence[Parameter], setting: Setting) -> int:
+    if setting.stage is None:
+        return FLOAT32 * sum(p.numel for p in parameters)
+    return setting.item * _sharded(parameters, setting)
+
+
+def _sharded(parameters: Sequence[Parameter], setting: Setting) -> int:
+    """Elements under ZeRO-3: equal shares, and small parameters gathered with their padding."""
+    shares = [(p.numel, _ceil(p.numel, setting.world)) for p in parameters]
+    kept = [share for numel, share in shares if numel <= setting.persistence_threshold]
+    return sum(share for _, share in shares) + setting.world * sum(kept)
+
+
+def _buffer_bytes(parameters: Sequence[Parameter], sizes: Sizes, setting: Setting) -> int:
+    """Gradients on their way, and under ZeRO-3 the weights that are whole at one time."""
+    if setting.stage in (None, 0):
+        return 0
+    total = sum(p.numel for p in parameters if p.trained)
+    bucket = setting.item * min(setting.bucket, total)
+    if setting.stage < 3:
+        # Stage 1 and 2 hold a whole gradient only until its bucket is full.
+        return 2 * bucket
+    largest = max((p.numel for p in parameters), default=0)
+    a_layer = sum(p.numel for p in parameters) - 2 * sizes.vocabulary * sizes.hidden
+    live = max(largest, 2 * max(0, a_layer) // max(sizes.layers, 1))
+    return bucket + setting.item * live
+
+
+def _groups(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
+    """The groups of the optimizer: matrices, which decay, and the rest."""
+    trained = [p for p in parameters if p.trained]
+    groups = ([p for p in trained if len(p.shape) >= 2], [p for p in trained if len(p.shape) < 2])
+    return [group for group in groups if group]
+
+
+def _padded(group: Iterable[Parameter], setting: Setting) -> int:
+    unit = ALIGNMENT * setting.world
+    return _ceil(sum(p.numel for p in group), unit) * unit
+
+
+def _sub_groups(group: Iterable[Parameter], setting: Setting) -> list[int]:
+    """Elements of this rank in each part of a group that ZeRO-3 steps at once."""
+    parts = [0]
+    for parameter in group:
+        if parts[-1] >= setting.sub_group:
+            parts.append(0)
+        parts[-1] += _ceil(parameter.numel, setting.world)
+    return parts
+
+
+def _ceil(value: int, by: int) -> int:
+    return -(-value // by)

@@ -1,0 +1,34 @@
+"""The shape of a model without its weights: for planning, before anything is loaded."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Return the model of a configuration with shapes and no weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def parameter_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter by name, tied ones once."""
+    return {name: tuple(p.shape) for name, p in empty_model(config).named_parameters()}
+
+
+def decoder_sizes(config: PretrainedConfig) -> dict[str, int]:
+    """Return the widths of a decoder under the field names of `distributed.memory.Sizes`."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    mlp = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None)
+    experts = getattr(text, "num_experts_per_tok", None) or 1
+    return {
+        "layers": text.num_hidden_layers,
+        "hidden": text.hidden_size,
+        "mlp": (mlp or 4 * text.hidden_size) * experts,
+        "heads": heads,
+        "kv_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "vocabulary": text.vocab_size,
+    }
