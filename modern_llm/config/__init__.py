@@ -5,12 +5,14 @@ from modern_llm.config.data import (
     InstructionDatasetConfig,
     PreferenceDatasetConfig,
 )
+from modern_llm.config.lora import LoraConfig
 from modern_llm.config.model import ModernLLMConfig, MoEConfig
 from modern_llm.config.training import TrainingConfig
 
 __all__ = [
     "DocumentDatasetConfig",
     "InstructionDatasetConfig",
+    "LoraConfig",
     "ModernLLMConfig",
     "MoEConfig",
     "PreferenceDatasetConfig",

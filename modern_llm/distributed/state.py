@@ -80,15 +80,20 @@ def replicated(engine: Engine) -> bool:
     return not any(hasattr(parameter, "to_local") for parameter in engine.inner.parameters())
 
 
-def full_parameters(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+def full_parameters(engine: Engine, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, whole float32 parameter) one after the other; a collective on every rank.
 
     A rank that lets go of each tensor holds one parameter at a time.
+
+    Args:
+        trained: whether frozen ones are left out.
     """
     names = {id(p): name for name, p in engine.inner.named_parameters()}
     sharded = isinstance(engine, DeepSpeedEngine) and engine.stage > 0
     for parameter in engine.inner.parameters():
         name = names[id(parameter)]
+        if trained and not parameter.requires_grad:
+            continue
         if sharded and parameter.requires_grad:
             from deepspeed.utils import safe_get_full_fp32_param
 

@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,6 +25,7 @@ from transformers import (
 
 from modern_llm.config.errors import StorageError, UserError
 from modern_llm.models import pt_files
+from modern_llm.models.adapters import base_of, merged
 from modern_llm.models.probe import probe
 from modern_llm.models.scorer import TokenScorer
 
@@ -38,6 +40,8 @@ class Checkpoint:
     """As the user said it."""
     config: PretrainedConfig
     has_tokenizer: bool
+    base: str | None = None
+    """The checkpoint that the adapters in this folder stand on; None for a whole model."""
 
     @property
     def is_pt(self) -> bool:
@@ -61,6 +65,10 @@ def inspect_checkpoint(place: str | Path) -> Checkpoint:
     if place.endswith(".pt"):
         return Checkpoint(place, pt_files.read_config(Path(place)), has_tokenizer=False)
     path = Path(place)
+    base = base_of(path)
+    if base is not None:
+        inner = inspect_checkpoint(base)
+        return Checkpoint(place, inner.config, _load_tokenizer(place) is not None, base)
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(
             f"checkpoint {place}: no config.json in it; give a transformers folder, a .pt file or "
@@ -81,17 +89,25 @@ def inspect_checkpoint(place: str | Path) -> Checkpoint:
     return Checkpoint(place, config, has_tokenizer=_load_tokenizer(place) is not None)
 
 
-def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
+def load_model(checkpoint: Checkpoint, quantize: str | None = None) -> PreTrainedModel:
     """Return the model in float32 on the CPU: training keeps float32 weights, autocast lowers the
-    forward."""
+    forward. Adapters in a folder are merged into the model that they stand on.
+
+    Args:
+        quantize: "nf4" or "int8" for frozen weights in few bits, on the GPU.
+    """
+    if checkpoint.base is not None:
+        return merged(load_model(inspect_checkpoint(checkpoint.base)), Path(checkpoint.place))
     if checkpoint.is_pt:
         return pt_files.load_model(Path(checkpoint.place))
+    extra = {} if quantize is None else {"quantization_config": _few_bits(quantize)}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint.place,
             dtype=torch.float32,
             output_loading_info=True,
             trust_remote_code=False,
+            **extra,
         )
     except SafetensorError as error:
         raise StorageError(
@@ -111,6 +127,17 @@ def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
             "refused"
         )
     return model
+
+
+def _few_bits(quantize: str) -> BitsAndBytesConfig:
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def make_scorer(model: PreTrainedModel, attention: str = "auto") -> TokenScorer:

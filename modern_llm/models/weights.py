@@ -18,8 +18,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils.hub import cached_file
 
 from modern_llm.config.errors import StorageError, UserError
-from modern_llm.models import pt_files
-from modern_llm.models.load import Checkpoint
+from modern_llm.models import adapters, pt_files
+from modern_llm.models.load import Checkpoint, inspect_checkpoint
 
 # In the order in which transformers looks for them.
 _LAYOUTS = ("model.safetensors", "pytorch_model.bin")
@@ -33,6 +33,9 @@ def weight_files(checkpoint: Checkpoint) -> list[Path]:
     """
     if checkpoint.is_pt:
         return [Path(checkpoint.place)]
+    if checkpoint.base is not None:  # the base's files first, as `stored_tensors` expects
+        files = weight_files(inspect_checkpoint(checkpoint.base))
+        return [*files, Path(checkpoint.place) / adapters.WEIGHTS]
     for name in _LAYOUTS:
         if single := _find(checkpoint.place, name):
             return [single]
@@ -87,6 +90,10 @@ def stored_tensors(checkpoint: Checkpoint, files: list[Path]) -> Iterator[tuple[
     Raises:
         StorageError: a file is damaged.
     """
+    if checkpoint.base is not None:
+        yield from stored_tensors(inspect_checkpoint(checkpoint.base), files[:-1])
+        yield from _tensors(files[-1])
+        return
     model = _without_weights(checkpoint)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     if checkpoint.is_pt:

@@ -21,7 +21,6 @@ from modern_llm.models.load import inspect_checkpoint, load_model, load_tokenize
 from modern_llm.report.card import model_card
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ADAPTER = "adapter_config.json"
 CARD = "README.md"
 
 
@@ -49,11 +48,11 @@ def export_checkpoint(
     """
     if output.exists():
         raise ConfigError([f"output {output}: stands there already; name another place"])
-    if (Path(model) / ADAPTER).is_file() != merge:
+    checkpoint = inspect_checkpoint(model)
+    if (checkpoint.base is not None) != merge:
         which = "no adapter: leave merge out" if merge else "an adapter: say merge to merge it"
         raise ConfigError([f"merge: {model} is {which}"])
-    loaded = _merged(model) if merge else load_model(inspect_checkpoint(model))
-    loaded = loaded.to(DTYPES[dtype])
+    loaded = load_model(checkpoint).to(DTYPES[dtype])
     if output.suffix == ".pt":
         config = modern_config(loaded, model)
         try:
@@ -70,21 +69,6 @@ def export_checkpoint(
         "parameters": loaded.num_parameters(),
         "merged": merge,
     }
-
-
-def _merged(model: str) -> PreTrainedModel:
-    try:
-        from peft import AutoPeftModelForCausalLM
-    except ImportError as error:
-        raise UserError(
-            f"checkpoint {model}: is an adapter; pip install 'modern-llm[lora]' to merge it"
-        ) from error
-    try:
-        adapter = AutoPeftModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"checkpoint {model}: the adapter cannot be loaded ({first})") from error
-    return adapter.merge_and_unload()
 
 
 def _write_folder(

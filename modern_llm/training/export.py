@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modern_llm.distributed.engine import Engine
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.state import full_parameters
+from modern_llm.models.adapters import has_adapters, write_adapters
 from modern_llm.models.generate import end_ids
 
 
@@ -26,17 +27,23 @@ def export(
     folder: Path,
     ends: tuple[int | None, ...] = (),
 ) -> None:
-    """Write float32 weights, configuration and tokenizer; a collective of all ranks.
+    """Write float32 weights, or adapters where these were trained, with configuration and
+    tokenizer; a collective of all ranks.
 
     Args:
         ends: ids that end an answer besides the tokenizer's end token.
     """
     state: dict[str, Tensor] = {}
-    for name, tensor in full_parameters(engine):
+    adapted = has_adapters(engine.inner)
+    for name, tensor in full_parameters(engine, trained=adapted):
         if runtime.is_main:
             state[name] = tensor.to("cpu", copy=tensor.device.type == "cpu")
     with runtime.committed_folder(folder, {}) as place:
-        if runtime.is_main:
+        if runtime.is_main and adapted:
+            name_special_ids(engine.inner, tokenizer, ends)
+            write_adapters(engine.inner, state, place)
+            tokenizer.save_pretrained(place)
+        elif runtime.is_main:
             write_model(engine.inner, state, tokenizer, place, ends)
 
 

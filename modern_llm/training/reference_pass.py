@@ -24,6 +24,7 @@ from modern_llm.config.errors import StorageError
 from modern_llm.data.prepare import Prepared
 from modern_llm.data.tokens import TokenTable
 from modern_llm.distributed.runtime import Runtime
+from modern_llm.models.adapters import has_adapters
 from modern_llm.models.load import Checkpoint, inspect_checkpoint
 from modern_llm.models.scorer import TokenScorer
 from modern_llm.reference.entries import Entries
@@ -31,6 +32,7 @@ from modern_llm.reference.fill import FillReport, fill, values_of
 from modern_llm.reference.store import ReferenceStore
 from modern_llm.training import setup
 from modern_llm.training.dpo_config import DPOConfig
+from modern_llm.training.lora import Base
 from modern_llm.training.reference_place import find_store
 from modern_llm.training.scoring import Answers, Scoring, score_everywhere
 
@@ -163,11 +165,16 @@ class ReferencePass:
             values = [self._values(wanted) for wanted in self._wanted]
         return {wanted.what: found for wanted, found in zip(self._wanted, values, strict=True)}
 
-    def live(self) -> nn.Module | None:
+    def live(self, policy: TokenScorer) -> nn.Module | None:
         """Return the frozen model of `reference: model`, else None."""
         if self._dpo.reference != "model" or not self._dpo.needs_reference:
             return None
         assert self._checkpoint is not None
+        # Under ZeRO-3 the policy's weights are whole inside its own engine's forward only.
+        if has_adapters(policy.model) and self._is_policy and self._runtime.stage != 3:
+            if self._runtime.is_main:
+                log.info("reference: the policy without its adapters, asked in every step")
+            return Base(policy)
         scorer = setup.set_up_frozen(self._runtime, self._checkpoint, self._config)
         if self._runtime.is_main:
             log.info("reference: a frozen model beside the policy, asked in every step")

@@ -91,7 +91,8 @@ class RunFolder:
             outcome = json.loads((self.path / "outcome.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        return outcome.get("status") == 0 and (self.final / "config.json").is_file()
+        models = ("config.json", "adapter_config.json")
+        return outcome.get("status") == 0 and any((self.final / m).is_file() for m in models)
 
     def open(self) -> None:
         """Create the folder and write the configuration; rank 0 only."""

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
+from modern_llm.config import LoraConfig, PreferenceDatasetConfig, TrainingConfig
 from modern_llm.data.preference_datasets import build_preference_tables
 from modern_llm.data.prepare import Prepared
 from modern_llm.distributed.runtime import Runtime
-from modern_llm.models.load import inspect_checkpoint, load_model
+from modern_llm.models.load import inspect_checkpoint
 from modern_llm.models.scorer import TokenScorer
-from modern_llm.training import setup
+from modern_llm.training import lora, setup
 from modern_llm.training.dpo_config import DPOConfig
 from modern_llm.training.dry_run import DryRun
 from modern_llm.training.preference_task import PreferenceTask
@@ -30,6 +30,7 @@ def run_dpo(
     preference_config: PreferenceDatasetConfig,
     tokenizer_name: str | None = None,
     dry_run: DryRun | None = None,
+    lora_config: LoraConfig | None = None,
 ) -> Path:
     """Train a policy on preference pairs and return its folder, `output_dir/{run_name}_final`.
 
@@ -44,6 +45,7 @@ def run_dpo(
         preference_config: where the pairs are, and their template.
         tokenizer_name: Hub id or folder; else the checkpoint's, else `train_config.tokenizer_name`.
         dry_run: given, the run ends after one forward and backward and keeps nothing.
+        lora_config: given, adapters are trained; the reference is the model without them.
 
     Raises:
         UserError: bad configuration, checkpoint or data; nothing was written.
@@ -57,8 +59,10 @@ def run_dpo(
         sft_checkpoint=str(sft_checkpoint),
         dpo=dpo_config,
         data=data,
+        lora=lora_config,
         tokenizer_name=tokenizer_name,
     )
+    lora.check_lora(runtime, lora_config, train_config, dropout=False)
     if run.finished():
         return run.final
     checkpoint = inspect_checkpoint(sft_checkpoint)
@@ -70,9 +74,10 @@ def run_dpo(
         prepared = setup.build_tables(runtime, run, build, train_config)
         setup.check_ids_fit(prepared.train, checkpoint.vocabulary)
         reference = reference_for(runtime, checkpoint, train_config, dpo_config, prepared)
-        scorer = setup.set_up_scorer(runtime, load_model(checkpoint), train_config, dropout=False)
+        scorer = lora.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=False)
         task = _task(runtime, scorer, train_config, dpo_config, prepared, reference)
         facts = {"data": prepared.train.digest, "reference": reference.digest}
+        facts |= lora.base_facts(runtime, checkpoint, lora_config)
         ends = setup.answer_ends(tokenizer, data, prepared)
         return setup.train_and_export(
             runtime, scorer, task, train_config, run, tokenizer, facts, ends
@@ -115,5 +120,5 @@ def _task(
         evaluation,
         values.get("evaluation pairs"),
         scorer.aux_coefficient,
-        live=reference.live(),
+        live=reference.live(scorer),
     )

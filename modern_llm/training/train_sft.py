@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
-from modern_llm.config import InstructionDatasetConfig, TrainingConfig
+from modern_llm.config import InstructionDatasetConfig, LoraConfig, TrainingConfig
 from modern_llm.data.instruction_datasets import build_instruction_tables
-from modern_llm.models.load import inspect_checkpoint, load_model
-from modern_llm.training import setup
+from modern_llm.models.load import inspect_checkpoint
+from modern_llm.training import lora, setup
 from modern_llm.training.dry_run import DryRun
 from modern_llm.training.language_task import LanguageTask
 
@@ -21,6 +22,7 @@ def run_sft(
     dataset_config: InstructionDatasetConfig,
     tokenizer_name: str | None = None,
     dry_run: DryRun | None = None,
+    lora_config: LoraConfig | None = None,
 ) -> Path:
     """Fine-tune a checkpoint on instructions and return its folder, `output_dir/{run_name}_final`.
 
@@ -30,6 +32,7 @@ def run_sft(
         dataset_config: where the instructions are, and their template.
         tokenizer_name: Hub id or folder; else the checkpoint's, else `train_config.tokenizer_name`.
         dry_run: given, the run ends after one forward and backward and keeps nothing.
+        lora_config: given, adapters are trained beside frozen weights.
 
     Raises:
         UserError: bad configuration, checkpoint or data; nothing was written.
@@ -40,9 +43,11 @@ def run_sft(
         train_config,
         pretrain_checkpoint=str(pretrain_checkpoint),
         data=data,
+        lora=lora_config,
         tokenizer_name=tokenizer_name,
         dry_run=dry_run,
     )
+    lora.check_lora(runtime, lora_config, train_config, dropout=True)
     if run.finished():
         return run.final
     checkpoint = inspect_checkpoint(pretrain_checkpoint)
@@ -53,23 +58,20 @@ def run_sft(
     setup.check_positions(max_length, checkpoint, "data.max_length")
     setup.check_agreement(tokenizer, others, data)
     with setup.outcome_recorded(runtime, run):
-        prepared = setup.build_tables(
-            runtime,
-            run,
-            lambda folder: build_instruction_tables(
-                data,
-                tokenizer,
-                folder,
-                max_length=max_length,
-                max_prompt_length=data.max_prompt_length,
-            ),
-            train_config,
+        build = partial(
+            build_instruction_tables,
+            data,
+            tokenizer,
+            max_length=max_length,
+            max_prompt_length=data.max_prompt_length,
         )
+        prepared = setup.build_tables(runtime, run, build, train_config)
         setup.check_ids_fit(prepared.train, checkpoint.vocabulary)
-        scorer = setup.set_up_scorer(runtime, load_model(checkpoint), train_config, dropout=True)
+        scorer = lora.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=True)
         source, evaluation = setup.make_sources(runtime, train_config, prepared, "answers", scorer)
         task = LanguageTask(source, evaluation, scorer.aux_coefficient)
         facts = {"data": prepared.train.digest}
+        facts |= lora.base_facts(runtime, checkpoint, lora_config)
         ends = setup.answer_ends(tokenizer, data, prepared)
         return setup.train_and_export(
             runtime, scorer, task, train_config, run, tokenizer, facts, ends

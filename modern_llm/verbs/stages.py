@@ -12,6 +12,7 @@ from pydantic import Field
 from modern_llm.config import (
     DocumentDatasetConfig,
     InstructionDatasetConfig,
+    LoraConfig,
     ModernLLMConfig,
     PreferenceDatasetConfig,
     TrainingConfig,
@@ -53,6 +54,8 @@ class SftSettings(TrainingSettings):
     pretrain_checkpoint: str
     """Hub id, transformers folder or .pt file to start from."""
     data: InstructionDatasetConfig = Field(default_factory=InstructionDatasetConfig)
+    lora: LoraConfig | None = None
+    """Train adapters beside frozen weights."""
 
 
 class DpoSettings(TrainingSettings):
@@ -62,6 +65,8 @@ class DpoSettings(TrainingSettings):
     """Hub id, transformers folder or .pt file: the policy's start and the reference."""
     dpo: DPOConfig = Field(default_factory=DPOConfig)
     data: PreferenceDatasetConfig = Field(default_factory=PreferenceDatasetConfig)
+    lora: LoraConfig | None = None
+    """Train adapters beside frozen weights; the reference is the model without them."""
 
 
 def read_stage(path: Path, overrides: list[str] | None = None) -> tuple[str, TrainingSettings]:
@@ -128,6 +133,7 @@ def _sft(settings: SftSettings, dry_run: DryRun | None = None) -> Path:
         settings.data,
         settings.tokenizer_name,
         dry_run=dry_run,
+        lora_config=settings.lora,
     )
 
 
@@ -141,6 +147,7 @@ def _dpo(settings: DpoSettings, dry_run: DryRun | None = None) -> Path:
         settings.data,
         settings.tokenizer_name,
         dry_run=dry_run,
+        lora_config=settings.lora,
     )
 
 

@@ -1,0 +1,139 @@
+"""LoRA adapters inside a standing model, in the form of `peft`: add, switch off, save, merge.
+
+The model keeps its class and its forward, so that it is asked as any other. `peft` is imported
+when adapters are asked for. Called by the stages, by `load` and by export.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from modern_llm.config.errors import ConfigError, UserError
+from modern_llm.config.lora import LoraConfig
+
+NAME = "default"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What peft puts before the names of a wrapped model.
+PREFIX = "base_model.model."
+
+
+def add_adapters(model: PreTrainedModel, config: LoraConfig, place: str, *, seed: int) -> None:
+    """Freeze `model` and put adapters into it, which change nothing until they have trained.
+
+    Args:
+        place: where its weights came from; written into the adapters' configuration.
+        seed: of the adapters' initial weights, the same on every rank.
+    """
+    peft = _peft()
+    _refuse_unknown(model, config)
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.targets,
+        modules_to_save=config.modules_to_save or None,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=place,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.requires_grad_(False)
+        model.add_adapter(settings, NAME)
+    model.peft_config[NAME].base_model_name_or_path = place
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether adapters stand in `model`."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+@contextmanager
+def adapters_off(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model be its frozen base for the time of the body."""
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()
+
+
+def write_adapters(model: PreTrainedModel, state: dict[str, Tensor], place: Path) -> None:
+    """Write the adapters as `peft` does.
+
+    Args:
+        state: the trained parameters by name, whole and on the CPU.
+    """
+    peft = _peft()
+    settings = model.peft_config[NAME]
+    kept = peft.get_peft_model_state_dict(
+        model, state_dict=state, adapter_name=NAME, save_embedding_layers=False
+    )
+    tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in kept.items()}
+    save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
+    before = settings.inference_mode
+    settings.inference_mode = True
+    settings.save_pretrained(place)
+    settings.inference_mode = before
+
+
+def base_of(folder: Path) -> str | None:
+    """Return the checkpoint that the adapters in `folder` stand on; None where there are none."""
+    try:
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG}: cannot be read ({error}); fetch it again") from error
+    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    if not base:
+        raise UserError(f"{folder / CONFIG}: names no base model; write base_model_name_or_path")
+    return str(base)
+
+
+def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Return `base` with the adapters in `folder` added into its weights, a plain model again."""
+    peft = _peft()
+    try:
+        model = peft.PeftModel.from_pretrained(base, folder, is_trainable=False)
+        return model.merge_and_unload()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"adapters {folder}: do not fit {base.name_or_path} "
+            f"({' '.join(str(error).split())[:160]})"
+        ) from error
+
+
+def _refuse_unknown(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Refuse names that no module ends in; peft would pass over some of them with a warning."""
+    ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    asked = [("modules_to_save", config.modules_to_save)]
+    if config.targets != "all-linear":
+        asked.append(("targets", config.targets))
+    problems = [
+        f"lora.{option}: no module of this model is called {name!r}; it has "
+        f"{', '.join(sorted(e for e in ends if e and not e.isdigit()))}"
+        for option, names in asked
+        for name in names
+        if name.rpartition(".")[2] not in ends
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(
+            ["LoRA was asked for and peft is not installed: pip install modern-llm[lora]"]
+        ) from error
+    return peft
