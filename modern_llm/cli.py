@@ -125,7 +125,8 @@ def _overview(verbs: Iterable[str] = VERBS) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """Return an error's words in one printable line: it may quote what stands in a damaged file."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
 
 
 @contextmanager

@@ -193,11 +193,7 @@ def _problem(
     """One problem as `place: option: what is wrong`."""
     path = [str(part) for part in error["loc"]]
     name = ".".join(path)
-    place = (
-        f"{file}:{lines[name]}: "
-        if file is not None and name in lines and not _holds(given, path)
-        else ""
-    )
+    place = _place(file, lines, path) if file is not None and not _holds(given, path) else ""
     kind, message = error["type"], error["msg"].removeprefix("Value error, ")
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{place}{name}: unknown option{_close(path[-1], _fields(schema, path[:-1]))}"
@@ -207,6 +203,13 @@ def _problem(
         return f"{place}{name}: {message}" if name else message
     shown = repr(error.get("input"))
     return f"{place}{name}: {message}, got {shown[:80]}"
+
+
+def _place(file: Path, lines: dict[str, int], path: list[str]) -> str:
+    """Where an option stands in the file; where it should: its section, or the whole file."""
+    known = (".".join(path[:end]) for end in range(len(path), 0, -1))
+    line = next((lines[name] for name in known if name in lines), 1)
+    return f"{file}:{line}: "
 
 
 def _holds(values: Any, path: list[str]) -> bool:

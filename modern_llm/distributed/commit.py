@@ -117,7 +117,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
                 Path(n).is_relative_to(".") and ".." not in Path(n).parts for n in manifest["files"]
             )
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f"{path}: no readable manifest ({type(error).__name__})") from error
     if not well_formed:
         raise StorageError(

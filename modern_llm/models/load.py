@@ -76,10 +76,10 @@ def inspect_checkpoint(place: str | Path) -> Checkpoint:
         )
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken config.json raises whatever its reader stumbles over
         raise UserError(
             f"checkpoint {place}: neither a folder here nor a model that the Hub gives "
-            f"({_first_line(error)}); check the path or the id"
+            f"({first_line(error)}); check the path or the id"
         ) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(
@@ -111,11 +111,11 @@ def load_model(checkpoint: Checkpoint, quantize: str | None = None) -> PreTraine
         )
     except SafetensorError as error:
         raise StorageError(
-            f"checkpoint {checkpoint.place}: damaged weights ({_first_line(error)}); fetch it again"
+            f"checkpoint {checkpoint.place}: damaged weights ({first_line(error)}); fetch it again"
         ) from error
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as above, of any file in the folder
         raise UserError(
-            f"checkpoint {checkpoint.place}: its weights cannot be loaded ({_first_line(error)}); "
+            f"checkpoint {checkpoint.place}: its weights cannot be loaded ({first_line(error)}); "
             "check the folder or the id"
         ) from error
     wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
@@ -167,13 +167,26 @@ def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _load_tokenizer(place: str) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer at `place`, None where there is none; one that is broken is refused."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        log.debug("no tokenizer at %s: %s", place, _first_line(error))
+        # A folder without tokenizer files yields an empty tokenizer of the model's class.
+        if not len(tokenizer):
+            return None
+        # Some damage shows only in use, and some of it is no `Exception` but a panic in Rust.
+        tokenizer("a b")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        if any(Path(place).glob("tokenizer*.json")):
+            raise UserError(
+                f"tokenizer {place}: its files are damaged ({first_line(error)}); fetch it again"
+            ) from error
+        if not isinstance(error, (OSError, ValueError, KeyError)):
+            raise
+        log.debug("no tokenizer at %s: %s", place, first_line(error))
         return None
-    # A folder without tokenizer files yields an empty tokenizer of the model's class.
-    return tokenizer if len(tokenizer) > 0 else None
+    return tokenizer
 
 
 def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, vocabulary: int, where: str) -> None:
@@ -187,5 +200,6 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, vocabulary: int, wh
         )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, for a message of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file
 
 from modern_llm.config.errors import StorageError, UserError
 from modern_llm.models import adapters, pt_files
-from modern_llm.models.load import Checkpoint, inspect_checkpoint
+from modern_llm.models.load import Checkpoint, first_line, inspect_checkpoint
 
 # In the order in which transformers looks for them.
 _LAYOUTS = ("model.safetensors", "pytorch_model.bin")
@@ -65,12 +65,19 @@ def _find(place: str, name: str) -> Path | None:
 
 
 def _parts(place: str, index: Path) -> list[Path]:
+    """Return the files that an index names; they must lie beside it."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        outside = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(
             f"checkpoint {place}: {index.name} is no index of weight files; fetch it again"
         ) from error
+    if outside:
+        raise UserError(
+            f"checkpoint {place}: {index.name} names {outside[0]!r}, which is no file beside it: "
+            "an index that leads out of its folder is not followed"
+        )
     found = {name: _find(place, name) for name in names}
     missing = [name for name, path in found.items() if path is None]
     if missing:
@@ -108,14 +115,27 @@ def stored_tensors(checkpoint: Checkpoint, files: list[Path]) -> Iterator[tuple[
 
 
 def _without_weights(checkpoint: Checkpoint) -> PreTrainedModel:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=False)
+    except Exception as error:  # values that the architecture's own code stumbles over
+        raise UserError(
+            f"checkpoint {checkpoint.place}: no model can be made of its config.json "
+            f"({type(error).__name__}: {first_line(error)}); fetch it again"
+        ) from error
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     if path.suffix == ".bin":
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        yield from sorted((name, tensor) for name, tensor in state.items())
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = sorted((name, tensor) for name, tensor in state.items())
+        except Exception as error:  # the unpickler's own kinds among them
+            raise StorageError(
+                f"{path}: damaged weights ({first_line(error)}); fetch it again; nothing in it was "
+                "executed"
+            ) from error
+        yield from tensors
         return
     try:
         with safe_open(path, framework="pt") as file:
