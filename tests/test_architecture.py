@@ -39,7 +39,8 @@ TABLE = {
     "package": row(),
     "config": row("", "pydantic pydantic_settings yaml shtab"),
     "objectives": row("", "torch"),
-    "models": row("config", "torch transformers peft safetensors"),
+    # huggingface_hub: the configuration alone of a model on the Hub.
+    "models": row("config", "torch transformers peft safetensors huggingface_hub"),
     # A table of a million pairs is made without torch; only the tensors of one batch need it.
     "data": row(
         "config",
