@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PRESETS = ("accelerate_configs", "ds_configs")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 
@@ -49,6 +50,8 @@ def test_the_wheel_is_the_package_with_types_templates_and_licence(built):
     assert {"modern_llm/py.typed", "modern_llm/report/templates/report.html"} <= names
     assert f"{info}/licenses/LICENSE" in names
     assert "modern-llm = modern_llm.cli:main" in entries
+    presets = tracked("accelerate_configs") | tracked("ds_configs")
+    assert {f"modern_llm/presets/{name}" for name in presets} <= names and len(presets) > 10
     others = {name for name in names if not name.startswith(("modern_llm/", info))}
     assert not others
     assert not any("__pycache__" in name for name in names)
@@ -61,7 +64,7 @@ def test_the_sdist_has_everything_to_build_test_and_read(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for folder in ("modern_llm", "tests", "docs", "examples", "launch"):
+    for folder in ("modern_llm", "tests", "docs", "examples", "launch", *PRESETS):
         assert tracked(folder) <= names, folder
     assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt"} <= names
     assert not any(name.startswith((".git/", ".venv", "experiments")) for name in names)
@@ -72,13 +75,18 @@ def test_a_wheel_alone_runs_the_command_line(built, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
-    for words in (["--help"], ["dpo", "--help"], ["report"]):
+    copied = tmp_path / "copied"
+    for words in (["--help"], ["presets", "--copy", str(copied)], ["report"]):
         done = subprocess.run(
             [sys.executable, "-m", "modern_llm", *words],
             capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60,
         )  # fmt: skip
         assert done.returncode == (2 if words == ["report"] else 0), done.stderr
         assert "Traceback" not in done.stderr
+    # Who installs with pip gets the very files of the repository, in folders of the same names.
+    for folder in PRESETS:
+        for name in tracked(folder):
+            assert (copied / name).read_bytes() == (ROOT / name).read_bytes()
     code = (
         "import modern_llm.report.page as p; from jinja2 import PackageLoader; "
         "print(PackageLoader('modern_llm.report', 'templates').list_templates(), p.__file__)"

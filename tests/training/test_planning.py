@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -198,6 +198,8 @@ def test_a_plan_takes_under_three_seconds(eight_billion):
         "--gpus",
         "8",
     ]
-    began = time.perf_counter()
+    # Time on the processor: a machine that is busy with other things says nothing of ours.
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(words, check=True, capture_output=True, cwd=ROOT)
-    assert time.perf_counter() - began < 3
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3

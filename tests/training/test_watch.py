@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import time
@@ -17,6 +18,7 @@ from modern_llm.training.run_folder import RunFolder
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
 from modern_llm.training.watch import Watch
 from tests.helpers.ranks import run_ranks
+from tests.helpers.zero import stage, use_deepspeed
 
 
 def config(folder: Path, **changes) -> TrainingConfig:
@@ -159,19 +161,29 @@ def test_a_resumed_run_keeps_its_reference_answers(tmp_path, tiny_checkpoint, ti
     assert lines(tmp_path / "cut" / "samples.jsonl") == whole
 
 
-def on_a_rank(*arguments) -> list[dict]:
+def on_a_rank(folder, checkpoint, pairs, sharded: bool) -> list[list[dict]]:
     import torch.distributed as dist
 
-    samples = sampled(*arguments)
+    found = [sampled(folder / "plain", checkpoint, pairs)]
+    if sharded:
+        use_deepspeed(stage(3), folder)
+        found.append(sampled(folder / "zero3", checkpoint, pairs))
+        use_deepspeed(None, folder)
     assert dist.get_world_size() == 2
-    return samples
+    return found
 
 
-def test_two_processes_answer_as_one(tmp_path, tiny_checkpoint, tiny_pairs):
+def test_two_processes_answer_as_one_with_whole_and_with_sharded_weights(
+    tmp_path, tiny_checkpoint, tiny_pairs
+):
+    sharded = importlib.util.find_spec("deepspeed") is not None
     alone = sampled(tmp_path / "one", tiny_checkpoint, tiny_pairs)
-    both = run_ranks(on_a_rank, 2, tmp_path / "two", tiny_checkpoint, tiny_pairs, timeout=200)
-    assert both[0] == both[1] and len(both[0]) == len(alone)
-    assert both[0][:3] == alone[:3]
+    first, second = run_ranks(
+        on_a_rank, 2, tmp_path / "two", tiny_checkpoint, tiny_pairs, sharded, timeout=250
+    )
+    assert first == second
+    for samples in first:
+        assert len(samples) == len(alone) and samples[:3] == alone[:3]
 
 
 def test_given_prompts_are_written_with_the_runs_template(tmp_path, tiny_checkpoint, tiny_pairs):
