@@ -108,14 +108,14 @@ def digest_file(path: Path) -> str:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
+        if path.is_symlink():
+            raise ValueError("a link")
         manifest = json.loads(path.read_text(encoding="utf-8"))
         well_formed = (
             manifest["version"] == VERSION
             and isinstance(manifest["facts"], dict)
             and manifest["own"] == _own_digest(manifest)
-            and all(
-                Path(n).is_relative_to(".") and ".." not in Path(n).parts for n in manifest["files"]
-            )
+            and all(_is_entry(name, entry) for name, entry in manifest["files"].items())
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f"{path}: no readable manifest ({type(error).__name__})") from error
@@ -124,6 +124,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: not a manifest of version {VERSION}, or changed after it was written"
         )
     return manifest
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    """Whether a line of a manifest names a file inside its folder, with size and digest."""
+    path = Path(name)
+    inside = path.parts and not path.is_absolute() and ".." not in path.parts
+    return bool(inside) and isinstance(entry["size"], int) and isinstance(entry["sha256"], str)
 
 
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:

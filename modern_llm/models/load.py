@@ -7,6 +7,7 @@ No remote code is run. Called by the stages and by `score` and `generate`.
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,12 @@ def inspect_checkpoint(place: str | Path) -> Checkpoint:
     path = Path(place)
     base = base_of(path)
     if base is not None:
+        if base_of(Path(base)) is not None:
+            # peft itself would not follow: its base is a plain model.
+            raise UserError(
+                f"checkpoint {place}: adapters on {base}, which holds adapters too or stand on "
+                "themselves; merge those first (modern-llm export)"
+            )
         inner = inspect_checkpoint(base)
         return Checkpoint(place, inner.config, _load_tokenizer(place) is not None, base)
     if path.exists() and not (path / "config.json").is_file():
@@ -74,6 +81,8 @@ def inspect_checkpoint(place: str | Path) -> Checkpoint:
             f"checkpoint {place}: no config.json in it; give a transformers folder, a .pt file or "
             "a Hub id"
         )
+    for index in sorted(path.glob("*.index.json")) if path.is_dir() else ():
+        parts_of(index, place)
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # a broken config.json raises whatever its reader stumbles over
@@ -87,6 +96,23 @@ def inspect_checkpoint(place: str | Path) -> Checkpoint:
             "transformers knows; give a decoder"
         )
     return Checkpoint(place, config, has_tokenizer=_load_tokenizer(place) is not None)
+
+
+def parts_of(index: Path, place: str) -> list[str]:
+    """Return the names of the weight files that an index lists; all must lie beside it."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name or name == ".."]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"checkpoint {place}: {index.name} is no index of weight files; fetch it again"
+        ) from error
+    if outside:
+        raise UserError(
+            f"checkpoint {place}: {index.name} names {outside[0]!r}, which is no file beside it; "
+            "an index that leads out of its folder is not followed"
+        )
+    return names
 
 
 def load_model(checkpoint: Checkpoint, quantize: str | None = None) -> PreTrainedModel:

@@ -6,7 +6,6 @@ one. Files are mapped, so that a tensor costs memory only while it is looked at.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from transformers.utils.hub import cached_file
 
 from modern_llm.config.errors import StorageError, UserError
 from modern_llm.models import adapters, pt_files
-from modern_llm.models.load import Checkpoint, first_line, inspect_checkpoint
+from modern_llm.models.load import Checkpoint, first_line, inspect_checkpoint, parts_of
 
 # In the order in which transformers looks for them.
 _LAYOUTS = ("model.safetensors", "pytorch_model.bin")
@@ -65,19 +64,7 @@ def _find(place: str, name: str) -> Path | None:
 
 
 def _parts(place: str, index: Path) -> list[Path]:
-    """Return the files that an index names; they must lie beside it."""
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"checkpoint {place}: {index.name} is no index of weight files; fetch it again"
-        ) from error
-    if outside:
-        raise UserError(
-            f"checkpoint {place}: {index.name} names {outside[0]!r}, which is no file beside it: "
-            "an index that leads out of its folder is not followed"
-        )
+    names = parts_of(index, place)
     found = {name: _find(place, name) for name in names}
     missing = [name for name, path in found.items() if path is None]
     if missing:

@@ -114,7 +114,11 @@ def load_state(place: Path, engine: Engine) -> None:
         for key in MOMENTS:
             moment = piece.moment(optimizer, key)
             moment.copy_(stored.read(f"{key}/{piece.name}", piece.start, end, of=of))
-    engine.load_scaler_state(json.loads((place / STATE).read_text())["scaler"])
+    try:
+        state = json.loads((place / STATE).read_text(encoding="utf-8"))["scaler"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise StorageError(f"{place / STATE}: cannot be read ({type(error).__name__})") from error
+    engine.load_scaler_state(state)
 
 
 def retire(folder: Path, keep: int) -> None:

@@ -9,8 +9,9 @@ import json
 import logging
 import resource
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -69,13 +70,13 @@ class MetricsLog:
     def truncate(self, step: int) -> None:
         """Forget what was logged after `step`: those steps will be made again."""
         if self.path.exists():
-            kept = [line for line in self._whole_lines() if json.loads(line)["step"] <= step]
-            write_file(self.path, "".join(f"{line}\n" for line in kept))
+            kept = [record for record in self.records() if record["step"] <= step]
+            write_file(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def elapsed(self) -> float:
         """Return the seconds that earlier parts of this run took."""
-        lines = list(self._whole_lines()) if self.path.exists() else []
-        return float(json.loads(lines[-1])["elapsed_s"]) if lines else 0.0
+        records = self.records()
+        return float(records[-1].get("elapsed_s") or 0.0) if records else 0.0
 
     def write(self, record: Mapping[str, float]) -> None:
         """Append one object; `nan` and `inf` become null, which JSON can say."""
@@ -83,11 +84,24 @@ class MetricsLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
 
-    def _whole_lines(self) -> Iterable[str]:
-        """Lines that end as they should: a kill may have cut the last one."""
-        for line in self.path.read_text(encoding="utf-8").split("\n")[:-1]:
-            if line.endswith("}"):
-                yield line
+    def records(self) -> list[dict[str, Any]]:
+        """Return what was logged, in order; a line that is damaged is left out with a warning.
+
+        The last line may be cut: the process was killed while it wrote, or is writing it.
+        """
+        try:
+            lines = self.path.read_bytes().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return []
+        found = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+                record["step"] = int(record["step"])
+                found.append(record)
+            except (ValueError, LookupError, TypeError, RecursionError):
+                log.warning("%s:%d: a damaged line is left out", self.path, number)
+        return found
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -18,6 +18,7 @@ import yaml
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import UserError
 from modern_llm.distributed.commit import write_file
+from modern_llm.training.metrics import MetricsLog
 
 # Fields that may differ between a run and its continuation: they change no number but by rounding.
 FREE = {
@@ -113,11 +114,8 @@ class RunFolder:
 
     def last_step(self) -> int:
         """Return the last step that was logged, 0 before the first."""
-        try:
-            lines = self.metrics.read_text(encoding="utf-8").splitlines()
-        except OSError:
-            return 0
-        return int(json.loads(lines[-1])["step"]) if lines else 0
+        records = MetricsLog(self.metrics).records()
+        return records[-1]["step"] if records else 0
 
     def close(self, status: int, reason: str, last_step: int) -> None:
         """Write `outcome.json`; rank 0 only."""
