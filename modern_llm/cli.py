@@ -97,11 +97,24 @@ def _run(verb: str, rest: list[str]) -> int:
         raise UserError(f"unknown verb {verb!r}{hint}: one of {', '.join(VERBS)}")
     schema, run = VERBS[verb]
     settings = read_settings(schema, rest, verb)
+    _check_world(settings.expect_world)
     with _logging(settings.debug):
         result = run(settings)
     if os.environ.get("RANK", "0") == "0" and settings.json_output:
         print(json.dumps(result, ensure_ascii=False), flush=True)
     return 0
+
+
+def _check_world(expected: int | None) -> None:
+    """Refuse a world of another size: some launchers quietly start one process for two."""
+    found = int(os.environ.get("WORLD_SIZE", "1"))
+    if expected is not None and expected != found:
+        raise UserError(
+            f"--expect-world {expected}, but the launcher started {found}: on a CPU use torchrun "
+            f"--nproc_per_node {expected}, or accelerate launch --config_file "
+            f"accelerate_configs/ddp.yaml --num_processes {expected} (accelerate launch --cpu "
+            "quietly starts one process)"
+        )
 
 
 def _split(arguments: list[str]) -> tuple[str, list[str]]:
