@@ -51,6 +51,15 @@ def test_help_imports_nothing_heavy_and_explains(verb):
     assert len(done.stdout.splitlines()) > 8
 
 
+def test_help_takes_under_a_second_of_processor_time():
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert shell("--help").returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
 def test_the_overview_lists_every_verb(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
