@@ -17,7 +17,8 @@ def show_plan(result: dict[str, Any], console: Console | None = None) -> None:
     """Print what `plan` found."""
     console = console or Console()
     console.print(
-        f"{result['model']}: {result['parameters']:,} parameters, {result['precision']}, "
+        f"{result['model']}: {result['parameters']:,} parameters, {result['trained']:,} trained, "
+        f"{result['precision']}, "
         f"{result['gpus']} GPUs of {result['gpu_memory'] / 1e9:.0f} GB "
         f"({result['usable'] / 1e9:.1f} GB planned with)",
         highlight=False,

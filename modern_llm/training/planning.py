@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from modern_llm.config import LoraConfig
 from modern_llm.config.errors import ConfigError, UserError
 from modern_llm.distributed.memory import Memory, Parameter, Setting, Sizes, plan_memory
 
@@ -72,9 +73,14 @@ class Wish:
     tokens_per_second: float | None = None
     price: float | None = None
     config: str | None = None
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         problems = []
+        if self.lora is not None and self.lora.quantize is not None:
+            problems.append(
+                "lora.quantize: quantized weights are not counted; leave it out to plan"
+            )
         if self.price is not None and self.tokens_per_second is None:
             problems.append("price has no effect without a throughput: give tokens_per_second")
         if self.tokens_per_second is not None and self.steps is None:
@@ -138,13 +144,14 @@ def plan(shapes: dict[str, tuple[int, ...]], sizes: dict[str, int], wish: Wish) 
         fits, the largest token budget), `recommended`, `launch`, and, where a throughput is known,
         `seconds` and `cost`.
     """
-    parameters = [Parameter(shape) for shape in shapes.values()]
+    parameters = with_adapters(shapes, wish.lora)
     planner = _Planner(parameters, Sizes(**sizes), wish)
     rows = [planner.row(name, live) for name in planner.presets() for live in (False, True)]
     best = next((row for row in rows if row["fits"] and row["reference"] == "cache"), None)
     result: dict[str, Any] = {
         "model": wish.model,
         "parameters": sum(p.numel for p in parameters),
+        "trained": sum(p.numel for p in parameters if p.trained),
         "gpus": wish.gpus,
         "gpu_memory": wish.gpu_memory,
         "usable": int(USABLE * wish.gpu_memory),
@@ -156,6 +163,30 @@ def plan(shapes: dict[str, tuple[int, ...]], sizes: dict[str, int], wish: Wish) 
         "launch": best and _launch(wish, best),
     }
     return result | _time(wish)
+
+
+def with_adapters(shapes: dict[str, tuple[int, ...]], lora: LoraConfig | None) -> list[Parameter]:
+    """Return the parameters of a run: all trained or, with adapters, these beside frozen ones."""
+    if lora is None:
+        return [Parameter(shape) for shape in shapes.values()]
+    parameters = []
+    for name, shape in shapes.items():
+        module = name.rpartition(".")[0]
+        saved = any(module.endswith(wanted) for wanted in lora.modules_to_save)
+        parameters.append(Parameter(shape, trained=False))
+        if saved:
+            parameters.append(Parameter(shape))
+        elif _has_adapter(module, shape, lora.targets):
+            parameters += [Parameter((lora.rank, shape[1])), Parameter((shape[0], lora.rank))]
+    return parameters
+
+
+def _has_adapter(module: str, shape: tuple[int, ...], targets: str | list[str]) -> bool:
+    if len(shape) != 2:
+        return False
+    if targets == "all-linear":
+        return not any(part in module for part in ("embed", "lm_head", "wte", "wpe"))
+    return any(module == name or module.endswith(f".{name}") for name in targets)
 
 
 class _Planner:
@@ -214,7 +245,8 @@ class _Planner:
         setting = Setting(
             world=self._wish.gpus,
             precision=self._wish.precision,
-            reference=live,
+            # With adapters the reference is the base, the adapters switched off.
+            reference=live and self._wish.lora is None,
             tokens=tokens,
             checkpointing=checkpointing,
         )

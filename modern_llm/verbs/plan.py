@@ -109,6 +109,7 @@ def _wish(settings: PlanSettings, stage: TrainingSettings | None) -> Any:
         tokens_per_second=rate,
         price=settings.price,
         config=str(settings.config) if settings.config else None,
+        lora=getattr(stage, "lora", None),
     )
 
 

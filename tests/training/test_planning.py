@@ -13,9 +13,12 @@ import yaml
 from transformers import LlamaConfig
 
 from modern_llm.cli import main
+from modern_llm.config import LoraConfig, ModernLLMConfig
 from modern_llm.config.errors import ConfigError
 from modern_llm.distributed.memory import Parameter, Setting, Sizes, plan_memory
-from modern_llm.models.outline import outline
+from modern_llm.models.adapters import add_adapters
+from modern_llm.models.build import build_model
+from modern_llm.models.outline import outline, outline_of_new
 from modern_llm.training.planning import (
     PRESETS,
     STEP,
@@ -24,6 +27,7 @@ from modern_llm.training.planning import (
     measured_throughput,
     memory_size,
     plan,
+    with_adapters,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -203,3 +207,38 @@ def test_a_plan_takes_under_three_seconds(eight_billion):
     subprocess.run(words, check=True, capture_output=True, cwd=ROOT)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"targets": ["q_proj", "v_proj"], "rank": 8}, {"modules_to_save": ["embed_tokens"]}],
+)
+def test_adapters_are_counted_as_they_are_added(options):
+    pytest.importorskip("peft", reason="the extra `lora` is not installed")
+    config = ModernLLMConfig(
+        vocab_size=100, d_model=32, n_layers=2, n_heads=4, tie_embeddings=False
+    )
+    lora, model = LoraConfig(**options), build_model(config, seed=0)
+    add_adapters(model, lora, "here", seed=0)
+    shapes, sizes = outline_of_new(config)
+    found = with_adapters(shapes, lora)
+    trained = sorted(tuple(p.shape) for p in model.parameters() if p.requires_grad)
+    assert sorted(p.shape for p in found if p.trained) == trained
+    assert sum(p.numel for p in found) == sum(p.numel() for p in model.parameters())
+    result = plan(shapes, sizes, Wish(**WISH, lora=lora))
+    assert result["trained"] == sum(p.numel for p in found if p.trained)
+    live, cached = (
+        [r["device_total"] for r in result["rows"] if r["reference"] == how]
+        for how in ("model", "cache")
+    )
+    assert live == cached  # the reference is the base with the adapters off
+
+
+def test_adapters_need_far_less_and_quantized_ones_are_not_planned(eight_billion):
+    whole, small = (
+        next(r for r in planned(eight_billion, lora=lora, tokens=2048)["rows"])
+        for lora in (None, LoraConfig())
+    )
+    assert small["device"]["optimizer"] < 0.02 * whole["device"]["optimizer"]
+    with pytest.raises(ConfigError, match="lora.quantize"):
+        planned(eight_billion, lora=LoraConfig(quantize="nf4"))
