@@ -100,15 +100,19 @@ class Claims:
     def clean(self) -> int:
         """Remove claims and leftovers of owners that are dead on this machine; return how many."""
         removed = 0
+        # Whoever was killed before it signed what it made has left that under this name. A live
+        # job from which it is taken within that moment makes another.
+        unsigned = _unsigned("")
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if self._dead_head(path) is not None:
+            left = path.name.startswith(unsigned) and lock_is_free(path)
+            if left or self._dead_head(path) is not None:
                 path.unlink(missing_ok=True)
                 removed += 1
         return removed
 
     def _make(self, path: Path) -> bool:
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".new-{self._me}"
+        temporary = self.folder / _unsigned(self._me)
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         made = False
         try:
@@ -174,6 +178,10 @@ def lock_is_free(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
+
+
+def _unsigned(owner: str) -> str:
+    return f".new-{platform.node()}-{owner}"
 
 
 def _head(path: Path) -> bytes:
