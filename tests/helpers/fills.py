@@ -1,0 +1,175 @@
+"""Fills of a reference store that run in processes of their own and write down what they score.
+
+A log is a file of 16-byte keys, appended as they are scored: what a killed process has done is
+known to the last forward. Called by the kill storms.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import transformers
+
+from modern_llm.config import TrainingConfig
+from modern_llm.data.tokens import TokenTable
+from modern_llm.distributed.runtime import Runtime, start
+from modern_llm.models.load import inspect_checkpoint
+from modern_llm.reference.entries import Entries
+from modern_llm.reference.fill import fill
+from modern_llm.reference.layout import Identity
+from modern_llm.reference.shard import Shard
+from modern_llm.reference.store import ReferenceStore
+from modern_llm.training import setup
+from modern_llm.training.dpo_config import DPOConfig
+from modern_llm.training.reference_pass import ReferencePass
+from modern_llm.training.scoring import Scoring
+
+IDENTITY = Identity("5eed" * 16, '{"compute": "float32", "scoring": 0}')
+
+
+def numbered_key(number: int) -> bytes:
+    return hashlib.blake2b(number.to_bytes(8, "little"), digest_size=16).digest()
+
+
+def scripted(keys: np.ndarray, *, tokens: bool) -> Entries:
+    """What a scripted reference says to some keys: a function of the key alone, of unequal
+    lengths, zero included."""
+    keys = np.asarray(keys, "S16")
+    raw = np.frombuffer(np.ascontiguousarray(keys).tobytes(), "<u4").reshape(-1, 4)
+    counts = (raw[:, 0] % 7).astype(np.int32)
+    ends = np.cumsum(counts)
+    owner = np.repeat(np.arange(len(keys)), counts)
+    inside = np.arange(len(owner)) - np.repeat(ends - counts, counts)
+    values = -((raw[owner, 1] + 97 * inside) % 100_003).astype(np.float32) / 1000
+    sums = np.bincount(owner, values, minlength=len(keys)).astype(np.float32)
+    return Entries(keys, sums, counts, values if tokens else None)
+
+
+def expect_equal(found: Entries, expected: Entries) -> None:
+    """Compare byte by byte; both in the order of their keys."""
+    for name in ("keys", "sums", "counts", "tokens"):
+        one, other = getattr(found, name), getattr(expected, name)
+        assert (one is None) == (other is None), name
+        assert one is None or one.tobytes() == other.tobytes(), name
+
+
+class KeyLog:
+    """Keys in a file, in the order in which any process scored them."""
+
+    def __init__(self, path: Path):
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
+
+    def add(self, keys: np.ndarray) -> None:
+        os.write(self._descriptor, keys.tobytes())
+
+
+def read_log(path: Path) -> np.ndarray:
+    return np.frombuffer(path.read_bytes() if path.exists() else b"", "S16")
+
+
+def check_shards(folder: Path, identity: Identity) -> int:
+    """Open and verify, byte by byte, every file under a final name; return the number of shards.
+
+    By the reader alone: a store would set a damaged one aside and go on.
+    """
+    found = 0
+    for path in folder.glob("shard-*"):
+        try:
+            shard = Shard(path, identity)
+            shard.verify()
+        except FileNotFoundError:  # joined meanwhile
+            continue
+        found += 1
+    assert not list(folder.glob("damaged-*"))
+    return found
+
+
+def fill_pairs(checkpoint: Path, table: Path, cache: Path, log: Path, flush_every: int) -> None:
+    """Fill the store of a checkpoint by the reference pass, on all processes of the group.
+
+    Leaves `<log>.<rank>` when the group stands.
+    """
+    os.environ["MODERN_LLM_CACHE"] = str(cache)
+    # A bar's lock is a named semaphore, which a killed process leaves behind.
+    transformers.utils.logging.disable_progress_bar()
+    log_of_keys = KeyLog(log)
+    original = Scoring.__call__
+
+    def noted(self, trees, groups):
+        for entries, values in original(self, trees, groups):
+            log_of_keys.add(values.keys)
+            yield entries, values
+
+    Scoring.__call__ = noted
+    config = TrainingConfig(
+        run_name="storm", output_dir=cache / "run", tokens_per_micro_batch=200, batch_size=4
+    )
+    runtime = start(config)
+    assert runtime.world == int(os.environ["WORLD_SIZE"])
+    (log.parent / f"{log.name}.{runtime.rank}").touch()
+    dpo = DPOConfig(max_length=96, flush_every=flush_every, keep_token_logprobs=True)
+    found = inspect_checkpoint(checkpoint)
+    reference = ReferencePass(runtime, found, config, dpo)
+    reference.look_up(training_pairs=TokenTable.open(table))
+    reference.fill_all(setup.set_up_frozen(runtime, found, config))
+
+
+class Numbered:
+    """Answers without a text."""
+
+    def __init__(self, count: int):
+        self.keys = np.unique(np.array([numbered_key(i) for i in range(count)], "S16"))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def origin(self, entry: int) -> str:
+        return f"made up:{entry + 1}"
+
+
+class Alone:
+    """Answers laid out `size` to a forward."""
+
+    def __init__(self, chosen: np.ndarray, size: int):
+        self._chosen = chosen
+        self._groups = [np.arange(a, min(a + size, len(chosen))) for a in range(0, len(chosen), size)]
+
+    def groups(self) -> list[np.ndarray]:
+        return self._groups
+
+    def entries(self, group: np.ndarray) -> np.ndarray:
+        return self._chosen[group]
+
+
+def fill_numbered(folder: Path, log: Path, count: int, flush_every: int, pause: float) -> None:
+    """Fill a store with scripted values, as one of several jobs that do not know of each other.
+
+    Args:
+        pause: seconds that a forward of four answers takes.
+    """
+    answers, keys_scored = Numbered(count), KeyLog(log)
+
+    def score(trees: Alone, groups: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, Entries]]:
+        for group in groups:
+            time.sleep(pause)
+            entries = trees.entries(group)
+            keys_scored.add(answers.keys[entries])
+            yield entries, scripted(answers.keys[entries], tokens=True)
+
+    alone = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+    fill(
+        Runtime(alone),
+        answers,
+        ReferenceStore(folder, IDENTITY),
+        lambda entries: Alone(entries, 4),
+        score,
+        flush_every=flush_every,
+        tokens=True,
+    )
