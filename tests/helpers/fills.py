@@ -139,7 +139,9 @@ class Alone:
 
     def __init__(self, chosen: np.ndarray, size: int):
         self._chosen = chosen
-        self._groups = [np.arange(a, min(a + size, len(chosen))) for a in range(0, len(chosen), size)]
+        self._groups = [
+            np.arange(a, min(a + size, len(chosen))) for a in range(0, len(chosen), size)
+        ]
 
     def groups(self) -> list[np.ndarray]:
         return self._groups
