@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,7 +58,8 @@ def committed_folder(target: Path, facts: dict[str, Any] | None = None) -> Itera
 
 def write_file(path: Path, text: str) -> None:
     """Write a small text file in one piece: a reader sees the old content or the new."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    # Not the process's number: on a shared file system, jobs in containers often have the same.
+    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
