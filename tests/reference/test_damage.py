@@ -10,7 +10,6 @@ import logging
 import os
 import random
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,17 +33,6 @@ OTHERS = {
 @pytest.fixture(autouse=True)
 def no_flush(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: ten thousand small files are made and removed."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory, prefix="damage-") as folder:
-        yield Path(folder)
 
 
 class Store:
