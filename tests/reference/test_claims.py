@@ -87,9 +87,10 @@ def claims(tmp_path):
         return made[-1]
 
     yield make
+    threads = [one._beat for one in made if one._beat is not None]
     for one in made:
         one.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "claims"]
+    assert not any(thread.is_alive() for thread in threads)
 
 
 @pytest.fixture
