@@ -122,10 +122,11 @@ def test_a_claim_has_one_owner_among_processes(job, tmp_path):
     for at in range(len(names)):
         assert sorted(answer[at] for answer in answers) == ["False"] * 3 + ["True"]
     assert {path.name for path in tmp_path.iterdir()} == set(names)
-    mine = next(name for name, got in zip(names, answers[0], strict=True) if got == "True")
-    assert jobs[1].ask("take", mine) == ["False"]
-    jobs[0].ask("release", mine)
-    assert jobs[1].ask("take", mine) == ["True"]
+    owner = next(at for at in range(4) if answers[at][0] == "True")
+    one, other = jobs[owner], jobs[owner - 1]
+    assert other.ask("take", names[0]) == ["False"]
+    one.ask("release", names[0])
+    assert other.ask("take", names[0]) == ["True"]
 
 
 def test_a_killed_owner_on_this_machine_gives_way_at_once(job, claims):
