@@ -1,0 +1,213 @@
+"""What a reference store of ten million entries costs to open, to ask, to keep and to check.
+
+    python tests/benchmarks/bench_store.py
+
+Entries have no per-token values. The store is written as a fill writes it: appended `--piece` at a
+time, with the joins that come due. It is measured by fresh processes, the files in the page cache.
+"Without checks" is the reader's own source with the loops left out that compare checksums.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import gc
+import inspect
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from modern_llm.reference import shard as reader
+from modern_llm.reference.entries import Entries
+from modern_llm.reference.layout import Identity
+from modern_llm.reference.store import ReferenceStore
+
+IDENTITY = Identity("be" * 32, '{"compute": "float32"}')
+LOOKUP = 512
+"""Keys of one lookup: the answers of 256 pairs."""
+CHECKING = ("_blocks", "_tokens")
+"""The functions of the reader that check what they read, each in one loop."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--entries", type=int, default=10_000_000)
+    parser.add_argument("--piece", type=int, default=4096, help="answers of one append")
+    parser.add_argument("--folder", type=Path, help="where the stores are written; temporary")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure is not None:
+        print(json.dumps(measure(options.measure, options.entries)))
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        small, large = Path(folder) / "small", Path(folder) / "large"
+        seconds = [build(small, options.entries // 10, options.piece)]
+        seconds.append(build(large, options.entries, options.piece))
+        found = [in_a_process(small, options.entries // 10), in_a_process(large, options.entries)]
+    report(options.entries, options.piece, seconds, found)
+
+
+def keys_of(entries: int) -> np.ndarray:
+    """The keys of a store of so many entries; the same in every process."""
+    return np.frombuffer(np.random.default_rng(entries).bytes(16 * entries), "S16")
+
+
+def build(folder: Path, entries: int, piece: int) -> float:
+    """Write a store; return the seconds it took."""
+    keys = keys_of(entries)
+    began = time.perf_counter()
+    store = ReferenceStore(folder, IDENTITY)
+    for start in range(0, entries, piece):
+        part = keys[start : start + piece]
+        sums = -np.arange(start, start + len(part), dtype=np.float32)
+        store.append(Entries(part, sums, np.full(len(part), 100, np.int32)))
+    store.claims.close()
+    return time.perf_counter() - began
+
+
+def in_a_process(folder: Path, entries: int) -> dict[str, Any]:
+    """Measure a store in a new process."""
+    words = ["--measure", str(folder), "--entries", str(entries)]
+    done = subprocess.run(
+        [sys.executable, __file__, *words],
+        stdout=subprocess.PIPE,
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    return json.loads(done.stdout)
+
+
+def measure(folder: Path, entries: int) -> dict[str, Any]:
+    """Everything about one store, in this process. Times in seconds, memory in bytes."""
+    keys = keys_of(entries)
+    rng = np.random.default_rng(1)
+    batches = [keys[rng.integers(0, entries, LOOKUP)] for _ in range(200)]
+    del keys
+    gc.collect()
+    process = psutil.Process()
+    before = process.memory_info().rss
+    opening = []
+    for _ in range(5):
+        store, seconds = timed(lambda: ReferenceStore(folder, IDENTITY))
+        opening.append(seconds)
+    checked, unchecked = alternate(lambda number: store.find(batches[number]), len(batches))
+    resident = process.memory_info().rss - before
+    assert all(len(store.find(batch)) == len(np.unique(batch)) for batch in batches[:5])
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    everything = np.sort(keys_of(entries))
+    rounds = 5 if entries <= 1_000_000 else 2
+    all_checked, all_unchecked = alternate(lambda _: store.find(everything), rounds)
+    return {
+        "shards": len(store.shards),
+        "opening": statistics.median(opening),
+        "lookup": statistics.median(checked),
+        "lookup_95": float(np.percentile(checked, 95)),
+        "lookup_unchecked": statistics.median(unchecked),
+        "all": min(all_checked),
+        "all_unchecked": min(all_unchecked),
+        "resident": resident,
+        "bytes": size / entries,
+    }
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    began = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - began
+
+
+def alternate(work: Callable[[int], Any], rounds: int) -> tuple[list[float], list[float]]:
+    """Time `work(round)` with checks and without, by turns; one round before to warm up."""
+    checking = {name: getattr(owner_of(name), name) for name in CHECKING}
+    trusting = without_checks()
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(-1, rounds):
+        for checks in (True, False) if number % 2 else (False, True):
+            for name in CHECKING:
+                setattr(owner_of(name), name, (checking if checks else trusting)[name])
+            _, seconds = timed(lambda: work(max(number, 0)))  # noqa: B023
+            if number >= 0:
+                times[checks].append(seconds)
+    for name, function in checking.items():
+        setattr(owner_of(name), name, function)
+    return times[True], times[False]
+
+
+def owner_of(name: str) -> Any:
+    return reader.Shard if hasattr(reader.Shard, name) else reader
+
+
+def without_checks() -> dict[str, Any]:
+    """The reader's functions from its own source, less the loops that raise `Damaged`."""
+    tree = ast.parse(inspect.getsource(reader))
+    removed = []
+
+    class Trust(ast.NodeTransformer):
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+            if node.name not in CHECKING:
+                return node
+            loops = [part for part in node.body if isinstance(part, ast.For) and raises(part)]
+            removed.extend(loops)
+            node.body = [part for part in node.body if part not in loops]
+            return node
+
+    def raises(loop: ast.For) -> bool:
+        return any(isinstance(part, ast.Raise) for part in ast.walk(loop))
+
+    tree = ast.fix_missing_locations(Trust().visit(tree))
+    assert len(removed) == len(CHECKING), "the reader checks in other places than it did"
+    names: dict[str, Any] = dict(vars(reader))
+    exec(compile(tree, reader.__file__, "exec"), names)
+    return {
+        name: vars(names["Shard"]).get(name) or names[name] for name in CHECKING
+    }  # their globals are those of the copy; both see the same operating system
+
+
+def report(entries: int, piece: int, seconds: list[float], found: list[dict[str, Any]]) -> None:
+    small, large = found
+    word = f"{entries / 1e6:g}M"
+    print(
+        f"{word} entries without per-token values, appended {piece} at a time with the joins "
+        f"that come due: {seconds[1]:.0f} s ({entries / seconds[1]:,.0f} entries/s), "
+        f"{large['shards']} shards; {entries / 1e7:g}M: {seconds[0]:.0f} s, {small['shards']} "
+        f"shards; {os.cpu_count()} cores"
+    )
+    growth = large["lookup"] / small["lookup"]
+    rows = [
+        (f"opening {word}", 1e3 * large["opening"], "ms", 1000.0),
+        (f"{LOOKUP} random lookups in {word}, median, warm", 1e3 * large["lookup"], "ms", 5.0),
+        ("  the same, 95th of 100", 1e3 * large["lookup_95"], "ms", None),
+        (f"  the same in {entries / 1e7:g}M, median", 1e3 * small["lookup"], "ms", None),
+        (f"growth of a lookup, {entries / 1e7:g}M to {word}", growth, "x", 2.0),
+        ("resident memory of open store and lookups", large["resident"] / 1e6, "MB", 200.0),
+        ("disk", large["bytes"], "bytes/entry", 40.0),
+        (f"checking {LOOKUP} random lookups in {word}", share(large, "lookup"), "%", 5.0),
+        (f"  the same in {entries / 1e7:g}M", share(small, "lookup"), "%", 5.0),
+        (f"checking a lookup of all {word}", share(large, "all"), "%", 5.0),
+        (f"  the same in {entries / 1e7:g}M", share(small, "all"), "%", 5.0),
+        (f"a lookup of all {word}", large["all"], "s", None),
+    ]
+    print(f"{'figure':<48}{'measured':>10} {'unit':<12}{'at most':>8}  met")
+    for name, value, unit, limit in rows:
+        bound = "" if limit is None else f"{limit:g}"
+        met = "" if limit is None else "yes" if value <= limit else "NO"
+        print(f"{name:<48}{value:>10.2f} {unit:<12}{bound:>8}  {met}")
+
+
+def share(found: dict[str, Any], name: str) -> float:
+    """What checking adds to the time to read without it, in percent."""
+    return 100 * (found[name] / found[f"{name}_unchecked"] - 1)
+
+
+if __name__ == "__main__":
+    main()
