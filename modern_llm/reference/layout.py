@@ -2,9 +2,10 @@
 
 An entry is a record of fixed size: key, sum, count and, in a shard with per-token values, where
 these end and their checksum. Records are sorted by key and stand in blocks of `BLOCK`. The index
-(the first key of each block and the block's checksum) stands in two tensors of its own. The seal
-in the header covers the header, the header covers the index, the index every block, a block the
-checksums of its tokens: one changed byte shows where it is read. Called by reader and writer.
+(the checksum of each block, and the first four bytes of each key, so that hardly a block is read
+for a key that is not there) stands in two tensors of its own. The seal in the header covers the
+header, the header covers the index, the index every block, a block the checksums of its tokens:
+one changed byte shows where it is read. Called by reader and writer.
 
 A checksum (XXH3) shows damage, not forgery.
 """
@@ -60,8 +61,8 @@ class Layout:
         """Name -> (safetensors dtype, shape, bytes), in the order of the file."""
         found = {
             "entries": ("U8", [self.rows, self.record.itemsize], self.rows * self.record.itemsize),
-            "first": ("U64", [self.blocks], 8 * self.blocks),
             "checks": ("U64", [self.blocks], 8 * self.blocks),
+            "prefixes": ("U32", [self.rows], 4 * self.rows),
         }
         if self.ragged:
             found["tokens"] = ("F32", [self.targets], 4 * self.targets)

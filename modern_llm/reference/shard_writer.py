@@ -1,6 +1,7 @@
 """Writes one shard: sorted entries in, a sealed safetensors file on disk out.
 
-Works in chunks, so that joining shards of any size takes little memory. Called by the store.
+Works in chunks: of joined shards, the index (4.1 bytes an entry) is in memory, and one chunk.
+Called by the store.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def write_shard(
     header = header_of(layout, identity, "0" * 16, UNSEALED)
     start = len(header)
     places = {name: start + at for name, at in layout.starts().items()}
-    first = np.empty(layout.blocks, "<u8")
     checks = np.empty(layout.blocks, "<u8")
+    prefixes = np.empty(layout.rows, "<u4")
     with path.open("wb") as file:
         file.truncate(start + layout.size)
         waiting, row, end = np.zeros(0, layout.record), 0, 0
@@ -48,14 +49,14 @@ def write_shard(
             # Said, because concatenating turns big-endian fields into native ones.
             waiting = np.concatenate([waiting, records], dtype=layout.record)
             whole = len(waiting) - len(waiting) % BLOCK
-            row += _write_blocks(file, places["entries"], row, waiting[:whole], first, checks)
+            row += _write_blocks(file, places["entries"], row, waiting[:whole], checks, prefixes)
             waiting = waiting[whole:]
-        row += _write_blocks(file, places["entries"], row, waiting, first, checks)
+        row += _write_blocks(file, places["entries"], row, waiting, checks, prefixes)
         assert row == layout.rows and end in (0, layout.targets), (row, end, layout)
-        file.seek(places["first"])
-        file.write(first)
+        file.seek(places["checks"])
         file.write(checks)
-        index = xxhash.xxh3_64_hexdigest(first.tobytes() + checks.tobytes())
+        file.write(prefixes)
+        index = xxhash.xxh3_64_hexdigest(checks.tobytes() + prefixes.tobytes())
         header = header_of(layout, identity, index, UNSEALED)
         # The seal covers every byte of the header but its own; the header covers the index, the
         # index every block, and a block the checksums of its tokens.
@@ -89,8 +90,8 @@ def _write_blocks(
     place: int,
     row: int,
     records: NDArray[Any],
-    first: NDArray[np.uint64],
     checks: NDArray[np.uint64],
+    prefixes: NDArray[np.uint32],
 ) -> int:
     """Write whole blocks (the last of a shard may be short), fill the index; return the rows."""
     if not len(records):
@@ -104,5 +105,5 @@ def _write_blocks(
         # Seeded with its place: a block that stands where another should is damage as well.
         checks[at] = xxhash.xxh3_64_intdigest(raw[offset : offset + size], at)
         at += 1
-    first[row // BLOCK : at] = records["hi"][::BLOCK]
+    prefixes[row : row + len(records)] = records["hi"] >> 32
     return len(records)

@@ -105,7 +105,7 @@ def test_every_flipped_byte_under_an_open_store(place, ragged, caplog):
         else:
             store.expect_none(opened)
         store.shard.write_bytes(store.intact)
-    index = 2 * 8 * -(-len(store.truth) // 64)
+    index = 8 * -(-len(store.truth) // 64) + 4 * len(store.truth)
     assert missed == 2 * (unread + index)
 
 
@@ -147,7 +147,7 @@ def test_every_length_that_a_shard_may_be_cut_to_under_an_open_store(place, ragg
     layout = Shard(store.shard)._layout
     starts = layout.starts()
     start = Shard(store.shard)._start
-    needed = start + (layout.size if ragged else starts["first"])
+    needed = start + (layout.size if ragged else starts["checks"])
     for length in range(len(store.intact)):
         opened = ReferenceStore(place, IDENTITY)
         os.truncate(store.shard, length)
