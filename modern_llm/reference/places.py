@@ -10,9 +10,12 @@ import json
 import os
 from pathlib import Path
 
+from modern_llm.config.errors import StorageError
 from modern_llm.reference.layout import FORMAT, Identity
 
 MANIFEST = "MANIFEST.json"
+ATTEMPTS = 20
+"""Looks at a folder that other jobs change meanwhile."""
 
 
 def cache_root() -> Path:
@@ -51,6 +54,35 @@ def read_manifest(folder: Path) -> Identity | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return identity if text == manifest_text(identity).encode() else None
+
+
+def shard_names(folder: Path) -> set[str]:
+    """Return the names of the shards in a folder, as two listings in a row have found them.
+
+    One listing is not enough: where a file system shows no file that is newer than the opening of
+    the folder (tmpfs, NFS), a join in that moment hides the old shards and the new one.
+
+    Raises:
+        StorageError: it cannot be read, or changes with every look.
+    """
+    last: set[str] | None = None
+    for _ in range(ATTEMPTS):
+        try:
+            names = {path.name for path in folder.glob("shard-*.safetensors")}
+        except OSError as error:
+            raise StorageError(f"{folder}: cannot be read ({error.strerror})") from error
+        if names == last:
+            return names
+        last = names
+    raise restless(folder)
+
+
+def restless(folder: Path) -> StorageError:
+    """The error of a reader that other jobs leave no time to read."""
+    return StorageError(
+        f"{folder}: its shards change faster than they can be read; run again when fewer jobs are "
+        "at work on it"
+    )
 
 
 def free_bytes(folder: Path) -> int:

@@ -29,18 +29,19 @@ from modern_llm.reference.entries import Entries, concatenate
 from modern_llm.reference.joining import due_groups, joined_layout, merged
 from modern_llm.reference.layout import PLAIN, RAGGED, Damaged, Identity, Layout
 from modern_llm.reference.places import (
+    ATTEMPTS,
     MANIFEST,
     folder_of,
     free_bytes,
     manifest_text,
     read_manifest,
+    restless,
+    shard_names,
 )
 from modern_llm.reference.shard import Shard, is_gone
 from modern_llm.reference.shard_writer import write_shard
 
 log = logging.getLogger(__name__)
-
-_ATTEMPTS = 20
 
 
 class ReferenceStore:
@@ -95,12 +96,18 @@ class ReferenceStore:
 
     def refresh(self) -> None:
         """Look which shards there are now; a damaged one is set aside and reported."""
-        try:
-            names = {path.name for path in self.folder.glob("shard-*.safetensors")}
-        except OSError as error:
-            raise StorageError(f"{self.folder}: cannot be read ({error.strerror})") from error
+        # One that is gone since it was listed was joined: what it held stands under another name.
+        for _ in range(ATTEMPTS):
+            if self._look():
+                return
+        raise restless(self.folder)
+
+    def _look(self) -> bool:
+        """List and open the shards; return whether none was taken away meanwhile."""
+        names = shard_names(self.folder)
         for name in set(self._shards) - names:
             del self._shards[name]
+        steady = True
         for name in sorted(names - set(self._shards) - self._passed_over):
             path = self.folder / name
             try:
@@ -108,8 +115,11 @@ class ReferenceStore:
             except Damaged as damage:
                 self._set_aside(path, damage)
             except OSError as error:
-                if not is_gone(error):
+                if is_gone(error):
+                    steady = False
+                else:
                     self._pass_over(path, error)
+        return steady
 
     def find(self, keys: NDArray[np.bytes_], *, tokens: bool = False) -> Entries:
         """Return the entries among `keys` (n,) S16 that the store holds, in the order of keys.
@@ -119,15 +129,12 @@ class ReferenceStore:
             tokens: find only entries with per-token values, and read these.
         """
         wanted = np.unique(keys)
-        for _ in range(_ATTEMPTS):
+        for _ in range(ATTEMPTS):
             try:
                 return self._find(wanted, tokens)
             except _Changed:
                 self.refresh()
-        raise StorageError(
-            f"{self.folder}: its shards change faster than they can be read; run again when fewer "
-            "jobs are at work on it"
-        )
+        raise restless(self.folder)
 
     def _find(self, wanted: NDArray[np.bytes_], tokens: bool) -> Entries:
         parts = []
@@ -234,7 +241,7 @@ class ReferenceStore:
         Raises:
             StorageError: names the place, and how much room is missing.
         """
-        record = (RAGGED if tokens else PLAIN).itemsize + 1
+        record = (RAGGED if tokens else PLAIN).itemsize + 5  # the index: 4.1 bytes
         need = int(1.1 * (rows * record + (4 * targets if tokens else 0))) + (64 << 10)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -185,6 +185,53 @@ def test_a_join_that_another_job_is_at_is_left_to_it(place):
     expect_equal(store.find(first_of(parts).keys), first_of(parts))
 
 
+def test_a_shard_that_is_joined_between_listing_and_opening(place, monkeypatch):
+    """Its entries stand under a name that was not there when the folder was listed."""
+    store = ReferenceStore(place, IDENTITY)
+    parts = [numbered(range(5 * at, 5 * at + 5), tokens=False) for at in range(3)]
+    for part in parts:
+        store.append(part)
+    real = Shard.__init__
+
+    def late(self, path, *arguments):
+        monkeypatch.setattr(Shard, "__init__", real)
+        store.join()
+        real(self, path, *arguments)
+
+    monkeypatch.setattr(Shard, "__init__", late)
+    expect_equal(ReferenceStore(place, IDENTITY).find(first_of(parts).keys), first_of(parts))
+
+
+def test_a_listing_that_a_join_falls_into(place, monkeypatch):
+    """As a file system may show it: the old shards no more, the new one not yet."""
+    store = ReferenceStore(place, IDENTITY)
+    parts = [numbered(range(5 * at, 5 * at + 5), tokens=False) for at in range(3)]
+    for part in parts:
+        store.append(part)
+    real = Path.glob
+
+    def between(self, pattern):
+        monkeypatch.setattr(Path, "glob", real)
+        before = set(real(self, pattern))
+        store.join()
+        return before & set(real(self, pattern))
+
+    monkeypatch.setattr(Path, "glob", between)
+    expect_equal(ReferenceStore(place, IDENTITY).find(first_of(parts).keys), first_of(parts))
+
+
+def test_shards_that_never_stay_are_an_error_and_no_hole(place, monkeypatch):
+    store = ReferenceStore(place, IDENTITY)
+    store.append(numbered(range(5), tokens=False))
+
+    def gone(self, path, *arguments):
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    monkeypatch.setattr(Shard, "__init__", gone)
+    with pytest.raises(StorageError, match="faster than they can be read"):
+        ReferenceStore(place, IDENTITY)
+
+
 @KINDS
 def test_readers_during_joins_find_everything(place, ragged):
     """One reader looks again and again, one has opened the store before all of the joins."""
