@@ -160,13 +160,7 @@ class Shard:
             length = min((b - a) * size, whole - place)
             read.into(raw[a * size : a * size + length], self._start + place)
         total = edges[-2] * size + length
-        pieces = [raw[at : at + size] for at in range(0, total - size, size)]
-        pieces.append(raw[len(pieces) * size : total])
-        found = list(map(xxhash.xxh3_64_intdigest, pieces, blocks.tolist()))
-        expected = self._checks[blocks].tolist()
-        if found != expected:
-            wrong = next(b for b, f, e in zip(blocks, found, expected, strict=True) if f != e)
-            raise Damaged(f"block {wrong} is not what was written")
+        _check_blocks(raw[:total], size, blocks, self._checks[blocks])
         return buffer[:total].view(record)
 
     def _entries(self, read: _Reader, records: NDArray[Any], tokens: bool) -> Entries:
@@ -195,12 +189,31 @@ def _tokens(read: _Reader, place: int, records: NDArray[Any]) -> NDArray[np.floa
         if b > a:
             inside = slice(4 * int(stops[a] - counts[a]), 4 * int(stops[b - 1]))
             read.into(raw[inside], place + 4 * int(starts[a]))
-    digest = xxhash.xxh3_64_intdigest
-    begins = (4 * (stops - counts)).tolist()
-    for a, b, check in zip(begins, (4 * stops).tolist(), records["check"].tolist(), strict=True):
-        if digest(raw[a:b]) != check:
-            raise Damaged("per-token values are not what was written")
+    _check_tokens(raw, 4 * (stops - counts), 4 * stops, records["check"])
     return values
+
+
+def _check_blocks(
+    raw: memoryview, size: int, blocks: NDArray[np.int64], checks: NDArray[np.uint64]
+) -> None:
+    """Compare blocks of `size` bytes (the last may be short) with their checksums."""
+    pieces = [raw[at : at + size] for at in range(0, len(raw), size)]
+    found = list(map(xxhash.xxh3_64_intdigest, pieces, blocks.tolist()))
+    if found != checks.tolist():
+        wrong = blocks[np.array(found, np.uint64) != checks]
+        raise Damaged(f"block {wrong[0]} is not what was written")
+
+
+def _check_tokens(
+    raw: memoryview,
+    starts: NDArray[np.int64],
+    stops: NDArray[np.int64],
+    checks: NDArray[np.uint64],
+) -> None:
+    """Compare ragged runs of bytes with their checksums."""
+    pieces = [raw[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
+    if list(map(xxhash.xxh3_64_intdigest, pieces)) != checks.tolist():
+        raise Damaged("per-token values are not what was written")
 
 
 def _union(low: NDArray[np.int64], high: NDArray[np.int64]) -> NDArray[np.int64]:
