@@ -87,11 +87,14 @@ class Shard:
         if not len(near):
             return near, concatenate([], tokens=tokens)
         query = query[near]
+        # Blocks that are read for all keys up to each, in each read a bounded number of them.
+        new = np.maximum(high + 1 - np.maximum(low, np.append(-1, high[:-1]) + 1), 0)
+        read_until = np.cumsum(new)
         with _Reader(self.path) as read:
             start = 0
             while start < len(near):
-                stop = int(np.searchsorted(high, low[start] + _BLOCKS_AT_ONCE, "left"))
-                stop = max(stop, start + 1)
+                limit = read_until[start] - new[start] + _BLOCKS_AT_ONCE
+                stop = max(int(np.searchsorted(read_until, limit, "right")), start + 1)
                 blocks = _union(low[start:stop], high[start:stop])
                 records = self._blocks(read, blocks)
                 hit, rows = _match(records, query[start:stop])

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from modern_llm.config.errors import StorageError
 from modern_llm.distributed.commit import flush_folder, write_file
 from modern_llm.reference.claims import PATIENCE, Claims, lock_is_free
-from modern_llm.reference.entries import Entries, concatenate
+from modern_llm.reference.entries import Entries, concatenate, distinct
 from modern_llm.reference.joining import due_groups, joined_layout, merged
 from modern_llm.reference.layout import PLAIN, RAGGED, Damaged, Identity, Layout
 from modern_llm.reference.places import (
@@ -91,8 +91,8 @@ class ReferenceStore:
 
     @property
     def shards(self) -> list[Shard]:
-        """The intact shards, in the order of their names."""
-        return [self._shards[name] for name in sorted(self._shards)]
+        """The intact shards, the largest first: most keys are found there and sought no further."""
+        return sorted(self._shards.values(), key=lambda shard: (-len(shard), shard.path.name))
 
     def refresh(self) -> None:
         """Look which shards there are now; a damaged one is set aside and reported."""
@@ -128,7 +128,7 @@ class ReferenceStore:
             keys: in any order, any number of times each.
             tokens: find only entries with per-token values, and read these.
         """
-        wanted = np.unique(keys)
+        wanted = distinct(keys)
         for _ in range(ATTEMPTS):
             try:
                 return self._find(wanted, tokens)
@@ -138,7 +138,7 @@ class ReferenceStore:
 
     def _find(self, wanted: NDArray[np.bytes_], tokens: bool) -> Entries:
         parts = []
-        # An answer that two jobs scored stands twice; the shard that is first by name counts.
+        # An answer that two jobs scored stands twice; the shard that is first counts.
         for shard in self.shards:
             if not len(wanted) or (tokens and not shard.ragged):
                 continue

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from modern_llm.reference import shard as module
-from modern_llm.reference.entries import Entries, concatenate
+from modern_llm.reference.entries import Entries, concatenate, distinct
 from modern_llm.reference.layout import BLOCK, PLAIN, RAGGED, Damaged, Identity, Layout
 from modern_llm.reference.shard import Shard
 from modern_llm.reference.shard_writer import write_shard
@@ -289,3 +289,10 @@ def test_take_and_concatenate_keep_ragged_runs_together():
     assert concatenate(parts, tokens=False).tokens is None
     empty = concatenate([], tokens=True)
     assert len(empty) == 0 and empty.keys.dtype == "S16" and len(empty.tokens) == 0
+
+
+@given(st.lists(any_key, max_size=60))
+@settings(deadline=None)
+def test_distinct_keys_are_those_of_a_sorted_set(names):
+    assert raw(distinct(keys_of(names))) == sorted(set(names))
+    assert raw(distinct(keys_of(sorted(set(names))))) == sorted(set(names))
