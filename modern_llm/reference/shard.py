@@ -155,14 +155,14 @@ class Shard:
         raw = memoryview(buffer)
         whole = self._layout.rows * record.itemsize
         # Blocks that stand side by side are read at once.
-        breaks = np.flatnonzero(np.diff(blocks) != 1) + 1
-        edges = [0, *breaks.tolist(), len(blocks)]
-        length = 0
-        for a, b in zip(edges, edges[1:], strict=False):
-            place = int(blocks[a]) * size
-            length = min((b - a) * size, whole - place)
-            read.into(raw[a * size : a * size + length], self._start + place)
-        total = edges[-2] * size + length
+        breaks = np.flatnonzero(blocks[1:] != blocks[:-1] + 1) + 1
+        starts, stops = np.append(0, breaks), np.append(breaks, len(blocks))
+        places = blocks[starts] * size
+        lengths = np.minimum((stops - starts) * size, whole - places)
+        runs = (starts * size, starts * size + lengths, places + self._start)
+        for a, b, place in zip(*(part.tolist() for part in runs), strict=True):
+            read.into(raw[a:b], place)
+        total = int(runs[1][-1])
         _check_blocks(raw[:total], size, blocks, self._checks[blocks])
         return buffer[:total].view(record)
 
@@ -272,6 +272,8 @@ class _Reader:
     def into(self, buffer: memoryview, place: int) -> None:
         while len(buffer):
             count = os.preadv(self._descriptor, [buffer], place)
+            if count == len(buffer):
+                return
             if count == 0:
                 raise Damaged("it is cut off")
             buffer, place = buffer[count:], place + count
