@@ -26,7 +26,6 @@ from modern_llm.reference.fill import fill
 from modern_llm.reference.layout import Identity
 from modern_llm.reference.shard import Shard
 from modern_llm.reference.store import ReferenceStore
-from modern_llm.training import setup
 from modern_llm.training.dpo_config import DPOConfig
 from modern_llm.training.reference_pass import ReferencePass
 from modern_llm.training.scoring import Scoring
@@ -100,14 +99,21 @@ def fill_pairs(checkpoint: Path, table: Path, cache: Path, log: Path, flush_ever
     # A bar's lock is a named semaphore, which a killed process leaves behind.
     transformers.utils.logging.disable_progress_bar()
     log_of_keys = KeyLog(log)
-    original = Scoring.__call__
+    score, fill_one, filling = Scoring.__call__, ReferencePass.fill, [False]
 
     def noted(self, trees, groups):
-        for entries, values in original(self, trees, groups):
-            log_of_keys.add(values.keys)
+        for entries, values in score(self, trees, groups):
+            if filling[0]:  # the check at the end scores a sample again
+                log_of_keys.add(values.keys)
             yield entries, values
 
-    Scoring.__call__ = noted
+    def fill_noted(self, *arguments):
+        filling[0] = True
+        report = fill_one(self, *arguments)
+        filling[0] = False
+        return report
+
+    Scoring.__call__, ReferencePass.fill = noted, fill_noted
     config = TrainingConfig(
         run_name="storm", output_dir=cache / "run", tokens_per_micro_batch=200, batch_size=4
     )
@@ -117,8 +123,9 @@ def fill_pairs(checkpoint: Path, table: Path, cache: Path, log: Path, flush_ever
     dpo = DPOConfig(max_length=96, flush_every=flush_every, keep_token_logprobs=True)
     found = inspect_checkpoint(checkpoint)
     reference = ReferencePass(runtime, found, config, dpo)
-    reference.look_up(training_pairs=TokenTable.open(table))
-    reference.fill_all(setup.set_up_frozen(runtime, found, config))
+    reference.want(training_pairs=TokenTable.open(table))
+    runtime.on_main(reference.make_room)
+    reference.fill_all()
 
 
 class Numbered:
@@ -167,7 +174,7 @@ def fill_numbered(folder: Path, log: Path, count: int, flush_every: int, pause: 
 
     alone = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
     fill(
-        Runtime(alone),
+        Runtime(alone, TrainingConfig(run_name="alone", output_dir=folder)),
         answers,
         ReferenceStore(folder, IDENTITY),
         lambda entries: Alone(entries, 4),
