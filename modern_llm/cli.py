@@ -79,13 +79,25 @@ def main(arguments: list[str] | None = None) -> int:
         return status_of(interrupt)
     except BrokenPipeError:
         return 141
-    except Exception as error:
+    except Exception as failure:
+        error, speaks = _of_many(failure)
         status = status_of(error)
         if debug or status == 1:
             raise
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, UserError):
+        if speaks:
             print(f"modern-llm: error: {_one_line(error)}", file=sys.stderr, flush=True)
         return status
+
+
+def _of_many(failure: Exception) -> tuple[BaseException, bool]:
+    """Return what an error means among several processes, and whether this one prints it."""
+    if "torch.distributed" not in sys.modules or "WORLD_SIZE" not in os.environ:
+        # Nothing heavy was imported: of what is wrong before that, rank 0 speaks for all.
+        return failure, os.environ.get("RANK", "0") == "0" or not isinstance(failure, UserError)
+    from modern_llm.distributed.lost import as_peer_error, may_speak
+
+    error = as_peer_error(failure)
+    return error, may_speak(error)
 
 
 def _run(verb: str, rest: list[str]) -> int:

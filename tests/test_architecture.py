@@ -48,9 +48,9 @@ TABLE = {
         "numpy datasets tokenizers pyarrow huggingface_hub",
         only_in={"torch": frozenset({"data.batches"})},
     ),
-    # huggingface_hub: whether the Hub answers.
+    # huggingface_hub: whether the Hub answers. yaml: nodes compare the configuration file.
     "distributed": row(
-        "config", "torch torch.distributed accelerate deepspeed rich huggingface_hub"
+        "config", "torch torch.distributed accelerate deepspeed rich yaml huggingface_hub"
     ),
     "reference": row(
         "config data.records models.scorer distributed", "torch numpy transformers xxhash"

@@ -86,7 +86,8 @@ def meet(
             f"{word} {rank} of {world}: must be 0 to {world - 1}; check machine_rank and "
             "the number of machines on this node"
         )
-    mine = {"host": socket.gethostname(), "node": _node(), "pid": os.getpid(), **facts}
+    node = str(rank) if word == "node" else _node()
+    mine = {"host": socket.gethostname(), "node": node, "pid": os.getpid(), **facts}
     note = json.dumps(mine, sort_keys=True)
     seen = store.compare_set(f"here/{rank}", "", note).decode()
     if seen != note:
@@ -95,11 +96,17 @@ def meet(
             f"two processes claim {word} {rank}: on {other['host']} and on {mine['host']}; "
             "give each node its own machine_rank"
         )
-    notes = _wait_for_all(store, world, word, seconds)
+    try:
+        notes = _wait_for_all(store, world, word, seconds)
+    except dist.DistError as error:
+        raise PeerError(
+            f"{word} {rank}: the rendezvous went away while waiting for the others "
+            f"({' '.join(str(error).split())[:80]}); look at what node 0 says"
+        ) from error
     problems = differences(notes, word)
-    # Everyone reads before anyone leaves: the host of the store takes it along when it ends.
     store.add("read", 1)
-    _until(lambda: store.add("read", 0) >= world, seconds if not problems else 2.0)
+    if rank == 0:  # it holds the store, as a rule, and would take it along if it ended first
+        _until(lambda: store.add("read", 0) >= world, 2.0 if problems else seconds)
     if problems:
         raise PeerError("; ".join(problems))
     return notes
@@ -109,13 +116,14 @@ def differences(notes: list[dict[str, Any]], word: str) -> list[str]:
     """Return one sentence for each fact that is not the same in all notes, naming who differs."""
     problems = []
     for name in sorted(set().union(*notes) - {"host", "node", "pid"}):
-        values = [json.dumps(note.get(name), sort_keys=True) for note in notes]
-        for rank, value in enumerate(values):
-            if value != values[0]:
-                note = notes[rank]
+        # What a process leaves out, another one of its node has said.
+        said = [(rank, note) for rank, note in enumerate(notes) if note.get(name) is not None]
+        first, one = said[0]
+        for rank, note in said[1:]:
+            if note[name] != one[name]:
                 problems.append(
                     f"{word} {rank} (node {note['node']}, {note['host']}) has another {name} than "
-                    f"{word} 0: {_apart(notes[0].get(name), note.get(name))}"
+                    f"{word} {first}: {_apart(one[name], note[name])}"
                 )
                 break
     return [f"{problem}; make them the same on every node" for problem in problems]
@@ -159,6 +167,14 @@ def _until(condition: Any, seconds: float) -> None:
         pause = min(0.5, pause * 1.5)
 
 
+_MET: list[dist.Store] = []
+
+
+def store() -> dist.Store | None:
+    """Return the store through which the processes of this world met; None before they did."""
+    return _MET[-1] if _MET else None
+
+
 def _node() -> str:
     for name in ("GROUP_RANK", "SLURM_NODEID", "NODE_RANK"):
         if name in os.environ:
@@ -182,6 +198,7 @@ def join(backend: str | None, facts: dict[str, Any], timeout: timedelta) -> None
     store = open_store(host, port, serves=rank == 0 and not agent)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"modern-llm/{attempt}", store)
+    _MET.append(store)
     meet(dist.PrefixStore("meet", store), rank, world, {"versions": versions(), **facts})
     dist.init_process_group(
         backend=backend, store=store, rank=rank, world_size=world, timeout=timeout

@@ -30,6 +30,7 @@ from modern_llm.distributed import deepspeed_config, frozen
 from modern_llm.distributed.commit import committed_folder
 from modern_llm.distributed.engine import DeepSpeedEngine, Engine
 from modern_llm.distributed.handshake import join
+from modern_llm.distributed.local_files import named_in
 
 T = TypeVar("T")
 
@@ -203,11 +204,12 @@ class Runtime:
             )
 
 
-def start(config: TrainingConfig, facts: dict[str, Any] | None = None) -> Runtime:
+def start(config: TrainingConfig, record: dict[str, Any] | None = None) -> Runtime:
     """Start the process group, if there is one, and return this process's part in it.
 
     Args:
-        facts: what must be the same on every process, compared before the first collective.
+        record: the run's whole configuration. It and the local files that it names must be the
+            same on every process, which is looked at before the first collective.
 
     Raises:
         ConfigError: a precision or sharding that this machine cannot do, or a DeepSpeed JSON that
@@ -223,7 +225,7 @@ def start(config: TrainingConfig, facts: dict[str, Any] | None = None) -> Runtim
         if not on_cpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         # Long enough for one process to tokenise while the others wait.
-        join("gloo" if on_cpu else "nccl", facts or {}, timedelta(hours=3))
+        join("gloo" if on_cpu else "nccl", _facts(record), timedelta(hours=3))
     before = PartialState._shared_state.get("distributed_type")
     # Stages run one after another in one process, each with a precision and perhaps a sharding of
     # its own; the process group of the first serves all.
@@ -256,6 +258,18 @@ def start(config: TrainingConfig, facts: dict[str, Any] | None = None) -> Runtim
             f"{accelerator.num_processes}; start with torchrun --nproc_per_node {announced}"
         )
     return Runtime(accelerator, config)
+
+
+def _facts(record: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what must agree between processes; one process of a node reads the files."""
+    if record is None:
+        return {}
+    places = {"output_dir", "resume"}  # may differ from node to node
+    train = {name: value for name, value in record["train"].items() if name not in places}
+    facts: dict[str, Any] = {"configuration": {**record, "train": train}}
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        facts["files"] = named_in(record)
+    return facts
 
 
 def _asked(name: str) -> bool:

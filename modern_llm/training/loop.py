@@ -118,7 +118,8 @@ def train(
             if record:
                 head = {"step": done, "elapsed_s": clock.elapsed(), "examples": task.consumed(done)}
                 watch.record(done, head | record)
-            stopping = _any_rank(runtime, stop.asked)
+            told = stop.asked or (run.stop_asked() if runtime.is_main else None)
+            stopping = _any_rank(runtime, told)
             if stopping or (done < total and is_due(config.save_every, done, total)):
                 _save(runtime, engine, run, config, done, facts)
                 saved = done

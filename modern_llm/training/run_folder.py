@@ -99,7 +99,13 @@ class RunFolder:
         """Create the folder and write the configuration; rank 0 only."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         (self.path / "outcome.json").unlink(missing_ok=True)
+        (self.path / "STOP").unlink(missing_ok=True)
         write_file(self.path / "config.yaml", yaml.safe_dump(self.record, sort_keys=False))
+
+    def stop_asked(self) -> str | None:
+        """Say so where a file STOP lies in the folder: batch systems whose signals do not reach
+        the processes of a launcher touch it."""
+        return "the file STOP" if (self.path / "STOP").exists() else None
 
     def is_open(self) -> bool:
         """Whether a run has begun here."""

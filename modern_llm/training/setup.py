@@ -27,6 +27,7 @@ from modern_llm.data.rows import Examples, Kind
 from modern_llm.data.templates import Template, chat_template_of, end_tokens
 from modern_llm.data.tokenize import check_tokenizers_agree
 from modern_llm.data.tokens import TokenTable
+from modern_llm.distributed.lost import as_peer_error
 from modern_llm.distributed.runtime import Runtime, start
 from modern_llm.models.load import (
     Checkpoint,
@@ -105,7 +106,7 @@ def open_run(
     """
     check_trackers(config)
     record = record_of(**sections, train=config)
-    runtime = start(config, {"configuration": _without_places(record)})
+    runtime = start(config, record)
     if config.batch_size < runtime.world:
         raise UserError(
             f"train.batch_size {config.batch_size} is below the {runtime.world} processes, so that "
@@ -121,25 +122,22 @@ def open_run(
     return runtime, run
 
 
-def _without_places(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's configuration without what may differ from node to node."""
-    train = {name: v for name, v in record["train"].items() if name not in ("output_dir", "resume")}
-    return {**record, "train": train}
-
-
 @contextmanager
 def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
     """Write how the run ended into `outcome.json`, which survives launchers that flatten exit
     statuses."""
     try:
         yield
-    except BaseException as error:
+    except BaseException as failure:
+        error = as_peer_error(failure)
         if runtime.is_main and run.is_open():
             run.close(status_of(error), f"{type(error).__name__}: {error}", run.last_step())
             write_report(run)
         elif runtime.accelerator.is_local_main_process:
             run.leave_nothing()
-        raise
+        if error is failure:
+            raise
+        raise error from failure
     if runtime.is_main:
         run.close(0, "done", run.last_step())
         write_report(run)
