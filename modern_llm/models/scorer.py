@@ -63,6 +63,11 @@ class TokenScorer(nn.Module):
         return self.model.config
 
     @property
+    def _no_split_modules(self):  # noqa: ANN202
+        """The model's decoder layers, which FSDP wraps one by one (Accelerate asks for them)."""
+        return self.model._no_split_modules
+
+    @property
     def aux_coefficient(self) -> float:
         """Weight of the routers' load-balancing loss in the objective; 0 without experts."""
         if self._balance is None:

@@ -51,7 +51,7 @@ def test_a_difference_names_the_node_and_both_values(port):
         (1, {"versions": {"torch": "2.12.0", "peft": "1"}, "data": "same"}),
     ]
     for message in together(port, facts, 2):
-        assert message.startswith("node 1 (node 0, ")
+        assert message.startswith("node 1 (node 1, ")
         assert "another versions than node 0: torch 2.12.0, not 2.13.0" in message
         assert "peft" not in message
 
