@@ -89,6 +89,13 @@ def main(arguments: list[str] | None = None) -> int:
         return status
 
 
+def _leave_together() -> None:
+    if "torch.distributed" in sys.modules and "WORLD_SIZE" in os.environ:
+        from modern_llm.distributed.handshake import leave
+
+        leave()
+
+
 def _of_many(failure: Exception) -> tuple[BaseException, bool]:
     """Return what an error means among several processes, and whether this one prints it."""
     if "torch.distributed" not in sys.modules or "WORLD_SIZE" not in os.environ:
@@ -112,6 +119,7 @@ def _run(verb: str, rest: list[str]) -> int:
     _check_world(settings.expect_world)
     with _logging(settings.debug):
         result = run(settings)
+        _leave_together()
     if os.environ.get("RANK", "0") == "0" and settings.json_output:
         print(json.dumps(result, ensure_ascii=False), flush=True)
     return 0

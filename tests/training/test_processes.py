@@ -20,6 +20,7 @@ from modern_llm.training.train_lm import run_training
 from modern_llm.training.train_sft import run_sft
 from tests.helpers.ranks import run_ranks
 from tests.helpers.text import WORDS, make_checkpoint, write_jsonl
+from tests.helpers.zero import stage, use_deepspeed
 
 
 def config(folder: Path, **changes) -> TrainingConfig:
@@ -67,7 +68,7 @@ def language_stages(inputs: tuple, folder: Path) -> list[list[float]]:
     run_sft(final, config(folder / "sft"), data)
     # The load-balancing loss is a mean within each forward, so with experts runs differ slightly.
     run_sft(moe, config(folder / "moe_sft"), data)
-    return [losses(folder / stage) for stage in ("lm", "sft", "moe_sft")]
+    return [losses(folder / name) for name in ("lm", "sft", "moe_sft")]
 
 
 def on_a_rank(inputs: tuple, folder: Path) -> list[list[float]]:
@@ -81,9 +82,38 @@ def on_a_rank(inputs: tuple, folder: Path) -> list[list[float]]:
 def test_language_stages(inputs, tmp_path):
     alone = language_stages(inputs, tmp_path / "one")
     for rank in run_ranks(on_a_rank, 2, inputs, tmp_path / "two", timeout=200):
-        for stage, (one, two) in enumerate(zip(alone, rank, strict=True)):
-            assert one == pytest.approx(two, rel=2e-3 if stage == 2 else 1e-5)
+        for at, (one, two) in enumerate(zip(alone, rank, strict=True)):
+            assert one == pytest.approx(two, rel=2e-3 if at == 2 else 1e-5)
             assert one[-1] < one[0]
+
+
+def under_zero(inputs: tuple, folder: Path) -> dict[int, list[list[float]]]:
+    import torch.distributed as dist
+
+    result = {}
+    for number in (2, 3):
+        use_deepspeed(stage(number), folder)
+        result[number] = language_stages(inputs, folder / str(number))
+    assert dist.get_world_size() == 2
+    return result
+
+
+def test_language_stages_with_evaluation_under_zero(inputs, tmp_path):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
+    alone = language_stages(inputs, tmp_path / "one")
+    for rank in run_ranks(under_zero, 2, inputs, tmp_path / "two", timeout=250):
+        for found in rank.values():
+            for at, (one, two) in enumerate(zip(alone, found, strict=True)):
+                assert one == pytest.approx(two, rel=2e-3 if at == 2 else 1e-5)
+    wanted = evaluations(tmp_path / "one" / "sft")
+    assert wanted
+    for number in (2, 3):
+        assert evaluations(tmp_path / "two" / str(number) / "sft") == pytest.approx(wanted, 1e-5)
+
+
+def evaluations(folder: Path) -> list[float]:
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [record["eval/loss"] for record in records if "eval/loss" in record]
 
 
 def broken_dpo(checkpoint: Path, pairs: Path, folder: Path, break_at: int | None) -> list[float]:

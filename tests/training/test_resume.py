@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from modern_llm.config import TrainingConfig
-from modern_llm.config.errors import StorageError, UserError
+from modern_llm.config.errors import Stopped, StorageError, UserError
 from modern_llm.data.preference_datasets import PreferenceDatasetConfig
 from modern_llm.training import loop
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
@@ -162,3 +162,23 @@ def test_a_signal_saves_ends_with_75_and_the_same_command_goes_on(
         process.communicate()
     assert first.startswith(f"step={facts['step'] + 1} ")
     assert time.monotonic() - began < 120
+
+
+def test_a_file_stop_saves_and_the_same_call_goes_on(
+    tmp_path, tiny_checkpoint, tiny_pairs, undisturbed, monkeypatch
+):
+    folder, final = undisturbed
+    real = loop._optimizer_step
+
+    def touches(*args):
+        if args[4] == 2:
+            (tmp_path / "run" / "STOP").touch()
+        return real(*args)
+
+    monkeypatch.setattr(loop, "_optimizer_step", touches)
+    with pytest.raises(Stopped, match="stopped by the file STOP after step 3, saved"):
+        call(tmp_path / "run", tiny_checkpoint, tiny_pairs)
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
+    monkeypatch.setattr(loop, "_optimizer_step", real)
+    again = call(tmp_path / "run", tiny_checkpoint, tiny_pairs)
+    assert same(again, final) and numbers(tmp_path / "run") == numbers(folder)

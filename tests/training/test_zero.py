@@ -63,7 +63,7 @@ def test_real_pairs(tmp_path, shared):
     )
 
 
-def test_tied_embeddings_offload_and_bfloat16(tmp_path, tiny_tokenizer, pairs):
+def test_tied_embeddings_offload_live_reference_and_bfloat16(tmp_path, tiny_tokenizer, pairs):
     tied = make_checkpoint(tmp_path / "tied", tiny_tokenizer, tie_embeddings=True)
     cpu = {"device": "cpu"}
     both = stage(3, offload_optimizer=cpu, offload_param=cpu)
@@ -73,11 +73,14 @@ def test_tied_embeddings_offload_and_bfloat16(tmp_path, tiny_tokenizer, pairs):
         "offload2": Case(tmp_path / "offload2", stage(2, offload_optimizer=cpu), few),
         "offload3": Case(tmp_path / "offload3", both, few),
         "tied3": Case(tmp_path / "tied3", stage(3), few),
+        # The frozen reference beside the policy, in an engine of its own.
+        "live2": Case(tmp_path / "live2", stage(2), few, {"reference": "model"}),
+        "live3": Case(tmp_path / "live3", stage(3), few, {"reference": "model"}),
         "low": Case(tmp_path / "low", train=low),
         **{f"low{n}": Case(tmp_path / f"low{n}", stage(n), low) for n in range(4)},
     }
     found = run_cases(2, tied, pairs, cases)
-    for name in ("offload2", "offload3", "tied3"):
+    for name in ("offload2", "offload3", "tied3", "live2", "live3"):
         same_run(found[name], found["alone"], 1e-5)
         close(tmp_path / name, tmp_path / "alone", 1e-4)
     for name in ("low0", "low1", "low2", "low3"):
