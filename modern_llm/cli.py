@@ -89,7 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
         return status
 
 
-def _leave_together() -> None:
+def leave_together() -> None:
+    """End the process group, if there is one, at the end of a process whose work went well."""
     if "torch.distributed" in sys.modules and "WORLD_SIZE" in os.environ:
         from modern_llm.distributed.handshake import leave
 
@@ -119,7 +120,6 @@ def _run(verb: str, rest: list[str]) -> int:
     _check_world(settings.expect_world)
     with _logging(settings.debug):
         result = run(settings)
-        _leave_together()
     if os.environ.get("RANK", "0") == "0" and settings.json_output:
         print(json.dumps(result, ensure_ascii=False), flush=True)
     return 0
