@@ -11,9 +11,10 @@ import yaml
 
 from modern_llm.config.errors import ConfigError
 
-# Of a larger file only its size and both ends are read: nodes meet within a minute.
-WHOLE_BYTES = 1 << 30
-END_BYTES = 64 << 20
+# Of a larger file only its size and both ends are read, because nodes meet within a minute; the
+# tokenised data and the reference's weights are compared whole, later.
+WHOLE_BYTES = 256 << 20
+END_BYTES = 8 << 20
 # Written by the run, and different on every node that has a disk of its own.
 NOT_READ = frozenset({"output_dir", "output"})
 
