@@ -79,4 +79,5 @@ def _hub_id(name: Any) -> str | None:
     """The name where it can be one of the Hub: a local path says nothing to others."""
     text = str(name or "")
     local = not text or Path(text).suffix in (".jsonl", ".json", ".csv", ".parquet", ".txt", ".pt")
-    return None if local or text.startswith((".", "/")) or text.count("/") > 1 else text
+    local = local or text.startswith((".", "/")) or text.count("/") > 1 or Path(text).exists()
+    return None if local else text

@@ -93,6 +93,7 @@ def test_the_card_states_data_configuration_metrics_and_versions(trained, tmp_pa
         "3 optimizer steps",
     ):  # fmt: skip
         assert part in card, part
+    assert "base_model" not in card  # a folder of this machine says nothing to others
     from huggingface_hub import ModelCard
 
     assert ModelCard.load(tmp_path / "x" / "README.md").data.pipeline_tag == "text-generation"
