@@ -159,11 +159,13 @@ class Shard:
         starts, stops = np.append(0, breaks), np.append(breaks, len(blocks))
         places = blocks[starts] * size
         lengths = np.minimum((stops - starts) * size, whole - places)
-        runs = (starts * size, starts * size + lengths, places + self._start)
-        for a, b, place in zip(*(part.tolist() for part in runs), strict=True):
-            read.into(raw[a:b], place)
-        total = int(runs[1][-1])
-        _check_blocks(raw[:total], size, blocks, self._checks[blocks])
+        total = int(starts[-1] * size + lengths[-1])
+        pieces = [raw[at : min(at + size, total)] for at in range(0, total, size)]
+        runs = (starts, lengths, places + self._start)
+        for at, length, place in zip(*(part.tolist() for part in runs), strict=True):
+            part = pieces[at] if length <= size else raw[at * size : at * size + length]
+            read.into(part, place)
+        _check_blocks(pieces, blocks, self._checks[blocks])
         return buffer[:total].view(record)
 
     def _entries(self, read: _Reader, records: NDArray[Any], tokens: bool) -> Entries:
@@ -197,10 +199,9 @@ def _tokens(read: _Reader, place: int, records: NDArray[Any]) -> NDArray[np.floa
 
 
 def _check_blocks(
-    raw: memoryview, size: int, blocks: NDArray[np.int64], checks: NDArray[np.uint64]
+    pieces: list[memoryview], blocks: NDArray[np.int64], checks: NDArray[np.uint64]
 ) -> None:
-    """Compare blocks of `size` bytes (the last may be short) with their checksums."""
-    pieces = [raw[at : at + size] for at in range(0, len(raw), size)]
+    """Compare the bytes of some blocks with their checksums."""
     found = list(map(xxhash.xxh3_64_intdigest, pieces, blocks.tolist()))
     if found != checks.tolist():
         wrong = blocks[np.array(found, np.uint64) != checks]

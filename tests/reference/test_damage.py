@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from modern_llm.config.errors import StorageError
-from modern_llm.reference.layout import Damaged, Identity
+from modern_llm.reference.layout import BLOCK, Damaged, Identity
 from modern_llm.reference.places import MANIFEST, read_manifest
 from modern_llm.reference.shard import Shard
 from modern_llm.reference.store import ReferenceStore
@@ -105,7 +105,7 @@ def test_every_flipped_byte_under_an_open_store(place, ragged, caplog):
         else:
             store.expect_none(opened)
         store.shard.write_bytes(store.intact)
-    index = 8 * -(-len(store.truth) // 64) + 4 * len(store.truth)
+    index = 8 * -(-len(store.truth) // BLOCK) + 4 * len(store.truth)
     assert missed == 2 * (unread + index)
 
 
