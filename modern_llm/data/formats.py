@@ -75,7 +75,10 @@ def choose_format(formats: Sequence[Format], name: str, values: Values) -> Forma
         if entry.name == name or (name == "auto" and entry.fits(values)):
             return entry
     wanted = ", ".join(f"{entry.name} ({entry.columns})" for entry in formats)
-    raise RowFault(f"no format for the columns {sorted(values)}: known are {wanted}")
+    # What should be names may be a whole line of something else.
+    found = [column if len(column) <= 40 else f"{column[:40]}..." for column in sorted(values)]
+    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+    raise RowFault(f"no format for the columns {found[:8]}{more}: known are {wanted}")
 
 
 # Columns
