@@ -192,7 +192,7 @@ def run_ours(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     reference = Timer()
     fill = reference_pass.fill
-    reference_pass.fill = lambda *args: reference.time(fill, *args)
+    reference_pass.fill = lambda *args, **options: reference.time(fill, *args, **options)
     run = options.folder / "ours"
     run_dpo(
         options.folder / "model",
