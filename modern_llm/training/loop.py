@@ -247,7 +247,7 @@ def _start_engine(
 ) -> tuple[Engine, int]:
     """Prepare the model, with the state of the newest intact checkpoint if there is one; return the
     engine and the number of steps already done."""
-    found = runtime.from_main(checkpoint.newest(run.checkpoints) if runtime.is_main else None)
+    found = runtime.on_main(lambda: checkpoint.newest(run.checkpoints))
     if found is None and run.config.resume == "must":
         raise UserError(f"resume: {run.checkpoints} holds no checkpoint to go on from")
     if found is None:
