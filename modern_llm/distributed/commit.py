@@ -1,26 +1,34 @@
 """Folders and files that are either whole or not there: write beside, flush, digest, rename.
 
 A committed folder holds `MANIFEST.json` with the size and SHA-256 of every other file. Readers
-believe
-only the manifest. A digest shows damage, not forgery. Called for checkpoints, exports and stores.
+believe only the manifest. A digest shows damage, not forgery. `Runtime.committed_folder` lets many
+processes write into one folder by the same steps: `begin`, `seal`, `finish`, `abandon`. Called for
+checkpoints, exports and stores.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from modern_llm.config.errors import StorageError
+from modern_llm.distributed.faults import around
 
 MANIFEST = "MANIFEST.json"
 VERSION = 1
+TEMPORARY = ".tmp-"
+"""What a name begins with that is not committed; such a folder is nobody's but its writer's."""
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
@@ -28,50 +36,105 @@ def committed_folder(target: Path, facts: dict[str, Any] | None = None) -> Itera
     """Yield a temporary folder beside `target`; on leaving without an error it becomes `target`.
 
     Args:
-        target: replaced if it exists.
+        target: replaced if it exists, in one step where the file system can.
         facts: written into the manifest beside the list of files.
 
     Raises:
         StorageError: the disk refuses; nothing is left behind and what stood there before stands.
     """
-    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    with refusals(target):
+        place = begin(target)
+        try:
+            yield place
+            finish(place, target, seal(place), facts or {})
+        finally:
+            abandon(place)
+
+
+@contextmanager
+def refusals(target: Path) -> Iterator[None]:
+    """Turn what a disk refuses in the body into a `StorageError` that names `target`."""
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        _write_manifest(temporary, facts or {})
-        if target.exists():
-            old = target.with_name(f".tmp-old-{target.name}-{os.getpid()}")
-            target.rename(old)
-            temporary.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.rename(target)
-        flush_folder(target.parent)
+        yield
     except OSError as error:
         raise StorageError(
             f"cannot write {target}: {error.strerror or error}; free space or choose another place"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def begin(target: Path) -> Path:
+    """Make the temporary folder of `target` and return it."""
+    place = target.with_name(f"{TEMPORARY}{target.name}-{os.getpid()}")
+    shutil.rmtree(place, ignore_errors=True)
+    with around("folder.make"):
+        place.mkdir(parents=True)
+    return place
+
+
+def seal(place: Path, rank: int = 0, world: int = 1) -> dict[str, dict[str, Any]]:
+    """Flush and digest this rank's share of the files in `place`; name -> size and SHA-256.
+
+    A file is flushed while it is read: neither waits for the other.
+    """
+    paths = sorted(p for p in place.rglob("*") if p.is_file())[rank::world]
+    files = {}
+    with ThreadPoolExecutor(max_workers=1) as aside:
+        for path in paths:
+            flushed = aside.submit(_flush_file, path)
+            digest = digest_file(path)
+            flushed.result()
+            files[str(path.relative_to(place))] = {"size": path.stat().st_size, "sha256": digest}
+    return files
+
+
+def finish(
+    place: Path, target: Path, files: dict[str, dict[str, Any]], facts: dict[str, Any]
+) -> None:
+    """Write the manifest of what was sealed and give the folder its name."""
+    _write_manifest(place, files, facts)
+    for folder in {path.parent for path in place.rglob("*")} - {place}:
+        flush_folder(folder)
+    flush_folder(place)
+    with around("commit.rename"):
+        if not target.exists():
+            place.rename(target)
+        elif not _exchange(place, target):
+            old = target.with_name(f"{TEMPORARY}old-{target.name}-{os.getpid()}")
+            target.rename(old)
+            place.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+    flush_folder(target.parent)
+
+
+def abandon(place: Path) -> None:
+    """Remove what stands under the temporary name: what failed, or what was replaced."""
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders swap names in one step, so that there is never none; False where the system
+    or file system cannot."""
+    with suppress(OSError, AttributeError):
+        swap = ctypes.CDLL(None, use_errno=True).renameat2  # Linux
+        names = os.fsencode(one), os.fsencode(other)
+        return swap(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
+    return False
 
 
 def write_file(path: Path, text: str) -> None:
     """Write a small text file in one piece: a reader sees the old content or the new."""
     # Not the process's number: on a shared file system, jobs in containers often have the same.
-    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
+        with refusals(path):
+            with around("text.write"), temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+            _flush_file(temporary)
+            with around("text.rename"):
+                temporary.replace(path)
+    finally:
         with suppress(OSError):
             temporary.unlink()
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another place"
-        ) from error
 
 
 def verified_manifest(folder: Path) -> dict[str, Any]:
@@ -85,7 +148,7 @@ def verified_manifest(folder: Path) -> dict[str, Any]:
     standing = {
         str(path.relative_to(folder))
         for path in folder.rglob("*")
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path != folder / MANIFEST
     }
     for name in sorted(standing ^ set(listed)):
         word = "missing" if name in listed else "not in the manifest"
@@ -135,20 +198,18 @@ def _is_entry(name: str, entry: Any) -> bool:
     return bool(inside) and isinstance(entry["size"], int) and isinstance(entry["sha256"], str)
 
 
-def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        name = str(path.relative_to(folder))
-        files[name] = {"size": path.stat().st_size, "sha256": digest_file(path)}
+def _write_manifest(place: Path, files: dict[str, Any], facts: dict[str, Any]) -> None:
     manifest = {"version": VERSION, "facts": facts, "files": files}
     manifest["own"] = _own_digest(manifest)
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+    with around("manifest.write"), (place / MANIFEST).open("w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1, sort_keys=True)
-        file.flush()
+    _flush_file(place / MANIFEST)
+
+
+def _flush_file(path: Path) -> None:
+    """Put a file's bytes on disk."""
+    with path.open("rb") as file, around("file.flush"):
         os.fsync(file.fileno())
-    flush_folder(folder)
 
 
 def _own_digest(manifest: dict[str, Any]) -> str:
@@ -161,6 +222,15 @@ def flush_folder(folder: Path) -> None:
     """Put on disk which names a folder holds."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with around("folder.flush"):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that may be written under `folder`, which need not exist yet."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    state = os.statvfs(folder)
+    return state.f_bavail * state.f_frsize

@@ -12,7 +12,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError, PeerError, StorageError
-from modern_llm.distributed import deepspeed_config, frozen
-from modern_llm.distributed.commit import committed_folder
+from modern_llm.distributed import commit, deepspeed_config, frozen
 from modern_llm.distributed.engine import DeepSpeedEngine, Engine
+from modern_llm.distributed.faults import around
 from modern_llm.distributed.handshake import join
 from modern_llm.distributed.local_files import named_in
 
@@ -94,14 +94,16 @@ class Runtime:
 
     def barrier(self) -> None:
         """Wait for every process."""
-        self.accelerator.wait_for_everyone()
+        with around("collective.barrier"):
+            self.accelerator.wait_for_everyone()
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the elementwise sum over all processes."""
         if self.world == 1:
             return values
         total = values.clone()
-        dist.all_reduce(total)
+        with around("collective.sum"):
+            dist.all_reduce(total)
         return total
 
     def gather(self, value: T) -> list[T]:
@@ -109,7 +111,8 @@ class Runtime:
         if self.world == 1:
             return [value]
         values: list[T | None] = [None] * self.world
-        dist.all_gather_object(values, value)
+        with around("collective.gather"):
+            dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]
 
     def from_main(self, value: T) -> T:
@@ -117,7 +120,8 @@ class Runtime:
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        with around("collective.broadcast"):
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def on_main(self, work: Callable[[], T]) -> T:
@@ -148,33 +152,46 @@ class Runtime:
     def committed_folder(self, target: Path, facts: dict[str, Any]) -> Iterator[Path]:
         """Let all ranks write into one folder that appears as `target` when all are done.
 
-        Rank 0 makes it and names it. An error on any rank leaves nothing and is raised on all.
+        Rank 0 makes it and names it; each flushes and digests its share of the files. An error on
+        any rank leaves nothing and is raised on all.
         """
-        with ExitStack() as stack:
-            failure: Exception | None = None
-            place: Path | None = None
-            try:
-                if self.is_main:
-                    place = stack.enter_context(committed_folder(target, facts))
-            except Exception as error:
-                failure = error
-            self.raise_together(failure)
-            place = self.from_main(place)
-            try:
+
+        def begin() -> Path:
+            with commit.refusals(target):
+                return commit.begin(target)
+
+        def finish() -> None:
+            with commit.refusals(target):
+                commit.finish(place, target, files, facts)
+
+        place = self.on_main(begin)
+        try:
+            with self.failing_together(), commit.refusals(target):
                 if not place.is_dir():
                     raise StorageError(
                         f"{target.parent}: rank {self.rank} does not see what rank 0 writes there; "
                         "name a folder on a disk that all nodes share"
                     )
                 yield place
-            except Exception as error:
-                failure = error
-            self.raise_together(failure)
-            try:
-                stack.close()
-            except Exception as error:
-                failure = error
-            self.raise_together(failure)
+            shares: list[dict[str, Any]] = []
+            with self.failing_together(), commit.refusals(target):
+                shares = [commit.seal(place, self.rank, self.world)]
+            shares = self.gather(shares[0])
+            files = {name: entry for share in shares for name, entry in share.items()}
+            self.on_main(finish)
+        finally:
+            if self.is_main:
+                commit.abandon(place)
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Do the body on every rank; an error in any of them is raised on all."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        self.raise_together(failure)
 
     @contextmanager
     def one_per_machine_first(self) -> Iterator[None]:

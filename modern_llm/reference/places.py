@@ -83,11 +83,3 @@ def restless(folder: Path) -> StorageError:
         f"{folder}: its shards change faster than they can be read; run again when fewer jobs are "
         "at work on it"
     )
-
-
-def free_bytes(folder: Path) -> int:
-    """Bytes that may be written under `folder`, which need not exist yet."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    state = os.statvfs(folder)
-    return state.f_bavail * state.f_frsize

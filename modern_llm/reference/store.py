@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modern_llm.config.errors import StorageError
-from modern_llm.distributed.commit import flush_folder, write_file
+from modern_llm.distributed.commit import flush_folder, free_bytes, write_file
 from modern_llm.reference.claims import PATIENCE, Claims, lock_is_free
 from modern_llm.reference.entries import Entries, concatenate, distinct
 from modern_llm.reference.joining import due_groups, joined_layout, merged
@@ -32,7 +32,6 @@ from modern_llm.reference.places import (
     ATTEMPTS,
     MANIFEST,
     folder_of,
-    free_bytes,
     manifest_text,
     read_manifest,
     restless,

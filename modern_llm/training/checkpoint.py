@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from modern_llm.config.errors import StorageError
-from modern_llm.distributed.commit import verified_manifest
+from modern_llm.config.errors import NotFiniteError, StorageError
+from modern_llm.distributed.commit import TEMPORARY, verified_manifest
 from modern_llm.distributed.engine import Engine
+from modern_llm.distributed.faults import around
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.state import MOMENTS, base_optimizer, pieces, replicated
 
@@ -60,10 +61,31 @@ def save(runtime: Runtime, folder: Path, step: int, engine: Engine, facts: dict[
         if runtime.is_main:
             weights |= buffers(engine.inner)
             state = {"step": step, "scaler": engine.scaler_state()}
-            (place / STATE).write_text(json.dumps(state))
+            with around("state.write"):
+                (place / STATE).write_text(json.dumps(state))
         starts = {"starts": json.dumps({piece.name: piece.start for piece in mine})}
-        save_file(weights, place / f"{WEIGHTS}{ending}", metadata=starts)
-        save_file(moments, place / f"{OPTIMIZER}{ending}", metadata=starts)
+        write_tensors(place / f"{WEIGHTS}{ending}", weights, starts)
+        write_tensors(place / f"{OPTIMIZER}{ending}", moments, starts)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write one safetensors file.
+
+    Raises:
+        NotFiniteError: a tensor holds a value that is not finite; no checkpoint may hold one.
+        StorageError: the disk refuses.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NotFiniteError(
+                f"{name}: holds values that are not finite, so no checkpoint is written; go on "
+                "from the last one with a lower train.learning_rate"
+            )
+    try:
+        with around("tensors.write"):
+            save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # its own word for what the disk said
+        raise StorageError(f"cannot write {path}: {error}; free space") from error
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -121,11 +143,35 @@ def load_state(place: Path, engine: Engine) -> None:
     engine.load_scaler_state(state)
 
 
-def retire(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and whatever a killed save left behind."""
-    for place in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(place, ignore_errors=True)
-    for place in folder.glob(".tmp-*"):
+def retire(folder: Path, keep: int, good: set[str]) -> None:
+    """Remove all but the newest `keep` checkpoints that verify; never fails a run.
+
+    Args:
+        good: names of those that were written or verified by this process; others are verified
+            here, and those that are damaged count for nothing and are left to be looked at.
+    """
+    kept = 0
+    for place in sorted(folder.glob("step-*"), reverse=True):
+        if kept < keep:
+            kept += place.name in good or _verifies(place, good)
+            continue
+        with around("retire"):
+            shutil.rmtree(place, ignore_errors=True)
+        good.discard(place.name)
+
+
+def _verifies(place: Path, good: set[str]) -> bool:
+    try:
+        verified_manifest(place)
+    except (StorageError, OSError):
+        return False
+    good.add(place.name)
+    return True
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed saves left behind; called by who holds the run's lock alone."""
+    for place in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(place, ignore_errors=True)
 
 

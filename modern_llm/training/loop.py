@@ -11,6 +11,7 @@ import hashlib
 import logging
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from modern_llm.training import checkpoint
 from modern_llm.training.metrics import MetricsLog, console_line, peak_memory_gb
 from modern_llm.training.optim import is_due, learning_rate, make_optimizer, set_learning_rate
 from modern_llm.training.run_folder import RunFolder
+from modern_llm.training.saving import Saver
 from modern_llm.training.signals import StopRequest
 from modern_llm.training.task import Task
 from modern_llm.training.watch import Watch
@@ -92,9 +94,9 @@ def train(
     total = total_steps(config, task)
     engine, start = _start_engine(runtime, scorer, config, run, facts)
     engine.model.train()
-    before = MetricsLog(run.metrics).elapsed() if start else 0.0
-    clock = Clock(before=before, began=time.perf_counter())
-    saved = start
+    clock = Clock(MetricsLog(run.metrics).elapsed() if start else 0.0, time.perf_counter())
+    saver = Saver(runtime, run, engine, facts, start)
+    saver.check_room((total - 1) // config.save_every - start // config.save_every)
     if sample is not None:
         sample.start(start)
     with StopRequest() as stop, Watch(config, run, total, start, runtime.is_main) as watch:
@@ -121,12 +123,10 @@ def train(
             told = stop.asked or (run.stop_asked() if runtime.is_main else None)
             stopping = _any_rank(runtime, told)
             if stopping or (done < total and is_due(config.save_every, done, total)):
-                _save(runtime, engine, run, config, done, facts)
-                saved = done
+                saver.save(done, task.consumed(done), must=bool(stopping))
             if stopping and done < total:
                 raise Stopped(
-                    f"stopped by {stopping} after step {saved}, saved; run the same command to go "
-                    "on"
+                    f"stopped by {stopping} after step {done}, saved; run the same command to go on"
                 )
     return engine
 
@@ -238,6 +238,12 @@ def _any_rank(runtime: Runtime, asked: str | None) -> str | None:
     return next(name for name in runtime.gather(asked) if name)
 
 
+def _what_stands(run: RunFolder) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest intact checkpoint, and clear away what killed saves have left."""
+    checkpoint.remove_leftovers(run.checkpoints)
+    return checkpoint.newest(run.checkpoints)
+
+
 def _start_engine(
     runtime: Runtime,
     scorer: nn.Module,
@@ -247,7 +253,7 @@ def _start_engine(
 ) -> tuple[Engine, int]:
     """Prepare the model, with the state of the newest intact checkpoint if there is one; return the
     engine and the number of steps already done."""
-    found = runtime.on_main(lambda: checkpoint.newest(run.checkpoints))
+    found = runtime.on_main(lambda: _what_stands(run))
     if found is None and run.config.resume == "must":
         raise UserError(f"resume: {run.checkpoints} holds no checkpoint to go on from")
     if found is None:
@@ -270,15 +276,3 @@ def _start_engine(
         MetricsLog(run.metrics).truncate(step)
         log.info("going on from %s", place)
     return engine, step
-
-
-def _save(
-    runtime: Runtime,
-    engine: Engine,
-    run: RunFolder,
-    config: TrainingConfig,
-    step: int,
-    facts: dict[str, Any],
-) -> None:
-    checkpoint.save(runtime, run.checkpoints, step, engine, facts)
-    runtime.on_main(lambda: checkpoint.retire(run.checkpoints, config.keep_checkpoints))

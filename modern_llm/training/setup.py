@@ -25,7 +25,7 @@ from modern_llm.data.plan import Budget, Order
 from modern_llm.data.prepare import FELL_BACK, Prepared, sample_texts
 from modern_llm.data.rows import Examples, Kind
 from modern_llm.data.templates import Template, chat_template_of, end_tokens
-from modern_llm.data.tokenize import check_tokenizers_agree
+from modern_llm.data.tokenize import check_tokenizers_agree, tokenizer_identity
 from modern_llm.data.tokens import TokenTable
 from modern_llm.distributed.lost import as_peer_error
 from modern_llm.distributed.runtime import Runtime, start
@@ -45,6 +45,7 @@ from modern_llm.training.loop import train
 from modern_llm.training.notes import data_notes, write_report, write_summary
 from modern_llm.training.run_folder import RunFolder
 from modern_llm.training.samples import make_sampler, prompt_rows
+from modern_llm.training.saving import digest_of
 from modern_llm.training.task import Task
 from modern_llm.training.teacher import learning_rate_warning
 from modern_llm.training.trackers import check_trackers
@@ -356,6 +357,12 @@ def train_and_export(
         if warning := learning_rate_warning(config, full=full, new="model" in run.record):
             log.warning("warning: %s", warning)
     sample = make_sampler(runtime, scorer.model, tokenizer, config, run, ends)
+    shape = {k: v for k, v in scorer.model.config.to_diff_dict().items() if k[0] != "_"}
+    facts = {
+        **facts,
+        "model": digest_of({**shape, "transformers_version": None}),
+        "tokenizer": tokenizer_identity(tokenizer),
+    }
     engine = train(runtime, scorer, task, config, run, facts, sample)
     export(runtime, engine, tokenizer, run.final, ends)
     if runtime.is_main:

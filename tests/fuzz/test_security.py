@@ -164,7 +164,7 @@ def test_a_payload_in_every_file_of_a_run_folder_does_not_run(
         if resealed and place.name != commit.MANIFEST:
             facts = commit.verified_manifest(newest)
             (place.parent / commit.MANIFEST).unlink()
-            commit._write_manifest(place.parent, facts)
+            commit._write_manifest(place.parent, commit.seal(place.parent), facts)
         harmless(lambda here=here: run(here, model, pairs), canary)
         shutil.rmtree(here)
 

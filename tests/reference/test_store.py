@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from modern_llm.config.errors import StorageError
-from modern_llm.reference import joining, places, store
+from modern_llm.distributed import commit
+from modern_llm.reference import joining, store
 from modern_llm.reference.entries import Entries
 from modern_llm.reference.keys import entry_key
 from modern_llm.reference.layout import Identity
@@ -222,4 +223,4 @@ def test_the_place_is_named_by_the_environment_or_beside_the_hub(monkeypatch, tm
 
 
 def test_free_room_is_that_of_the_nearest_folder_that_exists(tmp_path):
-    assert places.free_bytes(tmp_path / "not" / "there") > 0
+    assert commit.free_bytes(tmp_path / "not" / "there") > 0

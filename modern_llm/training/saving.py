@@ -1,0 +1,156 @@
+"""When a checkpoint is saved, what becomes of a save that the disk refuses, and which are kept.
+
+A save that fails leaves the one before and the run goes on with a warning; the third in a row, and
+one that the run ends with, end it with status 3. Room is asked for before the first step. Called by
+the loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from typing import Any
+
+from modern_llm.config.errors import StorageError
+from modern_llm.distributed.commit import TEMPORARY, free_bytes
+from modern_llm.distributed.engine import Engine
+from modern_llm.distributed.faults import around
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.training import checkpoint
+from modern_llm.training.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+MOST_FAILURES = 3
+"""Saves that may fail one after the other."""
+GRACE_S = 30.0
+"""What torchrun gives a worker between SIGTERM and SIGKILL."""
+_PROBE = 16 << 20
+
+
+class Saver:
+    """Writes the checkpoints of one run.
+
+    Args:
+        facts: what a run that goes on must share; written into each manifest.
+        last: the checkpoint that this run went on from, if any; it was verified then.
+    """
+
+    def __init__(
+        self, runtime: Runtime, run: RunFolder, engine: Engine, facts: dict[str, Any], last: int
+    ):
+        self._runtime, self._run, self._engine = runtime, run, engine
+        self._facts = {**facts, "world": runtime.world, "configuration": digest_of(run.record)}
+        self._failures = 0
+        self._good = {f"step-{last:08d}"} if last else set()
+
+    def save(self, step: int, examples: int, *, must: bool) -> bool:
+        """Commit the state after `step` and retire old checkpoints; a collective.
+
+        Args:
+            examples: consumed so far.
+            must: the run ends here, so that a failure is one of the run.
+
+        Returns:
+            Whether it was written.
+
+        Raises:
+            StorageError: the disk refused, and `must`, or for the third time in a row.
+        """
+        facts = {**self._facts, "examples": examples}
+        try:
+            checkpoint.save(self._runtime, self._run.checkpoints, step, self._engine, facts)
+        except StorageError as error:
+            self._failures += 1
+            if must or self._failures >= MOST_FAILURES:
+                raise
+            if self._runtime.is_main:
+                log.warning(
+                    "warning: checkpoint of step %d failed (%s); training goes on, %d of %d "
+                    "failures in a row",
+                    step,
+                    error,
+                    self._failures,
+                    MOST_FAILURES,
+                )
+            return False
+        self._failures = 0
+        self._good.add(f"step-{step:08d}")
+        if self._runtime.is_main:
+            self._retire()
+        return True
+
+    def _retire(self) -> None:
+        try:
+            keep = self._run.config.keep_checkpoints
+            checkpoint.retire(self._run.checkpoints, keep, self._good)
+        except OSError as error:
+            log.warning("warning: old checkpoints could not be removed (%s)", error)
+
+    def check_room(self, saves: int) -> None:
+        """Refuse a run whose checkpoints would not fit; warn where saving would take too long.
+
+        Args:
+            saves: checkpoints that the run will write.
+
+        Raises:
+            StorageError: says how much is missing.
+        """
+        self._runtime.on_main(lambda: self._check_room(saves))
+
+    def _check_room(self, saves: int) -> None:
+        folder = self._run.checkpoints
+        one = self._bytes()
+        # One more than is kept stands while the newest is written; the final model at the end.
+        standing = len(list(folder.glob("step-*")))
+        most = min(saves, self._run.config.keep_checkpoints + 1)
+        need = int(1.1 * (max(1, most - standing) * one + one / 3))
+        free = free_bytes(folder)
+        if free < need:
+            raise StorageError(
+                f"{folder}: checkpoints and the final model need {need / 1e6:.1f} MB, "
+                f"{free / 1e6:.1f} MB are free: free {(need - free) / 1e6:.1f} MB, lower "
+                "train.keep_checkpoints or name another train.output_dir"
+            )
+        seconds = one / self._rate(one)
+        if seconds > GRACE_S:
+            log.warning(
+                "warning: a checkpoint of %.1f GB takes about %.0f s here, more than the %.0f s "
+                "that torchrun leaves after SIGTERM: stop by SIGUSR1 or a file STOP in %s instead",
+                one / 1e9,
+                seconds,
+                GRACE_S,
+                self._run.path,
+            )
+
+    def _bytes(self) -> int:
+        """Float32 weights and two moments of all trained parameters."""
+        trained = (p for p in self._engine.inner.parameters() if p.requires_grad)
+        return sum(12 * getattr(p, "ds_numel", p.numel()) for p in trained) + 4096
+
+    def _rate(self, size: int) -> float:
+        """Bytes a second that this disk takes, measured on a small file."""
+        probe = self._run.checkpoints / f"{TEMPORARY}probe"
+        size = min(size, _PROBE)
+        began = time.perf_counter()
+        try:
+            with around("probe.write"), probe.open("wb") as file:
+                file.write(b"\1" * size)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {probe.parent}: {error.strerror or error}; free space or choose "
+                "another place"
+            ) from error
+        finally:
+            probe.unlink(missing_ok=True)
+        return size / max(time.perf_counter() - began, 1e-9)
+
+
+def digest_of(record: Any) -> str:
+    """Digest of plain values."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()
