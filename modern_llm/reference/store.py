@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modern_llm.config.errors import StorageError
+from modern_llm.distributed.claims import PATIENCE, Claims, lock_is_free
 from modern_llm.distributed.commit import flush_folder, free_bytes, write_file
-from modern_llm.reference.claims import PATIENCE, Claims, lock_is_free
 from modern_llm.reference.entries import Entries, concatenate, distinct
 from modern_llm.reference.joining import due_groups, joined_layout, merged
 from modern_llm.reference.layout import PLAIN, RAGGED, Damaged, Identity, Layout

@@ -19,6 +19,7 @@ from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import UserError
 from modern_llm.distributed.commit import write_file
 from modern_llm.training.metrics import MetricsLog
+from modern_llm.training.run_lock import RunLock
 
 # Fields that may differ between a run and its continuation: they change no number but by rounding.
 FREE = {
@@ -52,6 +53,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.final = self.path / f"{config.run_name}_final"
         self.data = self.path / "data"
+        self.lock = RunLock(self.path)
         self.notes: dict[str, Any] = {}  # for summary.json
         self.prompts: list[list[int]] = []  # token ids that sample answers are given to
         self.dry_run: Any = None  # what is told instead of training, where the run is only tried
@@ -112,9 +114,11 @@ class RunFolder:
         return (self.path / "config.yaml").exists()
 
     def leave_nothing(self) -> None:
-        """Remove the tables of a run that was refused before it began, and the folder if empty."""
+        """Remove the tables of a run that was refused before it began, and the folder if empty; the
+        lock is given back."""
         if not self.is_open():
             shutil.rmtree(self.data, ignore_errors=True)
+            self.lock.release()
             with suppress(OSError):
                 self.path.rmdir()
 

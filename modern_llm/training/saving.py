@@ -58,8 +58,10 @@ class Saver:
             Whether it was written.
 
         Raises:
-            StorageError: the disk refused, and `must`, or for the third time in a row.
+            StorageError: the disk refused, and `must`, or for the third time in a row; or another
+                trainer has taken over the folder.
         """
+        self._runtime.on_main(self._run.lock.check)
         facts = {**self._facts, "examples": examples}
         try:
             checkpoint.save(self._runtime, self._run.checkpoints, step, self._engine, facts)

@@ -115,6 +115,8 @@ def open_run(
             f"{config.batch_size} processes"
         )
     run = RunFolder(config, record)
+    if dry_run is None:
+        runtime.on_main(lambda: run.finished() or run.lock.refuse_if_held())
     run.refuse_foreign()
     if dry_run is not None:
         return runtime, dry_run.aside(runtime, run)
@@ -125,8 +127,10 @@ def open_run(
 
 @contextmanager
 def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
-    """Write how the run ended into `outcome.json`, which survives launchers that flatten exit
-    statuses."""
+    """Hold the lock of the run folder, and write how the run ended into `outcome.json`, which
+    survives launchers that flatten exit statuses."""
+    if run.dry_run is None:
+        runtime.on_main(run.lock.take)
     try:
         yield
     except BaseException as failure:
@@ -139,9 +143,12 @@ def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
         if error is failure:
             raise
         raise error from failure
-    if runtime.is_main:
-        run.close(0, "done", run.last_step())
-        write_report(run)
+    else:
+        if runtime.is_main:
+            run.close(0, "done", run.last_step())
+            write_report(run)
+    finally:
+        run.lock.release()
 
 
 def choose_tokenizer(
@@ -364,6 +371,7 @@ def train_and_export(
         "tokenizer": tokenizer_identity(tokenizer),
     }
     engine = train(runtime, scorer, task, config, run, facts, sample)
+    runtime.on_main(run.lock.check)
     export(runtime, engine, tokenizer, run.final, ends)
     if runtime.is_main:
         log.info("final model: %s", run.final)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modern_llm.config.errors import StorageError
+from modern_llm.distributed.claims import Claims
 from modern_llm.reference import joining
-from modern_llm.reference.claims import Claims
 from modern_llm.reference.entries import Entries
 from modern_llm.reference.joining import JOINED_AT_ONCE, due_groups, joined_layout, merged
 from modern_llm.reference.shard import Shard

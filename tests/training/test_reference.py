@@ -172,7 +172,7 @@ def test_a_complete_store_is_used_where_nothing_can_be_written(
 
     for name in ("_commit", "_write_manifest", "make_room"):
         monkeypatch.setattr(ReferenceStore, name, refused)
-    monkeypatch.setattr("modern_llm.reference.claims.Claims._make", refused)
+    monkeypatch.setattr("modern_llm.distributed.claims.Claims._make", refused)
     assert run(tmp_path / "run", tiny_checkpoint, tiny_pairs, {})[0]["loss"] > 0
 
 

@@ -4,7 +4,8 @@ A claim is a file that exists once, made by linking (a link to a name that is ta
 owner holds a lock on it (`flock`) and appends a byte every few seconds. Another job takes it over
 when its owner is dead: on the same machine when the lock is free, on another when the file has not
 grown for `patience` seconds of the watcher's own monotonic clock. Two jobs that both come to hold a
-claim do work twice and nothing wrong: entries are named by content. Called by the store.
+claim do work twice and nothing wrong: entries are named by content. Called by the store and by
+the lock of a run folder.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 PATIENCE = 60.0
 """Seconds without a sign of life from another machine. Network file systems may show a file's
 growth up to half a minute late."""
 _BEATS = 12
 """Signs of life within that time."""
+_ASIDE = ".dead-"
 
 
 class Claims:
@@ -55,7 +58,7 @@ class Claims:
             return False
         # Only one of several watchers can move the file away. One that was slow may have moved the
         # new owner's: it puts that back, where nobody was faster.
-        aside = self.folder / f".dead-{name}-{self._me}"
+        aside = self.folder / f"{_ASIDE}{name}-{self._me}"
         try:
             path.rename(aside)
             theirs = _head(aside) != dead
@@ -97,23 +100,59 @@ class Claims:
             self._beat.join()
             self._beat = None
 
+    def owner(self, name: str) -> dict[str, Any] | None:
+        """Return who holds the claim `name`: `host`, `pid`, whether that is this `machine` and
+        whether it is this very job (`me`), and `size`, which grows while it lives; None if free."""
+        path = self.folder / name
+        try:
+            head, size = _head(path), path.stat().st_size
+        except OSError:
+            return None
+        machine = _machine_in(head)
+        return {
+            "host": (machine or "an unknown machine").split(" ")[0],
+            "pid": _pid_in(head),
+            "machine": machine == self._machine,
+            "me": self._me.encode() in head,
+            "size": size,
+        }
+
+    def is_held(self, name: str) -> bool:
+        """Whether a process of this machine holds the claim; nothing is waited for or changed."""
+        owner = self.owner(name)
+        return bool(owner and owner["machine"]) and _lock_is(self.folder / name) == "held"
+
     def clean(self) -> int:
         """Remove claims and leftovers of owners that are dead on this machine; return how many."""
-        removed = 0
-        # Whoever was killed before it signed what it made has left that under this name. A live
-        # job from which it is taken within that moment makes another.
-        unsigned = _unsigned("")
+        removed = self.clear_leftovers()
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            left = path.name.startswith(unsigned) and lock_is_free(path)
-            if left or self._dead_head(path) is not None:
+            if self._dead_head(path) is not None:
                 path.unlink(missing_ok=True)
                 removed += 1
+        return removed
+
+    def clear_leftovers(self) -> int:
+        """Remove what was left under temporary names on this machine; return how many.
+
+        Whoever was killed before it signed what it made, or while it moved a dead one's claim away,
+        has left that. A live job from which it is taken within that moment makes another.
+        """
+        removed = 0
+        for start in (_unsigned(""), _ASIDE):
+            for path in self.folder.glob(f"{start}*"):
+                if lock_is_free(path):
+                    path.unlink(missing_ok=True)
+                    removed += 1
         return removed
 
     def _make(self, path: Path) -> bool:
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / _unsigned(self._me)
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        try:
+            descriptor = os.open(temporary, flags, 0o644)
+        except FileNotFoundError:  # the folder was removed under us, empty as it was
+            return False
         made = False
         try:
             with suppress(OSError):  # a file system without locks has the growth to go by
@@ -154,8 +193,8 @@ class Claims:
                 state, head = os.fstat(file.fileno()), file.readline()
         except OSError:
             return None  # given back just now: the next round takes it
-        if _machine_in(head) == self._machine:
-            return head if lock_is_free(path) else None
+        if _machine_in(head) == self._machine and (lock := _lock_is(path)) != "unknown":
+            return head if lock == "free" else None
         sign = (state.st_ino, state.st_size)
         now = time.monotonic()
         last = self._seen.get(path.name)
@@ -167,17 +206,24 @@ class Claims:
 
 def lock_is_free(path: Path) -> bool:
     """Whether no process of this machine holds the lock of a file that exists."""
+    return _lock_is(path) == "free"
+
+
+def _lock_is(path: Path) -> str:
+    """`held` or `free`; `unknown` where the file is gone or its file system has no locks."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        return False
+        return "unknown"
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "held"
     except OSError:
-        return False
+        return "unknown"
     finally:
         os.close(descriptor)
-    return True
+    return "free"
 
 
 def _unsigned(owner: str) -> str:
@@ -197,6 +243,13 @@ def _machine_in(head: bytes) -> str | None:
         return str(json.loads(head)["machine"])
     except (ValueError, KeyError, TypeError):
         return None  # not readable as a claim: judged by growth alone
+
+
+def _pid_in(head: bytes) -> int | None:
+    try:
+        return int(json.loads(head)["pid"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _machine() -> str:

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from modern_llm.reference import claims as module
-from modern_llm.reference.claims import Claims
+from modern_llm.distributed import claims as module
+from modern_llm.distributed.claims import Claims
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = """
 import sys
 from pathlib import Path
-from modern_llm.reference.claims import Claims
+from modern_llm.distributed.claims import Claims
 
 folder, patience, machine = sys.argv[1:]
 claims = Claims(Path(folder), patience=float(patience))
