@@ -27,6 +27,7 @@ SPELLINGS = {
     "--json": "--json_output",
     "--dry-run": "--dry_run",
     "--copy": "--copy_to",
+    "--accept-change": "--accept_change",
     "--expect-world": "--expect_world",
 }
 

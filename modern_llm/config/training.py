@@ -109,6 +109,9 @@ class TrainingConfig:
     """auto: go on from the newest checkpoint in output_dir if there is one; must: refuse to start
     without;
     never: refuse an output_dir that holds a run."""
+    accept_change: bool = False
+    """Go on with the run in output_dir although settings differ that change how its rest goes
+    (learning rate, steps, places of the same data); of one start alone (--accept-change)."""
 
     @field_validator("mixed_precision", mode="before")
     @classmethod

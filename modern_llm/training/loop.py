@@ -92,7 +92,7 @@ def train(
         Stopped: a signal asked for it; the state is saved.
     """
     total = total_steps(config, task)
-    engine, start = _start_engine(runtime, scorer, config, run, facts)
+    engine, start = _start_engine(runtime, scorer, config, run, facts, total)
     engine.model.train()
     clock = Clock(MetricsLog(run.metrics).elapsed() if start else 0.0, time.perf_counter())
     saver = Saver(runtime, run, engine, facts, start)
@@ -250,6 +250,7 @@ def _start_engine(
     config: TrainingConfig,
     run: RunFolder,
     facts: dict[str, Any],
+    total: int,
 ) -> tuple[Engine, int]:
     """Prepare the model, with the state of the newest intact checkpoint if there is one; return the
     engine and the number of steps already done."""
@@ -267,11 +268,16 @@ def _start_engine(
             f"output_dir {run.path}: {', '.join(changed)} changed since {place.name} was written; "
             "restore it, or name another output_dir"
         )
+    step = int(before["step"])
+    if step > total:
+        raise UserError(
+            f"{place} is past the {total} steps of this run: raise train.max_steps or "
+            "train.epochs, or name another output_dir"
+        )
     # Before it is prepared: whatever shards the weights then shards these.
     checkpoint.load_weights(place, scorer.model)
     engine = runtime.prepare(scorer, make_optimizer(config, scorer))
     checkpoint.load_state(place, engine)
-    step = int(before["step"])
     if runtime.is_main:
         MetricsLog(run.metrics).truncate(step)
         log.info("going on from %s", place)

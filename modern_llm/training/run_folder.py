@@ -8,6 +8,7 @@ Called by the stages before anything is loaded and by the loop.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -18,28 +19,11 @@ import yaml
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import UserError
 from modern_llm.distributed.commit import write_file
+from modern_llm.training.changes import ACCEPTED, CONTENT, FREE, Change, changes
 from modern_llm.training.metrics import MetricsLog
 from modern_llm.training.run_lock import RunLock
 
-# Fields that may differ between a run and its continuation: they change no number but by rounding.
-FREE = {
-    "train": {
-        "eval_every",
-        "generate_every",
-        "generate_prompts",
-        "generate_tokens",
-        "gradient_accumulation_steps",
-        "keep_checkpoints",
-        "log_every",
-        "micro_batch_size",
-        "output_dir",
-        "resume",
-        "save_every",
-        "tokens_per_micro_batch",
-        "tracker_project",
-        "trackers",
-    },
-}
+log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -54,6 +38,7 @@ class RunFolder:
         self.final = self.path / f"{config.run_name}_final"
         self.data = self.path / "data"
         self.lock = RunLock(self.path)
+        self._reopened = False
         self.notes: dict[str, Any] = {}  # for summary.json
         self.prompts: list[list[int]] = []  # token ids that sample answers are given to
         self.dry_run: Any = None  # what is told instead of training, where the run is only tried
@@ -79,17 +64,35 @@ class RunFolder:
             raise UserError(f"{standing}: cannot be read ({error}); remove the folder") from error
         if not isinstance(before, dict):
             raise UserError(f"{standing}: is not the configuration of a run; remove the folder")
-        changes = [
-            f"{name}: {old!r} -> {new!r}" for name, old, new in _differences(before, self.record)
+        self._judge(list(changes(before, self.record)))
+
+    def _judge(self, found: list[Change]) -> None:
+        """Print what differs from the run that stands here, and refuse what may not."""
+        accept = self.config.accept_change
+        refused = [
+            change
+            for change in found
+            if change.kind != FREE and not (accept and change.kind in (ACCEPTED, CONTENT))
         ]
-        if changes:
+        if refused:
+            cure = "name another output_dir, or remove that folder to start over"
+            if all(change.kind in (ACCEPTED, CONTENT) for change in refused):
+                cure = f"say --accept-change to go on with them, or {cure}"
             raise UserError(
-                f"output_dir {self.path} holds a run with other settings ({'; '.join(changes)}); "
-                "name another output_dir, or remove that folder to start over"
+                f"output_dir {self.path} holds a run with other settings "
+                f"({'; '.join(map(str, refused))}); {cure}"
             )
+        for change in found:
+            log.info("going on with another setting: %s", change)
+        self._reopened = any(change.kind == ACCEPTED for change in found)
 
     def finished(self) -> bool:
-        """Whether this run is done: its outcome says so and the final model stands."""
+        """Whether this run is done: its outcome says so and the final model stands.
+
+        A run whose settings were changed with consent is not: its rest is made again.
+        """
+        if self._reopened:
+            return False
         try:
             outcome = json.loads((self.path / "outcome.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -102,7 +105,10 @@ class RunFolder:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         (self.path / "outcome.json").unlink(missing_ok=True)
         (self.path / "STOP").unlink(missing_ok=True)
-        write_file(self.path / "config.yaml", yaml.safe_dump(self.record, sort_keys=False))
+        # Consent holds for one start: whoever runs this file again is asked again.
+        train = {**self.record["train"], "accept_change": False}
+        record = {**self.record, "train": train}
+        write_file(self.path / "config.yaml", yaml.safe_dump(record, sort_keys=False))
 
     def stop_asked(self) -> str | None:
         """Say so where a file STOP lies in the folder: batch systems whose signals do not reach
@@ -131,17 +137,3 @@ class RunFolder:
         """Write `outcome.json`; rank 0 only."""
         outcome = {"status": status, "reason": reason, "last_step": last_step}
         write_file(self.path / "outcome.json", json.dumps(outcome) + "\n")
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return (dotted name, old, new) of every field that differs and is not free."""
-    found = []
-    for section in sorted(set(before) | set(now)):
-        old, new = before.get(section), now.get(section)
-        if not isinstance(old, dict) or not isinstance(new, dict):
-            old, new = {"": old}, {"": new}
-        for field in sorted(set(old) | set(new)):
-            if field in FREE.get(section, ()) or old.get(field) == new.get(field):
-                continue
-            found.append((f"{section}.{field}".rstrip("."), old.get(field), new.get(field)))
-    return found

@@ -33,6 +33,9 @@ class TrainingSettings(Settings):
     """Hub id or folder of the tokenizer; comes before the checkpoint's own."""
     resume: bool = False
     """Go on with the run in output_dir, and refuse to start where there is none."""
+    accept_change: bool = False
+    """Go on although settings differ that may (--accept-change does the same); the difference is
+    printed."""
     dry_run: bool = False
     """Resolve everything, build the first batch, go once forward and backward, keep nothing
     (--dry-run does the same)."""
@@ -93,8 +96,11 @@ MARKS: dict[str, tuple[set[str], type[TrainingSettings]]] = {
 
 
 def training_config(settings: TrainingSettings) -> TrainingConfig:
-    """Return the section `train`, with what `--resume` asks for."""
-    return dataclasses.replace(settings.train, resume="must") if settings.resume else settings.train
+    """Return the section `train`, with what `--resume` and `--accept-change` ask for."""
+    asked: dict[str, Any] = {"resume": "must"} if settings.resume else {}
+    if settings.accept_change:
+        asked["accept_change"] = True
+    return dataclasses.replace(settings.train, **asked)
 
 
 def pretrain(settings: PretrainSettings) -> dict[str, Any]:

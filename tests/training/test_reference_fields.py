@@ -57,6 +57,7 @@ FIELDS = {
         "save_every": (FREE, 1, {}),
         "keep_checkpoints": (FREE, 1, {}),
         "resume": (FREE, "never", {}),
+        "accept_change": (FREE, True, {}),
         "trackers": (FREE, ["tensorboard"], {}),
         "tracker_project": (FREE, "p", {"trackers": ["tensorboard"]}),
         "generate_every": (FREE, 5, {"generate_prompts": ["a"]}),
