@@ -76,6 +76,11 @@ class Runtime:
         precision = self.config.precision
         return "float32" if precision == "no" else precision
 
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether the engine keeps weights in 16 bits for forwards, however they were loaded."""
+        return self.forward_dtype.endswith("-weights")
+
     def freeze(self, module: nn.Module) -> nn.Module:
         """Return a module that is only asked, never trained, ready for forwards on this device.
 

@@ -115,12 +115,17 @@ def parts_of(index: Path, place: str) -> list[str]:
     return names
 
 
-def load_model(checkpoint: Checkpoint, quantize: str | None = None) -> PreTrainedModel:
+def load_model(
+    checkpoint: Checkpoint, quantize: str | None = None, *, as_stored: bool = False
+) -> PreTrainedModel:
     """Return the model in float32 on the CPU: training keeps float32 weights, autocast lowers the
     forward. Adapters in a folder are merged into the model that they stand on.
 
     Args:
         quantize: "nf4" or "int8" for frozen weights in few bits, on the GPU.
+        as_stored: leave the weights of a `transformers` folder in the dtype of its files. They are
+            then mapped, not copied: the processes of a machine share them until one writes. For
+            those who round them to 16 bits at once.
     """
     if checkpoint.base is not None:
         return merged(load_model(inspect_checkpoint(checkpoint.base)), Path(checkpoint.place))
@@ -130,7 +135,7 @@ def load_model(checkpoint: Checkpoint, quantize: str | None = None) -> PreTraine
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint.place,
-            dtype=torch.float32,
+            dtype="auto" if as_stored else torch.float32,
             output_loading_info=True,
             trust_remote_code=False,
             **extra,

@@ -68,7 +68,11 @@ def set_up_policy(
     dropout: bool,
 ) -> TokenScorer:
     """Load the model that is trained, with adapters where these are asked for."""
-    model = load_model(checkpoint, lora.quantize if lora else None)
+    model = load_model(
+        checkpoint,
+        lora.quantize if lora else None,
+        as_stored=runtime.stage == 3 and runtime.rounds_weights,
+    )
     scorer = setup.set_up_scorer(runtime, model, config, dropout=dropout)
     if lora is not None:
         add_adapters(model, lora, checkpoint.place, seed=config.seed)

@@ -282,7 +282,7 @@ def set_up_scorer(
 
 def set_up_frozen(runtime: Runtime, checkpoint: Checkpoint, config: TrainingConfig) -> TokenScorer:
     """Load and probe a model that is only asked, never trained."""
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, as_stored=runtime.rounds_weights)
     if runtime.stage is None:  # under DeepSpeed its engine places it, sharded
         model.to(runtime.device)
     disable_dropout(model)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from modern_llm.config.errors import ConfigError
 from tests.helpers.models import make_model
 from tests.helpers.ranks import run_ranks
 from tests.helpers.zero import stage, use_deepspeed
@@ -63,3 +65,21 @@ def test_each_rank_holds_half_of_every_weight(tmp_path):
             assert share == pytest.approx(0.5, abs=0.01)
             assert gathered == 0 and not grads, "a weight was left whole"
             assert seen[f"{name} left"] == 0
+
+
+def test_the_file_of_the_reference_is_the_one_that_is_taken(tmp_path):
+    from modern_llm.config import TrainingConfig
+    from modern_llm.distributed import deepspeed_config, frozen
+
+    config = TrainingConfig(run_name="x", output_dir=tmp_path)
+    policy = deepspeed_config.resolve(stage(2), config, "p")
+    file = tmp_path / "zero2.json"
+    name = "stage3_param_persistence_threshold"
+    assert name not in frozen.engine_config(policy, str(file), config)["zero_optimization"]
+    beside = tmp_path / frozen.REFERENCE_FILE
+    beside.write_text(json.dumps(stage(3, **{name: 7})))
+    taken = frozen.engine_config(policy, str(file), config)["zero_optimization"]
+    assert taken["stage"] == 3 and taken[name] == 7
+    beside.write_text('{"zero_optimization": {"stage": 3, "stage3_prefetch": 1}}')
+    with pytest.raises(ConfigError, match="stage3_prefetch: unknown key"):
+        frozen.engine_config(policy, str(file), config)

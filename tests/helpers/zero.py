@@ -24,6 +24,8 @@ class Case:
     zero: dict[str, Any] | None = None
     train: dict[str, Any] = field(default_factory=dict)
     dpo: dict[str, Any] = field(default_factory=dict)
+    checkpoint: Path | None = None
+    """Where it starts from, if not from the one that all cases share."""
     break_at: int | None = None
     """Step (from 0) before which the run breaks off, as a killed one would."""
 
@@ -67,7 +69,7 @@ def dpo(checkpoint: Path, data: Path, case: Case) -> list[tuple[float, float, fl
     loop._optimizer_step = breaks
     try:
         run_dpo(
-            checkpoint,
+            case.checkpoint or checkpoint,
             TrainingConfig(**(fields | case.train)),
             DPOConfig(**({"max_length": 64} | case.dpo)),
             PreferenceDatasetConfig(dataset_name=str(data)),

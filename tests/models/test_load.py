@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,3 +207,28 @@ def test_a_shape_that_no_stock_architecture_has_is_refused(change, message):
     fields = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4}
     with pytest.raises(ValueError, match=message):
         ModernLLMConfig(**(fields | change))
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file stands behind."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Anonymous:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no such line")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="tells memory on Linux")
+def test_weights_left_as_stored_are_shared_with_the_files(tmp_path):
+    shape = dataclasses.replace(SHAPE, vocab_size=4096, d_model=512, ffn_hidden_size=2048)
+    stored = build_model(shape, seed=1).to(torch.bfloat16)
+    stored.save_pretrained(tmp_path)
+    checkpoint = inspect_checkpoint(tmp_path)
+    size = sum(p.numel() for p in stored.parameters())
+    before = anonymous_bytes()
+    model = load_model(checkpoint, as_stored=True)
+    mapped = anonymous_bytes() - before
+    assert model.dtype == torch.bfloat16 and equal(model, stored)
+    widened = load_model(checkpoint)
+    copied = anonymous_bytes() - before - mapped
+    assert widened.dtype == torch.float32
+    assert mapped < 0.2 * 2 * size < 4 * size < 1.2 * copied, "a copy was made"

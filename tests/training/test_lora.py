@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,6 +199,19 @@ def test_on_two_processes_under_zero(trained, tiny_checkpoint, tiny_pairs, tmp_p
 def test_what_adapters_cannot_do_is_refused(lora, sentence, tiny_checkpoint, tiny_pairs, tmp_path):
     with pytest.raises(ConfigError, match=sentence):
         dpo(tiny_checkpoint, tiny_pairs, tmp_path / "run", lora=LoraConfig(**lora))
+
+
+def test_few_bits_and_zero_3_exclude_each_other(monkeypatch, tmp_path):
+    from modern_llm.config import TrainingConfig
+    from modern_llm.training.lora import check_lora
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = TrainingConfig(run_name="x", output_dir=tmp_path, mixed_precision="bf16")
+    few = LoraConfig(quantize="nf4")
+    for number in (None, 2):
+        check_lora(SimpleNamespace(stage=number), few, config, dropout=False)
+    with pytest.raises(ConfigError, match="ZeRO-3 cannot shard weights of few bits; use .*zero2"):
+        check_lora(SimpleNamespace(stage=3), few, config, dropout=False)
 
 
 def test_contradictions_are_refused_where_they_are_said(trained, tmp_path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from modern_llm.distributed.commit import verified_manifest
 from tests.helpers.text import make_checkpoint, transcripts, write_jsonl
@@ -63,6 +66,15 @@ def test_real_pairs(tmp_path, shared):
     )
 
 
+def rounded(checkpoint: Path, folder: Path, dtype: torch.dtype) -> Path:
+    """A copy whose weights are representable in bfloat16, in files of `dtype`."""
+    place = folder / f"rounded-{str(dtype).removeprefix('torch.')}"
+    shutil.copytree(checkpoint, place)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    model.to(dtype).save_pretrained(place)
+    return place
+
+
 def test_tied_embeddings_offload_live_reference_and_bfloat16(tmp_path, tiny_tokenizer, pairs):
     tied = make_checkpoint(tmp_path / "tied", tiny_tokenizer, tie_embeddings=True)
     cpu = {"device": "cpu"}
@@ -78,11 +90,17 @@ def test_tied_embeddings_offload_live_reference_and_bfloat16(tmp_path, tiny_toke
         "live3": Case(tmp_path / "live3", stage(3), few, {"reference": "model"}),
         "low": Case(tmp_path / "low", train=low),
         **{f"low{n}": Case(tmp_path / f"low{n}", stage(n), low) for n in range(4)},
+        # The same weights in files of 16 bits, which are mapped, and of 32, which are rounded.
+        **{
+            name: Case(tmp_path / name, stage(3), low, checkpoint=rounded(tied, tmp_path, dtype))
+            for name, dtype in (("of16", torch.bfloat16), ("of32", torch.float32))
+        },
     }
     found = run_cases(2, tied, pairs, cases)
     for name in ("offload2", "offload3", "tied3", "live2", "live3"):
         same_run(found[name], found["alone"], 1e-5)
         close(tmp_path / name, tmp_path / "alone", 1e-4)
+    assert found["of16"] == found["of32"]
     for name in ("low0", "low1", "low2", "low3"):
         for (loss, norm, rate), (other, other_norm, other_rate) in zip(
             found[name], found["low"], strict=True
