@@ -11,11 +11,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from modern_llm.config.errors import UserError, status_of
 from modern_llm.config.files import Settings, read_settings
+from modern_llm.distributed.signals import StopRequest
 from modern_llm.verbs import (
     completion,
     demo,
@@ -55,6 +56,11 @@ VERBS: dict[str, tuple[type[Settings], Callable[[Any], dict[str, Any]]]] = {
     "generate": (generate.GenerateSettings, generate.generate),
 }
 
+# Verbs that stop where nothing is lost (status 75); a signal ends the others at once.
+STOPPED_BY_SIGNALS = {
+    "demo", "pretrain", "sft", "dpo", "reference fill", "reference verify", "score", "evaluate",
+}  # fmt: skip
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return the exit status (0, 2, 3, 4, 5, 75; 1 is a bug of ours)."""
@@ -67,6 +73,13 @@ def main(arguments: list[str] | None = None) -> int:
     if group:
         print(_overview(group))
         return 0 if rest[:1] in (["-h"], ["--help"]) else 2
+    # To the last line: a launcher whose other process has ended asks this one to end as well.
+    with StopRequest() if verb in STOPPED_BY_SIGNALS else nullcontext():
+        return _reported(verb, rest)
+
+
+def _reported(verb: str, rest: list[str]) -> int:
+    """Run a verb; an error becomes one line and a status."""
     debug = "--debug" in rest
     try:
         return _run(verb, rest)

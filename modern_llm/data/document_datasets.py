@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from modern_llm.config.data import DocumentDatasetConfig
@@ -13,7 +14,12 @@ __all__ = ["DocumentDatasetConfig", "build_document_tables"]
 
 
 def build_document_tables(
-    config: DocumentDatasetConfig, tokenizer: Tokenizer, folder: Path, *, row_length: int
+    config: DocumentDatasetConfig,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    row_length: int,
+    check: Callable[[], None] | None = None,
 ) -> Prepared:
     """Return tables with the columns (text, starts), built in `folder` or reused from it.
 
@@ -21,9 +27,13 @@ def build_document_tables(
     ids; `starts` holds where in the row a document (or the rest of one) begins, 0 first. What does
     not fill a last row is left out and counted.
 
+    Args:
+        check: called now and then; what it raises ends the build.
+
     Raises:
         UserError: the tokenizer lacks an end token, or `row_length` is below 2.
         DataError: the data cannot be read, is broken or does not fill a row.
         StorageError: the folder cannot be written.
     """
-    return prepare(config, tokenizer, folder, documents_recipe(config, tokenizer, row_length))
+    recipe = documents_recipe(config, tokenizer, row_length)
+    return prepare(config, tokenizer, folder, recipe, check)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from modern_llm.config.data import InstructionDatasetConfig
@@ -21,6 +22,7 @@ def build_instruction_tables(
     *,
     max_length: int | None = None,
     max_prompt_length: int | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Prepared:
     """Return tables with the columns (prompt, response), built in `folder` or reused from it.
 
@@ -29,6 +31,7 @@ def build_instruction_tables(
             said. The caller, who knows the model, sees to it that they do not exceed its positions.
         max_prompt_length: tokens of the prompt's end that are kept at least; the section's, else
             half of `max_length`, unless said.
+        check: called now and then; what it raises ends the build.
 
     Raises:
         UserError: the lengths leave no room for an answer, or the tokenizer lacks an end token.
@@ -44,4 +47,4 @@ def build_instruction_tables(
         max_length=max_length or config.max_length or DEFAULT_MAX_LENGTH,
         max_prompt_length=max_prompt_length,
     )
-    return prepare(config, tokenizer, folder, recipe)
+    return prepare(config, tokenizer, folder, recipe, check)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from modern_llm.config.data import PreferenceDatasetConfig
@@ -19,6 +20,7 @@ def build_preference_tables(
     *,
     max_length: int = 512,
     max_prompt_length: int | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Prepared:
     """Return tables with the columns (prompt, chosen, rejected), built in `folder` or reused from
     it.
@@ -27,6 +29,7 @@ def build_preference_tables(
         max_length: most tokens of prompt and one answer together.
         max_prompt_length: tokens of the prompt's end that are kept at least; half of `max_length`
             unless said.
+        check: called now and then; what it raises ends the build.
 
     Raises:
         UserError: the lengths leave no room for an answer, or the tokenizer lacks an end token.
@@ -40,4 +43,4 @@ def build_preference_tables(
         max_length=max_length,
         max_prompt_length=max_prompt_length,
     )
-    return prepare(config, tokenizer, folder, recipe)
+    return prepare(config, tokenizer, folder, recipe, check)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -65,8 +65,17 @@ class Prepared:
         return [line for report in reports for line in report.lines()]
 
 
-def prepare(config: DatasetConfig, tokenizer: Tokenizer, folder: Path, recipe: Recipe) -> Prepared:
+def prepare(
+    config: DatasetConfig,
+    tokenizer: Tokenizer,
+    folder: Path,
+    recipe: Recipe,
+    check: Callable[[], None] | None = None,
+) -> Prepared:
     """Return the tables of a section from `folder`, building them there unless they are up to date.
+
+    Args:
+        check: called after every batch of rows; what it raises ends the build and leaves nothing.
 
     Raises:
         DataError: a source cannot be read, is broken, or leaves nothing to train or evaluate on.
@@ -78,11 +87,12 @@ def prepare(config: DatasetConfig, tokenizer: Tokenizer, folder: Path, recipe: R
         return found
     with new_folder(folder) as new:
         with (new / "dropped_rows.jsonl").open("w", encoding="utf-8") as out:
-            reports = _Build(config, recipe, new, out).tables(parts, "train")
+            reports = _Build(config, recipe, new, out, check).tables(parts, "train")
             other = None
             if evaluation is not None:
                 whole = replace(config, eval_fraction=None)
-                (other,) = _Build(whole, recipe, new, out).tables([Part(evaluation)], "evaluation")
+                build = _Build(whole, recipe, new, out, check)
+                (other,) = build.tables([Part(evaluation)], "evaluation")
         summary = {
             "key": key,
             "reports": [report.as_dict() for report in reports],
@@ -167,8 +177,16 @@ def _reuse(folder: Path, key: str) -> Prepared | None:
 class _Build:
     """One pass over each source of a section."""
 
-    def __init__(self, config: DatasetConfig, recipe: Recipe, folder: Path, out: TextIO):
+    def __init__(
+        self,
+        config: DatasetConfig,
+        recipe: Recipe,
+        folder: Path,
+        out: TextIO,
+        check: Callable[[], None] | None,
+    ):
         self._config, self._recipe, self._folder, self._out = config, recipe, folder, out
+        self._check = check
 
     def tables(self, parts: Sequence[Part], name: str) -> list[DataReport]:
         """Write the table `name` (and `evaluation`, if a fraction is held out) from all sources.
@@ -228,6 +246,8 @@ class _Build:
         if part.format is not None:
             recipe = replace(recipe, name=part.format)
         for batch in in_batches(read_items(part.source, self._config, recipe, drops)):
+            if self._check is not None:
+                self._check()
             ids = iter(recipe.encoder([text for item in batch for text in item.texts]))
             for item in batch:
                 mine = [next(ids) for _ in item.texts]

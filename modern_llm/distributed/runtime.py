@@ -43,6 +43,7 @@ class Runtime:
         self.rank: int = accelerator.process_index
         self.world: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
+        self.stopping: str | None = None  # what all have agreed to stop for
 
     @property
     def is_main(self) -> bool:

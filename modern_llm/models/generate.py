@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from modern_llm.config.errors import ConfigError, UserError
 from modern_llm.models.attention import TREE_ATTENTION
@@ -67,6 +73,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 16,
     ends: Iterable[int | None] = (),
+    check: Callable[[], None] | None = None,
 ) -> list[str]:
     """Return the text that `model` adds to each prompt, up to an end token, without special tokens.
 
@@ -75,6 +82,7 @@ def generate(
         temperature: 0 takes the likeliest token each time; above, tokens are drawn from the whole
             distribution (or its `top_p`), whatever the checkpoint's own generation settings say.
         ends: ids that end an answer besides the model's and the tokenizer's.
+        check: called after every token; what it raises ends the generation.
     """
     answers = generate_ids(
         model,
@@ -86,6 +94,7 @@ def generate(
         seed=seed,
         batch_size=batch_size,
         ends=ends,
+        check=check,
     )
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
@@ -103,6 +112,7 @@ def generate_ids(
     batch_size: int = 16,
     ends: Iterable[int | None] = (),
     streamer: Any = None,
+    check: Callable[[], None] | None = None,
 ) -> list[list[int]]:
     """Return the ids that `model` adds to each prompt, as `generate` does, its end token left out.
 
@@ -141,12 +151,24 @@ def generate_ids(
             attention_mask=mask.to(device),
             generation_config=settings,
             streamer=streamer,
+            stopping_criteria=None if check is None else StoppingCriteriaList([_Checked(check)]),
         )
         for i, row in zip(part, output[:, width:].tolist(), strict=True):
             while row and row[-1] in last:
                 row.pop()
             answers[i] = row
     return answers
+
+
+class _Checked(StoppingCriteria):
+    """Stops nothing by itself; asks after each token whether an error should."""
+
+    def __init__(self, check: Callable[[], None]):
+        self._check = check
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self._check()
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modern_llm.config.errors import NotFiniteError, StorageError
+from modern_llm.distributed import stopping
 from modern_llm.distributed.display import Display
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.reference.entries import Entries, concatenate
@@ -27,6 +28,7 @@ from modern_llm.reference.store import ReferenceStore
 log = logging.getLogger(__name__)
 
 Indices = NDArray[np.int64]
+STATE = "in the reference pass, whose values so far are stored"
 _PAUSE_S = 0.25
 """Between two looks at pieces that other jobs have claimed."""
 
@@ -193,6 +195,7 @@ class _Pass:
         waited = False
         try:
             while open_:
+                stopping.check(self._runtime, STATE)
                 number, lacking = self._runtime.on_main(lambda: self._claim(pieces, open_))
                 if number is None:
                     if not waited and self._runtime.is_main:
@@ -248,20 +251,26 @@ class _Pass:
         self._runtime.raise_together(failure)
         if self._runtime.is_main:
             self._store.claims.release(piece.name)
+        if self._runtime.stopping:
+            stopping.check(self._runtime, STATE)
         return sum(len(part) for part in parts)
 
     def _score_share(self, trees: Trees, groups: list[Indices]) -> tuple[Entries, Exception | None]:
-        """Score this rank's groups; every rank makes the same number of forwards."""
+        """Score this rank's groups; every rank makes the same number of forwards, and where one
+        fails or is asked to stop none makes another."""
         world, rank = self._runtime.world, self._runtime.rank
         groups = groups + [np.zeros(0, np.int64)] * (-len(groups) % world)
         scored: list[Entries] = []
         failure: Exception | None = None
-        try:
-            for entries, values in self._score(trees, groups[rank::world]):
-                self._check(entries, values)
-                scored.append(values)
-        except Exception as error:
-            failure = error
+        for group in groups[rank::world]:
+            try:
+                for entries, values in self._score(trees, [group]):
+                    self._check(entries, values)
+                    scored.append(values)
+            except Exception as error:
+                failure = error
+            if stopping.leave(self._runtime, failure):
+                break
         return concatenate(scored, tokens=self._tokens), failure
 
     def _check(self, entries: Indices, values: Entries) -> None:

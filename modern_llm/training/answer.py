@@ -17,6 +17,7 @@ from modern_llm.config.errors import ConfigError, UserError
 from modern_llm.data.records import Prompt, RowFault
 from modern_llm.data.templates import Template, end_tokens
 from modern_llm.data.tokenize import Encoder
+from modern_llm.distributed.signals import stop_here
 from modern_llm.models.generate import generate, generate_ids
 from modern_llm.models.load import (
     check_tokenizer_fits,
@@ -91,6 +92,7 @@ class Answerer:
             rows,
             batch_size=self.options.batch_size,
             ends=ends,
+            check=_check,
             **self.options.drawing,
         )
 
@@ -104,6 +106,7 @@ class Answerer:
             rows,
             ends=ends,
             streamer=streamer,
+            check=_check,
             **self.options.drawing,
         )
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -135,6 +138,11 @@ class Answerer:
             answer = self.stream(turns if chat else line)
             turns.append({"role": "assistant", "content": answer})
             yield line, answer
+
+
+def _check() -> None:
+    """Raise `Stopped` if a signal asked for it."""
+    stop_here("while it answered; nothing is kept")
 
 
 def answer_prompts(

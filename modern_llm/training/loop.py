@@ -11,6 +11,7 @@ import hashlib
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +22,12 @@ from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError, NotFiniteError, Stopped, UserError
 from modern_llm.distributed.engine import Engine, Update
 from modern_llm.distributed.runtime import Runtime
+from modern_llm.distributed.stopping import check, stop_asked
 from modern_llm.training import checkpoint
 from modern_llm.training.metrics import MetricsLog, console_line, peak_memory_gb
 from modern_llm.training.optim import is_due, learning_rate, make_optimizer, set_learning_rate
 from modern_llm.training.run_folder import RunFolder
-from modern_llm.training.saving import Saver
-from modern_llm.training.signals import StopRequest
+from modern_llm.training.saving import OWED, Saver
 from modern_llm.training.task import Task
 from modern_llm.training.watch import Watch
 
@@ -92,14 +93,19 @@ def train(
         Stopped: a signal asked for it; the state is saved.
     """
     total = total_steps(config, task)
-    engine, start = _start_engine(runtime, scorer, config, run, facts, total)
+    engine, start, owed = _start_engine(runtime, scorer, config, run, facts, total)
     engine.model.train()
     clock = Clock(MetricsLog(run.metrics).elapsed() if start else 0.0, time.perf_counter())
     saver = Saver(runtime, run, engine, facts, start)
     saver.check_room((total - 1) // config.save_every - start // config.save_every)
+    check(runtime, f"after step {start}" if start else "before the first step")
     if sample is not None:
         sample.start(start)
-    with StopRequest() as stop, Watch(config, run, total, start, runtime.is_main) as watch:
+    with Watch(config, run, total, start, runtime.is_main) as watch:
+        look = partial(_look, runtime, engine, task, config, sample, watch, total)
+        if owed:
+            head = _head(clock, task, start)
+            watch.complete(start, head, look(start))
         for step in range(start, total):
             began = time.perf_counter()
             rate = learning_rate(config, step, total)
@@ -113,21 +119,18 @@ def train(
                 record |= _measure(runtime, task, sums, clock)
                 record |= {"grad_norm": grad_norm, "lr": rate}
                 watch.line(console_line(done, record))
-            if is_due(config.eval_every, done, total, at_end=True):
-                record |= _evaluate(runtime, engine.model, task, watch, done)
-            if sample is not None and is_due(config.generate_every, done, total, at_end=True):
-                record |= sample(done)
+            cut = False
+            try:
+                record |= look(done)
+            except Stopped:
+                cut = True  # what was due after this step is made when the run goes on
             if record:
-                head = {"step": done, "elapsed_s": clock.elapsed(), "examples": task.consumed(done)}
-                watch.record(done, head | record)
-            told = stop.asked or (run.stop_asked() if runtime.is_main else None)
-            stopping = _any_rank(runtime, told)
+                watch.record(done, _head(clock, task, done) | record)
+            stopping = stop_asked(runtime)
             if stopping or (done < total and is_due(config.save_every, done, total)):
-                saver.save(done, task.consumed(done), must=bool(stopping))
-            if stopping and done < total:
-                raise Stopped(
-                    f"stopped by {stopping} after step {done}, saved; run the same command to go on"
-                )
+                saver.save(done, task.consumed(done), must=bool(stopping), owed=cut)
+            if stopping and (done < total or cut):
+                check(runtime, f"after step {done}, saved")
     return engine
 
 
@@ -174,6 +177,34 @@ def _count_skipped(engine: Engine, update: Update, step: int) -> None:
         )
 
 
+def _head(clock: Clock, task: Task, step: int) -> dict[str, float]:
+    """What a record starts with."""
+    return {"step": step, "elapsed_s": clock.elapsed(), "examples": task.consumed(step)}
+
+
+def _look(
+    runtime: Runtime,
+    engine: Engine,
+    task: Task,
+    config: TrainingConfig,
+    sample: Sample | None,
+    watch: Watch,
+    total: int,
+    step: int,
+) -> dict[str, float]:
+    """Evaluate and answer the fixed prompts where it is time; return what is to be logged.
+
+    Raises:
+        Stopped: a signal asked for it on the way.
+    """
+    record: dict[str, float] = {}
+    if is_due(config.eval_every, step, total, at_end=True):
+        record |= _evaluate(runtime, engine.model, task, watch, step)
+    if sample is not None and is_due(config.generate_every, step, total, at_end=True):
+        record |= sample(step)
+    return record
+
+
 @torch.no_grad()
 def _evaluate(
     runtime: Runtime, model: nn.Module, task: Task, watch: Watch, step: int
@@ -186,6 +217,7 @@ def _evaluate(
     for group in groups:
         batches = task.prepare(model, step, [batch.to(runtime.device) for batch in group])
         for batch in batches:
+            check(runtime, "during an evaluation")
             _add(sums, task.run(model, batch).statistics)
     model.train()
     metrics = task.metrics(_over_ranks(runtime, sums))
@@ -230,14 +262,6 @@ def _seed(*numbers: int) -> None:
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def _any_rank(runtime: Runtime, asked: str | None) -> str | None:
-    """Return the signal that any rank has seen; all ranks get the same answer."""
-    flag = torch.tensor(float(asked is not None), device=runtime.device)
-    if not float(runtime.sum(flag)):
-        return None
-    return next(name for name in runtime.gather(asked) if name)
-
-
 def _what_stands(run: RunFolder) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest intact checkpoint, and clear away what killed saves have left."""
     checkpoint.remove_leftovers(run.checkpoints)
@@ -251,16 +275,16 @@ def _start_engine(
     run: RunFolder,
     facts: dict[str, Any],
     total: int,
-) -> tuple[Engine, int]:
+) -> tuple[Engine, int, bool]:
     """Prepare the model, with the state of the newest intact checkpoint if there is one; return the
-    engine and the number of steps already done."""
+    engine, the number of steps already done, and whether what was due after them is still owed."""
     found = runtime.on_main(lambda: _what_stands(run))
     if found is None and run.config.resume == "must":
         raise UserError(f"resume: {run.checkpoints} holds no checkpoint to go on from")
     if found is None:
         if runtime.is_main:
             MetricsLog(run.metrics).truncate(0)
-        return runtime.prepare(scorer, make_optimizer(config, scorer)), 0
+        return runtime.prepare(scorer, make_optimizer(config, scorer)), 0, False
     place, before = found
     changed = [name for name, value in facts.items() if before.get(name) != value]
     if changed:
@@ -281,4 +305,4 @@ def _start_engine(
     if runtime.is_main:
         MetricsLog(run.metrics).truncate(step)
         log.info("going on from %s", place)
-    return engine, step
+    return engine, step, bool(before.get(OWED))

@@ -104,16 +104,15 @@ class RunFolder:
         """Create the folder and write the configuration; rank 0 only."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         (self.path / "outcome.json").unlink(missing_ok=True)
-        (self.path / "STOP").unlink(missing_ok=True)
         # Consent holds for one start: whoever runs this file again is asked again.
         train = {**self.record["train"], "accept_change": False}
         record = {**self.record, "train": train}
         write_file(self.path / "config.yaml", yaml.safe_dump(record, sort_keys=False))
 
-    def stop_asked(self) -> str | None:
-        """Say so where a file STOP lies in the folder: batch systems whose signals do not reach
-        the processes of a launcher touch it."""
-        return "the file STOP" if (self.path / "STOP").exists() else None
+    @property
+    def stop_file(self) -> Path:
+        """Asks the run to save and stop; what lies there before a stage begins asks nothing."""
+        return self.path / "STOP"
 
     def is_open(self) -> bool:
         """Whether a run has begun here."""
@@ -135,5 +134,6 @@ class RunFolder:
 
     def close(self, status: int, reason: str, last_step: int) -> None:
         """Write `outcome.json`; rank 0 only."""
+        self.path.mkdir(parents=True, exist_ok=True)  # stopped before it was opened
         outcome = {"status": status, "reason": reason, "last_step": last_step}
         write_file(self.path / "outcome.json", json.dumps(outcome) + "\n")

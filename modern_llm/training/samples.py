@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from modern_llm.config import TrainingConfig
 from modern_llm.data.prepare import Prepared
 from modern_llm.distributed.runtime import Runtime
+from modern_llm.distributed.stopping import Rounds
 from modern_llm.models.generate import generate_ids, native_attention
 from modern_llm.training.answer import prompt_ids
 from modern_llm.training.run_folder import RunFolder
@@ -63,8 +64,13 @@ class Sampler:
             self(0)
 
     def __call__(self, step: int) -> dict[str, float]:
-        """Answer every prompt; return the mean lengths in tokens."""
+        """Answer every prompt; return the mean lengths in tokens.
+
+        Raises:
+            Stopped: a signal asked for it; nothing of these answers is kept.
+        """
         training = self._model.training
+        rounds = Rounds(self._runtime, "while it answered prompts")
         with self._runtime.accelerator.autocast(), native_attention(self._model):
             answers = generate_ids(
                 self._model,
@@ -72,7 +78,9 @@ class Sampler:
                 self._rows,
                 max_new_tokens=self._config.generate_tokens,
                 ends=self._ends,
+                check=rounds.check,
             )
+        rounds.finish()
         self._model.train(training)
         if not self._runtime.is_main:
             return {}

@@ -28,6 +28,8 @@ MOST_FAILURES = 3
 """Saves that may fail one after the other."""
 GRACE_S = 30.0
 """What torchrun gives a worker between SIGTERM and SIGKILL."""
+OWED = "owed"
+"""Fact of a checkpoint of a step whose evaluation or sample answers a signal cut short."""
 _PROBE = 16 << 20
 
 
@@ -47,12 +49,13 @@ class Saver:
         self._failures = 0
         self._good = {f"step-{last:08d}"} if last else set()
 
-    def save(self, step: int, examples: int, *, must: bool) -> bool:
+    def save(self, step: int, examples: int, *, must: bool, owed: bool = False) -> bool:
         """Commit the state after `step` and retire old checkpoints; a collective.
 
         Args:
             examples: consumed so far.
             must: the run ends here, so that a failure is one of the run.
+            owed: what was due after this step (evaluation, sample answers) is still to be made.
 
         Returns:
             Whether it was written.
@@ -62,7 +65,7 @@ class Saver:
                 trainer has taken over the folder.
         """
         self._runtime.on_main(self._run.lock.check)
-        facts = {**self._facts, "examples": examples}
+        facts = {**self._facts, "examples": examples} | ({OWED: True} if owed else {})
         try:
             checkpoint.save(self._runtime, self._run.checkpoints, step, self._engine, facts)
         except StorageError as error:

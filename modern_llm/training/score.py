@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from modern_llm.data.prepare import Prepared
 from modern_llm.data.tokens import TokenTable
 from modern_llm.distributed import runtime as distributed
 from modern_llm.distributed.commit import write_file
+from modern_llm.distributed.signals import stop_here
 from modern_llm.models.load import Checkpoint, inspect_checkpoint
 from modern_llm.training import setup
 from modern_llm.training.scoring import Answers, Scoring, score_everywhere
@@ -82,13 +84,15 @@ def scored_pairs(
         tokenizer, _ = setup.choose_tokenizer(tokenizer_name, policy, config)
         setup.check_positions(max_length, policy, "max_length")
         # Every process reads for itself: nothing of this outlives the call.
-        prepared = build_preference_tables(
-            data,
-            tokenizer,
-            Path(folder) / "data",
-            max_length=max_length,
-            max_prompt_length=max_prompt_length,
-        )
+        with runtime.failing_together():
+            prepared = build_preference_tables(
+                data,
+                tokenizer,
+                Path(folder) / "data",
+                max_length=max_length,
+                max_prompt_length=max_prompt_length,
+                check=partial(stop_here, "while it read the data", main=runtime.is_main),
+            )
         table = prepared.train
         columns = {"policy": _sums(runtime, policy, table, config)}
         if reference is not None:

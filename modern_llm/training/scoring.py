@@ -21,6 +21,7 @@ from modern_llm.data.plan import Budget, place
 from modern_llm.data.rows import Sequence as Laid
 from modern_llm.data.rows import lay_out
 from modern_llm.data.tokens import TokenTable
+from modern_llm.distributed import stopping
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.reference.entries import Entries, concatenate
 from modern_llm.reference.keys import KEY_BYTES, entry_keys
@@ -273,17 +274,25 @@ def score_everywhere(
 
     Returns:
         The values in the order of `entries`.
+
+    Raises:
+        Stopped: a signal asked for it.
     """
     trees = scoring.lay_out(answers, entries)
     groups = trees.groups()
     groups += [np.zeros(0, np.int64)] * (-len(groups) % runtime.world)
     mine: list[Entries] = []
     failure: Exception | None = None
-    try:
-        mine = [values for _, values in scoring(trees, groups[runtime.rank :: runtime.world])]
-    except Exception as error:
-        failure = error
+    for group in groups[runtime.rank :: runtime.world]:
+        try:
+            mine += [values for _, values in scoring(trees, [group])]
+        except Exception as error:
+            failure = error
+        if stopping.leave(runtime, failure):
+            break
     runtime.raise_together(failure)
+    if runtime.stopping:
+        stopping.check(runtime, "while it scored, with nothing written")
     everyone = [part for parts in runtime.gather(mine) for part in parts]
     found = concatenate(everyone, tokens=scoring.tokens)
     # Keys are in the order of the entries, because answers are.

@@ -13,6 +13,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.data import DatasetConfig
-from modern_llm.config.errors import ConfigError, UserError, status_of
+from modern_llm.config.errors import ConfigError, UserError
 from modern_llm.data.plan import Budget, Order
 from modern_llm.data.prepare import FELL_BACK, Prepared, sample_texts
 from modern_llm.data.rows import Examples, Kind
 from modern_llm.data.templates import Template, chat_template_of, end_tokens
 from modern_llm.data.tokenize import check_tokenizers_agree, tokenizer_identity
 from modern_llm.data.tokens import TokenTable
-from modern_llm.distributed.lost import as_peer_error
 from modern_llm.distributed.runtime import Runtime, start
+from modern_llm.distributed.signals import stop_here
 from modern_llm.models.load import (
     Checkpoint,
     check_tokenizer_fits,
@@ -42,7 +43,7 @@ from modern_llm.training.batch_source import BatchSource, largest_example
 from modern_llm.training.dry_run import DryRun
 from modern_llm.training.export import export
 from modern_llm.training.loop import train
-from modern_llm.training.notes import data_notes, write_report, write_summary
+from modern_llm.training.notes import data_notes, write_summary
 from modern_llm.training.run_folder import RunFolder
 from modern_llm.training.samples import make_sampler, prompt_rows
 from modern_llm.training.saving import digest_of
@@ -125,32 +126,6 @@ def open_run(
     return runtime, run
 
 
-@contextmanager
-def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
-    """Hold the lock of the run folder, and write how the run ended into `outcome.json`, which
-    survives launchers that flatten exit statuses."""
-    if run.dry_run is None:
-        runtime.on_main(run.lock.take)
-    try:
-        yield
-    except BaseException as failure:
-        error = as_peer_error(failure)
-        if runtime.is_main and run.is_open():
-            run.close(status_of(error), f"{type(error).__name__}: {error}", run.last_step())
-            write_report(run)
-        elif runtime.accelerator.is_local_main_process:
-            run.leave_nothing()
-        if error is failure:
-            raise
-        raise error from failure
-    else:
-        if runtime.is_main:
-            run.close(0, "done", run.last_step())
-            write_report(run)
-    finally:
-        run.lock.release()
-
-
 def choose_tokenizer(
     argument: str | None, checkpoint: Checkpoint | None, config: TrainingConfig
 ) -> tuple[PreTrainedTokenizerBase, list[tuple[str, PreTrainedTokenizerBase]]]:
@@ -191,7 +166,7 @@ def check_agreement(
 
 
 def build_tables(
-    runtime: Runtime, run: RunFolder, build: Callable[[Path], Prepared], config: TrainingConfig
+    runtime: Runtime, run: RunFolder, build: Callable[..., Prepared], config: TrainingConfig
 ) -> Prepared:
     """Tokenise once a machine, map everywhere, compare, and refuse data that cannot fill one
     step."""
@@ -217,10 +192,15 @@ def passing_folder(runtime: Runtime, purpose: str) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_tables(runtime: Runtime, folder: Path, build: Callable[[Path], Prepared]) -> Prepared:
-    """Tokenise once a machine, map everywhere, compare, and say what was read."""
+def read_tables(runtime: Runtime, folder: Path, build: Callable[..., Prepared]) -> Prepared:
+    """Tokenise once a machine, map everywhere, compare, and say what was read.
+
+    Args:
+        build: called with the folder and `check`, which it calls now and then.
+    """
+    check = partial(stop_here, "while it read the data", main=runtime.is_main)
     with runtime.one_per_machine_first():
-        prepared = build(folder)
+        prepared = build(folder, check=check)
     runtime.agree(prepared.train.digest, "the training data")
     if runtime.is_main:
         for line in prepared.lines():

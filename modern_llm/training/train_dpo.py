@@ -17,6 +17,7 @@ from modern_llm.models.scorer import TokenScorer
 from modern_llm.training import lora, setup
 from modern_llm.training.dpo_config import DPOConfig
 from modern_llm.training.dry_run import DryRun
+from modern_llm.training.outcome import outcome_recorded
 from modern_llm.training.preference_task import PreferenceTask
 from modern_llm.training.reference_pass import ReferencePass, reference_for
 
@@ -69,7 +70,7 @@ def run_dpo(
     tokenizer, others = setup.choose_tokenizer(tokenizer_name, checkpoint, train_config)
     setup.check_positions(dpo_config.max_length, checkpoint, "dpo.max_length")
     setup.check_agreement(tokenizer, others, data)
-    with setup.outcome_recorded(runtime, run):
+    with outcome_recorded(runtime, run):
         build = _builder(data, tokenizer, dpo_config)
         prepared = setup.build_tables(runtime, run, build, train_config)
         setup.check_ids_fit(prepared.train, checkpoint.vocabulary)

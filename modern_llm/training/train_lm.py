@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from modern_llm.config import DocumentDatasetConfig, ModernLLMConfig, TrainingConfig
@@ -11,6 +12,7 @@ from modern_llm.models.load import check_tokenizer_fits
 from modern_llm.training import setup
 from modern_llm.training.dry_run import DryRun
 from modern_llm.training.language_task import LanguageTask
+from modern_llm.training.outcome import outcome_recorded
 
 
 def run_training(
@@ -42,13 +44,11 @@ def run_training(
     tokenizer, others = setup.choose_tokenizer(tokenizer_name, None, train_config)
     setup.check_agreement(tokenizer, others, data)
     check_tokenizer_fits(tokenizer, model_config.vocab_size, str(tokenizer.name_or_path))
-    with setup.outcome_recorded(runtime, run):
+    with outcome_recorded(runtime, run):
         prepared = setup.build_tables(
             runtime,
             run,
-            lambda folder: build_document_tables(
-                data, tokenizer, folder, row_length=model_config.max_seq_len
-            ),
+            partial(build_document_tables, data, tokenizer, row_length=model_config.max_seq_len),
             train_config,
         )
         model = build_model(model_config, seed=train_config.seed)

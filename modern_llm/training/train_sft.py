@@ -11,6 +11,7 @@ from modern_llm.models.load import inspect_checkpoint
 from modern_llm.training import lora, setup
 from modern_llm.training.dry_run import DryRun
 from modern_llm.training.language_task import LanguageTask
+from modern_llm.training.outcome import outcome_recorded
 
 # Longest answers with their prompts where the user says nothing and the model has more positions.
 DEFAULT_MAX_LENGTH = 1024
@@ -57,7 +58,7 @@ def run_sft(
     )
     setup.check_positions(max_length, checkpoint, "data.max_length")
     setup.check_agreement(tokenizer, others, data)
-    with setup.outcome_recorded(runtime, run):
+    with outcome_recorded(runtime, run):
         build = partial(
             build_instruction_tables,
             data,

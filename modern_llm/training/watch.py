@@ -50,6 +50,17 @@ class Watch:
         """Print one line on stdout."""
         self._display.line(text)
 
+    def complete(self, step: int, head: Mapping[str, float], more: Mapping[str, float]) -> None:
+        """Add to what was logged at `step`; `head` begins the record where nothing was."""
+        if not self._shown or not more:
+            return
+        records = self._metrics.records()
+        if records and records[-1]["step"] == step:
+            head = records[-1]
+            self._metrics.truncate(step - 1)
+        self._metrics.write({**head, **more})
+        self._trackers.log(step, dict(more))
+
     def record(self, step: int, record: Mapping[str, float]) -> None:
         """Write, show and judge what was logged at `step`."""
         if not self._shown:

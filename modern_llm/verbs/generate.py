@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ from pydantic import Field
 
 from modern_llm.config.errors import ConfigError
 from modern_llm.config.files import Settings
+from modern_llm.distributed.signals import StopRequest
 
 
 class GenerateSettings(Settings):
@@ -49,10 +51,16 @@ class GenerateSettings(Settings):
 
 def generate(settings: GenerateSettings) -> dict[str, Any]:
     """Answer the prompts, print and return the answers."""
+    _check(settings)
+    # In a talk an interrupt ends the program, as in any shell.
+    with nullcontext() if settings.interactive else StopRequest():
+        return _generate(settings)
+
+
+def _generate(settings: GenerateSettings) -> dict[str, Any]:
     from modern_llm.models.generate import read_prompts
     from modern_llm.training.answer import Answerer, Options
 
-    _check(settings)
     options = Options(
         template=settings.template,
         max_new_tokens=settings.max_new_tokens,

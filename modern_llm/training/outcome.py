@@ -1,0 +1,49 @@
+"""How a run ends: `outcome.json`, and the time in which signals and the file STOP ask it to.
+
+Entered by the stages before they read their data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from modern_llm.config.errors import Stopped, status_of
+from modern_llm.distributed import stopping
+from modern_llm.distributed.lost import as_peer_error
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.distributed.signals import StopRequest
+from modern_llm.training.notes import write_report
+from modern_llm.training.run_folder import RunFolder
+
+
+@contextmanager
+def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
+    """Hold the lock of the run folder, and write how the run ended into `outcome.json`, which
+    survives launchers that flatten exit statuses. In the body signals and the file STOP ask the run
+    to stop."""
+    if run.dry_run is None:
+        runtime.on_main(run.lock.take)
+    if runtime.is_main:
+        run.stop_file.unlink(missing_ok=True)
+    try:
+        with StopRequest(run.stop_file):
+            stopping.check(runtime, "before it began")
+            yield
+    except BaseException as failure:
+        error = as_peer_error(failure)
+        stopped = isinstance(error, Stopped)
+        if runtime.is_main and (run.is_open() or stopped):
+            run.close(status_of(error), f"{type(error).__name__}: {error}", run.last_step())
+            write_report(run)
+        elif runtime.accelerator.is_local_main_process and not stopped:
+            run.leave_nothing()
+        if error is failure:
+            raise
+        raise error from failure
+    else:
+        if runtime.is_main:
+            run.close(0, "done", run.last_step())
+            write_report(run)
+    finally:
+        run.lock.release()
