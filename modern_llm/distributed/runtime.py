@@ -240,6 +240,8 @@ def start(config: TrainingConfig, record: dict[str, Any] | None = None) -> Runti
         PeerError: processes are missing, or do not fit together.
     """
     on_cpu = not torch.cuda.is_available()
+    if on_cpu:  # else DeepSpeed warns; Accelerate imports it at export though nobody asked for it
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = _asked("ACCELERATE_USE_DEEPSPEED")
     announced = int(os.environ.get("WORLD_SIZE", "1"))
     _refuse_what_cannot_be(config, on_cpu=on_cpu, deepspeed=deepspeed)
@@ -332,8 +334,6 @@ def _refuse_what_cannot_be(config: TrainingConfig, *, on_cpu: bool, deepspeed: b
 
 def _deepspeed_plugin(config: TrainingConfig) -> DeepSpeedPlugin:
     """Return Accelerate's plugin for the JSON or the fields that `accelerate launch` was given."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns, on stdout
     try:
         import deepspeed
     except ImportError as error:
