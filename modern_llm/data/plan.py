@@ -25,34 +25,88 @@ class Order:
     Args:
         examples: number of examples, at least 1.
         batch_size: examples of one optimizer step over the whole world.
+        grown: (epoch, examples) where rows were appended while a run went: from that epoch on there
+            are so many, the earlier ones among them.
     """
 
     examples: int
     batch_size: int
     seed: int
+    grown: tuple[tuple[int, int], ...] = ()
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one pass over the data."""
-        return -(-self.examples // self.batch_size)
+        """Optimizer steps of the first pass over the data."""
+        return self._steps(self.examples)
+
+    def steps_in(self, epochs: float) -> int:
+        """Return the optimizer steps of so many passes over the data, at least 1."""
+        if not self.grown:  # the sum of two roundings is not the rounding of the sum
+            return max(1, round(epochs * self.steps_per_epoch))
+        whole = int(epochs)
+        size = next(n for first, n in reversed(self._spans) if first <= whole)
+        steps = sum(count * self._steps(n) for count, n in self._until(whole))
+        return max(1, round(steps + (epochs - whole) * self._steps(size)))
 
     def step(self, step: int) -> Indices:
         """Return the examples of optimizer step `step`, counted from 0."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        return self._epoch(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
+        epoch, within, size = self._place(step)
+        start = within * self.batch_size
+        return self._epoch(epoch, size)[start : start + self.batch_size]
 
     def consumed(self, steps: int) -> int:
         """Return the number of examples in the first `steps` steps."""
-        epochs, within = divmod(steps, self.steps_per_epoch)
-        return epochs * self.examples + min(within * self.batch_size, self.examples)
+        epoch, within, size = self._place(steps)
+        before = sum(count * n for count, n in self._until(epoch))
+        return before + min(within * self.batch_size, size)
 
-    def _epoch(self, epoch: int) -> Indices:
+    def joined(self, step: int, examples: int) -> Order:
+        """Return the order in which there are `examples` from the first epoch on that begins at or
+        after `step`; the steps before that are as they were."""
+        epoch, within, _ = self._place(step)
+        first = epoch + (within > 0)
+        if first == 0:
+            return Order(examples, self.batch_size, self.seed)
+        kept = tuple(span for span in self.grown if span[0] < first)
+        return Order(self.examples, self.batch_size, self.seed, (*kept, (first, examples)))
+
+    @property
+    def _spans(self) -> list[tuple[int, int]]:
+        """(first epoch, examples) of each part of the order."""
+        return [(0, self.examples), *self.grown]
+
+    def _until(self, epoch: int) -> list[tuple[int, int]]:
+        """Return (epochs, examples in each of them) of what lies before an epoch."""
+        spans = self._spans
+        ends = [*(first for first, _ in spans[1:]), epoch]
+        return [
+            (max(0, min(end, epoch) - first), n)
+            for (first, n), end in zip(spans, ends, strict=True)
+        ]
+
+    def _steps(self, examples: int) -> int:
+        return -(-examples // self.batch_size)
+
+    def _place(self, step: int) -> tuple[int, int, int]:
+        """Return the epoch that a step is in, which step of it it is, and the epoch's examples."""
+        spans = self._spans
+        for (first, size), (end, _) in zip(spans, spans[1:], strict=False):
+            here = self._steps(size) * (end - first)
+            if step < here:
+                break
+            step -= here
+        else:
+            first, size = spans[-1]
+        epochs, within = divmod(step, self._steps(size))
+        return first + epochs, within, size
+
+    def _epoch(self, epoch: int, size: int) -> Indices:
         # Philox is counter-based: the same stream for a key on every machine. Kept for the epoch at
         # hand, because a permutation of ten million takes a second.
         cached = _PERMUTATIONS.get(self)
         if cached is None or cached[0] != epoch:
             key = np.array([self.seed, epoch], dtype=np.uint64)
-            permutation = np.random.Generator(np.random.Philox(key=key)).permutation(self.examples)
+            permutation = np.random.Generator(np.random.Philox(key=key)).permutation(size)
             _PERMUTATIONS.clear()
             _PERMUTATIONS[self] = cached = (epoch, permutation)
         return cached[1]

@@ -58,6 +58,8 @@ class Prepared:
     report: DataReport
     evaluation_report: DataReport | None = None
     parts: tuple[DataReport, ...] = ()
+    history: tuple[tuple[int, int], ...] | None = None
+    """(epoch, rows) from which there were so many, where a run has gone on with appended rows."""
 
     def lines(self) -> list[str]:
         """Return what a person should read of it: every source, and the sum of several."""

@@ -136,6 +136,23 @@ class TokenTable:
         rows = chosen if self._rows is None else self._rows[chosen]
         return TokenTable(self.folder, self._meta, self._arrays, rows)
 
+    def first_difference(self, other: TokenTable) -> int | None:
+        """Return the first row that is not the same in `other` (or there in one alone), if any."""
+        shared = min(len(self), len(other)) if self.columns == other.columns else 0
+        for start in range(0, shared, _CHUNK):
+            rows = range(start, min(start + _CHUNK, shared))
+            if not np.array_equal(self.lengths[rows], other.lengths[rows]) or not np.array_equal(
+                np.concatenate([self._cells(i) for i in rows]),
+                np.concatenate([other._cells(i) for i in rows]),
+            ):
+                return next(i for i in rows if not self._same(i, other))
+        return None if shared == len(self) == len(other) else shared
+
+    def _same(self, index: int, other: TokenTable) -> bool:
+        return np.array_equal(self.lengths[index], other.lengths[index]) and np.array_equal(
+            self._cells(index), other._cells(index)
+        )
+
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker process maps the files again; pickling a map would send all of its bytes.
         return _reopen, (self.folder, self._rows)

@@ -88,6 +88,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         raise StorageError(f"cannot write {path}: {error}; free space") from error
 
 
+def find(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest intact checkpoint, and clear away what killed saves have left."""
+    remove_leftovers(folder)
+    return newest(folder)
+
+
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest checkpoint that verifies and its facts, or None where there is none at all.
 

@@ -12,7 +12,6 @@ import logging
 import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -50,7 +49,7 @@ class Sample(Protocol):
 
 def total_steps(config: TrainingConfig, task: Task) -> int:
     """Return the optimizer steps of the run, or raise `ConfigError` if the warm-up has more."""
-    total = config.max_steps or max(1, round((config.epochs or 1) * task.steps_per_epoch))
+    total = config.max_steps or task.steps_in(config.epochs or 1)
     if config.warmup_steps > total:
         raise ConfigError(
             [f"train.warmup_steps {config.warmup_steps} is above the {total} steps of this run"]
@@ -262,12 +261,6 @@ def _seed(*numbers: int) -> None:
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def _what_stands(run: RunFolder) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest intact checkpoint, and clear away what killed saves have left."""
-    checkpoint.remove_leftovers(run.checkpoints)
-    return checkpoint.newest(run.checkpoints)
-
-
 def _start_engine(
     runtime: Runtime,
     scorer: nn.Module,
@@ -276,9 +269,10 @@ def _start_engine(
     facts: dict[str, Any],
     total: int,
 ) -> tuple[Engine, int, bool]:
-    """Prepare the model, with the state of the newest intact checkpoint if there is one; return the
-    engine, the number of steps already done, and whether what was due after them is still owed."""
-    found = runtime.on_main(lambda: _what_stands(run))
+    """Prepare the model, with the state of the checkpoint that the run goes on from if there is
+    one; return the engine, the number of steps already done, and whether what was due after them is
+    still owed."""
+    found = run.standing
     if found is None and run.config.resume == "must":
         raise UserError(f"resume: {run.checkpoints} holds no checkpoint to go on from")
     if found is None:
@@ -286,11 +280,15 @@ def _start_engine(
             MetricsLog(run.metrics).truncate(0)
         return runtime.prepare(scorer, make_optimizer(config, scorer)), 0, False
     place, before = found
-    changed = [name for name, value in facts.items() if before.get(name) != value]
+    changed = [
+        f"{name}: {str(before.get(name))[:12]} -> {str(value)[:12]}"
+        for name, value in facts.items()
+        if before.get(name) != value
+    ]
     if changed:
         raise UserError(
-            f"output_dir {run.path}: {', '.join(changed)} changed since {place.name} was written; "
-            "restore it, or name another output_dir"
+            f"output_dir {run.path}: since {place.name} was written another content has come "
+            f"({'; '.join(changed)}; forbidden): restore it, or name another output_dir"
         )
     step = int(before["step"])
     if step > total:

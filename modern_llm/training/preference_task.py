@@ -51,10 +51,9 @@ class PreferenceTask:
         self._aux = aux_coefficient
         self._aux_scale = 0.0
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of one pass over the data."""
-        return self._source.order.steps_per_epoch
+    def steps_in(self, epochs: float) -> int:
+        """Return the optimizer steps of so many passes over the data."""
+        return self._source.order.steps_in(epochs)
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of `step`, the reference's numbers among them."""

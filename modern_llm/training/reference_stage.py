@@ -22,7 +22,7 @@ from modern_llm.data.preference_datasets import build_preference_tables
 from modern_llm.data.prepare import Prepared
 from modern_llm.distributed.runtime import Runtime, start
 from modern_llm.models.load import Checkpoint, inspect_checkpoint
-from modern_llm.training import setup
+from modern_llm.training import setup, tables
 from modern_llm.training.dpo_config import DPOConfig
 from modern_llm.training.reference_pass import ReferencePass, Wanted
 from modern_llm.training.scoring import score_everywhere
@@ -151,8 +151,8 @@ def _looked_up(request: Request, part: tuple[int, int]) -> Iterator[tuple[Runtim
         max_length=request.dpo.max_length,
         max_prompt_length=request.dpo.max_prompt_length,
     )
-    with setup.passing_folder(runtime, "reference") as folder:
-        prepared = setup.read_tables(runtime, folder, build)
+    with tables.passing_folder(runtime, "reference") as folder:
+        prepared = tables.read_tables(runtime, folder, build)
         references = ReferencePass(runtime, checkpoint, request.train, request.dpo, part=part)
         _check_ids(references.checkpoint, prepared)
         references.want(training_pairs=prepared.train, evaluation_pairs=prepared.evaluation)
@@ -162,7 +162,7 @@ def _looked_up(request: Request, part: tuple[int, int]) -> Iterator[tuple[Runtim
 def _check_ids(reference: Checkpoint | None, prepared: Prepared) -> None:
     for table in (prepared.train, prepared.evaluation):
         if reference is not None and table is not None:
-            setup.check_ids_fit(table, reference.vocabulary)
+            tables.check_ids_fit(table, reference.vocabulary)
 
 
 def _rescore(

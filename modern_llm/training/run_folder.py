@@ -39,6 +39,9 @@ class RunFolder:
         self.data = self.path / "data"
         self.lock = RunLock(self.path)
         self._reopened = False
+        # The checkpoint to go on from and its facts, once they were looked for.
+        self.standing: tuple[Path, dict[str, Any]] | None = None
+        self.recorded: dict[str, Any] = {}  # what each manifest says of the data besides
         self.notes: dict[str, Any] = {}  # for summary.json
         self.prompts: list[list[int]] = []  # token ids that sample answers are given to
         self.dry_run: Any = None  # what is told instead of training, where the run is only tried

@@ -45,7 +45,12 @@ class Saver:
         self, runtime: Runtime, run: RunFolder, engine: Engine, facts: dict[str, Any], last: int
     ):
         self._runtime, self._run, self._engine = runtime, run, engine
-        self._facts = {**facts, "world": runtime.world, "configuration": digest_of(run.record)}
+        self._facts = {
+            **facts,
+            **run.recorded,
+            "world": runtime.world,
+            "configuration": digest_of(run.record),
+        }
         self._failures = 0
         self._good = {f"step-{last:08d}"} if last else set()
 

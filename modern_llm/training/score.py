@@ -30,7 +30,7 @@ from modern_llm.distributed import runtime as distributed
 from modern_llm.distributed.commit import write_file
 from modern_llm.distributed.signals import stop_here
 from modern_llm.models.load import Checkpoint, inspect_checkpoint
-from modern_llm.training import setup
+from modern_llm.training import setup, tables
 from modern_llm.training.scoring import Answers, Scoring, score_everywhere
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def _sums(
     runtime: distributed.Runtime, checkpoint: Checkpoint, table: TokenTable, config: TrainingConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums and target counts (P, 2) of every pair under one model."""
-    setup.check_ids_fit(table, checkpoint.vocabulary)
+    tables.check_ids_fit(table, checkpoint.vocabulary)
     scorer = setup.set_up_frozen(runtime, checkpoint, config)
     module = runtime.freeze(scorer)
     scoring = Scoring(runtime, module, config, trees=scorer.abilities.trees)

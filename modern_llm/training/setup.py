@@ -8,12 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
-import tempfile
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +23,6 @@ from modern_llm.data.templates import Template, chat_template_of, end_tokens
 from modern_llm.data.tokenize import check_tokenizers_agree, tokenizer_identity
 from modern_llm.data.tokens import TokenTable
 from modern_llm.distributed.runtime import Runtime, start
-from modern_llm.distributed.signals import stop_here
 from modern_llm.models.load import (
     Checkpoint,
     check_tokenizer_fits,
@@ -43,9 +36,9 @@ from modern_llm.training.batch_source import BatchSource, largest_example
 from modern_llm.training.dry_run import DryRun
 from modern_llm.training.export import export
 from modern_llm.training.loop import train
-from modern_llm.training.notes import data_notes, write_summary
+from modern_llm.training.notes import write_summary
 from modern_llm.training.run_folder import RunFolder
-from modern_llm.training.samples import make_sampler, prompt_rows
+from modern_llm.training.samples import make_sampler
 from modern_llm.training.saving import digest_of
 from modern_llm.training.task import Task
 from modern_llm.training.teacher import learning_rate_warning
@@ -165,60 +158,6 @@ def check_agreement(
         check_tokenizers_agree(tokenizer, other, texts)
 
 
-def build_tables(
-    runtime: Runtime, run: RunFolder, build: Callable[..., Prepared], config: TrainingConfig
-) -> Prepared:
-    """Tokenise once a machine, map everywhere, compare, and refuse data that cannot fill one
-    step."""
-    prepared = read_tables(runtime, run.data, build)
-    if len(prepared.train) < config.batch_size:
-        raise UserError(
-            f"{len(prepared.train)} examples are left to train on, fewer than one batch of "
-            f"train.batch_size {config.batch_size}: lower it, or add data"
-        )
-    run.notes["data"], run.prompts = data_notes(prepared), prompt_rows(prepared)
-    return run.dry_run.first_step_only(prepared, config) if run.dry_run else prepared
-
-
-@contextmanager
-def passing_folder(runtime: Runtime, purpose: str) -> Iterator[Path]:
-    """Give a folder for tables that is the same for all processes of a machine, and goes again."""
-    token = runtime.from_main(uuid.uuid4().hex if runtime.is_main else None)
-    folder = Path(tempfile.gettempdir()) / f"modern-llm-{purpose}-{token}"
-    try:
-        yield folder
-    finally:
-        if runtime.accelerator.is_local_main_process:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def read_tables(runtime: Runtime, folder: Path, build: Callable[..., Prepared]) -> Prepared:
-    """Tokenise once a machine, map everywhere, compare, and say what was read.
-
-    Args:
-        build: called with the folder and `check`, which it calls now and then.
-    """
-    check = partial(stop_here, "while it read the data", main=runtime.is_main)
-    with runtime.one_per_machine_first():
-        prepared = build(folder, check=check)
-    runtime.agree(prepared.train.digest, "the training data")
-    if runtime.is_main:
-        for line in prepared.lines():
-            log.info("data: %s", line)
-        if prepared.evaluation is None:
-            log.info("evaluation: none, because no evaluation data is named")
-    return prepared
-
-
-def check_ids_fit(table: TokenTable, vocabulary: int) -> None:
-    """Refuse token ids outside an embedding of `vocabulary` rows."""
-    if table.max_id >= vocabulary:
-        raise UserError(
-            f"token id {table.max_id} but embedding has {vocabulary} rows; use the model's "
-            "tokenizer"
-        )
-
-
 def check_positions(length: int, checkpoint: Checkpoint, setting: str) -> None:
     """Refuse sequences longer than the model has positions, or than its positions are stable."""
     positions = checkpoint.positions
@@ -274,23 +213,32 @@ def make_sources(
     runtime: Runtime, config: TrainingConfig, prepared: Prepared, kind: Kind, scorer: TokenScorer
 ) -> tuple[BatchSource, BatchSource | None]:
     """Return this rank's sources of training and, where there is some, evaluation data."""
-    train_source = make_source(runtime, config, prepared.train, kind, scorer)
+    train_source = make_source(runtime, config, prepared.train, kind, scorer, prepared.history)
     if prepared.evaluation is None:
         return train_source, None
     return train_source, make_source(runtime, config, prepared.evaluation, kind, scorer)
 
 
 def make_source(
-    runtime: Runtime, config: TrainingConfig, table: TokenTable, kind: Kind, scorer: TokenScorer
+    runtime: Runtime,
+    config: TrainingConfig,
+    table: TokenTable,
+    kind: Kind,
+    scorer: TokenScorer,
+    history: tuple[tuple[int, int], ...] | None = None,
 ) -> BatchSource:
     """Return this rank's source of micro-batches over `table`.
+
+    Args:
+        history: (epoch, rows) from which there were so many; all from the start unless said.
 
     Raises:
         UserError: one example alone is above `tokens_per_micro_batch`.
     """
     examples = Examples(table, kind, trees=scorer.abilities.trees)
     budget = token_budget(runtime, config, examples, shared=scorer.abilities.trees)
-    order = Order(len(table), config.batch_size, config.seed)
+    (_, rows), *grown = history or ((0, len(table)),)
+    order = Order(rows, config.batch_size, config.seed, tuple(grown))
     return BatchSource(
         examples,
         order,

@@ -25,9 +25,8 @@ class StepSums(NamedTuple):
 class Task(Protocol):
     """The questions that the loop asks, in the order in which it asks them."""
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of one pass over the data."""
+    def steps_in(self, epochs: float) -> int:
+        """Return the optimizer steps of so many passes over the data."""
 
     def micro_batches(self, step: int) -> Sequence[Any]:
         """Return this rank's micro-batches of `step` (from 0); every rank gets the same number."""

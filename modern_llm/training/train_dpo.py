@@ -14,7 +14,7 @@ from modern_llm.data.prepare import Prepared
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.load import inspect_checkpoint
 from modern_llm.models.scorer import TokenScorer
-from modern_llm.training import lora, setup
+from modern_llm.training import lora, setup, tables
 from modern_llm.training.dpo_config import DPOConfig
 from modern_llm.training.dry_run import DryRun
 from modern_llm.training.outcome import outcome_recorded
@@ -72,12 +72,12 @@ def run_dpo(
     setup.check_agreement(tokenizer, others, data)
     with outcome_recorded(runtime, run):
         build = _builder(data, tokenizer, dpo_config)
-        prepared = setup.build_tables(runtime, run, build, train_config)
-        setup.check_ids_fit(prepared.train, checkpoint.vocabulary)
+        prepared = tables.build_tables(runtime, run, build, train_config)
+        tables.check_ids_fit(prepared.train, checkpoint.vocabulary)
         reference = reference_for(runtime, checkpoint, train_config, dpo_config, prepared)
         scorer = lora.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=False)
         task = _task(runtime, scorer, train_config, dpo_config, prepared, reference)
-        facts = {"data": prepared.train.digest, "reference": reference.digest}
+        facts = {"reference": reference.digest}
         facts |= lora.base_facts(runtime, checkpoint, lora_config)
         ends = setup.answer_ends(tokenizer, data, prepared)
         return setup.train_and_export(

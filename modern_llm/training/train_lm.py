@@ -9,7 +9,7 @@ from modern_llm.config import DocumentDatasetConfig, ModernLLMConfig, TrainingCo
 from modern_llm.data.document_datasets import build_document_tables
 from modern_llm.models.build import build_model
 from modern_llm.models.load import check_tokenizer_fits
-from modern_llm.training import setup
+from modern_llm.training import setup, tables
 from modern_llm.training.dry_run import DryRun
 from modern_llm.training.language_task import LanguageTask
 from modern_llm.training.outcome import outcome_recorded
@@ -45,7 +45,7 @@ def run_training(
     setup.check_agreement(tokenizer, others, data)
     check_tokenizer_fits(tokenizer, model_config.vocab_size, str(tokenizer.name_or_path))
     with outcome_recorded(runtime, run):
-        prepared = setup.build_tables(
+        prepared = tables.build_tables(
             runtime,
             run,
             partial(build_document_tables, data, tokenizer, row_length=model_config.max_seq_len),
@@ -57,5 +57,4 @@ def run_training(
             runtime, train_config, prepared, "documents", scorer
         )
         task = LanguageTask(source, evaluation, scorer.aux_coefficient)
-        facts = {"data": prepared.train.digest}
-        return setup.train_and_export(runtime, scorer, task, train_config, run, tokenizer, facts)
+        return setup.train_and_export(runtime, scorer, task, train_config, run, tokenizer, {})

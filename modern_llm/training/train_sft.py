@@ -8,7 +8,7 @@ from pathlib import Path
 from modern_llm.config import InstructionDatasetConfig, LoraConfig, TrainingConfig
 from modern_llm.data.instruction_datasets import build_instruction_tables
 from modern_llm.models.load import inspect_checkpoint
-from modern_llm.training import lora, setup
+from modern_llm.training import lora, setup, tables
 from modern_llm.training.dry_run import DryRun
 from modern_llm.training.language_task import LanguageTask
 from modern_llm.training.outcome import outcome_recorded
@@ -66,13 +66,12 @@ def run_sft(
             max_length=max_length,
             max_prompt_length=data.max_prompt_length,
         )
-        prepared = setup.build_tables(runtime, run, build, train_config)
-        setup.check_ids_fit(prepared.train, checkpoint.vocabulary)
+        prepared = tables.build_tables(runtime, run, build, train_config)
+        tables.check_ids_fit(prepared.train, checkpoint.vocabulary)
         scorer = lora.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=True)
         source, evaluation = setup.make_sources(runtime, train_config, prepared, "answers", scorer)
         task = LanguageTask(source, evaluation, scorer.aux_coefficient)
-        facts = {"data": prepared.train.digest}
-        facts |= lora.base_facts(runtime, checkpoint, lora_config)
+        facts = lora.base_facts(runtime, checkpoint, lora_config)
         ends = setup.answer_ends(tokenizer, data, prepared)
         return setup.train_and_export(
             runtime, scorer, task, train_config, run, tokenizer, facts, ends

@@ -103,3 +103,42 @@ def test_work_is_about_even_over_ranks():
     )
     work = [sum(lengths[int(i)][0] for group in rank for i in group) for rank in ranks]
     assert max(work) <= 1.1 * min(work)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.integers(1, 30), st.integers(1, 8), st.integers(0, 2**62),
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), max_size=3),
+)  # fmt: skip
+def test_appended_rows_join_at_the_next_epoch_and_change_no_step_before(
+    examples, batch, seed, appended
+):
+    order, total, at = Order(examples, batch, seed), examples, 0
+    for later, more in appended:
+        at, total, before = at + later, total + more, order
+        order = before.joined(at, total)
+        assert all(np.array_equal(order.step(s), before.step(s)) for s in range(at))
+        assert order.joined(at, total) == order
+    # Read epoch by epoch, each is whole, and the last has every row.
+    step = consumed = 0
+    while True:
+        epoch, within, size = order._place(step)
+        assert within == 0 and step == sum(n * order._steps(m) for n, m in order._until(epoch))
+        if epoch:
+            assert order.steps_in(epoch) == step
+        parts = [order.step(s) for s in range(step, step + order._steps(size))]
+        assert sorted(np.concatenate(parts).tolist()) == list(range(size))
+        for part in parts:
+            assert order.consumed(step) == consumed
+            step, consumed = step + 1, consumed + len(part)
+        if step > at + order._steps(size):
+            break
+    assert size == total
+
+
+def test_rows_appended_before_the_first_step_are_there_from_the_start():
+    assert Order(7, 3, 1).joined(0, 9) == Order(9, 3, 1)
+    # Twice within one epoch: what had not joined yet was never seen.
+    once = Order(7, 3, 1).joined(1, 9)
+    assert once == Order(7, 3, 1, ((1, 9),)) and once.joined(2, 12) == Order(7, 3, 1, ((1, 12),))
+    assert once.steps_in(1.5) == round(3 + 0.5 * 3) and once.steps_in(3) == 9

@@ -1,0 +1,86 @@
+"""The token tables of a run or of one pass: built once a machine, compared, judged.
+
+Called by the stages and by the reference pass that stands alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from modern_llm.config import TrainingConfig
+from modern_llm.config.errors import UserError
+from modern_llm.data.prepare import Prepared
+from modern_llm.data.tokens import TokenTable
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.distributed.signals import stop_here
+from modern_llm.training.data_change import look_back, settle
+from modern_llm.training.notes import data_notes
+from modern_llm.training.run_folder import RunFolder
+from modern_llm.training.samples import prompt_rows
+
+log = logging.getLogger(__name__)
+
+
+def build_tables(
+    runtime: Runtime, run: RunFolder, build: Callable[..., Prepared], config: TrainingConfig
+) -> Prepared:
+    """Tokenise once a machine, map everywhere, compare, and refuse data that cannot fill one
+    step."""
+    if run.dry_run is None:
+        look_back(runtime, run)
+    prepared = read_tables(runtime, run.data, build)
+    if len(prepared.train) < config.batch_size:
+        raise UserError(
+            f"{len(prepared.train)} examples are left to train on, fewer than one batch of "
+            f"train.batch_size {config.batch_size}: lower it, or add data"
+        )
+    run.notes["data"], run.prompts = data_notes(prepared), prompt_rows(prepared)
+    if run.dry_run:
+        return run.dry_run.first_step_only(prepared, config)
+    return settle(runtime, run, prepared)
+
+
+@contextmanager
+def passing_folder(runtime: Runtime, purpose: str) -> Iterator[Path]:
+    """Give a folder for tables that is the same for all processes of a machine, and goes again."""
+    token = runtime.from_main(uuid.uuid4().hex if runtime.is_main else None)
+    folder = Path(tempfile.gettempdir()) / f"modern-llm-{purpose}-{token}"
+    try:
+        yield folder
+    finally:
+        if runtime.accelerator.is_local_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_tables(runtime: Runtime, folder: Path, build: Callable[..., Prepared]) -> Prepared:
+    """Tokenise once a machine, map everywhere, compare, and say what was read.
+
+    Args:
+        build: called with the folder and `check`, which it calls now and then.
+    """
+    check = partial(stop_here, "while it read the data", main=runtime.is_main)
+    with runtime.one_per_machine_first():
+        prepared = build(folder, check=check)
+    runtime.agree(prepared.train.digest, "the training data")
+    if runtime.is_main:
+        for line in prepared.lines():
+            log.info("data: %s", line)
+        if prepared.evaluation is None:
+            log.info("evaluation: none, because no evaluation data is named")
+    return prepared
+
+
+def check_ids_fit(table: TokenTable, vocabulary: int) -> None:
+    """Refuse token ids outside an embedding of `vocabulary` rows."""
+    if table.max_id >= vocabulary:
+        raise UserError(
+            f"token id {table.max_id} but embedding has {vocabulary} rows; use the model's "
+            "tokenizer"
+        )
