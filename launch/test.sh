@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing and runs the checks and tests; options go to pytest (`-k plan`, `-m long`, `-n 2`).
+# Installs what is missing and runs the checks and tests; options go to pytest (`-k plan`, `-m long`, `-n 0` for one process).
 # Nothing is fetched once installed: the Hub is switched off, so that a test that reaches for it fails at once.
 set -euo pipefail
 
@@ -7,7 +7,10 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 bash "$root/launch/setup.sh" test,deepspeed,lora
 cd "$root"
 export HF_HUB_OFFLINE=1
+# A file of tests stays in one process, with one thread: threads that spin for each other's cores cost more than they give.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 python=$root/.venv/bin/python
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-exec "$python" -m pytest "$@"
+workers=$("$python" -c 'import os; print(min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))')
+exec "$python" -m pytest -n "$workers" --dist loadfile "$@"
