@@ -27,13 +27,13 @@ _TABLE = {
         "log_every micro_batch_size output_dir resume save_every tokens_per_micro_batch "
         "tracker_project trackers",
         "data": "streaming",
-        "dpo": "flush_every keep_token_logprobs reference_digest reference_store self_check_pairs",
+        "dpo": "flush_every keep_token_logprobs reference reference_digest reference_store "
+        "self_check_pairs",
     },
     ACCEPTED: {
         "train": "adam_beta1 adam_beta2 adam_epsilon epochs learning_rate max_grad_norm max_steps "
         "min_learning_rate_ratio mixed_precision schedule warmup_steps weight_decay",
         "data": "eval_dataset_name eval_split",
-        "dpo": "reference",
         "lora": "dropout",
         "model": "dropout",
         "model.moe_config": "aux_loss_coefficient router_jitter",
