@@ -6,6 +6,7 @@ The environment is set before any test module imports a library that reads it on
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,14 @@ def shared(request: pytest.FixtureRequest) -> Path:
             f"no real input: {folder} is not there (other tests cover the same on text of our own)"
         )
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_real_reference_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fixtures of a module run before those of a test: they must not find what real runs left."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MODERN_LLM_CACHE", str(tmp_path_factory.mktemp("reference-cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -77,9 +77,10 @@ class TrainingConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """`torch.compile` the decoder layers."""
-    attention: Literal["auto", "tree", "separate"] = "auto"
-    """Rows in which pairs share their prompt (tree), one row an answer (separate), or as probed at
-    load."""
+    attention: Literal["auto", "tree", "separate", "blocks", "flex", "mask"] = "auto"
+    """Pairs share their prompt (tree), one row an answer (separate), or as probed at load (auto).
+    Trees by parts of rows (blocks, CPU), FlexAttention (flex, CUDA) or a dense mask (mask): the
+    fastest that is exact on this device unless named."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Names the order of the data, the initial weights and every random draw."""
 

@@ -7,14 +7,28 @@ number of processes and the token budget, and changes nothing but rounding. Call
 
 from __future__ import annotations
 
+import hashlib
+import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
 Sizes = tuple[int, ...]
+
+
+class Sharing(IntEnum):
+    """What a row may hold. Plain booleans say the same for the first two."""
+
+    ALONE = 0
+    """One sequence; rows are as wide as the longest."""
+    ROWS = 1
+    """Several, first-fit into rows as wide as the longest: masks stay small."""
+    LINE = 2
+    """All of a forward in one row without padding: for attention that makes no mask of a row."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +41,15 @@ class Order:
         batch_size: examples of one optimizer step over the whole world.
         grown: (epoch, examples) where rows were appended while a run went: from that epoch on there
             are so many, the earlier ones among them.
+        groups: (examples,) numbers; examples of one number are put into one step where it has room
+            for them. None leaves every example to itself.
     """
 
     examples: int
     batch_size: int
     seed: int
     grown: tuple[tuple[int, int], ...] = ()
+    groups: Indices | None = field(default=None, compare=False)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -100,19 +117,62 @@ class Order:
         epochs, within = divmod(step, self._steps(size))
         return first + epochs, within, size
 
+    @property
+    def digest(self) -> str:
+        """A name of the plan: what decides which examples form a step, beside the data itself."""
+        facts = f"{self.batch_size} {self.seed} grouped={self.groups is not None}"
+        return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
+
     def _epoch(self, epoch: int, size: int) -> Indices:
         # Philox is counter-based: the same stream for a key on every machine. Kept for the epoch at
         # hand, because a permutation of ten million takes a second.
         cached = _PERMUTATIONS.get(self)
-        if cached is None or cached[0] != epoch:
+        if cached is None or cached[0] != epoch or cached[1] is not self.groups:
             key = np.array([self.seed, epoch], dtype=np.uint64)
             permutation = np.random.Generator(np.random.Philox(key=key)).permutation(size)
+            if self.groups is not None:
+                permutation = _grouped(permutation, self.groups, self.batch_size)
             _PERMUTATIONS.clear()
-            _PERMUTATIONS[self] = cached = (epoch, permutation)
-        return cached[1]
+            _PERMUTATIONS[self] = cached = (epoch, self.groups, permutation)
+        return cached[2]
 
 
-_PERMUTATIONS: dict[Order, tuple[int, Indices]] = {}
+_PERMUTATIONS: dict[Order, tuple[int, Indices | None, Indices]] = {}
+# Groups that wait for a step with room for them; more would only cost time.
+LOOK_AHEAD = 256
+
+
+def _grouped(permutation: Indices, groups: Indices, batch_size: int) -> Indices:
+    """Reorder so that steps of `batch_size` hold whole groups, which stand where their first member
+    stood.
+
+    A step is filled with the next groups that fit; only where none of those that wait does, one is
+    cut. Groups above `batch_size` are cut into pieces of that size first.
+    """
+    _, first, which = np.unique(groups[permutation], return_index=True, return_inverse=True)
+    place_of = np.argsort(np.argsort(first, kind="stable"), kind="stable")
+    by_group = permutation[np.argsort(place_of[which], kind="stable")]
+    bounds = np.flatnonzero(np.diff(groups[by_group])) + 1
+    pieces = [
+        piece[at : at + batch_size]
+        for piece in np.split(by_group, bounds)
+        for at in range(0, len(piece), batch_size)
+    ]
+    result: list[Indices] = []
+    waiting, taken, room = pieces[:LOOK_AHEAD], LOOK_AHEAD, batch_size
+    while waiting:
+        at = next((i for i, piece in enumerate(waiting) if len(piece) <= room), None)
+        if at is None:
+            result.append(waiting[0][:room])
+            waiting[0] = waiting[0][room:]
+            room = batch_size
+            continue
+        piece = waiting.pop(at)
+        waiting += pieces[taken : taken + 1]
+        taken += 1
+        result.append(piece)
+        room = room - len(piece) or batch_size
+    return np.concatenate(result)
 
 
 class Rows:
@@ -153,64 +213,117 @@ class Budget:
     """Most examples."""
 
 
-def area(sizes: Sequence[Sizes], *, shared: bool) -> int:
+def area(sizes: Sequence[Sizes], *, shared: Sharing | bool) -> int:
     """Return the tokens, padding included, that these examples take in one forward."""
+    if shared == Sharing.LINE:
+        return sum(map(sum, sizes))
     flat = sorted((size for example in sizes for size in example), reverse=True)
     if not flat:
         return 0
-    rows = Rows(flat[0], shared=shared)
+    rows = Rows(flat[0], shared=bool(shared))
     for size in flat:
         rows.add(size)
     return rows.area
 
 
 def place(
-    examples: Indices, size_of: Callable[[int], Sizes], *, world: int, budget: Budget, shared: bool
+    examples: Indices,
+    size_of: Callable[[int], Sizes],
+    *,
+    world: int,
+    budget: Budget,
+    shared: Sharing | bool,
+    count_of: Callable[[int], int] = lambda index: 1,
 ) -> list[list[Indices]]:
     """Distribute the examples of one step.
 
-    Examples of similar length share a micro-batch, so that little is padded; micro-batches are
-    given
-    to ranks so that all have the same number and about the same work. Where examples are too few,
-    some
-    micro-batches are empty.
+    Micro-batches are given to ranks so that all have the same number and about the same work. In
+    rows, examples of similar length share a micro-batch, so that little is padded; in one line,
+    micro-batches are made equally long. Where examples are too few, some micro-batches are empty.
 
     Args:
         examples: (n,) indices.
         size_of: index -> tokens of each of its sequences.
-        shared: whether several sequences may stand in one row.
+        shared: what a row may hold.
+        count_of: index -> examples that it counts for in the budget.
 
     Returns:
         For each rank its micro-batches, each an array of indices; every example exactly once.
     """
     sizes = {int(i): size_of(int(i)) for i in examples}
+    if shared == Sharing.LINE:
+        groups, weights = _pack(sizes, {i: count_of(i) for i in sizes}, world, budget)
+        return _share_out(groups, weights, world)
     longest_first = sorted(sizes, key=lambda i: (-max(sizes[i], default=0), -sum(sizes[i]), i))
-    groups = _fill(longest_first, sizes, budget, shared)
+    groups = _fill(longest_first, sizes, budget, bool(shared), count_of)
     _split_until_divisible(groups, sizes, world)
     groups += [[] for _ in range(-len(groups) % world)]
     weights = [area([sizes[i] for i in group], shared=shared) for group in groups]
     return _share_out(groups, weights, world)
 
 
+def _pack(
+    sizes: dict[int, Sizes], counts: dict[int, int], world: int, budget: Budget
+) -> tuple[list[list[int]], list[int]]:
+    """Cut examples into as few groups as fit the budget, a multiple of `world`, of equal length.
+
+    Longest first, each to the group with fewest tokens; with one group more (in large sets some
+    more) until none exceeds the budget. An example above the budget stands alone.
+    """
+    totals = {i: sum(size) for i, size in sizes.items()}
+    order = sorted(totals, key=lambda i: (-totals[i], i))
+    most = budget.tokens or max(1, sum(totals.values()))
+    examples = budget.examples or max(1, sum(counts.values()))
+    number = max(-(-sum(totals.values()) // most), -(-sum(counts.values()) // examples), 1)
+    while True:
+        number = -(-number // world) * world
+        groups: list[list[int]] = [[] for _ in range(number)]
+        held = [0] * number
+        heap = [(0, at) for at in range(number)]
+        fits = True
+        for index in order:
+            tokens, at = heap[0]
+            heapq.heapreplace(heap, (tokens + totals[index], at))
+            groups[at].append(index)
+            held[at] += counts[index]
+            if len(groups[at]) > 1 and (tokens + totals[index] > most or held[at] > examples):
+                fits = False
+                break
+        if fits:
+            weights = [0] * number
+            for tokens, at in heap:
+                weights[at] = tokens
+            return groups, weights
+        number += max(1, number // 20)
+
+
 def _fill(
-    order: list[int], sizes: dict[int, Sizes], budget: Budget, shared: bool
+    order: list[int],
+    sizes: dict[int, Sizes],
+    budget: Budget,
+    shared: bool,
+    count_of: Callable[[int], int],
 ) -> list[list[int]]:
     """Cut the sorted examples into groups that each fit the budget."""
     groups: list[list[int]] = []
     rows: Rows | None = None
+    held = 0
     for index in order:
-        if rows is not None and not _exceeds(rows, groups[-1], sizes[index], budget):
+        more = count_of(index)
+        if rows is not None and not _exceeds(rows, held + more, sizes[index], budget):
             groups[-1].append(index)
+            held += more
         else:
             groups.append([index])
+            held = more
             rows = Rows(max(sizes[index], default=0), shared=shared)
         for size in sorted(sizes[index], reverse=True):
             rows.add(size)
     return groups
 
 
-def _exceeds(rows: Rows, group: list[int], sizes: Sizes, budget: Budget) -> bool:
-    if budget.examples is not None and len(group) >= budget.examples:
+def _exceeds(rows: Rows, held: int, sizes: Sizes, budget: Budget) -> bool:
+    if budget.examples is not None and held > budget.examples:
         return True
     if budget.tokens is None:
         return False

@@ -6,6 +6,7 @@ answer is a branch, the prompt its trunk. Called by `batches`; `plan` uses the s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 from typing import Literal
@@ -74,6 +75,29 @@ def lay_out(trunk: Ids, branches: List[Ids], slots: List[int]) -> Sequence:
     )
 
 
+@dataclass(frozen=True)
+class Laid:
+    """A sequence of a micro-batch, and which sums its log-probs go to."""
+
+    sequence: Sequence
+    uses: list[list[int]]
+    """For each slot of the sequence, the slots of the micro-batch (example * S + slot) that want
+    it: several where examples share an answer."""
+
+
+def one_by_one(examples: Examples, indices: NDArray[np.int64]) -> list[Laid]:
+    """Return the sequences of each example by itself.
+
+    Args:
+        examples: anything that has `slots` and gives `sequences` of an index.
+    """
+    return [
+        Laid(sequence, [[at * examples.slots + slot] for slot in range(examples.slots)])
+        for at, index in enumerate(indices)
+        for sequence in examples.sequences(int(index))
+    ]
+
+
 class Examples:
     """The examples of a token table as sequences.
 
@@ -90,6 +114,66 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @property
+    def merges(self) -> bool:
+        """Whether examples with equal prompts are computed as one tree."""
+        return self.trees and self.kind == "pairs"
+
+    def together(self, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Return `indices` in groups of equal prompts, in order of appearance."""
+        if not self.merges or not len(indices):
+            return [indices[at : at + 1] for at in range(len(indices))]
+        groups: dict[bytes, list[int]] = {}
+        for index in indices.tolist():
+            groups.setdefault(self.table.ids(index, "prompt").tobytes(), []).append(index)
+        return [np.array(group, dtype=np.int64) for group in groups.values()]
+
+    def prompt_numbers(self) -> NDArray[np.int64]:
+        """Return a number for each example: equal for equal prompts."""
+        numbers: dict[bytes, int] = {}
+        found = (self.table.ids(index, "prompt").tobytes() for index in range(len(self)))
+        return np.array([numbers.setdefault(ids, len(numbers)) for ids in found], dtype=np.int64)
+
+    def laid_out(self, indices: NDArray[np.int64]) -> list[Laid]:
+        """Return the sequences of the given examples.
+
+        Examples with one prompt stand in one tree, in which equal answers are one branch.
+        """
+        if not self.merges:
+            return one_by_one(self, indices)
+        at = {int(index): position for position, index in enumerate(indices)}
+        result = []
+        for group in self.together(np.asarray(indices)):
+            branches: dict[bytes, tuple[Ids, list[int]]] = {}
+            for index, slot, answer in self._answers(group):
+                _, uses = branches.setdefault(answer.tobytes(), (answer, []))
+                uses.append(at[index] * self.slots + slot)
+            answers = [answer for answer, _ in branches.values()]
+            tree = lay_out(self.table.ids(int(group[0]), "prompt"), answers, range(len(answers)))
+            result.append(Laid(tree, [uses for _, uses in branches.values()]))
+        return result
+
+    def _answers(self, group: NDArray[np.int64]) -> Iterator[tuple[int, int, Ids]]:
+        for index in group.tolist():
+            for slot, name in enumerate(BRANCHES[self.kind]):
+                yield index, slot, self.table.ids(index, name)
+
+    def group_sizes(self, group: NDArray[np.int64]) -> tuple[int, ...]:
+        """Return the tokens of each sequence of examples that are computed together."""
+        if len(group) == 1:
+            return self.sizes(int(group[0]))
+        distinct = {answer.tobytes(): len(answer) for _, _, answer in self._answers(group)}
+        prompt = int(self.table.lengths[int(group[0])][self._column["prompt"]])
+        return (prompt + sum(distinct.values()),)
+
+    def separate_tokens(self, index: int) -> int:
+        """Return the tokens of one example if each answer stood in a row with its own prompt."""
+        if self.kind == "documents":
+            return sum(self.sizes(index))
+        lengths = self.table.lengths[index]
+        answers = [int(lengths[self._column[name]]) for name in BRANCHES[self.kind]]
+        return int(lengths[self._column["prompt"]]) * len(answers) + sum(answers)
 
     def sequences(self, index: int) -> list[Sequence]:
         """Return the sequences of one example; slots count from 0 within it."""

@@ -6,19 +6,46 @@ architecture that asks its `AttentionInterface`: scaling, sliding window and sof
 layer, the segments come as the keyword `tree` of the model call. It is also the packing mask: trees
 of one row never see each other. Models that bypass the interface are found by `probe`.
 
+Three backends compute the same: `blocks` (CPU: parts of rows, see `attention_blocks`), `flex`
+(CUDA: FlexAttention with a block mask, see `attention_flex`) and `mask` (SDPA with a dense mask,
+anywhere).
+
 Letters: R rows, L tokens of a row, H heads, E head width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from modern_llm.models import attention_flex
+from modern_llm.models.attention_blocks import (
+    MERGE_BELOW,
+    Block,
+    BlockAttention,
+    additive,
+    blockwise,
+    find_blocks,
+    has_kernel,
+)
+
 TREE_ATTENTION = "modern_llm_tree"
+
+Backend = Literal["blocks", "flex", "mask"]
+# What a layer is given for its window: parts of rows, a block mask, or a mask (R, 1, L, L).
+TreeMask = tuple[Block, ...] | attention_flex.BlockMask | Tensor
+
+
+def backends(device: torch.device) -> tuple[Backend, ...]:
+    """Return the backends to try on `device`, the fastest first."""
+    if device.type == "cuda":
+        return ("flex", "mask")
+    return ("blocks", "mask") if device.type == "cpu" and has_kernel() else ("mask",)
 
 
 def visible(segments: Tensor, positions: Tensor, window: int | None = None) -> Tensor:
@@ -47,23 +74,38 @@ def visible(segments: Tensor, positions: Tensor, window: int | None = None) -> T
     return seen | torch.eye(length, dtype=torch.bool, device=tree.device)
 
 
-class TreeMasks(dict[int | None, Tensor]):
-    """Additive masks (R, 1, L, L) by sliding window: 0 where visible, -inf elsewhere.
+class TreeMasks(dict[int | None, TreeMask]):
+    """What layers need to attend within trees, by sliding window; see `Backend`.
 
-    Floats, because SDPA would convert booleans in every layer. A window that was not asked for yet
-    is made when a layer asks. That serves the probe; later all known windows are made before the
-    forward, so that compiled layers see a plain dictionary of tensors.
+    A window that was not asked for yet is made when a layer asks. That serves the probe; later all
+    known windows are made before the forward, so that compiled layers see a plain dictionary.
+
+    Args:
+        merge_below: see `attention_blocks.find_blocks`.
     """
 
-    def __init__(self, segments: Tensor, positions: Tensor, dtype: torch.dtype):
+    def __init__(
+        self,
+        segments: Tensor,
+        positions: Tensor,
+        dtype: torch.dtype,
+        backend: Backend = "mask",
+        merge_below: int = MERGE_BELOW,
+    ):
         super().__init__()
-        self._where = segments, positions, dtype
+        self._where = segments, positions
+        self._dtype, self._backend, self._merge_below = dtype, backend, merge_below
 
-    def __missing__(self, window: int | None) -> Tensor:
-        segments, positions, dtype = self._where
-        seen = visible(segments, positions, window)
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        self[window] = mask.masked_fill_(~seen, float("-inf")).unsqueeze(1)
+    def __missing__(self, window: int | None) -> TreeMask:
+        segments, positions = self._where
+        if self._backend == "blocks":
+            self[window] = find_blocks(
+                segments, positions, window, self._dtype, visible, self._merge_below
+            )
+        elif self._backend == "flex":
+            self[window] = attention_flex.block_mask(segments, positions, window)
+        else:
+            self[window] = additive(visible(segments, positions, window), self._dtype).unsqueeze(1)
         return self[window]
 
 
@@ -77,7 +119,7 @@ def tree_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    tree: Mapping[int | None, Tensor] | None = None,
+    tree: Mapping[int | None, TreeMask] | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attend within the trees of `tree`.
@@ -85,7 +127,7 @@ def tree_attention(
     Args:
         query: (R, H, L, E); key, value: (R, H / groups, L, E).
         scaling, dropout, sliding_window, softcap: as the layer says.
-        tree: the mask (R, 1, L, L) for each window, see `TreeMasks`.
+        tree: what is visible for each window, see `TreeMasks`.
 
     Returns:
         (R, L, H, E) and no weights.
@@ -93,22 +135,38 @@ def tree_attention(
     if tree is None:
         raise ValueError(
             "the tree attention was called without `tree`: call the model through TokenScorer, or "
-            "set another "
-            "attention with model.set_attn_implementation('sdpa')"
+            "set another attention with model.set_attn_implementation('sdpa')"
         )
     if kwargs.get("s_aux") is not None:
         raise ValueError("attention sinks are not part of the tree attention: use separate rows")
+    mask = tree[sliding_window]
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # As SDPA is under autocast: rotary tables leave queries and keys wider than values.
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if isinstance(mask, attention_flex.BlockMask):
+        out = attention_flex.attend(query, key, value, mask, scaling, softcap, dropout)
+        return out.transpose(1, 2).contiguous(), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key = key.repeat_interleave(groups, dim=1)
         value = value.repeat_interleave(groups, dim=1)
-    mask = tree[sliding_window].to(query.dtype)
-    if softcap is None:
-        out = F.scaled_dot_product_attention(
+
+    def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        mask = mask.to(query.dtype)
+        if softcap is not None:
+            return _softcapped(query, key, value, mask, scaling, softcap, dropout)
+        return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
         )
+
+    if isinstance(mask, Tensor):
+        out = dense(query, key, value, mask)
+    elif softcap is not None or dropout:
+        out = blockwise(query, key, value, mask, dense)
     else:
-        out = _softcapped(query, key, value, mask, scaling, softcap, dropout)
+        out = BlockAttention.apply(query, key, value, mask, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -171,17 +171,22 @@ def _few_bits(quantize: str) -> BitsAndBytesConfig:
     )
 
 
-def make_scorer(model: PreTrainedModel, attention: str = "auto") -> TokenScorer:
+def make_scorer(
+    model: PreTrainedModel, attention: str = "auto", *, lean: bool = True
+) -> TokenScorer:
     """Probe `model` and wrap it.
 
     Args:
-        attention: "auto" uses trees where they are exact, "tree" insists, "separate" does not try.
+        attention: "auto" uses trees where they are exact, "tree" insists, "separate" does not try;
+            the name of a backend insists on that one.
+        lean: see `probe`.
     """
-    abilities = probe(model, trees=attention != "separate")
-    if attention == "tree" and not abilities.trees:
+    tried = None if attention in ("auto", "tree", "separate") else (attention,)
+    abilities = probe(model, trees=attention != "separate", tried=tried, lean=lean)
+    if attention not in ("auto", "separate") and not abilities.trees:
         raise UserError(
-            f"attention: tree: {type(model).__name__} cannot ({'; '.join(abilities.notes)}); "
-            "use attention: auto or separate"
+            f"attention: {attention}: {type(model).__name__} cannot "
+            f"({'; '.join(abilities.notes)}); use attention: auto or separate"
         )
     return TokenScorer(model, abilities)
 

@@ -16,8 +16,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modern_llm.models.attention import TREE_ATTENTION, register_tree_attention
+from modern_llm.models.attention import (
+    TREE_ATTENTION,
+    Backend,
+    backends,
+    register_tree_attention,
+)
 from modern_llm.models.head import LogitTransform, fuse_head
+from modern_llm.models.lean import slim, unslim
 from modern_llm.models.scorer import Abilities, TokenScorer
 
 log = logging.getLogger(__name__)
@@ -39,11 +45,20 @@ def logit_transform(model: PreTrainedModel) -> LogitTransform:
 
 
 @torch.no_grad()
-def probe(model: PreTrainedModel, *, trees: bool = True) -> Abilities:
+def probe(
+    model: PreTrainedModel,
+    *,
+    trees: bool = True,
+    tried: tuple[Backend, ...] | None = None,
+    lean: bool = True,
+) -> Abilities:
     """Measure what `model` does exactly and leave it set up to be asked that way.
 
     Args:
         trees: False skips the tree part: the user asked for separate rows.
+        tried: backends of the tree attention, the first that is exact serves; by device unless
+            said.
+        lean: on a CPU, put the functions of `lean` into the model.
 
     Side effects: the head becomes a `FusedHead` where that is exact, and the attention
     implementation the tree attention where that is.
@@ -55,6 +70,8 @@ def probe(model: PreTrainedModel, *, trees: bool = True) -> Abilities:
     native = model.config._attn_implementation
     plain = [_plain(model, prompt, answer) for prompt, *answers in pairs for answer in answers]
     tolerance = TOLERANCE[model.dtype]
+    if lean and model.device.type == "cpu":
+        _slim(model, pairs, plain, tolerance)
 
     head = model.get_output_embeddings()
     fused = head is not None and fuse_head(head, logit_transform(model))
@@ -64,9 +81,14 @@ def probe(model: PreTrainedModel, *, trees: bool = True) -> Abilities:
         notes.append(
             "plain logits: the head is not a linear layer, or differs from the model's own forward"
         )
+    backend: Backend = "mask"
     windows: tuple[int | None, ...] = ()
     if trees:
-        why, windows = _try_trees(model, fused, pairs, plain, tolerance)
+        for backend in tried or backends(model.device):
+            why, windows = _try_trees(model, fused, backend, pairs, plain, tolerance)
+            if not why:
+                break
+            log.debug("%s: attention %s: %s", type(model).__name__, backend, why)
         if why:
             notes.append(f"separate rows: {why}")
             model.set_attn_implementation(native)
@@ -74,7 +96,18 @@ def probe(model: PreTrainedModel, *, trees: bool = True) -> Abilities:
     model.train(training)
     for note in notes:
         log.info("%s: %s", type(model).__name__, note)
-    return Abilities(trees=trees, fused=fused, windows=windows, notes=tuple(notes))
+    return Abilities(trees=trees, fused=fused, backend=backend, windows=windows, notes=tuple(notes))
+
+
+def _slim(
+    model: PreTrainedModel, pairs: list[list[Tensor]], plain: list[Tensor], tolerance: float
+) -> None:
+    counts = slim(model)
+    again = [_plain(model, prompt, answer) for prompt, *answers in pairs for answer in answers]
+    worst = float((torch.cat(again) - torch.cat(plain)).abs().max())
+    log.debug("%s: %s in fewer passes, %.2g nats off", type(model).__name__, counts, worst)
+    if not worst <= tolerance:
+        unslim(model)
 
 
 def _fused_is_exact(
@@ -91,6 +124,7 @@ def _fused_is_exact(
 def _try_trees(
     model: PreTrainedModel,
     fused: bool,
+    backend: Backend,
     pairs: list[list[Tensor]],
     plain: list[Tensor],
     tolerance: float,
@@ -104,7 +138,9 @@ def _try_trees(
     if kinds - KNOWN_LAYERS:
         return f"layers of kind {', '.join(sorted(kinds - KNOWN_LAYERS))}", ()
     register_tree_attention()
-    scorer = TokenScorer(model, Abilities(trees=True, fused=fused))
+    scorer = TokenScorer(model, Abilities(trees=True, fused=fused, backend=backend))
+    # The few tokens of the probe must go the way that long trees go.
+    scorer.merge_below = 0
     try:
         model.set_attn_implementation(TREE_ATTENTION)
         if model.config._attn_implementation != TREE_ATTENTION:

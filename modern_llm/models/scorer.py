@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modern_llm.models.attention import TreeMasks
+from modern_llm.models.attention import Backend, TreeMask, TreeMasks
+from modern_llm.models.attention_blocks import MERGE_BELOW
 from modern_llm.models.head import FusedHead, target_logprobs
 
 
@@ -42,6 +43,8 @@ class Abilities:
     """Rows may hold several trees, answers may share their prompt."""
     fused: bool
     """The head may be computed on target positions in chunks."""
+    backend: Backend = "mask"
+    """How attention within trees is computed."""
     windows: tuple[int | None, ...] = ()
     """Sliding windows that its layers were seen to ask for; None is full attention."""
     notes: tuple[str, ...] = ()
@@ -55,6 +58,7 @@ class TokenScorer(nn.Module):
         super().__init__()
         self.model = model
         self.abilities = abilities
+        self.merge_below = MERGE_BELOW
         self._balance = _router_balance(model)
 
     @property
@@ -117,11 +121,11 @@ class TokenScorer(nn.Module):
             aux = self._balance(outputs.router_logits, real)
         return ScorerOutput(logprobs, aux)
 
-    def _masks(self, segments: Tensor, positions: Tensor) -> dict[int | None, Tensor]:
+    def _masks(self, segments: Tensor, positions: Tensor) -> dict[int | None, TreeMask]:
         device = segments.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.model.dtype
-        masks = TreeMasks(segments, positions, dtype)
+        masks = TreeMasks(segments, positions, dtype, self.abilities.backend, self.merge_below)
         if not self.abilities.windows:
             self.asked = masks  # the probe reads from it which windows there are
             return masks

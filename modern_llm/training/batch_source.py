@@ -5,34 +5,41 @@ What both tasks share. Called by them; the loop sees only the tasks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from modern_llm.data.batches import MicroBatch, collate
-from modern_llm.data.plan import Budget, Order, area, place
+from modern_llm.data.plan import Budget, Order, Sharing, area, place
 from modern_llm.data.rows import Examples
+
+Indices = NDArray[np.int64]
 
 
 class Lazy(Sequence[MicroBatch]):
     """Micro-batches that are built when they are looked at."""
 
-    def __init__(self, examples: Examples, parts: list[NDArray[np.int64]], *, shared: bool):
-        self._examples, self._parts, self._shared = examples, parts, shared
+    def __init__(self, source: BatchSource, parts: list[Indices]):
+        self._source, self._parts = source, parts
 
     def __len__(self) -> int:
         return len(self._parts)
 
     def __getitem__(self, at: int) -> MicroBatch:  # type: ignore[override]
-        return collate(self._examples, self._parts[at], shared=self._shared)
+        return self._source.collate(self._parts[at])
 
 
 class BatchSource:
     """The micro-batches of one rank.
 
     Args:
-        shared: whether rows may hold several sequences.
+        shared: what rows may hold.
+        align: see `collate`.
+        flops: counts the ideal operations of a micro-batch, from how many tokens each of its tokens
+            sees and the number of targets.
     """
 
     def __init__(
@@ -43,36 +50,82 @@ class BatchSource:
         *,
         rank: int,
         world: int,
-        shared: bool,
+        shared: Sharing | bool,
+        align: int = 1,
+        flops: Callable[[Tensor, int], float] | None = None,
     ):
         self.examples, self.order, self.budget = examples, order, budget
-        self.rank, self.world, self.shared = rank, world, shared
+        self.rank, self.world, self.shared, self.align = rank, world, shared, align
+        self._flops = flops
+
+    def collate(self, indices: Indices) -> MicroBatch:
+        """Return the tensors of some examples."""
+        batch = collate(self.examples, indices, shared=self.shared, align=self.align)
+        if self._flops is None or not batch.real_tokens:
+            return batch
+        reach = batch.positions[batch.segments[..., 0] >= 0] + 1
+        return replace(batch, flops=self._flops(reach, batch.targets.shape[1]))
 
     def micro_batches(self, step: int) -> Lazy:
         """Return this rank's part of a training step."""
-        return self._share(self.order.step(step))
+        return Lazy(self, self.parts(self.order.step(step))[self.rank])
 
     def targets(self, step: int) -> int:
         """Return the target tokens of a step over all ranks."""
         return int(self.examples.targets(self.order.step(step)).sum())
 
     def tokens(self, step: int) -> int:
-        """Return the real tokens of a step over all ranks."""
-        return sum(sum(self.examples.sizes(int(i))) for i in self.order.step(step))
+        """Return the real tokens that are computed in a step over all ranks."""
+        parts = [part for rank in self.parts(self.order.step(step)) for part in rank]
+        groups = [group for part in parts for group in self.examples.together(part)]
+        return sum(sum(self.examples.group_sizes(group)) for group in groups)
 
     def in_order(self, group: int) -> Iterator[Lazy]:
         """Yield this rank's part of every example once, `group` examples at a time."""
         for start in range(0, len(self.examples), group):
-            yield self._share(np.arange(start, min(start + group, len(self.examples))))
+            indices = np.arange(start, min(start + group, len(self.examples)))
+            yield Lazy(self, self.parts(indices)[self.rank])
 
-    def _share(self, indices: NDArray[np.int64]) -> Lazy:
-        ranks = place(
-            indices, self.examples.sizes, world=self.world, budget=self.budget, shared=self.shared
+    def parts(self, indices: Indices) -> list[list[Indices]]:
+        """Place examples: for each rank its micro-batches, those with equal prompts together."""
+        groups = self._groups(indices)
+        sizes = [self.examples.group_sizes(group) for group in groups]
+        placed = place(
+            np.arange(len(groups)),
+            sizes.__getitem__,
+            world=self.world,
+            budget=self.budget,
+            shared=self.shared,
+            count_of=lambda at: len(groups[at]),
         )
-        return Lazy(self.examples, ranks[self.rank], shared=self.shared)
+        nothing = np.zeros(0, dtype=np.int64)
+        return [
+            [np.concatenate([nothing, *(groups[at] for at in part)]) for part in rank]
+            for rank in placed
+        ]
+
+    def _groups(self, indices: Indices) -> list[Indices]:
+        """Examples that must share a micro-batch: equal prompts, cut where they exceed the budget
+        or would leave a rank without work."""
+        waiting = self.examples.together(np.sort(indices))
+        groups: list[Indices] = []
+        while waiting:
+            group = waiting.pop()
+            few = len(waiting) + len(groups) + 1 < self.world
+            if len(group) > 1 and (few or self._exceeds(group)):
+                waiting += [group[: len(group) // 2], group[len(group) // 2 :]]
+            else:
+                groups.append(group)
+        return groups
+
+    def _exceeds(self, group: Indices) -> bool:
+        if self.budget.examples is not None and len(group) > self.budget.examples:
+            return True
+        tokens = self.budget.tokens
+        return tokens is not None and sum(self.examples.group_sizes(group)) > tokens
 
 
-def largest_example(examples: Examples, *, shared: bool) -> tuple[int, int]:
+def largest_example(examples: Examples, *, shared: Sharing | bool) -> tuple[int, int]:
     """Return (tokens, index) of the example that takes most room alone in a forward."""
     return max(
         ((area([examples.sizes(i)], shared=shared), i) for i in range(len(examples))),

@@ -48,8 +48,8 @@ _TABLE = {
         "train": "batch_size run_name seed",
         "data": "append_end_token eval_fraction format max_length max_prompt_length split subset "
         "template text_column",
-        "dpo": "beta discopop_tau dpop_lambda label_smoothing ld_alpha loss_type max_length "
-        "max_prompt_length nll_coefficient simpo_gamma",
+        "dpo": "beta discopop_tau dpop_lambda group_by_prompt label_smoothing ld_alpha loss_type "
+        "max_length max_prompt_length nll_coefficient simpo_gamma",
         "lora": "alpha modules_to_save quantize rank targets",
         "model": "d_model ffn_hidden_size gqa_groups initializer_range max_seq_len moe_config "
         "n_heads n_layers rmsnorm_eps rope_scaling rope_theta tie_embeddings use_attention_sinks "

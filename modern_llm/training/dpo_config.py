@@ -46,6 +46,9 @@ class DPOConfig:
     """sigmoid, robust, hinge, ipo, exo_pair, nca_pair, bco_pair, sppo_hard, aot, aot_unpaired,
     apo_zero,
     apo_down, discopop, sigmoid_norm, simpo, orpo or dpop."""
+    group_by_prompt: bool = False
+    """Put pairs with one prompt into one optimizer step, where prompt and equal answers are
+    computed once. Another order of the data."""
     nll_coefficient: float = 0.0
     """Weight of the chosen answer's mean negative log-likelihood, added to any loss."""
     discopop_tau: float | None = None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import nn
 
 from modern_llm.data.batches import MicroBatch
 from modern_llm.objectives.language import language_loss, perplexity
 from modern_llm.training.batch_source import BatchSource, Lazy
 from modern_llm.training.task import StepSums
+from modern_llm.training.usage import usage_metrics, usage_sums
 
 # Examples that are placed together in an evaluation: enough to fill micro-batches evenly.
 EVALUATION_GROUP = 256
@@ -58,8 +58,8 @@ class LanguageTask:
         statistics = {
             "nll": nll.detach(),
             "targets": batch.lengths.sum(),
-            "tokens": torch.as_tensor(batch.real_tokens, device=nll.device),
         }
+        statistics |= usage_sums(batch)
         if output.aux_loss is not None and self._aux:
             aux = output.aux_loss * batch.real_tokens
             statistics["aux"] = aux.detach()
@@ -71,6 +71,7 @@ class LanguageTask:
         targets = max(sums["targets"], 1)
         loss = sums["nll"] / targets
         result = {"loss": loss, "perplexity": perplexity(sums["nll"], targets)}
+        result |= usage_metrics(sums)
         if "aux" in sums:
             result["aux_loss"] = sums["aux"] / max(sums["tokens"], 1)
             result["loss"] = loss + self._aux * result["aux_loss"]

@@ -63,8 +63,17 @@ class Clock:
 
     before: float
     began: float
+    peak: float
+    """Operations a second of one process's device; 0 where unknown."""
     window: float = 0.0
     tokens: float = 0.0
+    flops: float = 0.0
+
+    def add(self, seconds: float, sums: dict[str, Tensor]) -> None:
+        """Count a step; its counts are on the host, so that this waits for no device."""
+        self.window += seconds
+        self.tokens += float(sums["tokens"])
+        self.flops += float(sums["flops"])
 
     def elapsed(self) -> float:
         """Seconds since the first step began, earlier parts of the run included."""
@@ -79,6 +88,7 @@ def train(
     run: RunFolder,
     facts: dict[str, Any],
     sample: Sample | None = None,
+    peak: float = 0.0,
 ) -> Engine:
     """Train until the last step, or until a signal asks to stop; return what holds the weights.
 
@@ -86,6 +96,7 @@ def train(
         scorer: the unprepared module; its `.model` is what is saved.
         facts: digests that a checkpoint must share with the run that goes on from it.
         sample: answers fixed prompts; asked before the first step and at `generate_every`.
+        peak: operations a second of one process's device, for `mfu`; 0 where unknown.
 
     Raises:
         NotFiniteError: a loss or gradient is not finite; nothing of that step was applied.
@@ -94,7 +105,7 @@ def train(
     total = total_steps(config, task)
     engine, start, owed = _start_engine(runtime, scorer, config, run, facts, total)
     engine.model.train()
-    clock = Clock(MetricsLog(run.metrics).elapsed() if start else 0.0, time.perf_counter())
+    clock = Clock(MetricsLog(run.metrics).elapsed() if start else 0.0, time.perf_counter(), peak)
     saver = Saver(runtime, run, engine, facts, start)
     saver.check_room((total - 1) // config.save_every - start // config.save_every)
     check(runtime, f"after step {start}" if start else "before the first step")
@@ -110,13 +121,11 @@ def train(
             rate = learning_rate(config, step, total)
             sums, grad_norm = _optimizer_step(runtime, engine, task, config, step, rate)
             done = step + 1
-            clock.window += time.perf_counter() - began
-            clock.tokens += float(sums["tokens"])
+            clock.add(time.perf_counter() - began, sums)
             watch.advance(done)
             record: dict[str, float] = {}
             if done == 1 or is_due(config.log_every, done, total, at_end=True):
-                record |= _measure(runtime, task, sums, clock)
-                record |= {"grad_norm": grad_norm, "lr": rate}
+                record = _measure(runtime, task, sums, clock) | {"grad_norm": grad_norm, "lr": rate}
                 watch.line(console_line(done, record))
             cut = False
             try:
@@ -227,14 +236,19 @@ def _evaluate(
 def _measure(
     runtime: Runtime, task: Task, sums: dict[str, Tensor], clock: Clock
 ) -> dict[str, float]:
-    """Metrics of this step over all ranks, and the token rate since the last line."""
-    tokens = torch.tensor(clock.tokens, dtype=torch.float64, device=runtime.device)
-    totals = _over_ranks(runtime, {**sums, "window": tokens})
-    rate = totals.pop("window") / max(clock.window, 1e-9)
-    clock.window = clock.tokens = 0.0
+    """Metrics of this step over all ranks, and the rates since the last line."""
+    since = {
+        name: torch.tensor(value, dtype=torch.float64)
+        for name, value in (("window", clock.tokens), ("operations", clock.flops))
+    }
+    totals = _over_ranks(runtime, sums | since)
+    seconds = max(clock.window, 1e-9)
+    rate, operations = totals.pop("window") / seconds, totals.pop("operations") / seconds
+    clock.window = clock.tokens = clock.flops = 0.0
     return {
         **task.metrics(totals),
         "tokens_per_second": rate,
+        "mfu": operations / (clock.peak * runtime.world) if clock.peak else 0.0,
         "memory_gb": peak_memory_gb(runtime.device),
     }
 
@@ -243,9 +257,7 @@ def _over_ranks(runtime: Runtime, sums: dict[str, Tensor]) -> dict[str, float]:
     """One reduction for all statistics, in float64 where the device has it."""
     names = sorted(sums)
     dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
-    stacked = torch.stack(
-        [torch.as_tensor(sums[name], device=runtime.device).to(dtype) for name in names]
-    )
+    stacked = torch.stack([sums[name].to(dtype).to(runtime.device) for name in names])
     return dict(zip(names, runtime.sum(stacked).tolist(), strict=True))
 
 

@@ -10,12 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from modern_llm.data.batches import MicroBatch
+from modern_llm.data.batches import MicroBatch, wide_dtype
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.objectives.preference import preference_loss, preference_statistics
 from modern_llm.training.batch_source import BatchSource, Lazy
 from modern_llm.training.dpo_config import DPOConfig
 from modern_llm.training.task import StepSums
+from modern_llm.training.usage import NAMES, usage_metrics, usage_sums
 
 EVALUATION_GROUP = 256
 
@@ -54,6 +55,11 @@ class PreferenceTask:
     def steps_in(self, epochs: float) -> int:
         """Return the optimizer steps of so many passes over the data."""
         return self._source.order.steps_in(epochs)
+
+    @property
+    def plan(self) -> str:
+        """Digest of the order in which the pairs come."""
+        return self._source.order.digest
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of `step`, the reference's numbers among them."""
@@ -118,9 +124,9 @@ class PreferenceTask:
         )
         statistics |= {
             "loss": value,
-            "pairs": torch.as_tensor(len(batch.examples), device=policy.device),
-            "tokens": torch.as_tensor(batch.real_tokens, device=policy.device),
+            "pairs": torch.tensor(float(len(batch.examples))),
         }
+        statistics |= usage_sums(batch)
         if aux is not None and self._aux:
             weighted = aux * batch.real_tokens
             statistics["aux"] = weighted.detach()
@@ -130,8 +136,9 @@ class PreferenceTask:
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Return the means over the pairs under the names that other trainers use."""
         pairs = max(sums["pairs"], 1)
-        names = set(sums) - {"pairs", "tokens", "aux"}
+        names = set(sums) - {"pairs", "aux", *NAMES}
         result = {"loss": 0.0} | {name: sums[name] / pairs for name in sorted(names)}
+        result |= usage_metrics(sums)
         if "aux" in sums:
             result["aux_loss"] = sums["aux"] / max(sums["tokens"], 1)
             result["loss"] += self._aux * result["aux_loss"]
@@ -154,19 +161,26 @@ class PreferenceTask:
     def _score(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """Sums (P, 2) of the policy, and the routers' loss."""
         output = model(batch.ids, batch.positions, batch.segments, batch.targets)
-        return batch.sums(self._weighted(output.logprobs, batch)), output.aux_loss
+        return self._sums(output.logprobs, batch), output.aux_loss
 
     @torch.no_grad()
     def _ask(self, live: nn.Module, batch: MicroBatch) -> MicroBatch:
         """Fill the column `reference` of a micro-batch by a forward of the frozen model."""
         with self._runtime.accelerator.autocast():
             output = live(batch.ids, batch.positions, batch.segments, batch.targets)
-        return replace(batch, reference=batch.sums(self._weighted(output.logprobs, batch)).float())
+        return replace(batch, reference=self._sums(output.logprobs, batch).float())
+
+    def _sums(self, logprobs: Tensor, batch: MicroBatch) -> Tensor:
+        """Sums (P, 2) of the targets (N,), in their dtype; see `_weighted`."""
+        uses = batch.uses(logprobs)
+        return batch.add(self._weighted(uses, batch)).to(logprobs.dtype)
 
     def _weighted(self, logprobs: Tensor, batch: MicroBatch) -> Tensor:
-        """Scale tokens (N,) beyond the length of the pair's shorter answer by `ld_alpha`."""
+        """Scale uses (M,) of tokens beyond the pair's shorter answer by `ld_alpha`."""
         if self._config.ld_alpha is None or not logprobs.numel():
             return logprobs
+        # As stored values are weighted: a product rounded to float32 would be another number.
+        logprobs = logprobs.to(wide_dtype(logprobs.device))
         shared = batch.lengths.min(1).values.repeat_interleave(batch.lengths.shape[1])
         # Within a slot targets stand in order, one after the other: their rank is their place.
         order = torch.argsort(batch.slots, stable=True)

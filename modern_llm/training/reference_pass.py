@@ -35,6 +35,7 @@ from modern_llm.training.dpo_config import DPOConfig
 from modern_llm.training.lora import Base
 from modern_llm.training.reference_place import find_store
 from modern_llm.training.scoring import Answers, Scoring, score_everywhere
+from modern_llm.training.sources import sharing
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +239,7 @@ class ReferencePass:
                 self._runtime,
                 module,
                 self._config,
-                trees=scorer.abilities.trees,
+                trees=sharing(scorer),
                 tokens=self._dpo.per_token,
             )
         finally:

@@ -32,6 +32,7 @@ from modern_llm.distributed.signals import stop_here
 from modern_llm.models.load import Checkpoint, inspect_checkpoint
 from modern_llm.training import setup, tables
 from modern_llm.training.scoring import Answers, Scoring, score_everywhere
+from modern_llm.training.sources import sharing
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def _sums(
     tables.check_ids_fit(table, checkpoint.vocabulary)
     scorer = setup.set_up_frozen(runtime, checkpoint, config)
     module = runtime.freeze(scorer)
-    scoring = Scoring(runtime, module, config, trees=scorer.abilities.trees)
+    scoring = Scoring(runtime, module, config, trees=sharing(scorer))
     answers = Answers(table)
     found = score_everywhere(runtime, scoring, answers)
     runtime.release(module)

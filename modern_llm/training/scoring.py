@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import UserError
 from modern_llm.data.batches import MicroBatch, collate
-from modern_llm.data.plan import Budget, place
+from modern_llm.data.plan import Budget, Sharing, place
 from modern_llm.data.rows import Sequence as Laid
 from modern_llm.data.rows import lay_out
 from modern_llm.data.tokens import TokenTable
@@ -101,13 +101,15 @@ class Trees:
 
     Args:
         entries: (n,) indices into `answers`.
-        trees: whether answers share the computation of their prompt.
+        trees: what rows may hold; answers share the computation of their prompt where several.
         budget: tokens of one forward, padding included.
     """
 
     slots = BRANCHES
 
-    def __init__(self, answers: Answers, entries: NDArray[np.int64], *, trees: bool, budget: int):
+    def __init__(
+        self, answers: Answers, entries: NDArray[np.int64], *, trees: Sharing | bool, budget: int
+    ):
         self.answers, self.budget, self._trees = answers, budget, trees
         self._items: list[list[int]] = []
         before, size = -1, 0
@@ -170,7 +172,7 @@ class Scoring:
 
     Args:
         module: a `TokenScorer`, or what was made of one to run on several devices.
-        trees: whether it computes trees.
+        trees: what rows may hold; alone where the module computes no trees.
         tokens: also give the log-prob of every token.
     """
 
@@ -180,7 +182,7 @@ class Scoring:
         module: nn.Module,
         config: TrainingConfig,
         *,
-        trees: bool,
+        trees: Sharing | bool,
         tokens: bool = False,
     ):
         self._runtime, self._module, self._trees = runtime, module, trees

@@ -16,13 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modern_llm.config import TrainingConfig
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.errors import ConfigError, UserError
-from modern_llm.data.plan import Budget, Order
 from modern_llm.data.prepare import FELL_BACK, Prepared, sample_texts
-from modern_llm.data.rows import Examples, Kind
 from modern_llm.data.templates import Template, chat_template_of, end_tokens
 from modern_llm.data.tokenize import check_tokenizers_agree, tokenizer_identity
 from modern_llm.data.tokens import TokenTable
 from modern_llm.distributed.runtime import Runtime, start
+from modern_llm.models.flops import peak_flops
 from modern_llm.models.load import (
     Checkpoint,
     check_tokenizer_fits,
@@ -32,7 +31,6 @@ from modern_llm.models.load import (
 )
 from modern_llm.models.prepare import compile_layers, disable_dropout, recompute_activations
 from modern_llm.models.scorer import TokenScorer
-from modern_llm.training.batch_source import BatchSource, largest_example
 from modern_llm.training.dry_run import DryRun
 from modern_llm.training.export import export
 from modern_llm.training.loop import train
@@ -45,10 +43,6 @@ from modern_llm.training.teacher import learning_rate_warning
 from modern_llm.training.trackers import check_trackers
 
 log = logging.getLogger(__name__)
-
-# Tokens of one forward where the user says nothing. On a CPU small forwards stay in the caches and
-# long rows cost attention; a GPU wants enough work for every kernel.
-AUTO_TOKENS = {"cpu": 1024, "cuda": 16_384}
 
 
 def record_of(**sections: Any) -> dict[str, Any]:
@@ -181,9 +175,11 @@ def set_up_scorer(
     """Probe, wrap and place the model; dropout, recomputation and compilation as asked."""
     if runtime.stage != 3:  # there no device ever holds the whole model
         model.to(runtime.device)
-    scorer = make_scorer(model, config.attention)
+    scorer = make_scorer(model, _attention(runtime, model, config), lean=_lean(runtime, config))
     if runtime.is_main:
-        rows = "pairs share their prompt" if scorer.abilities.trees else "one row an answer"
+        rows = "one row an answer"
+        if scorer.abilities.trees:
+            rows = f"pairs share their prompt (attention: {scorer.abilities.backend})"
         log.info(
             "model: %s, %s parameters, %s",
             type(model).__name__,
@@ -199,72 +195,26 @@ def set_up_scorer(
     return scorer
 
 
+def _lean(runtime: Runtime, config: TrainingConfig) -> bool:
+    # A compiler fuses what `lean` does itself, and reads the model's own code best.
+    return runtime.device.type == "cpu" and not config.compile
+
+
+def _attention(runtime: Runtime, model: PreTrainedModel, config: TrainingConfig) -> str:
+    """The configured attention; where the probe runs on another device than the training (ZeRO-3),
+    the one backend that is the same on every device."""
+    elsewhere = model.device.type != runtime.device.type
+    return "mask" if elsewhere and config.attention in ("auto", "tree") else config.attention
+
+
 def set_up_frozen(runtime: Runtime, checkpoint: Checkpoint, config: TrainingConfig) -> TokenScorer:
     """Load and probe a model that is only asked, never trained."""
     model = load_model(checkpoint, as_stored=runtime.rounds_weights)
     if runtime.stage is None:  # under DeepSpeed its engine places it, sharded
         model.to(runtime.device)
     disable_dropout(model)
-    scorer = make_scorer(model, config.attention)
+    scorer = make_scorer(model, _attention(runtime, model, config), lean=_lean(runtime, config))
     return scorer.eval().requires_grad_(False)
-
-
-def make_sources(
-    runtime: Runtime, config: TrainingConfig, prepared: Prepared, kind: Kind, scorer: TokenScorer
-) -> tuple[BatchSource, BatchSource | None]:
-    """Return this rank's sources of training and, where there is some, evaluation data."""
-    train_source = make_source(runtime, config, prepared.train, kind, scorer, prepared.history)
-    if prepared.evaluation is None:
-        return train_source, None
-    return train_source, make_source(runtime, config, prepared.evaluation, kind, scorer)
-
-
-def make_source(
-    runtime: Runtime,
-    config: TrainingConfig,
-    table: TokenTable,
-    kind: Kind,
-    scorer: TokenScorer,
-    history: tuple[tuple[int, int], ...] | None = None,
-) -> BatchSource:
-    """Return this rank's source of micro-batches over `table`.
-
-    Args:
-        history: (epoch, rows) from which there were so many; all from the start unless said.
-
-    Raises:
-        UserError: one example alone is above `tokens_per_micro_batch`.
-    """
-    examples = Examples(table, kind, trees=scorer.abilities.trees)
-    budget = token_budget(runtime, config, examples, shared=scorer.abilities.trees)
-    (_, rows), *grown = history or ((0, len(table)),)
-    order = Order(rows, config.batch_size, config.seed, tuple(grown))
-    return BatchSource(
-        examples,
-        order,
-        budget,
-        rank=runtime.rank,
-        world=runtime.world,
-        shared=scorer.abilities.trees,
-    )
-
-
-def token_budget(
-    runtime: Runtime, config: TrainingConfig, examples: Examples, *, shared: bool
-) -> Budget:
-    """Return what one forward may hold: as the user says, else by device."""
-    count = config.examples_per_micro_batch
-    if config.tokens_per_micro_batch is None:
-        tokens = None if count is not None else AUTO_TOKENS.get(runtime.device.type, 8192)
-        return Budget(tokens=tokens, examples=count)
-    tokens, index = largest_example(examples, shared=shared)
-    if tokens > config.tokens_per_micro_batch:
-        raise UserError(
-            f"{examples.table.origin(index)}: takes {tokens} tokens, above "
-            "train.tokens_per_micro_batch "
-            f"{config.tokens_per_micro_batch}: raise it, or lower max_length"
-        )
-    return Budget(tokens=config.tokens_per_micro_batch, examples=count)
 
 
 def train_and_export(
@@ -298,7 +248,10 @@ def train_and_export(
         "model": digest_of({**shape, "transformers_version": None}),
         "tokenizer": tokenizer_identity(tokenizer),
     }
-    engine = train(runtime, scorer, task, config, run, facts, sample)
+    peak, origin = peak_flops(runtime.device, config.precision)
+    if runtime.is_main:
+        log.info("mfu: of %.4g operations a second and process (%s)", peak, origin)
+    engine = train(runtime, scorer, task, config, run, facts, sample, peak)
     runtime.on_main(run.lock.check)
     export(runtime, engine, tokenizer, run.final, ends)
     if runtime.is_main:

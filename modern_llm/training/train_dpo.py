@@ -20,6 +20,7 @@ from modern_llm.training.dry_run import DryRun
 from modern_llm.training.outcome import outcome_recorded
 from modern_llm.training.preference_task import PreferenceTask
 from modern_llm.training.reference_pass import ReferencePass, reference_for
+from modern_llm.training.sources import make_sources
 
 __all__ = ["DPOConfig", "run_dpo"]
 
@@ -80,6 +81,7 @@ def run_dpo(
         facts = {"reference": reference.digest}
         facts |= lora.base_facts(runtime, checkpoint, lora_config)
         ends = setup.answer_ends(tokenizer, data, prepared)
+        facts["plan"] = task.plan
         return setup.train_and_export(
             runtime, scorer, task, train_config, run, tokenizer, facts, ends
         )
@@ -112,7 +114,9 @@ def _task(
     is never built from a policy that has trained.
     """
     values = reference.complete(scorer)
-    source, evaluation = setup.make_sources(runtime, train_config, prepared, "pairs", scorer)
+    source, evaluation = make_sources(
+        runtime, train_config, prepared, "pairs", scorer, group_by_prompt=dpo_config.group_by_prompt
+    )
     return PreferenceTask(
         runtime,
         dpo_config,

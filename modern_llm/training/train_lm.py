@@ -13,6 +13,7 @@ from modern_llm.training import setup, tables
 from modern_llm.training.dry_run import DryRun
 from modern_llm.training.language_task import LanguageTask
 from modern_llm.training.outcome import outcome_recorded
+from modern_llm.training.sources import make_sources
 
 
 def run_training(
@@ -53,8 +54,6 @@ def run_training(
         )
         model = build_model(model_config, seed=train_config.seed)
         scorer = setup.set_up_scorer(runtime, model, train_config, dropout=True)
-        source, evaluation = setup.make_sources(
-            runtime, train_config, prepared, "documents", scorer
-        )
+        source, evaluation = make_sources(runtime, train_config, prepared, "documents", scorer)
         task = LanguageTask(source, evaluation, scorer.aux_coefficient)
         return setup.train_and_export(runtime, scorer, task, train_config, run, tokenizer, {})

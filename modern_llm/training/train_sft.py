@@ -12,6 +12,7 @@ from modern_llm.training import lora, setup, tables
 from modern_llm.training.dry_run import DryRun
 from modern_llm.training.language_task import LanguageTask
 from modern_llm.training.outcome import outcome_recorded
+from modern_llm.training.sources import make_sources
 
 # Longest answers with their prompts where the user says nothing and the model has more positions.
 DEFAULT_MAX_LENGTH = 1024
@@ -69,7 +70,7 @@ def run_sft(
         prepared = tables.build_tables(runtime, run, build, train_config)
         tables.check_ids_fit(prepared.train, checkpoint.vocabulary)
         scorer = lora.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=True)
-        source, evaluation = setup.make_sources(runtime, train_config, prepared, "answers", scorer)
+        source, evaluation = make_sources(runtime, train_config, prepared, "answers", scorer)
         task = LanguageTask(source, evaluation, scorer.aux_coefficient)
         facts = lora.base_facts(runtime, checkpoint, lora_config)
         ends = setup.answer_ends(tokenizer, data, prepared)

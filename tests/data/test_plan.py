@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modern_llm.data.plan import Budget, Order, area, place
+from modern_llm.data.plan import Budget, Order, Sharing, area, place
 
 sizes = st.lists(
     st.tuples(st.integers(1, 60)) | st.tuples(st.integers(1, 40), st.integers(1, 40)),
@@ -19,7 +19,7 @@ budgets = st.builds(
 
 
 @settings(deadline=None, max_examples=300)
-@given(sizes, st.integers(1, 9), budgets, st.booleans())
+@given(sizes, st.integers(1, 9), budgets, st.sampled_from(Sharing))
 def test_every_example_once_equal_numbers_and_within_budget(lengths, world, budget, shared):
     indices = np.arange(len(lengths)) * 3 + 1
     table = {int(i): lengths[n] for n, i in enumerate(indices)}
@@ -37,20 +37,22 @@ def test_every_example_once_equal_numbers_and_within_budget(lengths, world, budg
 
 
 @settings(deadline=None, max_examples=100)
-@given(sizes, st.integers(1, 4), budgets, st.randoms(use_true_random=False))
+@given(
+    sizes, st.integers(1, 4), budgets, st.sampled_from(Sharing), st.randoms(use_true_random=False)
+)
 def test_placement_does_not_depend_on_the_order_in_which_examples_are_named(
-    lengths, world, budget, random
+    lengths, world, budget, shared, random
 ):
     indices = np.arange(len(lengths))
     shuffled = indices.tolist()
     random.shuffle(shuffled)
-    once = place(indices, lengths.__getitem__, world=world, budget=budget, shared=True)
+    once = place(indices, lengths.__getitem__, world=world, budget=budget, shared=shared)
     again = place(
         np.array(shuffled, dtype=np.int64),
         lengths.__getitem__,
         world=world,
         budget=budget,
-        shared=True,
+        shared=shared,
     )
     assert [[g.tolist() for g in r] for r in once] == [[g.tolist() for g in r] for r in again]
 
@@ -142,3 +144,57 @@ def test_rows_appended_before_the_first_step_are_there_from_the_start():
     once = Order(7, 3, 1).joined(1, 9)
     assert once == Order(7, 3, 1, ((1, 9),)) and once.joined(2, 12) == Order(7, 3, 1, ((1, 12),))
     assert once.steps_in(1.5) == round(3 + 0.5 * 3) and once.steps_in(3) == 9
+
+
+def test_lines_are_few_equally_long_and_not_padded():
+    rng = np.random.default_rng(0)
+    lengths = [(int(n),) for n in rng.integers(20, 500, 200)]
+    total = sum(map(sum, lengths))
+    (parts,) = place(
+        np.arange(200), lengths.__getitem__, world=1, budget=Budget(tokens=2048),
+        shared=Sharing.LINE,
+    )  # fmt: skip
+    work = [area([lengths[int(i)] for i in part], shared=Sharing.LINE) for part in parts]
+    assert sum(work) == total
+    assert len(parts) <= -(-total // 2048) + 1
+    assert max(work) - min(work) < 64
+
+
+def test_an_example_may_count_for_several():
+    ranks = place(
+        np.arange(6), lambda i: (10,), world=1, budget=Budget(examples=4), shared=Sharing.LINE,
+        count_of=lambda i: 3 if i == 0 else 1,
+    )  # fmt: skip
+    held = [sum(3 if i == 0 else 1 for i in part) for part in ranks[0]]
+    assert sum(held) == 8
+    assert max(held) <= 4
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 2**62)
+)
+def test_grouped_orders_cover_each_example_once_and_cut_only_where_nothing_fits(
+    groups, batch, seed
+):
+    numbers = np.array(groups)
+    order = Order(len(groups), batch, seed, groups=numbers)
+    for epoch in range(2):
+        first = epoch * order.steps_per_epoch
+        steps = [order.step(first + i) for i in range(order.steps_per_epoch)]
+        assert sorted(np.concatenate(steps).tolist()) == list(range(len(groups)))
+        assert all(len(step) == batch for step in steps[:-1])
+    # Pieces of one group beyond the fewest that it needs: at most one cut a step.
+    pieces = sum(len(set(numbers[step].tolist())) for step in steps)
+    fewest = sum(-(-groups.count(g) // batch) for g in set(groups))
+    assert pieces - fewest <= order.steps_per_epoch
+
+
+def test_groups_of_equal_size_stay_whole_and_move_with_the_epoch():
+    numbers = np.random.default_rng(0).permutation(np.repeat(np.arange(40), 4))
+    order = Order(160, 16, 5, groups=numbers)
+    for step in range(20):
+        found = numbers[order.step(step)]
+        assert np.array_equal(np.unique(found, return_counts=True)[1], [4] * 4)
+    assert not np.array_equal(order.step(0), order.step(10))
+    assert not np.array_equal(order.step(0), Order(160, 16, 5).step(0))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modern_llm.data.batches import collate
+from modern_llm.data.plan import Sharing
 from modern_llm.data.rows import Examples, lay_out
 from tests.helpers.models import Table
 
@@ -48,8 +49,8 @@ def test_documents_of_a_row_stand_apart():
 sizes = st.tuples(st.integers(0, 12), st.integers(1, 12), st.integers(1, 12))
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.lists(sizes, min_size=1, max_size=9), st.booleans(), st.booleans())
+@settings(deadline=None, max_examples=90)
+@given(st.lists(sizes, min_size=1, max_size=9), st.booleans(), st.sampled_from(Sharing))
 def test_any_layout_predicts_each_response_token_from_its_own_context(rows, trees, shared):
     """Walk every target back through what its state can see: it must read prompt + response so
     far."""
@@ -87,7 +88,9 @@ def test_any_layout_predicts_each_response_token_from_its_own_context(rows, tree
                 assert seen[pair, side] == answer
     assert batch.real_tokens == sum(sum(examples.sizes(i)) for i in range(len(rows)))
     assert (segments[..., 0] >= 0).sum() == batch.real_tokens
-    if not shared:
+    if shared == Sharing.LINE:
+        assert ids.shape == (1, batch.real_tokens)
+    elif not shared:
         assert len(ids) == sum(len(examples.sizes(i)) for i in range(len(rows)))
 
 
@@ -110,3 +113,60 @@ def test_sums_add_up_by_pair_and_side(trees):
     assert torch.equal(
         batch.sums(logprobs), torch.tensor([[8.0, 19.0], [12.0, 6.0]], dtype=torch.float64)
     )
+
+
+def test_pairs_of_one_prompt_are_one_tree_and_a_shared_answer_one_branch():
+    rows = [
+        [[1, 2], [3, 4], [5]],
+        [[7], [8], [9]],
+        [[1, 2], [6], [3, 4]],
+        [[1, 2], [5], [6]],
+    ]
+    examples = Examples(Table(rows), "pairs", trees=True)
+    indices = np.array([2, 1, 0, 3])
+    batch = collate(examples, indices, shared=Sharing.LINE)
+    assert batch.ids.tolist() == [[1, 2, 6, 3, 4, 5, 7, 8, 9]]
+    assert batch.segments[0].tolist() == [
+        [0, 0], [0, 0], [0, 1], [0, 2], [0, 2], [0, 3], [1, 0], [1, 1], [1, 2]
+    ]  # fmt: skip
+    assert batch.real_tokens == 9
+    assert sum(sum(examples.group_sizes(g)) for g in examples.together(indices)) == 9
+    assert batch.targets.tolist() == [[1, 1, 3, 1, 6, 6], [6, 3, 4, 5, 8, 9]]
+    sums = batch.sums(batch.targets[1].double())
+    assert sums.tolist() == [[6, 7], [8, 9], [7, 5], [5, 6]]
+    assert batch.lengths.tolist() == [[1, 2], [1, 1], [2, 1], [1, 1]]
+    assert [examples.separate_tokens(i) for i in range(4)] == [7, 4, 7, 6]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(*[st.integers(0, 3)] * 3), min_size=1, max_size=10),
+    st.sampled_from(Sharing),
+)
+def test_merged_trees_give_every_pair_its_own_sums_and_lengths(picks, shared):
+    """Prompts and answers are drawn from few; the sums must be those of separate rows."""
+    prompts = [[], [11], [12, 13], [14, 15, 16]]
+    answers = [[21], [22, 23], [24, 25, 26], [22, 27]]
+    rows = [[prompts[p], answers[a], answers[b]] for p, a, b in picks]
+    merged = collate(
+        Examples(Table(rows), "pairs", trees=True), np.arange(len(rows)), shared=shared
+    )
+    apart = collate(
+        Examples(Table(rows), "pairs", trees=False), np.arange(len(rows)), shared=Sharing.ALONE
+    )
+    for batch in (merged, apart):
+        # A stand-in for a log-prob that depends on the label and on where its state stands.
+        states = batch.positions.flatten()[batch.targets[0]]
+        batch_sums = batch.sums(batch.targets[1].double() + 100 * states)
+        assert batch_sums.shape == (len(rows), 2)
+        assert torch_equal(batch_sums, apart)
+    assert merged.lengths.tolist() == apart.lengths.tolist()
+    distinct = {(p, a) for p, a, b in picks} | {(p, b) for p, a, b in picks}
+    assert merged.real_tokens == sum(len(prompts[p]) for p in {p for p, _, _ in picks}) + sum(
+        len(answers[a]) for _, a in distinct
+    )
+
+
+def torch_equal(sums, apart):
+    states = apart.positions.flatten()[apart.targets[0]]
+    return bool((sums == apart.sums(apart.targets[1].double() + 100 * states)).all())

@@ -8,9 +8,17 @@ import pytest
 import torch
 
 from modern_llm.data.batches import collate
+from modern_llm.data.plan import Sharing
 from modern_llm.data.rows import Examples
 from modern_llm.models.load import make_scorer
-from tests.helpers.models import CONFIGS, WITHOUT_TREES, make_model, plain_sums, random_pairs
+from tests.helpers.models import (
+    CONFIGS,
+    WITHOUT_TREES,
+    Table,
+    make_model,
+    plain_sums,
+    random_pairs,
+)
 
 
 def score(scorer, table, indices=None, *, shared=None):
@@ -28,9 +36,29 @@ def test_trees_equal_plain_sequences(name, unequal_pairs):
     scorer = make_scorer(make_model(name)).eval()
     assert scorer.abilities.trees, scorer.abilities.notes
     assert scorer.abilities.fused, scorer.abilities.notes
-    for shared in (True, False):
+    for shared in Sharing:
         sums, _ = score(scorer, unequal_pairs, shared=shared)
         torch.testing.assert_close(sums.double(), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2"])
+@pytest.mark.parametrize("merge_below", [0, 64])
+def test_pairs_of_one_prompt_equal_plain_sequences(name, merge_below):
+    """Eight pairs over five answers of one prompt, as in SHP; each answer is computed once."""
+    one, two = random_pairs([(7, 5, 9), (4, 3, 2)]).rows, random_pairs([(1, 6, 4), (1, 1, 8)]).rows
+    answers = [one[0][1], one[0][2], one[1][1], two[0][1], two[1][2]]
+    pairs = [(0, 1), (0, 2), (1, 3), (4, 0), (3, 2), (2, 4), (1, 4), (3, 0)]
+    rows = [[one[0][0].tolist(), answers[a].tolist(), answers[b].tolist()] for a, b in pairs]
+    table = Table([*rows, [x.tolist() for x in one[1]]])
+    expected = plain_sums(make_model(name), table)
+    scorer = make_scorer(make_model(name)).eval()
+    scorer.merge_below = merge_below
+    sums, _ = score(scorer, table, shared=Sharing.LINE)
+    torch.testing.assert_close(sums.double(), expected, rtol=0, atol=1e-3)
+    batch = collate(
+        Examples(table, "pairs", trees=True), np.arange(len(table)), shared=Sharing.LINE
+    )
+    assert batch.real_tokens == 7 + sum(map(len, answers)) + sum(map(len, one[1]))
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, *WITHOUT_TREES])

@@ -69,6 +69,7 @@ FIELDS = {
         "max_length": (KEY, 50, {}),
         "label_smoothing": (FREE, 0.1, {}),
         "max_prompt_length": (KEY, 10, {}),
+        "group_by_prompt": (FREE, True, {}),
         "loss_type": (FREE, "ipo", {}),
         "nll_coefficient": (FREE, 0.5, {}),
         "discopop_tau": (FREE, 0.1, {"loss_type": "discopop"}),

@@ -1,0 +1,145 @@
+"""Attention within trees on a GPU: FlexAttention with a block mask built from segment ids.
+
+The mask of 128 x 128 blocks is made on the device from the first and last tree and branch of each
+block, without ever making a mask of tokens and without waiting for the device. Called by
+`attention`.
+
+Letters: R rows, L tokens of a row, H heads, E head width, B blocks of a row.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
+
+SIDE = 128
+"""Tokens along one block: rows are padded to a multiple, so that lengths repeat."""
+# Above every tree: padding, which is visible to nothing but itself.
+NO_TREE = 1 << 30
+
+
+def block_mask(segments: Tensor, positions: Tensor, window: int | None) -> BlockMask:
+    """Return the block mask of what `attention.visible` says.
+
+    Blocks in which a token may see another are computed and masked token by token; those in which
+    every token sees every other are marked so, and skip that.
+    """
+    tree, branch = segments.unbind(-1)
+    tree = torch.where(tree < 0, NO_TREE, tree)
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        there, here = tree[row, key], branch[row, key]
+        seen = (there == tree[row, query]) & (there < NO_TREE) & (key <= query)
+        seen &= (here == 0) | (here == branch[row, query])
+        if window is not None:
+            seen &= positions[row, query] - positions[row, key] < window
+        return seen | (query == key)
+
+    some, whole = _blocks(tree, branch, positions, window)
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~whole),
+        *_listed(whole),
+        BLOCK_SIZE=SIDE,
+        mask_mod=visible,
+        seq_lengths=(tree.shape[1], tree.shape[1]),
+    )
+
+
+def _blocks(
+    tree: Tensor, branch: Tensor, positions: Tensor, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return (R, B, B) [row, query, key]: some token may see another; every token sees every other.
+
+    The first is an upper bound, the second a lower one: blocks between are masked by the token.
+    """
+    first_tree, last_tree = _extremes(tree, NO_TREE)
+    first, last = _extremes(branch, 0)
+    low, high = _extremes(positions, 0)
+
+    def query(values: Tensor) -> Tensor:
+        return values[:, :, None]
+
+    def key(values: Tensor) -> Tensor:
+        return values[:, None, :]
+
+    index = torch.arange(first.shape[1], device=tree.device)
+    before = index[None, :] < index[:, None]
+    itself = index[None, :] == index[:, None]
+    overlap = (key(last_tree) >= query(first_tree)) & (key(first_tree) <= query(last_tree))
+    alone = (first_tree == last_tree) & (last_tree < NO_TREE)
+    one_tree = query(alone) & key(alone) & (query(first_tree) == key(first_tree))
+    one_branch = (query(first) == query(last)) & (key(first) == key(last))
+    same = one_branch & (query(first) == key(first))
+    trunk = key(last) == 0
+    some = itself | (before & overlap & ~(one_tree & one_branch & ~same & ~trunk))
+    whole = before & one_tree & (trunk | same)
+    # A short last block is no whole one: what lies beyond the row is not visible.
+    if tree.shape[1] % SIDE:
+        whole[:, -1] = False
+    if window is not None:
+        whole &= query(high) - key(low) < window
+    return some, whole
+
+
+def _extremes(values: Tensor, filler: int) -> tuple[Tensor, Tensor]:
+    """Return least and greatest (R, B) of (R, L) in each block."""
+    short = -values.shape[1] % SIDE
+    blocks = F.pad(values, (0, short), value=filler).unflatten(1, (-1, SIDE))
+    return blocks.amin(-1), blocks.amax(-1)
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn (R, B, B) into numbers (R, 1, B) and indices (R, 1, B, B) of the blocks that are set."""
+    indices = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    numbers = blocks.sum(-1)
+    return numbers.to(torch.int32)[:, None], indices.to(torch.int32).contiguous()[:, None]
+
+
+@lru_cache(maxsize=1)
+def _compiled():  # noqa: ANN202
+    # One graph for all lengths: they differ from batch to batch.
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    scaling: float | None,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    """Attend where `mask` says; returns (R, H, L, E).
+
+    Args:
+        query: (R, H, L, E); key, value: (R, H / groups, L, E).
+    """
+    grouped = query.shape[1] != key.shape[1]
+    if dropout:
+        # FlexAttention has none: a dense mask, as models that pretrain with it are small.
+        rows, _, length, _ = query.shape
+        seen = create_mask(mask.mask_mod, rows, None, length, length, device=query.device)
+        if softcap is not None:
+            raise ValueError("attention dropout with a soft-cap: set attention_dropout to 0")
+        return F.scaled_dot_product_attention(
+            query, key, value, seen, dropout, scale=scaling, enable_gqa=grouped
+        )
+
+    def capped(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    function = _compiled() if query.device.type == "cuda" else flex_attention
+    return function(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else capped,
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=grouped,
+    )

@@ -1,0 +1,131 @@
+"""The arithmetic that an ideal algorithm needs, and what a device can do: the two sides of `mfu`.
+
+Ideal means: each prompt token once, the head on targets only, attention on visible pairs only.
+Padding, recomputation and masked-out scores count as time, not as work. Called by the stages.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from modern_llm.models.prepare import decoder_layers
+
+# Dense matrix products in bfloat16, operations a second, as the maker states them; part of the
+# device's name. The longest name that fits counts.
+BF16_PEAKS = {
+    "H200": 989e12,
+    "H100 80GB HBM3": 989e12,
+    "H100 SXM": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+SIDE, REPEATS = 1024, 6
+
+
+class IdealFlops:
+    """Floating-point operations of one forward, or forward and backward, of a model's tokens.
+
+    Args:
+        model: a decoder; parameters that are frozen now need no gradient of their own.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        config = model.config.get_text_config()
+        layers = decoder_layers(model)
+        used = trained = 0.0
+        for name, parameter in layers.named_parameters():
+            if parameter.ndim >= 2:
+                size = parameter.numel() * _share_of_experts(config, name, parameter)
+                used += size
+                trained += size if parameter.requires_grad else 0
+        head = model.get_output_embeddings()
+        rows = head.weight if head is not None else model.get_input_embeddings().weight
+        self._token, self._target = used, float(rows.numel())
+        self._trained = trained
+        self._trained_target = self._target if rows.requires_grad else 0.0
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        # Scores and their weighted sum: a multiplication and an addition each.
+        self._pair = 4.0 * heads * width
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
+        window = getattr(config, "sliding_window", None)
+        sliding = sum(kind == "sliding_attention" for kind in kinds) if window else 0
+        if window and not getattr(config, "layer_types", None):
+            sliding = len(kinds)
+        self._layers = (
+            {None: len(kinds) - sliding, window: sliding} if sliding else {None: len(kinds)}
+        )
+
+    def __call__(self, reach: Tensor, targets: int, *, training: bool) -> float:
+        """Return the operations.
+
+        Args:
+            reach: (T,) how many tokens each real token sees in full attention, itself included.
+            targets: number of target tokens.
+            training: with the backward: gradients of the inputs, and of trained parameters.
+        """
+        pairs = sum(
+            count * float((reach if window is None else reach.clamp(max=window)).sum())
+            for window, count in self._layers.items()
+        )
+        forward = 2 * (len(reach) * self._token + targets * self._target) + pairs * self._pair
+        if not training:
+            return forward
+        weights = 2 * (len(reach) * self._trained + targets * self._trained_target)
+        return 2 * forward + weights + pairs * self._pair
+
+
+def _share_of_experts(config: object, name: str, parameter: Tensor) -> float:
+    """Return the part of a parameter that one token uses: less than 1 for experts only."""
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if not experts or "expert" not in name or "shared" in name:
+        return 1.0
+    return config.num_experts_per_tok / experts  # type: ignore[attr-defined]
+
+
+def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
+    """Return the device's matrix operations a second in the run's dtype, and where that is from.
+
+    A CPU is measured; a GPU is looked up, because a short product shows what its clock did just
+    then; one that is not in the table gives 0.
+
+    Args:
+        precision: "no", "bf16" or "fp16".
+    """
+    if device.type == "cpu":
+        dtype = {"no": torch.float32, "bf16": torch.bfloat16}.get(precision, torch.float32)
+        return _measured(dtype, torch.get_num_threads()), "measured by a matrix product"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return looked_up(name, precision), f"table, {name}"
+
+
+def looked_up(name: str, precision: str) -> float:
+    """Return the peak of a GPU by its name; 0 where it is not known (nor float32 on tensor
+    cores)."""
+    fitting = [known for known in BF16_PEAKS if known in name]
+    return BF16_PEAKS[max(fitting, key=len)] if fitting and precision != "no" else 0.0
+
+
+@lru_cache
+def _measured(dtype: torch.dtype, threads: int) -> float:
+    """Best of a few products; `threads` is part of what was measured."""
+    left, right = (torch.ones(SIDE, SIDE, dtype=dtype) for _ in range(2))
+    out = torch.mm(left, right)
+    best = float("inf")
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        torch.mm(left, right, out=out)
+        best = min(best, time.perf_counter() - began)
+    return 2 * SIDE**3 / best

@@ -1,0 +1,222 @@
+"""Norms, gated products and rotary positions in fewer passes over memory, for a CPU in float32.
+
+`transformers` writes them as many small operations; on a CPU each is a pass over the activations,
+and autograd keeps what they leave behind. Here each is one function with a backward of its own.
+`slim` puts them into a model where a trial with random numbers gives the same, and nowhere else.
+Called by `probe`, which then checks the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType, MethodType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Float32 against float32: the same sums in another order.
+TOLERANCE = 1e-5
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * (weight + offset), over the last dimension."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, offset):  # noqa: ANN001
+        gain = weight + offset if offset else weight
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        ctx.offset = offset
+        return (x * scale).mul_(gain)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # noqa: ANN001
+        x, weight, scale = ctx.saved_tensors
+        # A copy in any case: weights mapped from a file stand at any address, and a product of
+        # matrix and vector rounds differently at another alignment.
+        gain = weight + ctx.offset
+        width = x.shape[-1]
+        flat, grad, scale = x.reshape(-1, width), grad.reshape(-1, width), scale.reshape(-1, 1)
+        # dx = s (g dy - x s^2 mean(g dy x)), dg = sum(s dy x), with s = scale
+        product = grad * flat
+        grad_weight = product.t().mv(scale[:, 0]) if ctx.needs_input_grad[1] else None
+        mean = product.mv(gain).unsqueeze_(-1).mul_(scale.square()).div_(-width)
+        grad_x = torch.mul(grad, gain, out=product).addcmul_(flat, mean).mul_(scale)
+        return grad_x.view_as(x), grad_weight, None, None
+
+
+class _SiluProduct(torch.autograd.Function):
+    """silu(gate) * up; silu(gate) is made again in the backward instead of kept."""
+
+    @staticmethod
+    def forward(ctx, gate, up):  # noqa: ANN001
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # noqa: ANN001
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+class _Rotary(torch.autograd.Function):
+    """Rotate the halves of each head by its position's angle; the backward rotates back."""
+
+    @staticmethod
+    def forward(ctx, query, key, cos, sin):  # noqa: ANN001
+        ctx.save_for_backward(cos, sin)
+        return _rotated(query, cos, sin, 1), _rotated(key, cos, sin, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, query, key):  # noqa: ANN001
+        cos, sin = ctx.saved_tensors
+        return _rotated(query, cos, sin, -1), _rotated(key, cos, sin, -1), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """x cos + sign * rotate_half(x) sin, for tables whose halves are equal."""
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
+    return out
+
+
+def rotary(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Rotate query (R, H, L, E) and key by the tables cos, sin (R, L, E), as layers ask."""
+    return _Rotary.apply(query, key, cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim))
+
+
+@torch.no_grad()
+def slim(model: nn.Module) -> dict[str, int]:
+    """Put the functions of this file into `model`, in place; return how many of each kind.
+
+    Modules keep their class, parameters, names and hooks: only `forward` is set on the instance.
+    """
+    counts = {"norms": 0, "products": 0, "rotary": 0}
+    rotary_fits: dict[Callable, bool] = {}
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            counts["norms"] += _slim_norm(module)
+        elif hasattr(module, "gate_proj"):
+            counts["products"] += _slim_product(module)
+        elif type(module).__name__.endswith("Attention"):
+            counts["rotary"] += _slim_rotary(module, rotary_fits)
+    return counts
+
+
+def unslim(model: nn.Module) -> None:
+    """Undo `slim`."""
+    for module in model.modules():
+        if getattr(module.__dict__.get("forward"), "slim", False):
+            del module.forward
+
+
+def _set_forward(module: nn.Module, function: Callable) -> None:
+    function.slim = True
+    module.forward = MethodType(function, module)
+
+
+def _slim_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(eps, float):
+        return False
+    if weight.dtype != torch.float32:
+        return False
+    original = type(module).forward
+    trials = [_numbers(3, len(weight)) * size for size in (1e-3, 1.0, 50.0)]
+    for offset in (0.0, 1.0):
+        if all(_same(original(module, x), _RMSNorm.apply(x, weight, eps, offset)) for x in trials):
+            break
+    else:
+        return False
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32 or self.weight.dtype != torch.float32:
+            return original(self, x)
+        return _RMSNorm.apply(x, self.weight, eps, offset)
+
+    _set_forward(module, forward)
+    return True
+
+
+def _slim_product(module: nn.Module) -> bool:
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not all(isinstance(p, nn.Linear) and p.weight.dtype == torch.float32 for p in parts):
+        return False
+    original = type(module).forward
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if gate.dtype != torch.float32:
+            return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(_SiluProduct.apply(gate, up))
+
+    x = _numbers(3, parts[0].in_features)
+    if not _same(original(module, x), forward(module, x)):
+        return False
+    _set_forward(module, forward)
+    return True
+
+
+def _slim_rotary(module: nn.Module, fits: dict[Callable, bool]) -> bool:
+    """Let this module's `forward` find `rotary` under the name of its file's own function.
+
+    The function is a global of the file that defines the architecture. Changing that would change
+    every other model of the process; a copy of `forward` with globals of its own changes this one.
+    """
+    original = type(module).forward
+    name = "apply_rotary_pos_emb"
+    if not isinstance(original, FunctionType) or name not in original.__code__.co_names:
+        return False
+    theirs = original.__globals__.get(name)
+    if theirs not in fits:
+        fits[theirs] = callable(theirs) and _rotary_is(theirs)
+    if not fits[theirs]:
+        return False
+    copy = FunctionType(
+        original.__code__,
+        original.__globals__ | {name: _rotary_or(theirs)},
+        original.__name__,
+        original.__defaults__,
+        original.__closure__,
+    )
+    copy.__kwdefaults__ = original.__kwdefaults__
+    _set_forward(module, copy)
+    return True
+
+
+def _rotary_or(theirs: Callable) -> Callable:
+    def either(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: int, **named: int):  # noqa: ANN202
+        # Tables narrower than the head rotate a part of it only.
+        whole = query.dtype == torch.float32 and cos.shape[-1] == query.shape[-1]
+        return (rotary if whole else theirs)(query, key, cos, sin, *args, **named)
+
+    return either
+
+
+def _rotary_is(theirs: Callable) -> bool:
+    query, key = _numbers(2, 3, 5, 8), _numbers(2, 1, 5, 8)
+    angles = _numbers(2, 5, 4).repeat(1, 1, 2)
+    tables = angles.cos(), angles.sin()
+    try:
+        found = theirs(query, key, *tables)
+    except Exception:  # foreign code of the same name: another signature is another function
+        return False
+    return all(_same(a, b) for a, b in zip(found, rotary(query, key, *tables), strict=True))
+
+
+def _numbers(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def _same(a: object, b: Tensor) -> bool:
+    return isinstance(a, Tensor) and a.shape == b.shape and torch.allclose(a, b, 1e-4, TOLERANCE)

@@ -1,0 +1,113 @@
+"""The micro-batches of a run: what rows hold, how many tokens a forward takes, who computes what.
+
+Called by the stages once the scorer has been probed.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from modern_llm.config import TrainingConfig
+from modern_llm.config.errors import UserError
+from modern_llm.data.plan import Budget, Order, Sharing
+from modern_llm.data.prepare import Prepared
+from modern_llm.data.rows import Examples, Kind
+from modern_llm.data.tokens import TokenTable
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.models.attention_flex import SIDE
+from modern_llm.models.flops import IdealFlops
+from modern_llm.models.scorer import TokenScorer
+from modern_llm.training.batch_source import BatchSource, largest_example
+
+# Tokens of one forward where the user says nothing. On a CPU small forwards stay in the caches and
+# long rows cost attention; a GPU wants enough work for every kernel.
+AUTO_TOKENS = {"cpu": 1024, "cuda": 16_384}
+
+
+def make_sources(
+    runtime: Runtime,
+    config: TrainingConfig,
+    prepared: Prepared,
+    kind: Kind,
+    scorer: TokenScorer,
+    *,
+    group_by_prompt: bool = False,
+) -> tuple[BatchSource, BatchSource | None]:
+    """Return this rank's sources of training and, where there is some, evaluation data.
+
+    Args:
+        group_by_prompt: put training examples with one prompt into one step.
+    """
+    train_source = make_source(
+        runtime,
+        config,
+        prepared.train,
+        kind,
+        scorer,
+        prepared.history,
+        group_by_prompt=group_by_prompt,
+    )
+    if prepared.evaluation is None:
+        return train_source, None
+    return train_source, make_source(runtime, config, prepared.evaluation, kind, scorer)
+
+
+def make_source(
+    runtime: Runtime,
+    config: TrainingConfig,
+    table: TokenTable,
+    kind: Kind,
+    scorer: TokenScorer,
+    history: tuple[tuple[int, int], ...] | None = None,
+    *,
+    group_by_prompt: bool = False,
+) -> BatchSource:
+    """Return this rank's source of micro-batches over `table`.
+
+    Args:
+        history: (epoch, rows) from which there were so many; all from the start unless said.
+
+    Raises:
+        UserError: one example alone is above `tokens_per_micro_batch`.
+    """
+    examples = Examples(table, kind, trees=scorer.abilities.trees)
+    shared = sharing(scorer)
+    budget = token_budget(runtime, config, examples, shared=shared)
+    groups = examples.prompt_numbers() if group_by_prompt else None
+    (_, rows), *grown = history or ((0, len(table)),)
+    order = Order(rows, config.batch_size, config.seed, tuple(grown), groups)
+    return BatchSource(
+        examples,
+        order,
+        budget,
+        rank=runtime.rank,
+        world=runtime.world,
+        shared=shared,
+        align=SIDE if scorer.abilities.backend == "flex" else 1,
+        flops=partial(IdealFlops(scorer.model), training=True),
+    )
+
+
+def sharing(scorer: TokenScorer) -> Sharing:
+    """Return what rows may hold: one line where attention makes no mask of it."""
+    if not scorer.abilities.trees:
+        return Sharing.ALONE
+    return Sharing.ROWS if scorer.abilities.backend == "mask" else Sharing.LINE
+
+
+def token_budget(
+    runtime: Runtime, config: TrainingConfig, examples: Examples, *, shared: Sharing
+) -> Budget:
+    """Return what one forward may hold: as the user says, else by device."""
+    count = config.examples_per_micro_batch
+    if config.tokens_per_micro_batch is None:
+        tokens = None if count is not None else AUTO_TOKENS.get(runtime.device.type, 8192)
+        return Budget(tokens=tokens, examples=count)
+    tokens, index = largest_example(examples, shared=shared)
+    if tokens > config.tokens_per_micro_batch:
+        raise UserError(
+            f"{examples.table.origin(index)}: takes {tokens} tokens, above "
+            "train.tokens_per_micro_batch "
+            f"{config.tokens_per_micro_batch}: raise it, or lower max_length"
+        )
+    return Budget(tokens=config.tokens_per_micro_batch, examples=count)

@@ -1,0 +1,86 @@
+"""Ideal operations against torch's own counter on plain forwards, and the peaks they are over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from modern_llm.models.flops import IdealFlops, looked_up, peak_flops
+from modern_llm.models.prepare import decoder_layers
+from tests.helpers.models import make_model
+
+
+def counted(model, length: int) -> tuple[float, float]:
+    """What torch counts in one eager forward of a sequence, and in its backward besides."""
+    model.set_attn_implementation("eager")
+    ids = torch.arange(3, 3 + length)[None]
+    with FlopCounterMode(display=False) as forward:
+        logits = model(input_ids=ids, use_cache=False).logits
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen3", "gpt2", "gemma2"])
+def test_operations_are_those_that_torch_counts_but_for_the_unseen_half_of_attention(name):
+    length = 12
+    model = make_model(name)
+    config = model.config.get_text_config()
+    ideal = IdealFlops(model)
+    # torch's count of eager attention has every (query, key); ours is told each token sees all.
+    everyone = torch.full((length,), length)
+    if name == "gemma2":  # half of its layers see 4 positions at most: told so, all are equal
+        ideal._layers = {None: config.num_hidden_layers}
+    forward, backward = counted(model, length)
+    rotary = forward - ideal(everyone, length, training=False)
+    # Rotary tables are a small product of their own in some architectures.
+    assert 0 <= rotary <= 0.005 * forward
+    total = ideal(everyone, length, training=True)
+    assert total == pytest.approx(forward + backward, rel=0.01)
+
+
+def test_visible_pairs_and_targets_alone_are_counted():
+    model = make_model("mistral")  # every layer sees 5 positions
+    ideal = IdealFlops(model)
+    config = model.config
+    reach = torch.arange(1, 11)
+    linear = sum(p.numel() for p in decoder_layers(model).parameters() if p.ndim > 1)
+    pairs = 1 + 2 + 3 + 4 + 5 * 6
+    attention = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * pairs
+    head = config.vocab_size * config.hidden_size
+    assert ideal(reach, 3, training=False) == 2 * 10 * linear + 2 * 3 * head + attention
+
+
+def test_experts_that_a_token_does_not_visit_are_no_work():
+    model = make_model("mixtral")  # 2 of 4 experts
+    every = sum(p.numel() for p in decoder_layers(model).parameters() if p.ndim > 1)
+    experts = sum(
+        p.numel() for n, p in decoder_layers(model).named_parameters() if ".experts." in n
+    )
+    assert experts > every / 2
+    ideal = IdealFlops(model)
+    assert ideal(torch.zeros(1), 0, training=False) == 2 * (every - experts / 2)
+
+
+def test_frozen_weights_need_no_gradient_of_their_own():
+    model = make_model("llama")
+    everything = IdealFlops(model)(torch.ones(4), 2, training=True)
+    forward = IdealFlops(model)(torch.ones(4), 2, training=False)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    frozen = IdealFlops(model)(torch.ones(4), 2, training=True)
+    assert everything == pytest.approx(3 * forward)
+    assert 2 * forward <= frozen < everything
+
+
+def test_peaks_are_measured_looked_up_or_zero():
+    peak, origin = peak_flops(torch.device("cpu"), "no")
+    assert 1e9 < peak < 1e14
+    assert "measured" in origin
+    assert looked_up("NVIDIA H100 80GB HBM3", "bf16") == 989e12
+    assert looked_up("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert looked_up("NVIDIA L4", "bf16") == 121e12
+    assert looked_up("NVIDIA L40S", "bf16") == 362e12
+    assert looked_up("A card of tomorrow", "bf16") == 0
+    assert looked_up("NVIDIA H100 80GB HBM3", "no") == 0
