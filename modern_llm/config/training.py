@@ -69,6 +69,10 @@ class TrainingConfig:
     """Added to the root of the second moment."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradient norm above which the gradient is scaled down; null switches that off."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss or gradient is not finite: stop the run (status 4), or be passed
+    over and counted as skipped_steps; the third in a row stops the run in any case. Nothing of it
+    is applied, and its examples are written down."""
 
     mixed_precision: Literal["no", "fp32", "bf16", "fp16"] = "no"
     """Dtype of the forward: float32 ("no", "fp32"), bfloat16 or float16 (GPU only).

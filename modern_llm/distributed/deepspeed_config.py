@@ -80,6 +80,8 @@ def resolve(content: dict[str, Any], config: TrainingConfig, place: str) -> dict
     for name in ("bf16", "fp16"):
         enabled = config.precision == name and stage > 0 and not _autocast(result)
         result[name] = {**result.get(name, {}), "enabled": enabled}
+    # The default; without it a gradient that is not finite would be applied in bfloat16.
+    result["bf16"]["check_grad_overflow"] = True
     if config.precision == "bf16" and stage == 0:
         # Stage 0 shards nothing: float32 weights and autocast, exactly as DDP computes.
         result["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
@@ -170,6 +172,7 @@ def _contradictions(content: dict[str, Any], config: TrainingConfig) -> Iterator
         "zero_force_ds_cpu_optimizer": ("(always torch.optim.AdamW)", False),
         "bf16.enabled": ("mixed_precision", config.precision == "bf16"),
         "fp16.enabled": ("mixed_precision", config.precision == "fp16"),
+        "bf16.check_grad_overflow": ("on_nonfinite (gradients are always checked)", True),
     }
     if _autocast(content):
         wanted["torch_autocast.dtype"] = ("mixed_precision", autocast_dtype)

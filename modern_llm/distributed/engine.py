@@ -35,6 +35,8 @@ class Engine:
         """What the scorer wraps: the names and parameters that are saved."""
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.skipped_in_a_row = 0
+        self.passed_over = {"total": 0, "in_a_row": 0}
+        """Steps whose gradient was not finite, without a scaler; part of the state."""
 
     @property
     def scales_loss(self) -> bool:

@@ -28,6 +28,11 @@ class Lazy(Sequence[MicroBatch]):
     def __len__(self) -> int:
         return len(self._parts)
 
+    def origins(self) -> list[list[str]]:
+        """Return where the examples of each came from."""
+        table = self._examples.table
+        return [[table.origin(int(index)) for index in part] for part in self._parts]
+
     def __getitem__(self, at: int) -> MicroBatch:  # type: ignore[override]
         return self._source.collate(self._parts[at])
 
@@ -69,6 +74,10 @@ class BatchSource:
     def micro_batches(self, step: int) -> Lazy:
         """Return this rank's part of a training step."""
         return Lazy(self, self.parts(self.order.step(step))[self.rank])
+
+    def origins(self, step: int) -> list[list[str]]:
+        """Return where the examples of each micro-batch of this rank came from: `file:line`."""
+        return self.micro_batches(step).origins()
 
     def targets(self, step: int) -> int:
         """Return the target tokens of a step over all ranks."""

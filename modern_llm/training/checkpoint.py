@@ -60,7 +60,11 @@ def save(runtime: Runtime, folder: Path, step: int, engine: Engine, facts: dict[
                     moments[f"{key}/{piece.name}"] = tensor
         if runtime.is_main:
             weights |= buffers(engine.inner)
-            state = {"step": step, "scaler": engine.scaler_state()}
+            state = {
+                "step": step,
+                "scaler": engine.scaler_state(),
+                "passed_over": engine.passed_over,
+            }
             with around("state.write"):
                 (place / STATE).write_text(json.dumps(state))
         starts = {"starts": json.dumps({piece.name: piece.start for piece in mine})}
@@ -143,10 +147,11 @@ def load_state(place: Path, engine: Engine) -> None:
             moment = piece.moment(optimizer, key)
             moment.copy_(stored.read(f"{key}/{piece.name}", piece.start, end, of=of))
     try:
-        state = json.loads((place / STATE).read_text(encoding="utf-8"))["scaler"]
+        state = json.loads((place / STATE).read_text(encoding="utf-8"))
+        engine.passed_over = {k: int(state["passed_over"][k]) for k in engine.passed_over}
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise StorageError(f"{place / STATE}: cannot be read ({type(error).__name__})") from error
-    engine.load_scaler_state(state)
+    engine.load_scaler_state(state["scaler"])
 
 
 def retire(folder: Path, keep: int, good: set[str]) -> None:

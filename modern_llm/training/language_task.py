@@ -38,6 +38,10 @@ class LanguageTask:
         """Return this rank's micro-batches of `step`."""
         return self._source.micro_batches(step)
 
+    def origins(self, step: int) -> list[list[str]]:
+        """Return `file:line` of the examples of each micro-batch."""
+        return self._source.origins(step)
+
     def denominator(self, step: int) -> float:
         """Return the target tokens of the whole step."""
         return float(self._source.targets(step))

@@ -22,7 +22,7 @@ from modern_llm.config.errors import ConfigError, NotFiniteError, Stopped, UserE
 from modern_llm.distributed.engine import Engine, Update
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.stopping import check, stop_asked
-from modern_llm.training import checkpoint
+from modern_llm.training import checkpoint, nonfinite
 from modern_llm.training.metrics import MetricsLog, console_line, peak_memory_gb
 from modern_llm.training.optim import is_due, learning_rate, make_optimizer, set_learning_rate
 from modern_llm.training.run_folder import RunFolder
@@ -124,8 +124,8 @@ def train(
             clock.add(time.perf_counter() - began, sums)
             watch.advance(done)
             record: dict[str, float] = {}
-            if done == 1 or is_due(config.log_every, done, total, at_end=True):
-                record = _measure(runtime, task, sums, clock) | {"grad_norm": grad_norm, "lr": rate}
+            if _is_logged(engine, config, done, total):
+                record = _measure(runtime, task, sums, clock) | _update(engine, grad_norm, rate)
                 watch.line(console_line(done, record))
             cut = False
             try:
@@ -156,22 +156,23 @@ def _optimizer_step(
     # DDP and ZeRO average gradients over ranks: the factor undoes it. Nobody else divides.
     scale = runtime.world / task.denominator(step)
     sums: dict[str, Tensor] = {}
+    losses: list[Tensor] = []
     for at, batch in enumerate(batches):
         _seed(config.seed, step, at, runtime.rank)
         last = at == len(batches) - 1
         with engine.forward_backward(last):
             result = task.run(engine.model, batch)
-            engine.backward(result.loss * scale, last=last)
+            losses.append(result.loss.detach())
+            loss = result.loss * scale
+            engine.backward(nonfinite.spoiled(loss, losses) if last else loss, last=last)
         _add(sums, result.statistics)
     set_learning_rate(engine.optimizer, rate)
     # The norm is of the averaged gradient, so every rank sees the same and decides the same.
     update = engine.step(config.max_grad_norm)
-    if not update.applied and not engine.scales_loss:
-        raise NotFiniteError(
-            f"step {step + 1}: the gradient is not finite (norm {update.grad_norm}); nothing of "
-            "this step was applied; lower train.learning_rate or look at the data of this step"
-        )
-    _count_skipped(engine, update, step)
+    if engine.scales_loss:
+        _count_skipped(engine, update, step)
+    else:
+        nonfinite.settle(runtime, engine, task, config, step, losses, update)
     return sums, update.grad_norm
 
 
@@ -183,6 +184,19 @@ def _count_skipped(engine: Engine, update: Update, step: int) -> None:
             f"step {step + 1}: float16 overflowed in {engine.skipped_in_a_row} steps one after "
             "the other and none was applied; use train.mixed_precision bf16 or no"
         )
+
+
+def _is_logged(engine: Engine, config: TrainingConfig, step: int, total: int) -> bool:
+    """Whether a step is logged: the first, the last, every `log_every`th, and what was skipped."""
+    due = is_due(config.log_every, step, total, at_end=True)
+    return due or step == 1 or engine.passed_over["in_a_row"] > 0
+
+
+def _update(engine: Engine, grad_norm: float, rate: float) -> dict[str, float]:
+    """What is logged of an update; how many were not finite and not applied, where there were
+    any."""
+    skipped = engine.passed_over["total"]
+    return {"grad_norm": grad_norm, "lr": rate} | ({"skipped_steps": skipped} if skipped else {})
 
 
 def _head(clock: Clock, task: Task, step: int) -> dict[str, float]:

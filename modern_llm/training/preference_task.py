@@ -65,6 +65,10 @@ class PreferenceTask:
         """Return this rank's micro-batches of `step`, the reference's numbers among them."""
         return [_with(self._reference, batch) for batch in self._source.micro_batches(step)]
 
+    def origins(self, step: int) -> list[list[str]]:
+        """Return `file:line` of the pairs of each micro-batch."""
+        return self._source.origins(step)
+
     def denominator(self, step: int) -> float:
         """Return the pairs of the whole step."""
         return float(len(self._source.order.step(step)))

@@ -19,7 +19,6 @@ from modern_llm.config.errors import ConfigError, UserError
 from modern_llm.data.prepare import FELL_BACK, Prepared, sample_texts
 from modern_llm.data.templates import Template, chat_template_of, end_tokens
 from modern_llm.data.tokenize import check_tokenizers_agree, tokenizer_identity
-from modern_llm.data.tokens import TokenTable
 from modern_llm.distributed.runtime import Runtime, start
 from modern_llm.models.flops import peak_flops
 from modern_llm.models.load import (

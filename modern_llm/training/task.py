@@ -35,6 +35,9 @@ class Task(Protocol):
         """Return the count over all ranks and micro-batches of `step`, known before its first
         forward."""
 
+    def origins(self, step: int) -> list[list[str]]:
+        """Return where the examples of each of this rank's micro-batches of `step` came from."""
+
     def prepare(self, model: nn.Module, step: int, micro_batches: Sequence[Any]) -> Sequence[Any]:
         """Return the micro-batches with whatever needs a look at the whole step first."""
 

@@ -47,6 +47,7 @@ FIELDS = {
         "adam_beta2": (FREE, 0.9, {}),
         "adam_epsilon": (FREE, 1e-6, {}),
         "max_grad_norm": (FREE, None, {}),
+        "on_nonfinite": (FREE, "skip", {}),
         "mixed_precision": (KEY, "bf16", {}),
         "gradient_checkpointing": (FREE, True, {}),
         "compile": (FREE, True, {}),
