@@ -30,7 +30,7 @@ class Lazy(Sequence[MicroBatch]):
 
     def origins(self) -> list[list[str]]:
         """Return where the examples of each came from."""
-        table = self._examples.table
+        table = self._source.examples.table
         return [[table.origin(int(index)) for index in part] for part in self._parts]
 
     def __getitem__(self, at: int) -> MicroBatch:  # type: ignore[override]
