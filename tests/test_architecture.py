@@ -43,8 +43,9 @@ TABLE = {
     # huggingface_hub: the configuration alone of a model on the Hub.
     "models": row("config", "torch transformers peft safetensors huggingface_hub"),
     # A table of a million pairs is made without torch; only the tensors of one batch need it.
+    # distributed.commit and faults: how anything gets its name; they import the errors alone.
     "data": row(
-        "config",
+        "config distributed.commit distributed.faults",
         # huggingface_hub: the commit that a streamed data set is read at.
         "numpy datasets tokenizers pyarrow huggingface_hub",
         only_in={"torch": frozenset({"data.batches"})},
@@ -62,7 +63,7 @@ TABLE = {
         f"{BELOW} report", "torch transformers numpy safetensors pydantic peft huggingface_hub"
     ),
     # Pages from plain numbers: a template, a drawing, a terminal; nothing that computes.
-    "report": row("", "jinja2 matplotlib numpy rich yaml huggingface_hub"),
+    "report": row("distributed.commit", "jinja2 matplotlib numpy rich yaml huggingface_hub"),
     "demo": row(f"{BELOW} stages report", "tokenizers transformers rich numpy torch"),
     # One module a verb or a family of them; the command line itself only chooses among these.
     "verbs": row(f"{BELOW} stages report demo", "pydantic pydantic_settings yaml shtab"),

@@ -38,6 +38,7 @@ from modern_llm.data.storage import new_folder
 from modern_llm.data.templates import Tokenizer
 from modern_llm.data.tokenize import Ids, tokenizer_identity
 from modern_llm.data.tokens import TokenTable, TokenTableWriter
+from modern_llm.distributed.faults import around
 
 __all__ = ["FELL_BACK", "Prepared", "prepare", "sample_texts"]
 
@@ -88,7 +89,8 @@ def prepare(
     if (found := _reuse(folder, key)) is not None:
         return found
     with new_folder(folder) as new:
-        with (new / "dropped_rows.jsonl").open("w", encoding="utf-8") as out:
+        dropped = new / "dropped_rows.jsonl"
+        with around("dropped.make"), dropped.open("w", encoding="utf-8") as out:
             reports = _Build(config, recipe, new, out, check).tables(parts, "train")
             other = None
             if evaluation is not None:
@@ -100,7 +102,8 @@ def prepare(
             "reports": [report.as_dict() for report in reports],
             "evaluation_report": other and other.as_dict(),
         }
-        (new / "prepared.json").write_text(json.dumps(summary), encoding="utf-8")
+        with around("prepared.write"):
+            (new / "prepared.json").write_text(json.dumps(summary), encoding="utf-8")
     found = _reuse(folder, key)
     if found is None:
         raise StorageError(

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from modern_llm.config.errors import DataError
 from modern_llm.data.records import BROKEN, Dropped
+from modern_llm.distributed.faults import around
 
 EMPTY_DOCUMENT = "empty document"
 _SHOWN = 5
@@ -120,7 +121,8 @@ class Drops:
     def add(self, dropped: Dropped) -> None:
         """Count and list one row."""
         entry = {"origin": dropped.origin, "reason": dropped.reason}
-        self._out.write(json.dumps(entry) + "\n")
+        with around("dropped.write"):
+            self._out.write(json.dumps(entry) + "\n")
         self._counts[dropped.kind] += 1
         if len(self._first) < _SHOWN:
             self._first.append(dropped)

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from modern_llm.config.errors import StorageError
+from modern_llm.distributed.commit import flush_tree, name_folder
 
 
 @contextmanager
@@ -39,14 +40,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
         _remove_leftovers(folder)
         temporary.mkdir()
         yield temporary
-        for path in sorted(temporary.rglob("*")):
-            _flush(path)
-        _flush(temporary)
+        flush_tree(temporary)
         if _state(folder) == before:
-            _replace(temporary, folder)
-            _flush(folder.parent)
-        else:
-            shutil.rmtree(temporary)
+            name_folder(temporary, folder)
+        shutil.rmtree(temporary, ignore_errors=True)  # ours, or what was replaced
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in missing:
@@ -70,17 +67,6 @@ def _state(folder: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def _replace(temporary: Path, folder: Path) -> None:
-    """Move a folder to its place; an older one goes first, for only an empty one would yield."""
-    if folder.exists():
-        aside = temporary.with_name(temporary.name + "-old")
-        folder.rename(aside)
-        temporary.rename(folder)
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        temporary.rename(folder)
-
-
 def _remove_leftovers(folder: Path) -> None:
     """Remove what dead processes of this machine have left; others may still be at work."""
     prefix = f"{folder.name}.tmp-{socket.gethostname()}-"
@@ -99,12 +85,3 @@ def _alive(pid: int) -> bool:
     except OSError:
         return True
     return True
-
-
-def _flush(path: Path) -> None:
-    """Ask the system to put a file or a folder on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

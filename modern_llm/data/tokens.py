@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from modern_llm.config.errors import StorageError
 from modern_llm.data.storage import new_folder
+from modern_llm.distributed.faults import around
 
 Ids = NDArray[np.int32]
 
@@ -217,10 +218,11 @@ class TokenTableWriter:
     def __enter__(self) -> TokenTableWriter:
         with ExitStack() as stack:
             self._folder = stack.enter_context(new_folder(self.folder))
-            self._out = {
-                name: stack.enter_context((self._folder / f"{name}.bin").open("wb"))
-                for name in _FILES
-            }
+            with around("table.make"):
+                self._out = {
+                    name: stack.enter_context((self._folder / f"{name}.bin").open("wb"))
+                    for name in _FILES
+                }
             for name in self._ends:
                 self._write(name, np.zeros(1))
             self._stack = stack.pop_all()
@@ -262,7 +264,8 @@ class TokenTableWriter:
         self._write(name, ends)
 
     def _write(self, name: str, values: NDArray) -> None:
-        self._out[name].write(np.ascontiguousarray(values, _FILES[name]))
+        with around("table.write"):
+            self._out[name].write(np.ascontiguousarray(values, _FILES[name]))
         self._sizes[name] += len(values)
 
     def __exit__(
@@ -290,4 +293,5 @@ class TokenTableWriter:
             "files": list(self._files),
             "sizes": self._sizes,
         }
-        (self._folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        with around("table.meta"):
+            (self._folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")

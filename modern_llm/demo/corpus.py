@@ -11,7 +11,6 @@ It trains nothing and judges nothing; the demo's runner calls it.
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from modern_llm.demo.facts import READINGS, Fact, Relation, capitalised, relations
+from modern_llm.distributed.commit import write_file
 
 T = TypeVar("T")
 
@@ -241,8 +241,5 @@ def _wrong_answer(asked: _Asked, draw: _Draw) -> str:
 
 def _write(path: Path, rows: list[dict[str, str]]) -> Path:
     """Write `rows` as JSON lines, whole or not at all, with the same bytes on every platform."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(unfinished, path)
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path

@@ -13,6 +13,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from modern_llm.distributed.faults import around
+
 END_TOKEN = "<|end|>"
 PAD_TOKEN = "<|pad|>"
 VOCAB_SIZE = 1024
@@ -49,5 +51,6 @@ def build_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int = VOCAB_
         # Else decoding deletes the space before punctuation, and no text with one round-trips.
         clean_up_tokenization_spaces=False,
     )
-    wrapped.save_pretrained(str(folder))
+    with around("tokenizer.write"):
+        wrapped.save_pretrained(str(folder))
     return folder

@@ -22,6 +22,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from modern_llm.distributed.faults import around
+
 PATIENCE = 60.0
 """Seconds without a sign of life from another machine. Network file systems may show a file's
 growth up to half a minute late."""
@@ -60,10 +62,11 @@ class Claims:
         # new owner's: it puts that back, where nobody was faster.
         aside = self.folder / f"{_ASIDE}{name}-{self._me}"
         try:
-            path.rename(aside)
+            with around("claim.aside"):
+                path.rename(aside)
             theirs = _head(aside) != dead
             if theirs:
-                with suppress(OSError):
+                with suppress(OSError), around("claim.back"):
                     os.link(aside, path)
             aside.unlink()
         except OSError:
@@ -158,8 +161,10 @@ class Claims:
             with suppress(OSError):  # a file system without locks has the growth to go by
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             head = {"owner": self._me, "machine": self._machine, "pid": os.getpid()}
-            os.write(descriptor, json.dumps(head).encode() + b"\n")
-            os.link(temporary, path)
+            with around("claim.write"):
+                os.write(descriptor, json.dumps(head).encode() + b"\n")
+            with around("claim.link"):
+                os.link(temporary, path)
             made = True
         except (FileExistsError, FileNotFoundError):  # taken, or cleaned away under us
             return False
@@ -182,7 +187,7 @@ class Claims:
                 for descriptor in self._held.values():
                     # A full disk must not end the work; a claim that no longer grows is at worst
                     # taken over, and the work done twice.
-                    with suppress(OSError):
+                    with suppress(OSError), around("claim.beat"):
                         os.write(descriptor, b".")
                         os.fsync(descriptor)
 

@@ -2,8 +2,10 @@
 
 A committed folder holds `MANIFEST.json` with the size and SHA-256 of every other file. Readers
 believe only the manifest. A digest shows damage, not forgery. `Runtime.committed_folder` lets many
-processes write into one folder by the same steps: `begin`, `seal`, `finish`, `abandon`. Called for
-checkpoints, exports and stores.
+processes write into one folder by the same steps: `begin`, `seal`, `finish`, `abandon`.
+
+This is the one place where anything gets its final name: checkpoints, exports, token tables, shards
+of stores, pages and small files. Imports nothing but the errors, so that every layer may use it.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ def seal(place: Path, rank: int = 0, world: int = 1) -> dict[str, dict[str, Any]
     files = {}
     with ThreadPoolExecutor(max_workers=1) as aside:
         for path in paths:
-            flushed = aside.submit(_flush_file, path)
+            flushed = aside.submit(flush_file, path)
             digest = digest_file(path)
             flushed.result()
             files[str(path.relative_to(place))] = {"size": path.stat().st_size, "sha256": digest}
@@ -95,6 +97,18 @@ def finish(
     for folder in {path.parent for path in place.rglob("*")} - {place}:
         flush_folder(folder)
     flush_folder(place)
+    name_folder(place, target)
+
+
+def flush_tree(place: Path) -> None:
+    """Put all files and folders below `place` on disk."""
+    for path in sorted(place.rglob("*")):
+        flush_folder(path) if path.is_dir() else flush_file(path)
+    flush_folder(place)
+
+
+def name_folder(place: Path, target: Path) -> None:
+    """Give a flushed folder its name; where one of that name stood, `place` may hold it after."""
     with around("commit.rename"):
         if not target.exists():
             place.rename(target)
@@ -123,18 +137,36 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def write_file(path: Path, text: str) -> None:
     """Write a small text file in one piece: a reader sees the old content or the new."""
+    with new_file(path) as temporary:
+        with around("text.write"), temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; on leaving without an error what was written there
+    becomes `path`.
+
+    Raises:
+        StorageError: the disk refuses; what stood there before stands.
+    """
     # Not the process's number: on a shared file system, jobs in containers often have the same.
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex}")
     try:
         with refusals(path):
-            with around("text.write"), temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-            _flush_file(temporary)
-            with around("text.rename"):
-                temporary.replace(path)
+            yield temporary
+            flush_file(temporary)
+            name_file(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def name_file(temporary: Path, path: Path) -> None:
+    """Give a flushed file its name."""
+    with around("file.rename"):
+        temporary.replace(path)
+    flush_folder(path.parent)
 
 
 def verified_manifest(folder: Path) -> dict[str, Any]:
@@ -203,10 +235,10 @@ def _write_manifest(place: Path, files: dict[str, Any], facts: dict[str, Any]) -
     manifest["own"] = _own_digest(manifest)
     with around("manifest.write"), (place / MANIFEST).open("w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1, sort_keys=True)
-    _flush_file(place / MANIFEST)
+    flush_file(place / MANIFEST)
 
 
-def _flush_file(path: Path) -> None:
+def flush_file(path: Path) -> None:
     """Put a file's bytes on disk."""
     with path.open("rb") as file, around("file.flush"):
         os.fsync(file.fileno())

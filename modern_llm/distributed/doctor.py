@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from modern_llm.distributed.faults import around
+
 PACKAGES = (
     "modern-llm",
     "torch",
@@ -208,9 +210,10 @@ def writable(place: Path) -> Check:
         if not there.is_dir():
             raise NotADirectoryError(20, "Not a directory")
         with tempfile.NamedTemporaryFile(dir=there, prefix=".tmp-doctor-") as file:
-            file.write(b"x")
-            file.flush()
-            os.fsync(file.fileno())
+            with around("doctor.write"):
+                file.write(b"x")
+                file.flush()
+                os.fsync(file.fileno())
     except OSError as error:
         cure = "name another folder, or make this one writable"
         return Check(f"write {place}", "problem", f"{there}: {error.strerror or error}", cure)

@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from modern_llm.config.errors import PeerError, UserError
+from modern_llm.distributed.faults import around
 
 MEET_SECONDS = 60.0
 PACKAGES = ("modern-llm", "torch", "accelerate", "transformers", "deepspeed", "peft", "safetensors")
@@ -174,8 +175,9 @@ def leave() -> None:
     is aborted in its transport.
     """
     if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+        with around("collective.leave"):
+            dist.barrier()
+            dist.destroy_process_group()
 
 
 _MET: list[dist.Store] = []
@@ -211,6 +213,7 @@ def join(backend: str | None, facts: dict[str, Any], timeout: timedelta) -> None
     store = dist.PrefixStore(f"modern-llm/{attempt}", store)
     _MET.append(store)
     meet(dist.PrefixStore("meet", store), rank, world, {"versions": versions(), **facts})
-    dist.init_process_group(
-        backend=backend, store=store, rank=rank, world_size=world, timeout=timeout
-    )
+    with around("collective.join"):
+        dist.init_process_group(
+            backend=backend, store=store, rank=rank, world_size=world, timeout=timeout
+        )

@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from modern_llm.distributed.faults import around
 from modern_llm.reference.entries import Entries, ends_of
 from modern_llm.reference.layout import BLOCK, RAGGED, UNSEALED, Identity, Layout, header_of
 
@@ -37,7 +38,7 @@ def write_shard(
     places = {name: start + at for name, at in layout.starts().items()}
     checks = np.empty(layout.blocks, "<u8")
     prefixes = np.empty(layout.rows, "<u4")
-    with path.open("wb") as file:
+    with around("shard.write"), path.open("wb") as file:
         file.truncate(start + layout.size)
         waiting, row, end = np.zeros(0, layout.record), 0, 0
         for chunk in chunks:
@@ -64,7 +65,8 @@ def write_shard(
         file.seek(0)
         file.write(header_of(layout, identity, index, seal))
         file.flush()
-        os.fsync(file.fileno())
+        with around("shard.flush"):
+            os.fsync(file.fileno())
     return f"shard-{seal[:24]}.safetensors"
 
 

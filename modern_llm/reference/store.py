@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import os
 import platform
 import shutil
 import uuid
@@ -24,7 +23,8 @@ from numpy.typing import NDArray
 
 from modern_llm.config.errors import StorageError
 from modern_llm.distributed.claims import PATIENCE, Claims, lock_is_free
-from modern_llm.distributed.commit import flush_folder, free_bytes, write_file
+from modern_llm.distributed.commit import flush_file, free_bytes, name_file, write_file
+from modern_llm.distributed.faults import around
 from modern_llm.reference.entries import Entries, concatenate, distinct
 from modern_llm.reference.joining import due_groups, joined_layout, merged
 from modern_llm.reference.layout import PLAIN, RAGGED, Damaged, Identity, Layout
@@ -246,7 +246,8 @@ class ReferenceStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write_manifest()
             probe = self.folder / f".tmp-probe-{uuid.uuid4().hex}"
-            probe.write_bytes(b"x")
+            with around("store.probe"):
+                probe.write_bytes(b"x")
             probe.unlink()
         except OSError as error:
             raise self._refused(error) from error
@@ -305,15 +306,14 @@ class ReferenceStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write_manifest()
-            with temporary.open("wb") as lock:
+            with around("shard.make"), temporary.open("wb") as lock:
                 with suppress(OSError):  # tells `clean` that somebody is still writing
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 name = write(temporary)
                 # Opened before it gets its name: what cannot be read back is seen by nobody.
                 shard = Shard(temporary, self.identity)
                 shard.path = self.folder / name
-                temporary.replace(shard.path)
-            flush_folder(self.folder)
+                name_file(temporary, shard.path)
         except OSError as error:
             if is_gone(error) and "shard-" in str(error.filename):
                 raise  # one of those that were to be joined
@@ -330,7 +330,7 @@ class ReferenceStore:
             if read_manifest(self.folder) == self.identity:
                 return
             log.warning("%s: not what was written; set aside and written anew", path)
-            with suppress(OSError):
+            with suppress(OSError), around("store.aside"):
                 path.replace(self.folder / f"damaged-{MANIFEST}")
         write_file(path, manifest_text(self.identity))
 
@@ -349,7 +349,8 @@ class ReferenceStore:
         self._shards.pop(path.name, None)
         aside = path.with_name(f"damaged-{path.name}")
         try:
-            path.replace(aside)
+            with around("store.aside"):
+                path.replace(aside)
             log.warning(
                 "%s: %s; set aside as %s, its rows are scored again", path, damage, aside.name
             )
@@ -381,7 +382,7 @@ class _Changed(Exception):
 
 
 def _copy(source: Path, place: Path) -> str:
-    shutil.copyfile(source, place)
-    with place.open("rb") as file:
-        os.fsync(file.fileno())
+    with around("shard.copy"):
+        shutil.copyfile(source, place)
+    flush_file(place)
     return source.name

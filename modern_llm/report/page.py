@@ -6,11 +6,11 @@ Called by the verb `report`, and by every run at its end.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from modern_llm.distributed.commit import write_file
 from modern_llm.report.figures import COLOURS, drawings
 from modern_llm.report.runs import ReportError, Run, differences, read_runs
 
@@ -43,7 +43,7 @@ def write_report(folders: Sequence[Path], output: Path) -> dict[str, Any]:
 
     Raises:
         ReportError: a folder is no run folder.
-        OSError: the disk refuses.
+        StorageError: the disk refuses.
     """
     runs = read_runs(folders)
     panels = drawings(runs)
@@ -53,12 +53,7 @@ def write_report(folders: Sequence[Path], output: Path) -> dict[str, Any]:
         raise ReportError(
             f"the page would have {size:,} bytes, not under {LIMIT:,}: name fewer runs"
         )
-    temporary = output.with_name(f".tmp-{output.name}-{os.getpid()}")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(output, page)
     return {"report": str(output), "runs": len(runs), "panels": len(panels), "bytes": size}
 
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from modern_llm.config import ModernLLMConfig, MoEConfig
 from modern_llm.config.errors import ConfigError, StorageError, UserError
-from modern_llm.distributed.commit import committed_folder
+from modern_llm.distributed.commit import committed_folder, new_file
+from modern_llm.distributed.faults import around
 from modern_llm.models import pt_files
 from modern_llm.models.build import to_transformers_config
 from modern_llm.models.load import inspect_checkpoint, load_model, load_tokenizer
@@ -57,9 +58,9 @@ def export_checkpoint(
         config = modern_config(loaded, model)
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            pt_files.save_model(output, config, loaded)
+            with new_file(output) as temporary, around("export.write"):
+                pt_files.save_model(temporary, config, loaded)
         except (OSError, RuntimeError) as error:
-            output.unlink(missing_ok=True)
             raise StorageError(f"cannot write {output}: {error}; free space") from error
     else:
         _write_folder(model, loaded, output, tokenizer_name)
@@ -78,11 +79,12 @@ def _write_folder(
     holds_one = source.is_dir() and any(source.glob("tokenizer*"))
     place = tokenizer_name or (model if holds_one or not source.exists() else None)
     with committed_folder(output) as folder:
-        loaded.save_pretrained(folder)
-        if place is not None:
-            load_tokenizer(place).save_pretrained(folder)
-        if (run := run_of(source)) is not None:
-            (folder / CARD).write_text(model_card(run), encoding="utf-8")
+        with around("export.write"):
+            loaded.save_pretrained(folder)
+            if place is not None:
+                load_tokenizer(place).save_pretrained(folder)
+            if (run := run_of(source)) is not None:
+                (folder / CARD).write_text(model_card(run), encoding="utf-8")
 
 
 def run_of(folder: Path) -> Path | None:

@@ -129,10 +129,11 @@ def _keep(run: RunFolder, digest: Any) -> None:
 
 
 def _link(path: Path, to: Path) -> None:
-    try:
-        to.hardlink_to(path)
-    except OSError:  # a file system without such links
-        shutil.copyfile(path, to)
+    with around("data.link"):
+        try:
+            to.hardlink_to(path)
+        except OSError:  # a file system without such links
+            shutil.copyfile(path, to)
 
 
 def _opened(folder: Path) -> TokenTable | None:

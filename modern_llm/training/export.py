@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modern_llm.distributed.engine import Engine
+from modern_llm.distributed.faults import around
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.state import full_parameters
 from modern_llm.models.adapters import has_adapters, write_adapters
@@ -41,8 +42,9 @@ def export(
     with runtime.committed_folder(folder, {}) as place:
         if runtime.is_main and adapted:
             name_special_ids(engine.inner, tokenizer, ends)
-            write_adapters(engine.inner, state, place)
-            tokenizer.save_pretrained(place)
+            with around("export.write"):
+                write_adapters(engine.inner, state, place)
+                tokenizer.save_pretrained(place)
         elif runtime.is_main:
             write_model(engine.inner, state, tokenizer, place, ends)
 
@@ -61,8 +63,9 @@ def write_model(
     with torch.device("meta"):
         shape = type(model)._from_config(model.config, dtype=torch.float32)
     shape.generation_config = model.generation_config
-    shape.save_pretrained(place, state_dict=_with_ties_and_buffers(model, state))
-    tokenizer.save_pretrained(place)
+    with around("export.write"):
+        shape.save_pretrained(place, state_dict=_with_ties_and_buffers(model, state))
+        tokenizer.save_pretrained(place)
 
 
 def name_special_ids(

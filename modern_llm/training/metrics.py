@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from modern_llm.distributed.commit import write_file
+from modern_llm.distributed.faults import around
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +79,10 @@ class MetricsLog:
         records = self.records()
         return float(records[-1].get("elapsed_s") or 0.0) if records else 0.0
 
-    def write(self, record: Mapping[str, float]) -> None:
+    def append(self, record: Mapping[str, float]) -> None:
         """Append one object; `nan` and `inf` become null, which JSON can say."""
         finite = {k: v if v == v and abs(v) != float("inf") else None for k, v in record.items()}
-        with self.path.open("a", encoding="utf-8") as file:
+        with around("metrics.append"), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
 
     def records(self) -> list[dict[str, Any]]:

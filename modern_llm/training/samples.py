@@ -19,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from modern_llm.config import TrainingConfig
 from modern_llm.data.prepare import Prepared
+from modern_llm.distributed.commit import write_file
+from modern_llm.distributed.faults import around
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.stopping import Rounds
 from modern_llm.models.generate import generate_ids, native_attention
@@ -59,7 +61,7 @@ class Sampler:
             kept = [sample for sample in _read(self.path) if sample["step"] <= step]
             self._before = {s["number"]: s for s in kept if s["step"] == 0} if step else {}
             text = "".join(f"{json.dumps(sample)}\n" for sample in kept if step)
-            self.path.write_text(text, encoding="utf-8")
+            write_file(self.path, text)
         if step == 0:
             self(0)
 
@@ -85,7 +87,7 @@ class Sampler:
         if not self._runtime.is_main:
             return {}
         samples = [self._sample(step, n, answer) for n, answer in enumerate(answers)]
-        with self.path.open("a", encoding="utf-8") as file:
+        with around("samples.append"), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(f"{json.dumps(sample)}\n" for sample in samples))
         if step == 0:
             self._before = dict(enumerate(samples))

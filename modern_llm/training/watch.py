@@ -58,14 +58,14 @@ class Watch:
         if records and records[-1]["step"] == step:
             head = records[-1]
             self._metrics.truncate(step - 1)
-        self._metrics.write({**head, **more})
+        self._metrics.append({**head, **more})
         self._trackers.log(step, dict(more))
 
     def record(self, step: int, record: Mapping[str, float]) -> None:
         """Write, show and judge what was logged at `step`."""
         if not self._shown:
             return
-        self._metrics.write(record)
+        self._metrics.append(record)
         self._trackers.log(step, {k: v for k, v in record.items() if k != "step"})
         if text := status_line(record):
             self._display.status(text)

@@ -8,6 +8,7 @@ from typing import Any
 
 from modern_llm.config.errors import StorageError, UserError
 from modern_llm.config.files import Settings
+from modern_llm.distributed.faults import around
 
 FOLDERS = ("accelerate_configs", "ds_configs")
 
@@ -64,7 +65,8 @@ def _copy(root: Path, names: list[str], target: Path) -> None:
     try:
         for name in names:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(root / name, target / name)
+            with around("preset.copy"):
+                shutil.copyfile(root / name, target / name)
     except OSError as error:
         raise StorageError(
             f"copy {target}: cannot be written ({error.strerror or error}); name another folder"

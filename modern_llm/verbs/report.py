@@ -8,7 +8,6 @@ from typing import Any
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from modern_llm.config.errors import StorageError
 from modern_llm.config.files import Settings
 
 
@@ -30,12 +29,7 @@ def report(settings: ReportSettings) -> dict[str, Any]:
         output = Path("report.html")
         if len(settings.runs) == 1:
             output = settings.runs[0] / output
-    try:
-        result = write_report(settings.runs, output)
-    except OSError as error:
-        raise StorageError(
-            f"output {output}: cannot be written ({error.strerror or error}); name another place"
-        ) from error
+    result = write_report(settings.runs, output)
     if not settings.json_output:
         print(f"{result['report']}: {result['runs']} runs, {result['bytes']:,} bytes")
     return result

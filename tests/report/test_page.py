@@ -154,7 +154,7 @@ def test_bad_folders_are_all_named_in_one_line(make_run, tmp_path, capsys):
 def test_a_place_that_cannot_be_written_is_status_3(make_run, capsys):
     folder = make_run()
     assert main(["report", str(folder), "--output", str(folder / "no" / "x.html")]) == 3
-    assert "cannot be written" in capsys.readouterr().err
+    assert "cannot write" in capsys.readouterr().err
 
 
 def test_reading_refuses_nothing_at_all():

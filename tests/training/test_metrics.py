@@ -23,7 +23,7 @@ def test_truncation_forgets_later_steps_and_half_lines(tmp_path):
     log.truncate(5)
     assert not log.path.exists()
     for step in range(1, 5):
-        log.write({"step": step, "elapsed_s": step * 0.5, "loss": float("nan")})
+        log.append({"step": step, "elapsed_s": step * 0.5, "loss": float("nan")})
     with log.path.open("a") as file:
         file.write('{"step": 5, "elap')
     log.truncate(3)
