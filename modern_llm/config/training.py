@@ -85,6 +85,9 @@ class TrainingConfig:
     """Pairs share their prompt (tree), one row an answer (separate), or as probed at load (auto).
     Trees by parts of rows (blocks, CPU), FlexAttention (flex, CUDA) or a dense mask (mask): the
     fastest that is exact on this device unless named."""
+    hang_timeout: Annotated[float, Field(gt=0)] | None = 60.0
+    """Seconds that a run may stand without progress (10 median steps, if they are more) before all
+    processes write their stacks and end with status 5; null never ends it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Names the order of the data, the initial weights and every random draw."""
 

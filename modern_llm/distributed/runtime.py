@@ -21,7 +21,12 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+)
 from torch import Tensor, nn
 
 from modern_llm.config import TrainingConfig
@@ -31,6 +36,7 @@ from modern_llm.distributed.engine import DeepSpeedEngine, Engine
 from modern_llm.distributed.faults import around
 from modern_llm.distributed.handshake import join
 from modern_llm.distributed.local_files import named_in
+from modern_llm.distributed.progress import waiting
 
 T = TypeVar("T")
 
@@ -100,7 +106,7 @@ class Runtime:
 
     def barrier(self) -> None:
         """Wait for every process."""
-        with around("collective.barrier"):
+        with around("collective.barrier"), waiting():
             self.accelerator.wait_for_everyone()
 
     def sum(self, values: Tensor) -> Tensor:
@@ -108,7 +114,7 @@ class Runtime:
         if self.world == 1:
             return values
         total = values.clone()
-        with around("collective.sum"):
+        with around("collective.sum"), waiting():
             dist.all_reduce(total)
         return total
 
@@ -117,7 +123,7 @@ class Runtime:
         if self.world == 1:
             return [value]
         values: list[T | None] = [None] * self.world
-        with around("collective.gather"):
+        with around("collective.gather"), waiting():
             dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]
 
@@ -126,7 +132,7 @@ class Runtime:
         if self.world == 1:
             return value
         box = [value]
-        with around("collective.broadcast"):
+        with around("collective.broadcast"), waiting():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -265,7 +271,11 @@ def start(config: TrainingConfig, record: dict[str, Any] | None = None) -> Runti
         gradient_accumulation_steps=1,
         deepspeed_plugins=plugin,
         # Given to a single process, a backend makes it look for a group that does not exist.
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if on_cpu else None)]
+        kwargs_handlers=[
+            InitProcessGroupKwargs(backend="gloo" if on_cpu else None),
+            # Buffers are constants here; sending them would make every forward wait for all ranks.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ]
         if dist.is_initialized()
         else [],
     )

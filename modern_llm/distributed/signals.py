@@ -73,6 +73,12 @@ def heard(*, main: bool) -> str | None:
     return None
 
 
+def ask(word: str) -> None:
+    """Ask this process to stop, as a signal would."""
+    for request in _OPEN[:1]:
+        request.asked = request.asked or word
+
+
 def stop_here(state: str, *, main: bool = True) -> None:
     """Raise `Stopped` if this process was asked, without asking the others.
 

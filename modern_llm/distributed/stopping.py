@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from modern_llm.config.errors import Stopped
+from modern_llm.distributed import progress
 from modern_llm.distributed.signals import heard
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Rounds:
 
     def _meet(self, unfinished: float) -> float:
         runtime = self._runtime
+        progress.tick()
         told = heard(main=runtime.is_main)
         if runtime.world == 1:
             asked, others = float(told is not None), 0.0

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modern_llm.config.errors import NotFiniteError, StorageError
-from modern_llm.distributed import stopping
+from modern_llm.distributed import progress, stopping
 from modern_llm.distributed.display import Display
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.reference.entries import Entries, concatenate
@@ -187,6 +187,7 @@ class _Pass:
     ):
         self._runtime, self._answers, self._store = runtime, answers, store
         self._score, self._lay_out, self._tokens = score, lay_out, tokens
+        self._warm = False  # whether a forward was made
 
     def run(self, pieces: list[Piece], advance: Callable[[int], None]) -> int:
         """See to every piece; return the number of answers that this job scored."""
@@ -195,6 +196,7 @@ class _Pass:
         waited = False
         try:
             while open_:
+                progress.tick()
                 stopping.check(self._runtime, STATE)
                 number, lacking = self._runtime.on_main(lambda: self._claim(pieces, open_))
                 if number is None:
@@ -262,6 +264,8 @@ class _Pass:
         groups = groups + [np.zeros(0, np.int64)] * (-len(groups) % world)
         scored: list[Entries] = []
         failure: Exception | None = None
+        progress.enter("reference pass", allowance=0.0 if self._warm else progress.COMPILE_S)
+        self._warm = True
         for group in groups[rank::world]:
             try:
                 for entries, values in self._score(trees, [group]):
@@ -269,6 +273,7 @@ class _Pass:
                     scored.append(values)
             except Exception as error:
                 failure = error
+            progress.tick()
             if stopping.leave(self._runtime, failure):
                 break
         return concatenate(scored, tokens=self._tokens), failure

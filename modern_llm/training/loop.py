@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError, NotFiniteError, Stopped, UserError
+from modern_llm.distributed import progress
 from modern_llm.distributed.engine import Engine, Update
+from modern_llm.distributed.faults import around
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.stopping import check, stop_asked
 from modern_llm.training import checkpoint, nonfinite
@@ -151,7 +153,14 @@ def _optimizer_step(
     rate: float,
 ) -> tuple[dict[str, Tensor], float]:
     """One step of the optimizer; returns this rank's sums and the norm of the whole gradient."""
-    batches = [batch.to(runtime.device) for batch in task.micro_batches(step)]
+    began = time.perf_counter()
+    progress.enter("loading the batch", step + 1)
+    with around("loader"):
+        batches = [batch.to(runtime.device) for batch in task.micro_batches(step)]
+    busy = time.perf_counter() - began
+    compiles = config.compile or not progress.here.steps
+    allowance = progress.COMPILE_S if compiles else 0.0
+    progress.enter("forward and backward", step + 1, allowance)
     batches = task.prepare(engine.model, step, batches)
     # DDP and ZeRO average gradients over ranks: the factor undoes it. Nobody else divides.
     scale = runtime.world / task.denominator(step)
@@ -162,10 +171,14 @@ def _optimizer_step(
         last = at == len(batches) - 1
         with engine.forward_backward(last):
             result = task.run(engine.model, batch)
+            if runtime.stage != 3:  # there a forward waits for the weights of the others
+                busy = time.perf_counter() - began
             losses.append(result.loss.detach())
             loss = result.loss * scale
             engine.backward(nonfinite.spoiled(loss, losses) if last else loss, last=last)
+        progress.tick()
         _add(sums, result.statistics)
+    progress.enter("optimizer", step + 1)
     set_learning_rate(engine.optimizer, rate)
     # The norm is of the averaged gradient, so every rank sees the same and decides the same.
     update = engine.step(config.max_grad_norm)
@@ -173,6 +186,7 @@ def _optimizer_step(
         _count_skipped(engine, update, step)
     else:
         nonfinite.settle(runtime, engine, task, config, step, losses, update)
+    progress.step_done(time.perf_counter() - began, busy)
     return sums, update.grad_norm
 
 
@@ -221,8 +235,10 @@ def _look(
     """
     record: dict[str, float] = {}
     if is_due(config.eval_every, step, total, at_end=True):
+        progress.enter("evaluation", step)
         record |= _evaluate(runtime, engine.model, task, watch, step)
     if sample is not None and is_due(config.generate_every, step, total, at_end=True):
+        progress.enter("sample answers", step)
         record |= sample(step)
     return record
 
@@ -239,6 +255,7 @@ def _evaluate(
     for group in groups:
         batches = task.prepare(model, step, [batch.to(runtime.device) for batch in group])
         for batch in batches:
+            progress.tick()
             check(runtime, "during an evaluation")
             _add(sums, task.run(model, batch).statistics)
     model.train()
@@ -322,9 +339,14 @@ def _start_engine(
             f"{place} is past the {total} steps of this run: raise train.max_steps or "
             "train.epochs, or name another output_dir"
         )
+    size = sum(file.stat().st_size for file in place.iterdir())
+    progress.enter("loading the checkpoint", allowance=size / progress.SLOWEST_DISK)
     # Before it is prepared: whatever shards the weights then shards these.
-    checkpoint.load_weights(place, scorer.model)
+    with around("checkpoint.load"):
+        checkpoint.load_weights(place, scorer.model)
+    progress.enter("preparing the model", allowance=progress.COMPILE_S)
     engine = runtime.prepare(scorer, make_optimizer(config, scorer))
+    progress.enter("loading the checkpoint", allowance=size / progress.SLOWEST_DISK)
     checkpoint.load_state(place, engine)
     if runtime.is_main:
         MetricsLog(run.metrics).truncate(step)

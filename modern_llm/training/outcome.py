@@ -5,16 +5,21 @@ Entered by the stages before they read their data.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from modern_llm.config.errors import Stopped, status_of
 from modern_llm.distributed import stopping
+from modern_llm.distributed.doctor import lock_folders, locks
 from modern_llm.distributed.lost import as_peer_error
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.signals import StopRequest
+from modern_llm.distributed.watchdog import Watchdog
 from modern_llm.training.notes import write_report
 from modern_llm.training.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -26,8 +31,15 @@ def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
         runtime.on_main(run.lock.take)
     if runtime.is_main:
         run.stop_file.unlink(missing_ok=True)
+    if runtime.accelerator.is_local_main_process:
+        _warn_of_stale_locks()
+
+    def close(status: int, reason: str) -> None:
+        run.close(status, reason, run.last_step())
+
+    watchdog = Watchdog(runtime, run.path, run.config.hang_timeout, close)
     try:
-        with StopRequest(run.stop_file):
+        with StopRequest(run.stop_file), watchdog:
             stopping.check(runtime, "before it began")
             yield
     except BaseException as failure:
@@ -47,3 +59,11 @@ def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
             write_report(run)
     finally:
         run.lock.release()
+
+
+def _warn_of_stale_locks() -> None:
+    """Name every lock that a killed build has left: whatever is compiled next waits for it."""
+    for check in locks(lock_folders()):
+        if check.state == "problem":
+            # Of a node that has no rank 0 as well: the others are silent below errors.
+            log.error("warning: %s: %s; %s", check.name, check.found, check.cure)

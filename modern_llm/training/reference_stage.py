@@ -21,6 +21,7 @@ from modern_llm.config.errors import ConfigError, StorageError
 from modern_llm.data.preference_datasets import build_preference_tables
 from modern_llm.data.prepare import Prepared
 from modern_llm.distributed.runtime import Runtime, start
+from modern_llm.distributed.watchdog import Watchdog
 from modern_llm.models.load import Checkpoint, inspect_checkpoint
 from modern_llm.training import setup, tables
 from modern_llm.training.dpo_config import DPOConfig
@@ -151,7 +152,8 @@ def _looked_up(request: Request, part: tuple[int, int]) -> Iterator[tuple[Runtim
         max_length=request.dpo.max_length,
         max_prompt_length=request.dpo.max_prompt_length,
     )
-    with tables.passing_folder(runtime, "reference") as folder:
+    watched = Watchdog(runtime, None, request.train.hang_timeout)
+    with watched, tables.passing_folder(runtime, "reference") as folder:
         prepared = tables.read_tables(runtime, folder, build)
         references = ReferencePass(runtime, checkpoint, request.train, request.dpo, part=part)
         _check_ids(references.checkpoint, prepared)

@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 from modern_llm.config.errors import StorageError
+from modern_llm.distributed import progress
 from modern_llm.distributed.commit import TEMPORARY, free_bytes
 from modern_llm.distributed.engine import Engine
 from modern_llm.distributed.faults import around
@@ -51,7 +52,7 @@ class Saver:
             "world": runtime.world,
             "configuration": digest_of(run.record),
         }
-        self._failures = 0
+        self._failures, self._seconds = 0, 0.0
         self._good = {f"step-{last:08d}"} if last else set()
 
     def save(self, step: int, examples: int, *, must: bool, owed: bool = False) -> bool:
@@ -69,6 +70,7 @@ class Saver:
             StorageError: the disk refused, and `must`, or for the third time in a row; or another
                 trainer has taken over the folder.
         """
+        progress.enter("saving", step, allowance=10 * self._seconds)
         self._runtime.on_main(self._run.lock.check)
         facts = {**self._facts, "examples": examples} | ({OWED: True} if owed else {})
         try:
@@ -109,9 +111,9 @@ class Saver:
         Raises:
             StorageError: says how much is missing.
         """
-        self._runtime.on_main(lambda: self._check_room(saves))
+        self._seconds = self._runtime.on_main(lambda: self._check_room(saves))
 
-    def _check_room(self, saves: int) -> None:
+    def _check_room(self, saves: int) -> float:
         folder = self._run.checkpoints
         one = self._bytes()
         # One more than is kept stands while the newest is written; the final model at the end.
@@ -135,6 +137,7 @@ class Saver:
                 GRACE_S,
                 self._run.path,
             )
+        return seconds
 
     def _bytes(self) -> int:
         """Float32 weights and two moments of all trained parameters."""

@@ -21,7 +21,7 @@ from modern_llm.data.plan import Budget, Sharing, place
 from modern_llm.data.rows import Sequence as Laid
 from modern_llm.data.rows import lay_out
 from modern_llm.data.tokens import TokenTable
-from modern_llm.distributed import stopping
+from modern_llm.distributed import progress, stopping
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.reference.entries import Entries, concatenate
 from modern_llm.reference.keys import KEY_BYTES, entry_keys
@@ -285,7 +285,9 @@ def score_everywhere(
     groups += [np.zeros(0, np.int64)] * (-len(groups) % runtime.world)
     mine: list[Entries] = []
     failure: Exception | None = None
+    progress.enter("scoring", allowance=progress.COMPILE_S)
     for group in groups[runtime.rank :: runtime.world]:
+        progress.tick()
         try:
             mine += [values for _, values in scoring(trees, [group])]
         except Exception as error:

@@ -11,13 +11,13 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import UserError
 from modern_llm.data.prepare import Prepared
 from modern_llm.data.tokens import TokenTable
+from modern_llm.distributed import progress
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.signals import stop_here
 from modern_llm.training.data_change import look_back, settle
@@ -65,9 +65,15 @@ def read_tables(runtime: Runtime, folder: Path, build: Callable[..., Prepared]) 
     Args:
         build: called with the folder and `check`, which it calls now and then.
     """
-    check = partial(stop_here, "while it read the data", main=runtime.is_main)
+
+    def check() -> None:
+        progress.tick()
+        stop_here("while it read the data", main=runtime.is_main)
+
+    progress.enter("reading the data", allowance=progress.LOAD_S)
     with runtime.one_per_machine_first():
         prepared = build(folder, check=check)
+    progress.enter("preparing the model", allowance=progress.LOAD_S)
     runtime.agree(prepared.train.digest, "the training data")
     if runtime.is_main:
         for line in prepared.lines():

@@ -41,6 +41,11 @@ class Job:
         return self._process.exitcode is not None
 
     @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
     def status(self) -> int | None:
         """Exit status, negative for a signal; None while it runs."""
         return self._process.exitcode

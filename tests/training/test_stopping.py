@@ -97,7 +97,7 @@ def asked_at(place: str, numbers: tuple[int, ...]):
 
 def end_of(folder: Path, final: Path) -> tuple:
     """What must not depend on who asked to stop, and when."""
-    drawn = ("elapsed_s", "tokens_per_second", "memory_gb")
+    drawn = ("elapsed_s", "tokens_per_second", "memory_gb", "mfu")
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     records = [{k: v for k, v in json.loads(line).items() if k not in drawn} for line in lines]
     samples = (folder / "run" / "samples.jsonl").read_text()
@@ -253,3 +253,20 @@ def test_verbs_that_take_long_stop_with_75_and_one_line(
     assert len(errors) == 1 and "stopped by SIGTERM" in errors[0], captured.err
     assert "Traceback" not in captured.err and not (tmp_path / "out.jsonl").exists()
     assert cli.main([*verb.split(), *options]) == 0
+
+
+def test_a_lock_that_a_killed_build_left_is_named_at_start(
+    tmp_path, tiny_checkpoint, tiny_pairs, monkeypatch, caplog
+):
+    lock = tmp_path / "extensions" / "py311_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setattr("modern_llm.distributed.doctor.oldest_compiler", lambda: None)
+    with StopRequest() as request:
+        request.asked = "SIGTERM"
+        with pytest.raises(Stopped, match="before it began"):
+            call(tmp_path, tiny_checkpoint, tiny_pairs)
+    (line,) = [r.getMessage() for r in caplog.records if "build locks" in r.getMessage()]
+    assert str(lock) in line and f"remove {lock}" in line
+    assert json.loads((tmp_path / "run" / "outcome.json").read_text())["status"] == 75
