@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modern_llm.cli import main
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.errors import NotFiniteError, StorageError, UserError
+from modern_llm.distributed.claims import Claims
 from modern_llm.reference.store import ReferenceStore
 from modern_llm.training import loop
 from modern_llm.training.reference_stage import fill_reference
@@ -172,7 +173,12 @@ def test_a_complete_store_is_used_where_nothing_can_be_written(
 
     for name in ("_commit", "_write_manifest", "make_room"):
         monkeypatch.setattr(ReferenceStore, name, refused)
-    monkeypatch.setattr("modern_llm.distributed.claims.Claims._make", refused)
+    make = Claims._make
+
+    def elsewhere(self, path):  # the run's own folder can be written
+        return make(self, path) if path.parent == tmp_path / "run" else refused()
+
+    monkeypatch.setattr(Claims, "_make", elsewhere)
     assert run(tmp_path / "run", tiny_checkpoint, tiny_pairs, {})[0]["loss"] > 0
 
 
