@@ -116,6 +116,8 @@ class Saver:
     def _check_room(self, saves: int) -> float:
         folder = self._run.checkpoints
         one = self._bytes()
+        if len(list(folder.glob("step-*"))) > self._run.config.keep_checkpoints:
+            self._retire()  # killed between a save and this
         # One more than is kept stands while the newest is written; the final model at the end.
         standing = len(list(folder.glob("step-*")))
         most = min(saves, self._run.config.keep_checkpoints + 1)

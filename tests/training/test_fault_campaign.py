@@ -1,0 +1,153 @@
+"""Each fault point x rank x {kill, raise, no space}: a checkpoint verifies, and the same command
+ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from modern_llm.distributed.commit import TEMPORARY, verified_manifest
+from modern_llm.training import checkpoint
+from tests.helpers.forks import fork_server
+from tests.helpers.small import MODULES, STEPS, child, numbers
+
+ACTIONS = {"kill": {-9}, "raise": {0, 1}, "enospc": {0, 3}}
+# Reached while a run is saved, named and ended; the others are looked at where they are at home.
+SAVING = {
+    "folder.make", "state.write", "tensors.write", "file.flush", "manifest.write", "folder.flush",
+    "commit.rename", "retire", "text.write", "file.rename", "metrics.append", "probe.write",
+    "claim.write", "claim.link",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    with fork_server(tmp_path_factory.mktemp("logs"), *MODULES) as server:
+        yield server
+
+
+def start(forks, folder: Path, world: int, *args) -> list[int]:
+    """Run the child on `world` processes; return how each ended."""
+    for _ in range(3):
+        jobs = (
+            [forks.start(child, str(folder), *args)]
+            if world == 1
+            else forks.start_ranks(child, world, str(folder), *args)
+        )
+        for job in jobs:
+            assert job.wait(60), job.text
+        if not any("address already in use" in job.text.lower() for job in jobs):
+            break
+    return [job.status for job in jobs]
+
+
+class Campaign:
+    """The undisturbed run of one kind, and the points that it reaches."""
+
+    def __init__(self, forks, folder: Path, world: int = 1, stage: int | None = None):
+        self.forks, self.folder, self.world, self.stage = forks, folder, world, stage
+        self.whole = folder / "whole"
+        log = str(folder / "points")
+        found = start(forks, self.whole, world, "", stage, log)
+        assert found == [0] * world, [job.text for job in forks.jobs]
+        self.points = [Counter(Path(f"{log}.{rank}").read_text().split()) for rank in range(world)]
+
+    def cases(self, actions=tuple(ACTIONS)) -> list[tuple[str, int, int, str]]:
+        """(point, rank, nth, action); the occurrence in the middle of the run is taken."""
+        return [
+            (point, rank, (count + 2) // 2, action)
+            for rank, points in enumerate(self.points)
+            for point, count in sorted(points.items())
+            for action in actions
+            if not (action == "enospc" and point.startswith("collective"))
+        ]
+
+    def check(self, case: tuple[str, int, int, str]) -> None:
+        point, rank, nth, action = case
+        folder = self.folder / "case"
+        for path in self.folder.glob("case*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        found = start(self.forks, folder, self.world, f"{point}:{rank}:{nth}:{action}", self.stage)
+        assert found[rank] in ACTIONS[action], (case, found, self.forks.jobs[-1].text)
+        stood = verifying(folder)
+        saved = folder.with_suffix(".saved")
+        before = max(map(int, saved.read_text().split())) if saved.exists() else 0
+        assert max(stood, default=0) >= before, f"{case}: the checkpoint of step {before} is lost"
+
+        again = start(self.forks, folder, self.world, "", self.stage)
+        assert again == [0] * self.world, (case, found, again, self.forks.jobs[-1].text)
+        assert numbers(folder) == numbers(self.whole), case
+        assert final(folder) == final(self.whole), case
+        kept = verifying(folder)  # where the disk refused one, an older one stands
+        assert len(kept) == 2 and max(kept) == STEPS - 1, case
+        assert STEPS - 2 in kept or action == "enospc", case
+        left = [p for p in folder.rglob("*") if p.name.startswith(TEMPORARY)]
+        assert not [p for p in left if p.parent.name == "checkpoints"], (case, left)
+
+
+def final(folder: Path) -> bytes:
+    verified_manifest(folder / "r_final")
+    return (folder / "r_final" / "model.safetensors").read_bytes()
+
+
+def verifying(folder: Path) -> set[int]:
+    """Steps of the checkpoints that verify; those that stand and do not are an error."""
+    places = list((folder / "checkpoints").glob("step-*"))
+    for place in places:
+        verified_manifest(place)
+    if places:
+        assert checkpoint.newest(folder / "checkpoints")[1]["step"] == max(
+            int(p.name[5:]) for p in places
+        )
+    return {int(place.name[5:]) for place in places}
+
+
+def test_every_point_of_saving_in_one_process(tmp_path, forks):
+    campaign = Campaign(forks, tmp_path)
+    reached = {point.rpartition(".")[0] for point in campaign.points[0]}
+    assert reached == SAVING, "name the new points of saving here"
+    cases = [case for case in campaign.cases(("kill",)) if case[0].endswith(".before")]
+    assert len(cases) == len(SAVING)
+    # Of the refusals those after a write: what was written is there and must go again.
+    refused = ("tensors.write.after", "manifest.write.after", "metrics.append.after")
+    cases += [case for case in campaign.cases(("enospc",)) if case[0] in refused]
+    assert len(cases) == len(SAVING) + len(refused)
+    for case in cases:
+        campaign.check(case)
+
+
+def test_a_rank_killed_or_refused_while_two_save(tmp_path, forks):
+    campaign = Campaign(forks, tmp_path, world=2)
+    for point, rank, action in (
+        ("tensors.write.before", 0, "enospc"),
+        ("file.flush.before", 1, "kill"),
+        ("collective.gather.before", 1, "kill"),
+    ):
+        campaign.check((point, rank, (campaign.points[rank][point] + 2) // 2, action))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_every_point_before_and_after_with_every_action(tmp_path, forks):
+    campaign = Campaign(forks, tmp_path)
+    cases = campaign.cases()
+    assert len(cases) == 3 * 2 * len(SAVING)
+    for case in cases:
+        campaign.check(case)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("stage", [None, 2])
+def test_every_point_on_every_rank_of_two(tmp_path, forks, stage):
+    if stage is not None:
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
+    campaign = Campaign(forks, tmp_path, world=2, stage=stage)
+    cases = campaign.cases()
+    assert {rank for _, rank, _, _ in cases} == {0, 1}
+    for case in cases:
+        campaign.check(case)
+    print(f"{len(cases)} cases under stage {stage}")
