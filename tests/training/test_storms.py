@@ -1,0 +1,174 @@
+"""Killed or asked to stop at random moments, all stages end as if nobody had disturbed them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from modern_llm.distributed.handshake import MEET_SECONDS
+from tests.helpers.forks import Forks, Job, fork_server
+from tests.helpers.runs import Inputs, end_state, pipeline
+from tests.helpers.text import WORDS, make_tokenizer, transcripts, write_jsonl
+
+PEER_S = 30.0
+"""Within which the peers of a killed process must end by themselves."""
+STALL_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    with fork_server(tmp_path_factory.mktemp("forks"), "tests.helpers.runs") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Inputs:
+    folder = tmp_path_factory.mktemp("inputs")
+    documents = [{"text": " ".join(WORDS[i % 7 :: 2] * (1 + i % 3))} for i in range(150)]
+    answers = [
+        {"prompt": f"say {w}:", "response": f" {w}" * (1 + i % 6)} for i, w in enumerate(WORDS)
+    ]
+    return Inputs(
+        make_tokenizer(folder / "tokenizer"),
+        write_jsonl(folder / "documents.jsonl", documents),
+        write_jsonl(folder / "answers.jsonl", answers),
+        write_jsonl(folder / "pairs.jsonl", transcripts(40)),
+    )
+
+
+class Pipeline:
+    """The stages on two processes in a folder of their own, started as often as needed."""
+
+    def __init__(self, forks: Forks, inputs: Inputs, folder: Path):
+        self._forks, self._inputs, self.folder = forks, inputs, folder
+        folder.mkdir()
+
+    def start(self) -> list[Job]:
+        """Start both ranks; return when signals are heard."""
+        signs = [self.folder / f"up.{rank}" for rank in range(2)]
+        for sign in [*signs, *self.folder.glob("met.*")]:
+            sign.unlink(missing_ok=True)
+        jobs = self._forks.start_ranks(pipeline, 2, self._inputs, self.folder)
+        deadline = time.monotonic() + STALL_S
+        while not all(sign.exists() for sign in signs):
+            assert time.monotonic() < deadline, "the processes do not start"
+            time.sleep(0.005)
+        return jobs
+
+    def finish(self, jobs: list[Job] | None = None) -> float:
+        """Let it go on to its end; return the seconds."""
+        for _ in range(3):
+            jobs = jobs or self.start()
+            began = time.monotonic()
+            assert all(job.wait(STALL_S) for job in jobs), jobs[0].text + jobs[1].text
+            if "address already in use" not in (jobs[0].text + jobs[1].text).lower():
+                break
+            jobs = None
+        assert jobs and [job.status for job in jobs] == [0, 0], jobs[0].text + jobs[1].text
+        return time.monotonic() - began
+
+    def steps(self) -> Counter:
+        """How often each step of each stage was made."""
+        path = self.folder / "steps"
+        return Counter(path.read_text().splitlines() if path.exists() else [])
+
+
+@pytest.fixture(scope="module")
+def calm(forks, inputs, tmp_path_factory) -> tuple[dict, float]:
+    """The undisturbed end, and the seconds that it takes once signals are heard."""
+    run = Pipeline(forks, inputs, tmp_path_factory.mktemp("calm") / "run")
+    seconds = run.finish()
+    assert set(run.steps().values()) == {1} and len(run.steps()) == 21
+    return end_state(run.folder), seconds
+
+
+def kill(run: Pipeline, jobs: list[Job], rng: random.Random) -> bool:
+    """Kill one rank or both; the other must end by itself. Returns whether one was running."""
+    victims = rng.choice([(0,), (1,), (0, 1)])
+    killed = [jobs[victim].kill() for victim in victims]
+    # Whom it has not met yet, a process waits for as long as for a node that starts late.
+    patience = PEER_S + (0 if len(list(run.folder.glob("met.*"))) == 2 else MEET_SECONDS)
+    for job in jobs:
+        assert job.wait(patience), f"the peer of a killed process hangs: {job.text[-2000:]}"
+    return any(killed)
+
+
+def storm(forks, inputs, folder: Path, calm: tuple[dict, float], kills: int, seed: int) -> None:
+    rng, expected, done, rounds = random.Random(seed), calm[0], 0, 0
+    while done < kills:
+        run = Pipeline(forks, inputs, folder / str(rounds))
+        rounds += 1
+        while done < kills:
+            jobs = run.start()
+            time.sleep(rng.uniform(0, 0.5 * calm[1]))
+            if not kill(run, jobs, rng):
+                break
+            done += 1
+        run.finish()
+        assert end_state(run.folder) == expected
+        print(f"{done} kills in {rounds} pipelines", flush=True)
+
+
+def test_ten_kills_through_all_stages(forks, inputs, tmp_path, calm):
+    storm(forks, inputs, tmp_path, calm, 10, seed=1)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(5400)
+def test_two_hundred_kills_through_all_stages(forks, inputs, tmp_path, calm):
+    storm(forks, inputs, tmp_path, calm, 200, seed=2)
+
+
+def ask(run: Pipeline, jobs: list[Job], rng: random.Random) -> None:
+    """Ask to stop by one of the ways."""
+    way = rng.choice(["SIGTERM", "SIGUSR1", "STOP"])
+    if way == "STOP":
+        for stage in ("pretrain", "sft", "dpo"):
+            if (run.folder / stage).is_dir():
+                (run.folder / stage / "STOP").touch()
+        return
+    victims = rng.choice([(0,), (1,), (0, 1)])
+    for victim in victims:
+        if jobs[victim].status is None:
+            os.kill(jobs[victim].pid, getattr(signal, way))
+
+
+def stops(forks, inputs, folder: Path, calm: tuple[dict, float], count: int, seed: int) -> None:
+    rng, expected, done, rounds = random.Random(seed), calm[0], 0, 0
+    while done < count:
+        run = Pipeline(forks, inputs, folder / str(rounds))
+        rounds += 1
+        while done < count:
+            jobs = run.start()
+            time.sleep(rng.uniform(0, 0.5 * calm[1]))
+            ask(run, jobs, rng)
+            for job in jobs:
+                assert job.wait(PEER_S), job.text[-2000:]
+            statuses = [job.status for job in jobs]
+            if statuses == [0, 0]:
+                break
+            assert statuses == [75, 75], jobs[0].text[-3000:] + jobs[1].text[-3000:]
+            outcomes = [json.loads(p.read_text()) for p in run.folder.glob("*/outcome.json")]
+            assert sum(outcome["status"] == 75 for outcome in outcomes) == 1, outcomes
+            done += 1
+        run.finish()
+        assert end_state(run.folder) == expected
+        assert set(run.steps().values()) == {1}, "a step was lost and made again"
+        print(f"{done} stops in {rounds} pipelines", flush=True)
+
+
+def test_ten_stops_through_all_stages(forks, inputs, tmp_path, calm):
+    stops(forks, inputs, tmp_path, calm, 10, seed=3)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(5400)
+def test_two_hundred_stops_through_all_stages(forks, inputs, tmp_path, calm):
+    stops(forks, inputs, tmp_path, calm, 200, seed=4)
