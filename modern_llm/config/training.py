@@ -93,6 +93,9 @@ class TrainingConfig:
 
     log_every: Positive = 10
     """Steps between lines on the console and in metrics.jsonl."""
+    profile_steps: Annotated[int, Field(ge=0)] = 0
+    """Trace so many steps of rank 0 with torch.profiler into the run folder, and print the largest
+    costs."""
     trackers: list[Tracker] = Field(default_factory=list)
     """Experiment trackers that get every logged metric: tensorboard, wandb, trackio, mlflow,
     comet_ml, aim, clearml, dvclive, swanlab."""

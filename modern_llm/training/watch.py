@@ -14,6 +14,7 @@ from modern_llm.distributed.display import Display
 from modern_llm.training.metrics import MetricsLog, status_line
 from modern_llm.training.run_folder import RunFolder
 from modern_llm.training.teacher import Teacher
+from modern_llm.training.trace import Trace
 from modern_llm.training.trackers import Trackers
 
 log = logging.getLogger(__name__)
@@ -33,18 +34,25 @@ class Watch:
         self._display = Display(config.run_name, total, done, shown=shown)
         self._trackers = Trackers(config, run, shown=shown)
         self._teacher = Teacher(total)
+        self._trace = Trace(run.path, config.profile_steps if shown else 0, done)
+        self._done = done
 
     def __enter__(self) -> Watch:
         self._display.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
+        for text in self._trace.close(self._done):
+            self._display.line(text)
         self._display.__exit__(*error)
         self._trackers.finish()
 
     def advance(self, step: int) -> None:
         """Show that `step` is done."""
+        self._done = step
         self._display.advance(step)
+        for text in self._trace.advance(step):
+            self._display.line(text)
 
     def line(self, text: str) -> None:
         """Print one line on stdout."""

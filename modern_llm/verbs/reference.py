@@ -77,6 +77,7 @@ def fill(settings: FillSettings) -> dict[str, Any]:
     without_effect = {
         "resume": "a store is always gone on with",
         "dry_run": "nothing is trained",
+        "profile": "it traces training steps",
         "sweep": "name the runs of a sweep one by one; most share one store",
     }
     if problems := [

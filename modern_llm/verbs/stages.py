@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -36,6 +36,8 @@ class TrainingSettings(Settings):
     accept_change: bool = False
     """Go on although settings differ that may (--accept-change does the same); the difference is
     printed."""
+    profile: Annotated[int, Field(gt=0)] | None = None
+    """Trace so many steps with torch.profiler into output_dir and print the largest costs."""
     dry_run: bool = False
     """Resolve everything, build the first batch, go once forward and backward, keep nothing
     (--dry-run does the same)."""
@@ -96,10 +98,12 @@ MARKS: dict[str, tuple[set[str], type[TrainingSettings]]] = {
 
 
 def training_config(settings: TrainingSettings) -> TrainingConfig:
-    """Return the section `train`, with what `--resume` and `--accept-change` ask for."""
+    """Return the section `train`, with what `--resume` and the like ask for."""
     asked: dict[str, Any] = {"resume": "must"} if settings.resume else {}
     if settings.accept_change:
         asked["accept_change"] = True
+    if settings.profile:
+        asked["profile_steps"] = settings.profile
     return dataclasses.replace(settings.train, **asked)
 
 
@@ -165,6 +169,8 @@ def _stage(settings: TrainingSettings, run: Callable[..., Path]) -> dict[str, An
         from modern_llm.verbs.sweep import run_sweep
 
         return run_sweep(settings, run)
+    if settings.dry_run and settings.profile:
+        raise ConfigError(["profile has no effect beside dry_run, which makes no step: remove one"])
     if settings.dry_run:
         return _try(settings, run)
     return {"final": str(run(settings))}

@@ -48,7 +48,7 @@ END = "<|end|>"
 MICRO_BATCHES = (8, 4, 2, 1)
 LOSS_BOUND = 1e-3
 """How far losses of the same step may be apart: rounding, grown over the steps before."""
-REQUIRED = {"training_pairs_per_s": 3.5, "peak_gb": 0.4}
+REQUIRED = {"training_pairs_per_s": 4.8, "reference_pairs_per_s": 6.0, "peak_gb": 0.28}
 
 
 def prepare(options: argparse.Namespace) -> dict[str, Any]:

@@ -54,6 +54,7 @@ FIELDS = {
         "attention": (FREE, "separate", {}),
         "seed": (FREE, 7, {}),
         "log_every": (FREE, 1, {}),
+        "profile_steps": (FREE, 1, {}),
         "hang_timeout": (FREE, 99.0, {}),
         "eval_every": (FREE, 1, {}),
         "save_every": (FREE, 1, {}),

@@ -214,3 +214,41 @@ def test_watching_takes_under_one_percent_of_a_100_ms_step(tmp_path, capsys):
         used = time.process_time() - began
     assert used / 400 < 1e-3, f"{used / 400 * 1e3:.3f} ms a step"
     assert len(lines(tmp_path / "metrics.jsonl")) == 40
+
+
+def test_a_profile_traces_the_steps_asked_for_and_names_what_costs_most(
+    tmp_path, tiny_checkpoint, tiny_pairs, capfd
+):
+    from modern_llm.cli import main
+
+    plain = tmp_path / "plain"
+    run(tiny_checkpoint, tiny_pairs, config(plain))
+    capfd.readouterr()
+    folder = tmp_path / "traced"
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"sft_checkpoint: {tiny_checkpoint}\ndata: {{dataset_name: {tiny_pairs}}}\n"
+        f"dpo: {{max_length: 96}}\ntrain: {{run_name: w, output_dir: {folder}, batch_size: 6, "
+        "max_steps: 4, log_every: 1, learning_rate: 1.0e-2, tokens_per_micro_batch: 300}\n"
+    )
+    assert main(["dpo", "--config", str(file), "--profile", "2"]) == 0
+    told = [line for line in capfd.readouterr().out.splitlines() if line.startswith("profile:")]
+    (trace,) = folder.glob("trace-*.json")
+    assert trace.name == "trace-00000002-00000003.json"  # the first step warms up
+    assert len(told) == 6
+    assert told[0] == f"profile: 2 steps in {trace}"
+    shares = [float(line.split()[1].rstrip("%")) for line in told[1:]]
+    assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100
+    names = [event["name"] for event in json.loads(trace.read_text())["traceEvents"]]
+    # One fused update of the optimizer a step.
+    assert names.count("Optimizer.step#AdamW.step") == 2
+    losses = [[r["loss"] for r in lines(f / "metrics.jsonl")] for f in (plain, folder)]
+    assert losses[0] == losses[1]
+
+
+def test_a_profile_of_more_steps_than_there_are_ends_with_the_run(
+    tmp_path, tiny_checkpoint, tiny_pairs, capfd
+):
+    run(tiny_checkpoint, tiny_pairs, config(tmp_path, profile_steps=50))
+    assert "profile: 3 steps in" in capfd.readouterr().out
+    assert [p.name for p in tmp_path.glob("trace-*")] == ["trace-00000002-00000004.json"]
