@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modern_llm.config import TrainingConfig
+from modern_llm.config.errors import UserError
 from modern_llm.data.plan import Budget, Order, Sharing
 from modern_llm.data.rows import Examples
+from modern_llm.models.load import make_scorer
 from modern_llm.training.batch_source import BatchSource
-from tests.helpers.models import Table
+from modern_llm.training.sources import make_source
+from tests.helpers.models import Table, make_model, plain_sums, random_pairs
 
 
 def make(picks, budget, rank=0, world=1, shared=Sharing.LINE, batch=None):
@@ -65,7 +74,7 @@ def test_grouping_by_prompt_puts_pairs_of_one_prompt_into_one_step_of_a_run(tmp_
     an epoch, and fewer tokens computed."""
     import json
 
-    from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
+    from modern_llm.config import PreferenceDatasetConfig
     from modern_llm.training.train_dpo import DPOConfig, run_dpo
     from tests.helpers.text import make_checkpoint, make_tokenizer, write_jsonl
 
@@ -92,3 +101,45 @@ def test_grouping_by_prompt_puts_pairs_of_one_prompt_into_one_step_of_a_run(tmp_
         assert [line["examples"] for line in lines] == [8, 16, 24]
         rates[grouped] = [line["prefix_saving"] for line in lines]
     assert min(rates[True]) > max(rates[False]) + 0.1
+
+
+WORST = {
+    "a long pair among short ones": [(512, 1, 1)] + [(1, 1, 1)] * 9,
+    "a long answer among short ones": [(1, 510, 1)] + [(1, 1, 1)] * 9,
+    "all prompt": [(200, 1, 1), (90, 1, 1)],
+    "no prompt": [(0, 150, 20), (0, 3, 60)],
+}
+
+
+@pytest.mark.parametrize("sizes", WORST.values(), ids=WORST)
+def test_the_worst_shapes_are_those_of_plain_sequences(sizes):
+    table = random_pairs(sizes)
+    model = make_model("llama")
+    expected = plain_sums(model, table)
+    for attention, shared in (("blocks", 2), ("mask", 1), ("mask", 0), ("separate", 0)):
+        scorer = make_scorer(make_model("llama"), attention)
+        examples = Examples(table, "pairs", trees=scorer.abilities.trees)
+        source = BatchSource(
+            examples, Order(len(table), len(table), 0), Budget(tokens=520), rank=0, world=1,
+            shared=Sharing(shared),
+        )  # fmt: skip
+        found = torch.zeros(len(table), 2, dtype=torch.float64)
+        for batch in source.micro_batches(0):
+            with torch.no_grad():
+                output = scorer(batch.ids, batch.positions, batch.segments, batch.targets)
+            found[torch.from_numpy(batch.examples)] = batch.sums(output.logprobs).double()
+            if shared == Sharing.LINE:
+                assert batch.area == batch.real_tokens
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
+
+
+def test_an_answer_above_the_budget_names_the_setting():
+    table = random_pairs([(5, 4, 7), (9, 300, 4)])
+    table.origin = lambda index: f"pairs.jsonl:{index + 1}"
+    runtime = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
+    config = TrainingConfig(
+        run_name="b", output_dir=Path("unused"), batch_size=2, tokens_per_micro_batch=200
+    )
+    scorer = make_scorer(make_model("llama"))
+    with pytest.raises(UserError, match=r"pairs.jsonl:2: takes 313 tokens, above train\.tok"):
+        make_source(runtime, config, table, "pairs", scorer)

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from modern_llm.data.plan import Budget, Order
+from modern_llm.data.batches import collate
+from modern_llm.data.plan import Budget, Order, Sharing
 from modern_llm.data.rows import Examples
+from modern_llm.models.attention_flex import SIDE
 from modern_llm.models.load import inspect_checkpoint, load_model, make_scorer
 from modern_llm.training.batch_source import BatchSource
 from modern_llm.training.dpo_config import DPOConfig
@@ -18,10 +20,12 @@ from modern_llm.training.preference_task import PreferenceTask
 from tests.helpers.models import Table
 
 LAYOUTS = {
-    "trees, one forward": ("auto", True, Budget(tokens=4096)),
-    "trees, a budget of 700 tokens": ("auto", True, Budget(tokens=700)),
-    "trees, a row each": ("auto", False, Budget(examples=5)),
-    "separate rows": ("separate", False, Budget(examples=4)),
+    "blocks, one line": ("blocks", Sharing.LINE, Budget(tokens=4096)),
+    "blocks, lines of 700 tokens": ("blocks", Sharing.LINE, Budget(tokens=700)),
+    "mask, rows, one forward": ("mask", Sharing.ROWS, Budget(tokens=4096)),
+    "mask, rows, a budget of 700 tokens": ("mask", Sharing.ROWS, Budget(tokens=700)),
+    "trees, a row each": ("auto", Sharing.ALONE, Budget(examples=5)),
+    "separate rows": ("separate", Sharing.ALONE, Budget(examples=4)),
 }
 
 
@@ -63,6 +67,19 @@ def test_per_pair_logprobs(golden, layout):
         output = scorer(batch.ids, batch.positions, batch.segments, batch.targets)
         ours[batch.examples] = batch.sums(output.logprobs).detach().numpy()
     assert np.abs(ours - sums["policy"]).max() < 1e-3
+
+
+def test_per_pair_logprobs_by_flex_attention(golden):
+    """Forward alone: on a CPU it has no backward."""
+    folder, table, sums, _ = golden
+    with torch.inference_mode():
+        scorer = make_scorer(load_model(inspect_checkpoint(folder / "policy")), "flex")
+        assert scorer.abilities.backend == "flex"
+        examples = Examples(table, "pairs", trees=True)
+        batch = collate(examples, np.arange(len(table)), shared=Sharing.LINE, align=SIDE)
+        assert batch.ids.shape[1] % SIDE == 0
+        output = scorer(batch.ids, batch.positions, batch.segments, batch.targets)
+    assert np.abs(batch.sums(output.logprobs).numpy() - sums["policy"]).max() < 1e-3
 
 
 def test_losses_and_gradient_norms(golden, layout):
