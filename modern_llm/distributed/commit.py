@@ -68,8 +68,12 @@ def begin(target: Path) -> Path:
     """Make the temporary folder of `target` and return it."""
     place = target.with_name(f"{TEMPORARY}{target.name}-{os.getpid()}")
     shutil.rmtree(place, ignore_errors=True)
-    with around("folder.make"):
-        place.mkdir(parents=True)
+    try:
+        with around("folder.make"):
+            place.mkdir(parents=True)
+    except OSError:
+        abandon(place)
+        raise
     return place
 
 
