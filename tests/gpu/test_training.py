@@ -68,6 +68,18 @@ def test_a_run_on_the_gpu_is_the_run_on_the_cpu(tmp_path, inputs):
     near(on_gpu, on_cpu, 1e-3)
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_flex_attention_trains_like_the_dense_mask(precision, tmp_path, inputs):
+    """Forward and backward: FlexAttention has no backward on a CPU, so only this shows it."""
+    few = {"max_steps": 8, "mixed_precision": precision}
+    found = {
+        name: dpo(*inputs, Case(tmp_path / name, train=few | {"attention": name}))
+        for name in ("mask", "flex", "separate")
+    }
+    for name in ("flex", "separate"):
+        near(found[name], found["mask"], 1e-3 if precision == "no" else 2e-2)
+
+
 def without_gpu(checkpoint: Path, data: Path, case: Case) -> list:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return dpo(checkpoint, data, case)
