@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from modern_llm.config.errors import PeerError
 from modern_llm.distributed import handshake, progress, signals
+from modern_llm.distributed.faults import around
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.stragglers import Stragglers
 
@@ -304,7 +305,7 @@ class Watchdog:
             return
         place = self._folder / "stacks"
         place.mkdir(parents=True, exist_ok=True)
-        with (place / f"rank-{self._rank:05d}.txt").open("w") as file:
+        with around("stacks.write"), (place / f"rank-{self._rank:05d}.txt").open("w") as file:
             here = progress.here
             file.write(f"phase {here.phase}, step {here.step}, process {os.getpid()}\n")
             file.flush()
@@ -312,7 +313,8 @@ class Watchdog:
 
     def _say(self, line: str) -> None:
         """Write to stderr past every lock that the main thread may hold."""
-        os.write(2, f"{line}\n".encode())
+        with around("line.write"):
+            os.write(2, f"{line}\n".encode())
 
 
 def _on_request(function: Callable[..., Any]) -> None:
