@@ -221,7 +221,9 @@ class Watchdog:
             return None  # the meeting before has its own deadline
         fewest = min(h.beat["count"] for h in heard.values())
         front = {rank: h for rank, h in heard.items() if h.beat["count"] == fewest}
-        silent = [r for r, h in front.items() if now - h.at > max(3 * self._pause, 3.0)]
+        patience = max(3 * self._pause, 3.0)
+        # Where rank 0 holds the store and stands, this one's own signs do not arrive either.
+        silent = [r for r, h in front.items() if r != self._rank and now - h.at > patience]
         for rank, one in front.items():
             # Since the last word of a silent one it may have entered other phases.
             most = min(one.beat["limit"], limit) if rank in silent else one.beat["limit"]
