@@ -273,8 +273,7 @@ def start(config: TrainingConfig, record: dict[str, Any] | None = None) -> Runti
         # Given to a single process, a backend makes it look for a group that does not exist.
         kwargs_handlers=[
             InitProcessGroupKwargs(backend="gloo" if on_cpu else None),
-            # Buffers are constants here; sending them would make every forward wait for all ranks.
-            DistributedDataParallelKwargs(broadcast_buffers=False),
+            _own_buffers(),
         ]
         if dist.is_initialized()
         else [],
@@ -305,6 +304,13 @@ def _facts(record: dict[str, Any] | None) -> dict[str, Any]:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         facts["files"] = named_in(record)
     return facts
+
+
+def _own_buffers() -> DistributedDataParallelKwargs:
+    """Buffers are constants here; sending them would make every forward wait for all ranks."""
+    # Accelerate knows no other name for it yet.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    return DistributedDataParallelKwargs(broadcast_buffers=False)
 
 
 def _asked(name: str) -> bool:
