@@ -111,10 +111,10 @@ class Claims:
             head, size = _head(path), path.stat().st_size
         except OSError:
             return None
-        machine = _machine_in(head)
+        machine, pid = _signature(head)
         return {
             "host": (machine or "an unknown machine").split(" ")[0],
-            "pid": _pid_in(head),
+            "pid": pid,
             "machine": machine == self._machine,
             "me": self._me.encode() in head,
             "size": size,
@@ -198,7 +198,7 @@ class Claims:
                 state, head = os.fstat(file.fileno()), file.readline()
         except OSError:
             return None  # given back just now: the next round takes it
-        if _machine_in(head) == self._machine and (lock := _lock_is(path)) != "unknown":
+        if _signature(head)[0] == self._machine and (lock := _lock_is(path)) != "unknown":
             return head if lock == "free" else None
         sign = (state.st_ino, state.st_size)
         now = time.monotonic()
@@ -243,18 +243,15 @@ def _head(path: Path) -> bytes:
         return b""
 
 
-def _machine_in(head: bytes) -> str | None:
+def _signature(head: bytes) -> tuple[str | None, int | None]:
+    """Return machine and process number of a claim's first line; None for what cannot be read."""
     try:
-        return str(json.loads(head)["machine"])
+        said = json.loads(head)
+        machine = str(said["machine"])
     except (ValueError, KeyError, TypeError):
-        return None  # not readable as a claim: judged by growth alone
-
-
-def _pid_in(head: bytes) -> int | None:
-    try:
-        return int(json.loads(head)["pid"])
-    except (ValueError, KeyError, TypeError):
-        return None
+        return None, None  # not readable as a claim: judged by growth alone
+    pid = said.get("pid")
+    return machine, pid if isinstance(pid, int) else None
 
 
 def _machine() -> str:

@@ -86,4 +86,9 @@ def stop_here(state: str, *, main: bool = True) -> None:
         state: what stands, for the message.
     """
     if (told := heard(main=main)) is not None:
-        raise Stopped(f"stopped by {told} {state}; run the same command to go on")
+        raise stopped(told, state)
+
+
+def stopped(told: str, state: str) -> Stopped:
+    """Return the error of a run that was asked to stop by `told`; `state` says what stands."""
+    return Stopped(f"stopped by {told} {state}; run the same command to go on")

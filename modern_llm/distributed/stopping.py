@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modern_llm.config.errors import Stopped
 from modern_llm.distributed import progress
-from modern_llm.distributed.signals import heard
+from modern_llm.distributed.signals import heard, stopped
 
 if TYPE_CHECKING:
     from modern_llm.distributed.runtime import Runtime
@@ -47,7 +46,7 @@ def check(runtime: Runtime, state: str) -> None:
         state: what stands, for the message.
     """
     if (told := stop_asked(runtime)) is not None:
-        raise Stopped(f"stopped by {told} {state}; run the same command to go on")
+        raise stopped(told, state)
 
 
 def leave(runtime: Runtime, failure: Exception | None) -> bool:

@@ -20,7 +20,7 @@ from modern_llm.config.errors import StorageError, UserError
 from modern_llm.data.plan import Order
 from modern_llm.data.prepare import Prepared
 from modern_llm.data.tokens import TokenTable
-from modern_llm.distributed.commit import TEMPORARY
+from modern_llm.distributed.commit import TEMPORARY, name_folder
 from modern_llm.distributed.faults import around
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.training import checkpoint
@@ -124,8 +124,8 @@ def _keep(run: RunFolder, digest: Any) -> None:
         temporary.mkdir()
         for path in standing.iterdir():
             _link(path, temporary / path.name)
-        shutil.rmtree(kept, ignore_errors=True)
-        temporary.rename(kept)
+    name_folder(temporary, kept)
+    shutil.rmtree(temporary, ignore_errors=True)  # what was replaced
 
 
 def _link(path: Path, to: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from modern_llm.config.errors import StorageError
 from modern_llm.distributed import progress
-from modern_llm.distributed.commit import TEMPORARY, free_bytes
+from modern_llm.distributed.commit import TEMPORARY, free_bytes, refusals
 from modern_llm.distributed.engine import Engine
 from modern_llm.distributed.faults import around
 from modern_llm.distributed.runtime import Runtime
@@ -152,15 +152,10 @@ class Saver:
         size = min(size, _PROBE)
         began = time.perf_counter()
         try:
-            with around("probe.write"), probe.open("wb") as file:
+            with refusals(probe.parent), around("probe.write"), probe.open("wb") as file:
                 file.write(b"\1" * size)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
-            raise StorageError(
-                f"cannot write {probe.parent}: {error.strerror or error}; free space or choose "
-                "another place"
-            ) from error
         finally:
             probe.unlink(missing_ok=True)
         return size / max(time.perf_counter() - began, 1e-9)
