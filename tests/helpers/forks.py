@@ -20,6 +20,8 @@ from typing import Any
 from tests.helpers.ranks import _announce, _end_with_parent, _free_port, _function
 
 ROOT = Path(__file__).resolve().parents[2]
+PEER_S = 30.0
+"""Within which the peers of a killed process must end by themselves."""
 
 
 class Job:

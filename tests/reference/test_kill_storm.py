@@ -25,13 +25,11 @@ from tests.helpers.fills import (
     read_log,
     scripted,
 )
-from tests.helpers.forks import Forks, Job, fork_server
+from tests.helpers.forks import PEER_S, Forks, Job, fork_server
 from tests.helpers.text import make_checkpoint, make_tokenizer, transcripts, write_jsonl
 
 FLUSH = 4
 """Pairs of a piece; 8 answers."""
-PEER_S = 30.0
-"""Within which the peers of a killed process must end by themselves."""
 STALL_S = 60.0
 
 

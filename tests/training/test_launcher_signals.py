@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.training.test_launchers import free_port
+from tests.training.test_launchers import free_port, launch_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = {
@@ -39,14 +38,10 @@ def start(launcher: str, folder: Path, model: Path, pairs: Path) -> subprocess.P
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", *LAUNCHERS[launcher], str(free_port()), "-m", "modern_llm"]
-    environment = {n: v for n, v in os.environ.items() if not n.startswith("ACCELERATE_")}
-    environment |= {
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-    }  # fmt: skip
     with (folder / "log").open("w") as log:
         return subprocess.Popen(
-            [*command, "dpo", "--config", str(folder / "run.yaml")], cwd=ROOT, env=environment,
+            [*command, "dpo", "--config", str(folder / "run.yaml")], cwd=ROOT,
+            env=launch_environment(),
             stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 

@@ -27,6 +27,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def launch_environment() -> dict[str, str]:
+    """Variables of a launcher on a CPU: this package, nothing that another launcher left."""
+    kept = {n: v for n, v in os.environ.items() if not n.startswith("ACCELERATE_")}
+    return kept | {
+        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+    }  # fmt: skip
+
+
 def launch(name: str, run: Path, *options: str, processes: int = 2, verb: str = "dpo", **settings):
     """Run a verb under a launcher file; returns the completed process."""
     command = [
@@ -35,13 +44,8 @@ def launch(name: str, run: Path, *options: str, processes: int = 2, verb: str = 
         "--num_processes", str(processes), "--main_process_port", str(free_port()),
         "-m", "modern_llm", verb, "--config", str(run), *options,
     ]  # fmt: skip
-    environment = {n: v for n, v in os.environ.items() if not n.startswith("ACCELERATE_")}
-    environment |= {
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo", **settings,
-    }  # fmt: skip
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+        command, cwd=ROOT, env=launch_environment() | settings, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     try:

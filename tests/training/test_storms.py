@@ -8,16 +8,15 @@ import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.forks import Forks, Job, fork_server
+from tests.helpers.forks import PEER_S, Forks, Job, fork_server
 from tests.helpers.runs import Inputs, end_state, pipeline
 from tests.helpers.text import WORDS, make_tokenizer, transcripts, write_jsonl
 
-PEER_S = 30.0
-"""Within which the peers of a killed process must end by themselves."""
 STALL_S = 120.0
 
 
@@ -79,6 +78,9 @@ class Pipeline:
         return Counter(path.read_text().splitlines() if path.exists() else [])
 
 
+Disturb = Callable[[Pipeline, list[Job], random.Random], bool]
+
+
 @pytest.fixture(scope="module")
 def calm(forks, inputs, tmp_path_factory) -> tuple[dict, float]:
     """The undisturbed end, and the seconds that it takes once signals are heard."""
@@ -102,20 +104,36 @@ def kill(run: Pipeline, jobs: list[Job], rng: random.Random) -> bool:
     return any(killed)
 
 
-def storm(forks, inputs, folder: Path, calm: tuple[dict, float], kills: int, seed: int) -> None:
+def disturbed(
+    forks: Forks,
+    inputs: Inputs,
+    folder: Path,
+    calm: tuple[dict, float],
+    count: int,
+    seed: int,
+    disturb: Disturb,
+) -> Iterator[Pipeline]:
+    """Disturb pipelines at random moments until it has counted `count` times; yield each once it
+    has ended like the calm one."""
     rng, expected, done, rounds = random.Random(seed), calm[0], 0, 0
-    while done < kills:
+    while done < count:
         run = Pipeline(forks, inputs, folder / str(rounds))
         rounds += 1
-        while done < kills:
+        while done < count:
             jobs = run.start()
             time.sleep(rng.uniform(0, 0.5 * calm[1]))
-            if not kill(run, jobs, rng):
+            if not disturb(run, jobs, rng):
                 break
             done += 1
         run.finish()
         assert end_state(run.folder) == expected
-        print(f"{done} kills in {rounds} pipelines", flush=True)
+        yield run
+        print(f"{done} of {count} in {rounds} pipelines", flush=True)
+
+
+def storm(forks, inputs, folder: Path, calm: tuple[dict, float], kills: int, seed: int) -> None:
+    for _ in disturbed(forks, inputs, folder, calm, kills, seed, kill):
+        pass
 
 
 def test_ten_kills_through_all_stages(forks, inputs, tmp_path, calm):
@@ -142,28 +160,23 @@ def ask(run: Pipeline, jobs: list[Job], rng: random.Random) -> None:
             os.kill(jobs[victim].pid, getattr(signal, way))
 
 
+def stop(run: Pipeline, jobs: list[Job], rng: random.Random) -> bool:
+    """Ask to stop; both save and end with 75. Returns whether they were still at work."""
+    ask(run, jobs, rng)
+    for job in jobs:
+        assert job.wait(PEER_S), job.text[-2000:]
+    statuses = [job.status for job in jobs]
+    if statuses == [0, 0]:
+        return False
+    assert statuses == [75, 75], jobs[0].text[-3000:] + jobs[1].text[-3000:]
+    outcomes = [json.loads(p.read_text()) for p in run.folder.glob("*/outcome.json")]
+    assert sum(outcome["status"] == 75 for outcome in outcomes) == 1, outcomes
+    return True
+
+
 def stops(forks, inputs, folder: Path, calm: tuple[dict, float], count: int, seed: int) -> None:
-    rng, expected, done, rounds = random.Random(seed), calm[0], 0, 0
-    while done < count:
-        run = Pipeline(forks, inputs, folder / str(rounds))
-        rounds += 1
-        while done < count:
-            jobs = run.start()
-            time.sleep(rng.uniform(0, 0.5 * calm[1]))
-            ask(run, jobs, rng)
-            for job in jobs:
-                assert job.wait(PEER_S), job.text[-2000:]
-            statuses = [job.status for job in jobs]
-            if statuses == [0, 0]:
-                break
-            assert statuses == [75, 75], jobs[0].text[-3000:] + jobs[1].text[-3000:]
-            outcomes = [json.loads(p.read_text()) for p in run.folder.glob("*/outcome.json")]
-            assert sum(outcome["status"] == 75 for outcome in outcomes) == 1, outcomes
-            done += 1
-        run.finish()
-        assert end_state(run.folder) == expected
+    for run in disturbed(forks, inputs, folder, calm, count, seed, stop):
         assert set(run.steps().values()) == {1}, "a step was lost and made again"
-        print(f"{done} stops in {rounds} pipelines", flush=True)
 
 
 def test_ten_stops_through_all_stages(forks, inputs, tmp_path, calm):
