@@ -11,11 +11,10 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -27,34 +26,31 @@ from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from modern_llm.config import TrainingConfig
-from modern_llm.config.errors import ConfigError, PeerError, StorageError
-from modern_llm.distributed import commit, deepspeed_config, frozen
+from modern_llm.config.errors import ConfigError, PeerError
+from modern_llm.distributed import deepspeed_config, frozen
 from modern_llm.distributed.engine import DeepSpeedEngine, Engine
 from modern_llm.distributed.faults import around
 from modern_llm.distributed.handshake import join
 from modern_llm.distributed.local_files import named_in
+from modern_llm.distributed.peers import MEETING_H, Peers
 from modern_llm.distributed.progress import waiting
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from modern_llm.distributed.stopping import Flag
 
 
-class Runtime:
+class Runtime(Peers):
     """One process of a run: who it is, and how it agrees with the others."""
 
     def __init__(self, accelerator: Accelerator, config: TrainingConfig):
         self.accelerator, self.config = accelerator, config
-        self.rank: int = accelerator.process_index
-        self.world: int = accelerator.num_processes
+        super().__init__(accelerator.process_index, accelerator.num_processes)
         self.device: torch.device = accelerator.device
         self.stopping: str | None = None  # what all have agreed to stop for
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is rank 0, the one that writes and prints."""
-        return self.rank == 0
+        self.flag: Flag | None = None  # a decision to stop that is under way
 
     @property
     def stage(self) -> int | None:
@@ -109,102 +105,6 @@ class Runtime:
         with around("collective.barrier"), waiting():
             self.accelerator.wait_for_everyone()
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Return the elementwise sum over all processes."""
-        if self.world == 1:
-            return values
-        total = values.clone()
-        with around("collective.sum"), waiting():
-            dist.all_reduce(total)
-        return total
-
-    def gather(self, value: T) -> list[T]:
-        """Return the picklable `value` of every process, in rank order."""
-        if self.world == 1:
-            return [value]
-        values: list[T | None] = [None] * self.world
-        with around("collective.gather"), waiting():
-            dist.all_gather_object(values, value)
-        return values  # type: ignore[return-value]
-
-    def from_main(self, value: T) -> T:
-        """Return rank 0's `value` on every process."""
-        if self.world == 1:
-            return value
-        box = [value]
-        with around("collective.broadcast"), waiting():
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def on_main(self, work: Callable[[], T]) -> T:
-        """Let rank 0 do `work` while the others wait; all get its result, or its error."""
-        result: T | None = None
-        failure: BaseException | None = None
-        if self.is_main:
-            try:
-                result = work()
-            except Exception as error:
-                failure = error
-        self.raise_together(failure)
-        return self.from_main(result)  # type: ignore[return-value]
-
-    def raise_together(self, failure: BaseException | None) -> None:
-        """Meet the others; raise this process's `failure`, or else the first that another one had.
-
-        Called where each did work of its own before a collective: who failed alone would leave the
-        others waiting in it.
-        """
-        failures = [f for f in self.gather(_portable(failure)) if f is not None]
-        if failure is not None:
-            raise failure
-        if failures:
-            raise failures[0]
-
-    @contextmanager
-    def committed_folder(self, target: Path, facts: dict[str, Any]) -> Iterator[Path]:
-        """Let all ranks write into one folder that appears as `target` when all are done.
-
-        Rank 0 makes it and names it; each flushes and digests its share of the files. An error on
-        any rank leaves nothing and is raised on all.
-        """
-
-        def begin() -> Path:
-            with commit.refusals(target):
-                return commit.begin(target)
-
-        def finish() -> None:
-            with commit.refusals(target):
-                commit.finish(place, target, files, facts)
-
-        place = self.on_main(begin)
-        try:
-            with self.failing_together(), commit.refusals(target):
-                if not place.is_dir():
-                    raise StorageError(
-                        f"{target.parent}: rank {self.rank} does not see what rank 0 writes there; "
-                        "name a folder on a disk that all nodes share"
-                    )
-                yield place
-            shares: list[dict[str, Any]] = []
-            with self.failing_together(), commit.refusals(target):
-                shares = [commit.seal(place, self.rank, self.world)]
-            shares = self.gather(shares[0])
-            files = {name: entry for share in shares for name, entry in share.items()}
-            self.on_main(finish)
-        finally:
-            if self.is_main:
-                commit.abandon(place)
-
-    @contextmanager
-    def failing_together(self) -> Iterator[None]:
-        """Do the body on every rank; an error in any of them is raised on all."""
-        failure: Exception | None = None
-        try:
-            yield
-        except Exception as error:
-            failure = error
-        self.raise_together(failure)
-
     @contextmanager
     def one_per_machine_first(self) -> Iterator[None]:
         """Let one process of each machine do the body before the others (who then find it done).
@@ -222,15 +122,6 @@ class Runtime:
         self.raise_together(failure)
         if not first:
             yield
-
-    def agree(self, value: str, what: str) -> None:
-        """Raise `PeerError` on every process unless all have the same `value`."""
-        values = self.gather(value)
-        if len(set(values)) > 1:
-            differing = ", ".join(f"rank {rank}: {v[:16]}" for rank, v in enumerate(values))
-            raise PeerError(
-                f"processes disagree on {what} ({differing}); give all of them the same files"
-            )
 
 
 def start(config: TrainingConfig, record: dict[str, Any] | None = None) -> Runtime:
@@ -255,8 +146,7 @@ def start(config: TrainingConfig, record: dict[str, Any] | None = None) -> Runti
     if (announced > 1 or deepspeed) and not dist.is_initialized():
         if not on_cpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        # Long enough for one process to tokenise while the others wait.
-        join("gloo" if on_cpu else "nccl", _facts(record), timedelta(hours=3))
+        join("gloo" if on_cpu else "nccl", _facts(record), timedelta(hours=MEETING_H))
     before = PartialState._shared_state.get("distributed_type")
     # Stages run one after another in one process, each with a precision and perhaps a sharding of
     # its own; the process group of the first serves all.
@@ -384,14 +274,3 @@ def _leave_out_shared_memory_collectives(deepspeed: Any) -> None:
     table = getattr(deepspeed.ops, "__compatible_ops__", None)
     if isinstance(table, dict) and "deepspeed_shm_comm" in table:
         table["deepspeed_shm_comm"] = False
-
-
-def _portable(error: BaseException | None) -> BaseException | None:
-    """Return an error that survives pickling: foreign ones may hold what cannot be sent."""
-    if error is None:
-        return None
-    if isinstance(error, ConfigError):
-        return ConfigError(error.problems)
-    if type(error).__module__.startswith("modern_llm.config"):
-        return type(error)(str(error))
-    return RuntimeError(f"{type(error).__name__}: {error}")

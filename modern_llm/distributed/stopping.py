@@ -1,7 +1,8 @@
 """One decision of all processes to stop: a flag that any of them has, reduced where all meet.
 
 Asked after each optimizer step, forward of an evaluation or of the reference pass, and generated
-token. Called by whatever takes long.
+token. In a step the reduction begins before the optimizer and is collected after it: by then it is
+made, and nobody waits. Called by whatever takes long.
 """
 
 from __future__ import annotations
@@ -19,14 +20,27 @@ if TYPE_CHECKING:
 _FAILED = "a failure"
 
 
-def agreed(runtime: Runtime, word: str | None) -> str | None:
-    """Return the word of the first process that has one, None where none has; a collective."""
-    if runtime.world == 1:
-        return word
-    flag = torch.tensor(float(word is not None), device=runtime.device)
-    if not float(runtime.sum(flag)):
-        return None
-    return next(said for said in runtime.gather(word) if said is not None)
+class Flag:
+    """A decision under way: whether any process has a word, from when this one says its own."""
+
+    def __init__(self, runtime: Runtime, word: str | None):
+        self._runtime, self._word = runtime, word
+        self._asked = runtime.begin_sum(torch.tensor(float(word is not None)))
+
+    def decided(self) -> str | None:
+        """Return the word of the first process that has one, None where none has; a collective."""
+        if not float(self._asked()):
+            return None
+        return next(said for said in self._runtime.gather(self._word) if said is not None)
+
+
+def begin_asking(runtime: Runtime) -> None:
+    """Begin what the next `stop_asked` decides, where waiting for the others would cost time.
+
+    Who is asked between the two is heard by the decision after that.
+    """
+    if runtime.world > 1 and runtime.stopping is None and runtime.flag is None:
+        runtime.flag = Flag(runtime, heard(main=runtime.is_main))
 
 
 def stop_asked(runtime: Runtime) -> str | None:
@@ -35,7 +49,9 @@ def stop_asked(runtime: Runtime) -> str | None:
     What was once decided stays decided.
     """
     if runtime.stopping is None:
-        runtime.stopping = agreed(runtime, heard(main=runtime.is_main))
+        flag, runtime.flag = runtime.flag, None
+        flag = flag or Flag(runtime, heard(main=runtime.is_main))
+        runtime.stopping = flag.decided()
     return runtime.stopping
 
 
@@ -55,7 +71,7 @@ def leave(runtime: Runtime, failure: Exception | None) -> bool:
     A collective that takes the failed one along, so that the others do not wait for it.
     """
     told = heard(main=runtime.is_main)
-    word = agreed(runtime, _FAILED if failure is not None else told)
+    word = Flag(runtime, _FAILED if failure is not None else told).decided()
     if word is not None and word != _FAILED:
         runtime.stopping = word
     return word is not None
@@ -86,8 +102,8 @@ class Rounds:
         if runtime.world == 1:
             asked, others = float(told is not None), 0.0
         else:
-            flags = torch.tensor([float(told is not None), unfinished], device=runtime.device)
-            asked, others = runtime.sum(flags).tolist()
+            flags = torch.tensor([float(told is not None), unfinished])
+            asked, others = runtime.begin_sum(flags)().tolist()
         if asked:
             runtime.stopping = next(w for w in runtime.gather(told) if w is not None)
             check(runtime, self._state)

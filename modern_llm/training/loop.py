@@ -23,7 +23,7 @@ from modern_llm.distributed import progress
 from modern_llm.distributed.engine import Engine, Update
 from modern_llm.distributed.faults import around
 from modern_llm.distributed.runtime import Runtime
-from modern_llm.distributed.stopping import check, stop_asked
+from modern_llm.distributed.stopping import begin_asking, check, stop_asked
 from modern_llm.training import checkpoint, nonfinite
 from modern_llm.training.metrics import MetricsLog, console_line, peak_memory_gb
 from modern_llm.training.optim import is_due, learning_rate, make_optimizer, set_learning_rate
@@ -179,6 +179,7 @@ def _optimizer_step(
         progress.tick()
         _add(sums, result.statistics)
     progress.enter("optimizer", step + 1)
+    begin_asking(runtime)
     set_learning_rate(engine.optimizer, rate)
     # The norm is of the averaged gradient, so every rank sees the same and decides the same.
     update = engine.step(config.max_grad_norm)
