@@ -44,8 +44,9 @@ class TrainingConfig:
     gradient_accumulation_steps: Positive | None = None
     """Forwards of one optimizer step on one process; more processes share them.
     batch_size = micro_batch_size x gradient_accumulation_steps."""
-    tokens_per_micro_batch: Positive | None = None
-    """Most tokens in one forward on one process, padding included; chosen by device unless said."""
+    tokens_per_micro_batch: Positive | Literal["auto"] = "auto"
+    """Most tokens in one forward on one process, padding included. auto: what the device is fast
+    with, halved and kept where the first steps run out of memory."""
 
     max_steps: Positive | None = None
     """Optimizer steps; excludes epochs."""
@@ -130,6 +131,11 @@ class TrainingConfig:
         # YAML 1.1 reads a bare `no` as false.
         return "no" if value is False else value
 
+    @field_validator("tokens_per_micro_batch", mode="before")
+    @classmethod
+    def _nothing_is_auto(cls, value: object) -> object:
+        return "auto" if value is None else value
+
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
         problems = [text for bad, text in self._rules() if bad]
@@ -186,6 +192,12 @@ class TrainingConfig:
         if self.gradient_accumulation_steps is not None:
             return -(-self.batch_size // self.gradient_accumulation_steps)
         return None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Most tokens in one forward on one process, or None where that is to be found."""
+        said = self.tokens_per_micro_batch
+        return None if said == "auto" else said
 
     @property
     def precision(self) -> Literal["no", "bf16", "fp16"]:

@@ -11,8 +11,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+
+from modern_llm.distributed.faults import around
+from modern_llm.distributed.progress import waiting
 
 
 class Update(NamedTuple):
@@ -39,6 +43,12 @@ class Engine:
         """Steps whose gradient was not finite, without a scaler; part of the state."""
 
     @property
+    def recovers(self) -> bool:
+        """Whether a backward pass that broke off leaves nothing behind but gradients: nobody else
+        keeps or reduces parts of them."""
+        return not any(hasattr(parameter, "to_local") for parameter in self.inner.parameters())
+
+    @property
     def scales_loss(self) -> bool:
         """Whether a loss scaler is at work, for which an overflow now and then is expected."""
         return self.accelerator.scaler is not None
@@ -60,6 +70,23 @@ class Engine:
         """Add the gradients of `loss`."""
         self.accelerator.backward(loss)
 
+    def clear(self) -> None:
+        """Forget the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def average_gradients(self) -> None:
+        """Reduce the gradients of backwards none of which was the last; a collective."""
+        world = dist.get_world_size()
+        for parameter in self.inner.parameters():
+            if not parameter.requires_grad:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            # Divided first, as DDP does.
+            parameter.grad.div_(world)
+            with around("collective.gradients"), waiting():
+                dist.all_reduce(parameter.grad)
+
     def step(self, max_norm: float | None) -> Update:
         """Clip, step and clear the gradients."""
         limit = max_norm or float("inf")
@@ -69,7 +96,7 @@ class Engine:
         # With a scaler, the scaler itself looks for overflow and skips.
         if finite or self.scales_loss:
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.clear()
         skipped = self.scales_loss and self.accelerator.optimizer_step_was_skipped
         return Update(float(norm), applied=not skipped and (finite or self.scales_loss))
 
@@ -84,6 +111,11 @@ class DeepSpeedEngine(Engine):
         self.stage = int(self.model.zero_optimization_stage())
         # Accelerate's wrapper hides the groups of the partitioned optimizer.
         self.optimizer = self.model.optimizer
+
+    @property
+    def recovers(self) -> bool:
+        """DeepSpeed keeps parts of gradients in buffers of its own."""
+        return False
 
     @property
     def scales_loss(self) -> bool:

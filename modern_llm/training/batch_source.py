@@ -45,6 +45,7 @@ class BatchSource:
         align: see `collate`.
         flops: counts the ideal operations of a micro-batch, from how many tokens each of its tokens
             sees and the number of targets.
+        auto: whether the token budget was chosen here and may be lowered.
     """
 
     def __init__(
@@ -58,10 +59,20 @@ class BatchSource:
         shared: Sharing | bool,
         align: int = 1,
         flops: Callable[[Tensor, int], float] | None = None,
+        auto: bool = False,
     ):
         self.examples, self.order, self.budget = examples, order, budget
         self.rank, self.world, self.shared, self.align = rank, world, shared, align
-        self._flops = flops
+        self._flops, self.auto = flops, auto
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Most tokens of one forward, None where only examples bound it."""
+        return self.budget.tokens
+
+    def limit(self, tokens: int) -> None:
+        """Let forwards take at most so many tokens from here on."""
+        self.budget = replace(self.budget, tokens=tokens)
 
     def collate(self, indices: Indices) -> MicroBatch:
         """Return the tensors of some examples."""
@@ -88,6 +99,20 @@ class BatchSource:
         parts = [part for rank in self.parts(self.order.step(step)) for part in rank]
         groups = [group for part in parts for group in self.examples.together(part)]
         return sum(sum(self.examples.group_sizes(group)) for group in groups)
+
+    def largest_forward(self, step: int) -> int:
+        """Return the tokens, padding included, of the largest forward of a step over all ranks."""
+        parts = [part for rank in self.parts(self.order.step(step)) for part in rank]
+        groups = [self.examples.together(part) for part in parts]
+        return max(
+            area([self.examples.group_sizes(group) for group in part], shared=self.shared)
+            for part in groups
+        )
+
+    def largest_example(self) -> tuple[int, str]:
+        """Return (tokens, origin) of the example that takes most room alone in a forward."""
+        tokens, index = largest_example(self.examples, shared=self.shared)
+        return tokens, self.examples.table.origin(index)
 
     def in_order(self, group: int) -> Iterator[Lazy]:
         """Yield this rank's part of every example once, `group` examples at a time."""

@@ -10,6 +10,7 @@ from modern_llm.data.batches import MicroBatch
 from modern_llm.objectives.language import language_loss, perplexity
 from modern_llm.training.batch_source import BatchSource, Lazy
 from modern_llm.training.task import StepSums
+from modern_llm.training.token_budget import TokenBudget
 from modern_llm.training.usage import usage_metrics, usage_sums
 
 # Examples that are placed together in an evaluation: enough to fill micro-batches evenly.
@@ -28,6 +29,8 @@ class LanguageTask:
     def __init__(self, source: BatchSource, evaluation: BatchSource | None, aux_coefficient: float):
         self._source, self._evaluation = source, evaluation
         self._aux = aux_coefficient
+        sources = [source] if evaluation is None else [source, evaluation]
+        self.budget = TokenBudget(sources, auto=source.auto)
         self._aux_scale = 0.0
 
     def steps_in(self, epochs: float) -> int:

@@ -7,7 +7,6 @@ the stages with a scorer, a task and a run folder.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from modern_llm.training.metrics import MetricsLog, console_line, peak_memory_gb
 from modern_llm.training.optim import is_due, learning_rate, make_optimizer, set_learning_rate
 from modern_llm.training.run_folder import RunFolder
 from modern_llm.training.saving import OWED, Saver
+from modern_llm.training.step import accumulate, add
 from modern_llm.training.task import Task
 from modern_llm.training.watch import Watch
 
@@ -108,8 +108,8 @@ def train(
     engine, start, owed = _start_engine(runtime, scorer, config, run, facts, total)
     engine.model.train()
     clock = Clock(MetricsLog(run.metrics).elapsed() if start else 0.0, time.perf_counter(), peak)
-    saver = Saver(runtime, run, engine, facts, start)
-    saver.check_room((total - 1) // config.save_every - start // config.save_every)
+    task.budget.begin(runtime, run)
+    saver = _saver(runtime, run, engine, facts, start, total)
     check(runtime, f"after step {start}" if start else "before the first step")
     if sample is not None:
         sample.start(start)
@@ -127,7 +127,7 @@ def train(
             watch.advance(done)
             record: dict[str, float] = {}
             if _is_logged(engine, config, done, total):
-                record = _measure(runtime, task, sums, clock) | _update(engine, grad_norm, rate)
+                record = _measured(runtime, engine, task, sums, clock, grad_norm, rate)
                 watch.line(console_line(done, record))
             cut = False
             try:
@@ -144,6 +144,20 @@ def train(
     return engine
 
 
+def _saver(
+    runtime: Runtime,
+    run: RunFolder,
+    engine: Engine,
+    facts: dict[str, Any],
+    start: int,
+    total: int,
+) -> Saver:
+    """What writes the checkpoints, once there is room for those that will come."""
+    saver, every = Saver(runtime, run, engine, facts, start), run.config.save_every
+    saver.check_room((total - 1) // every - start // every)
+    return saver
+
+
 def _optimizer_step(
     runtime: Runtime,
     engine: Engine,
@@ -154,30 +168,7 @@ def _optimizer_step(
 ) -> tuple[dict[str, Tensor], float]:
     """One step of the optimizer; returns this rank's sums and the norm of the whole gradient."""
     began = time.perf_counter()
-    progress.enter("loading the batch", step + 1)
-    with around("loader"):
-        batches = [batch.to(runtime.device) for batch in task.micro_batches(step)]
-    busy = time.perf_counter() - began
-    compiles = config.compile or not progress.here.steps
-    allowance = progress.COMPILE_S if compiles else 0.0
-    progress.enter("forward and backward", step + 1, allowance)
-    batches = task.prepare(engine.model, step, batches)
-    # DDP and ZeRO average gradients over ranks: the factor undoes it. Nobody else divides.
-    scale = runtime.world / task.denominator(step)
-    sums: dict[str, Tensor] = {}
-    losses: list[Tensor] = []
-    for at, batch in enumerate(batches):
-        _seed(config.seed, step, at, runtime.rank)
-        last = at == len(batches) - 1
-        with engine.forward_backward(last):
-            result = task.run(engine.model, batch)
-            if runtime.stage != 3:  # there a forward waits for the weights of the others
-                busy = time.perf_counter() - began
-            losses.append(result.loss.detach())
-            loss = result.loss * scale
-            engine.backward(nonfinite.spoiled(loss, losses) if last else loss, last=last)
-        progress.tick()
-        _add(sums, result.statistics)
+    sums, losses, busy = accumulate(runtime, engine, task, config, step, began)
     progress.enter("optimizer", step + 1)
     begin_asking(runtime)
     set_learning_rate(engine.optimizer, rate)
@@ -207,11 +198,24 @@ def _is_logged(engine: Engine, config: TrainingConfig, step: int, total: int) ->
     return due or step == 1 or engine.passed_over["in_a_row"] > 0
 
 
-def _update(engine: Engine, grad_norm: float, rate: float) -> dict[str, float]:
-    """What is logged of an update; how many were not finite and not applied, where there were
-    any."""
-    skipped = engine.passed_over["total"]
-    return {"grad_norm": grad_norm, "lr": rate} | ({"skipped_steps": skipped} if skipped else {})
+def _measured(
+    runtime: Runtime,
+    engine: Engine,
+    task: Task,
+    sums: dict[str, Tensor],
+    clock: Clock,
+    grad_norm: float,
+    rate: float,
+) -> dict[str, float]:
+    """What is logged of a step; how many were not finite and not applied, where there were any, and
+    the token budget where memory had run out."""
+    found = _measure(runtime, task, sums, clock)
+    found |= {"grad_norm": grad_norm, "lr": rate}
+    if skipped := engine.passed_over["total"]:
+        found["skipped_steps"] = skipped
+    if task.budget.halved and task.budget.tokens:
+        found["tokens_per_micro_batch"] = task.budget.tokens
+    return found
 
 
 def _head(clock: Clock, task: Task, step: int) -> dict[str, float]:
@@ -258,7 +262,7 @@ def _evaluate(
         for batch in batches:
             progress.tick()
             check(runtime, "during an evaluation")
-            _add(sums, task.run(model, batch).statistics)
+            add(sums, task.run(model, batch).statistics)
     model.train()
     metrics = task.metrics(_over_ranks(runtime, sums))
     watch.line(f"evaluation {console_line(step, metrics)}")
@@ -291,18 +295,6 @@ def _over_ranks(runtime: Runtime, sums: dict[str, Tensor]) -> dict[str, float]:
     dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
     stacked = torch.stack([sums[name].to(dtype).to(runtime.device) for name in names])
     return dict(zip(names, runtime.sum(stacked).tolist(), strict=True))
-
-
-def _add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
-    for name, value in more.items():
-        sums[name] = sums[name] + value if name in sums else value
-
-
-def _seed(*numbers: int) -> None:
-    """Seed every generator from (seed, step, micro-batch, rank): dropout resumes without saved
-    state."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _start_engine(

@@ -16,6 +16,7 @@ from modern_llm.objectives.preference import preference_loss, preference_statist
 from modern_llm.training.batch_source import BatchSource, Lazy
 from modern_llm.training.dpo_config import DPOConfig
 from modern_llm.training.task import StepSums
+from modern_llm.training.token_budget import TokenBudget
 from modern_llm.training.usage import NAMES, usage_metrics, usage_sums
 
 EVALUATION_GROUP = 256
@@ -50,6 +51,8 @@ class PreferenceTask:
         self._source, self._reference = source, reference
         self._evaluation, self._evaluation_reference = evaluation, evaluation_reference
         self._aux = aux_coefficient
+        sources = [source] if evaluation is None else [source, evaluation]
+        self.budget = TokenBudget(sources, auto=source.auto)
         self._aux_scale = 0.0
 
     def steps_in(self, epochs: float) -> int:

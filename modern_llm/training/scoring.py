@@ -188,7 +188,7 @@ class Scoring:
         self._runtime, self._module, self._trees = runtime, module, trees
         self.tokens = tokens
         automatic = FORWARD_TOKENS.get(runtime.device.type, 8192)
-        self.budget = config.tokens_per_micro_batch or automatic
+        self.budget = config.most_tokens or automatic
 
     def lay_out(self, answers: Answers, entries: NDArray[np.int64] | None = None) -> Trees:
         """Return all or some answers laid out for this model."""

@@ -18,10 +18,7 @@ from modern_llm.models.attention_flex import SIDE
 from modern_llm.models.flops import IdealFlops
 from modern_llm.models.scorer import TokenScorer
 from modern_llm.training.batch_source import BatchSource, largest_example
-
-# Tokens of one forward where the user says nothing. On a CPU small forwards stay in the caches and
-# long rows cost attention; a GPU wants enough work for every kernel.
-AUTO_TOKENS = {"cpu": 1024, "cuda": 16_384}
+from modern_llm.training.token_budget import AUTO_TOKENS
 
 
 def make_sources(
@@ -85,6 +82,7 @@ def make_source(
         shared=shared,
         align=SIDE if scorer.abilities.backend == "flex" else 1,
         flops=partial(IdealFlops(scorer.model), training=True),
+        auto=config.most_tokens is None,
     )
 
 
@@ -98,16 +96,16 @@ def sharing(scorer: TokenScorer) -> Sharing:
 def token_budget(
     runtime: Runtime, config: TrainingConfig, examples: Examples, *, shared: Sharing
 ) -> Budget:
-    """Return what one forward may hold: as the user says, else by device."""
+    """Return what one forward may hold: as the user says, else by device; see `token_budget`."""
     count = config.examples_per_micro_batch
-    if config.tokens_per_micro_batch is None:
+    if config.most_tokens is None:
         tokens = None if count is not None else AUTO_TOKENS.get(runtime.device.type, 8192)
         return Budget(tokens=tokens, examples=count)
     tokens, index = largest_example(examples, shared=shared)
-    if tokens > config.tokens_per_micro_batch:
+    if tokens > config.most_tokens:
         raise UserError(
             f"{examples.table.origin(index)}: takes {tokens} tokens, above "
             "train.tokens_per_micro_batch "
-            f"{config.tokens_per_micro_batch}: raise it, or lower max_length"
+            f"{config.most_tokens}: raise it, or lower max_length"
         )
-    return Budget(tokens=config.tokens_per_micro_batch, examples=count)
+    return Budget(tokens=config.most_tokens, examples=count)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from modern_llm.training.token_budget import TokenBudget
+
 
 class StepSums(NamedTuple):
     """What one forward contributes to a step."""
@@ -24,6 +26,9 @@ class StepSums(NamedTuple):
 
 class Task(Protocol):
     """The questions that the loop asks, in the order in which it asks them."""
+
+    budget: TokenBudget
+    """How many tokens a forward takes; the loop lowers it where memory runs out."""
 
     def steps_in(self, epochs: float) -> int:
         """Return the optimizer steps of so many passes over the data."""

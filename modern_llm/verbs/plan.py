@@ -102,7 +102,7 @@ def _wish(settings: PlanSettings, stage: TrainingSettings | None) -> Any:
         precision=precision,
         longest=_longest(settings, stage),
         checkpointing=checkpointing,
-        tokens=settings.tokens_per_micro_batch or (train and train.tokens_per_micro_batch),
+        tokens=settings.tokens_per_micro_batch or (train and train.most_tokens),
         steps=settings.steps or (train and train.max_steps),
         batch_size=settings.batch_size or (train.batch_size if train else 32),
         example_tokens=settings.tokens_per_example,

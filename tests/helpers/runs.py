@@ -32,7 +32,7 @@ from modern_llm.distributed import handshake
 from modern_llm.distributed.commit import verified_manifest
 from modern_llm.distributed.signals import StopRequest
 from modern_llm.reference.store import ReferenceStore
-from modern_llm.training import loop, train_dpo, train_lm, train_sft
+from modern_llm.training import loop, step, train_dpo, train_lm, train_sft
 from modern_llm.training.scoring import Answers
 
 
@@ -54,16 +54,16 @@ def command(arguments: list[str], environment: dict[str, str], trick: str = "") 
 
 
 def _play(kind: str, value: str) -> None:
-    real = loop.around
+    real = step.around
 
     def around(name: str) -> Any:
         if name == "loader" and kind == "slow":
             ctypes.CDLL(None).usleep(int(float(value) * 1e6))
-        if name == "loader" and kind == "gil" and loop.progress.here.step == int(value):
+        if name == "loader" and kind == "gil" and step.progress.here.step == int(value):
             ctypes.PyDLL(None).sleep(600)
         return real(name)
 
-    loop.around = around
+    step.around = around
 
 
 def write_run(file: Path, settings: dict[str, Any]) -> list[str]:

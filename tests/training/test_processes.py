@@ -14,13 +14,14 @@ from modern_llm.config import (
     PreferenceDatasetConfig,
     TrainingConfig,
 )
-from modern_llm.training import loop
+from modern_llm.training import loop, token_budget
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
 from modern_llm.training.train_lm import run_training
 from modern_llm.training.train_sft import run_sft
 from tests.helpers.ranks import run_ranks
 from tests.helpers.text import WORDS, make_checkpoint, write_jsonl
 from tests.helpers.zero import stage, use_deepspeed
+from tests.training.test_token_budget import LittleMemory, call, near
 
 
 def config(folder: Path, **changes) -> TrainingConfig:
@@ -71,20 +72,41 @@ def language_stages(inputs: tuple, folder: Path) -> list[list[float]]:
     return [losses(folder / name) for name in ("lm", "sft", "moe_sft")]
 
 
-def on_a_rank(inputs: tuple, folder: Path) -> list[list[float]]:
+def on_a_rank(
+    inputs: tuple, folder: Path, checkpoint: Path, pairs: Path
+) -> tuple[list[list[float]], dict]:
     import torch.distributed as dist
 
-    result = language_stages(inputs, folder)
+    result = language_stages(inputs, folder), short_of_memory(checkpoint, pairs, folder / "short")
     assert dist.get_world_size() == 2
     return result
 
 
-def test_language_stages(inputs, tmp_path):
+def test_language_stages(inputs, tmp_path, tiny_checkpoint, tiny_pairs):
     alone = language_stages(inputs, tmp_path / "one")
-    for rank in run_ranks(on_a_rank, 2, inputs, tmp_path / "two", timeout=200):
-        for at, (one, two) in enumerate(zip(alone, rank, strict=True)):
+    pairs = tiny_checkpoint, tiny_pairs
+    plain = call(tmp_path / "plain", *pairs)
+    ranks = run_ranks(on_a_rank, 2, inputs, tmp_path / "two", *pairs, timeout=250)
+    for rank, (found, short) in enumerate(ranks):
+        for at, (one, two) in enumerate(zip(alone, found, strict=True)):
             assert one == pytest.approx(two, rel=2e-3 if at == 2 else 1e-5)
             assert one[-1] < one[0]
+        # Memory ran out on rank 1 alone; both made the step again.
+        assert short["ran_out"] == ([0] if rank == 1 else [])
+        assert near(short["whole"], plain)
+        assert {r["tokens_per_micro_batch"] for r in short["whole"]} == {short["budget"]}
+    assert ranks[0][1]["budget"] == ranks[1][1]["budget"] < 300
+
+
+def short_of_memory(checkpoint: Path, pairs: Path, folder: Path) -> dict:
+    """Memory runs out on rank 1 while the processes look for what fits."""
+    found: dict = {}
+    token_budget.SEARCH_STEPS["cpu"] = 2
+    with LittleMemory(300, rank=1) as memory:
+        found["whole"] = call(folder / "found", checkpoint, pairs)
+    note = json.loads((folder / "found" / token_budget.FILE).read_text())
+    found |= {"ran_out": memory.ran_out, "budget": note["tokens_per_micro_batch"]}
+    return found
 
 
 def under_zero(inputs: tuple, folder: Path) -> dict[int, list[list[float]]]:
