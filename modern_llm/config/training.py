@@ -117,6 +117,10 @@ class TrainingConfig:
     """Steps between checkpoints; one is written at the end of training only as the final model."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints that are kept."""
+    background_saving: bool = False
+    """Copy the state into the host's memory (12 bytes a trained parameter, shared by the processes
+    under ZeRO) and write it while training goes on, one checkpoint at a time. The last one before
+    a stop is written at once."""
     resume: Literal["auto", "must", "never"] = "auto"
     """auto: go on from the newest checkpoint in output_dir if there is one; must: refuse to start
     without;

@@ -72,6 +72,8 @@ class Setting:
     """Target positions among them; all unless said."""
     checkpointing: bool = False
     """Whether activations are made again in the backward pass."""
+    background_saving: bool = False
+    """Whether a copy of weights and moments is written while training goes on."""
     row: int | None = None
     """Row length, where attention scores are held whole (the plain CPU kernel with a mask)."""
 
@@ -104,6 +106,8 @@ def plan_memory(parameters: Sequence[Parameter], sizes: Sizes, setting: Setting)
     states["gradients"] = gradient_bytes(parameters, setting)
     if setting.reference:
         memory.device["reference"] = _reference_bytes(parameters, setting)
+    if setting.background_saving:
+        memory.host["saving"] = _saving_bytes(parameters, setting)
     memory.device["activations"] = activation_bytes(sizes, setting)
     memory.device["head"] = head_bytes(sizes, setting)
     memory.device["buffers"] = _buffer_bytes(parameters, sizes, setting)
@@ -199,6 +203,12 @@ def _buffer_bytes(parameters: Sequence[Parameter], sizes: Sizes, setting: Settin
     a_layer = sum(p.numel for p in parameters) - 2 * sizes.vocabulary * sizes.hidden
     live = max(largest, 2 * max(0, a_layer) // max(sizes.layers, 1))
     return bucket + setting.item * live
+
+
+def _saving_bytes(parameters: Sequence[Parameter], setting: Setting) -> int:
+    """Float32 weights and two moments: of this rank's pieces, or whole on the one that writes."""
+    sharers = setting.world if setting.stage else 1
+    return sum(3 * FLOAT32 * _ceil(p.numel, sharers) for p in parameters if p.trained)
 
 
 def _groups(parameters: Iterable[Parameter]) -> list[list[Parameter]]:

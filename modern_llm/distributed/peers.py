@@ -180,7 +180,7 @@ def own_group(name: str) -> dist.ProcessGroup:
     # Stages run one after another in one process; a group of the first serves all.
     world, group = _groups.get(name, (None, None))
     if world is not dist.group.WORLD:
-        with around("group.make"), waiting():
+        with around("collective.group"), waiting():
             group = dist.new_group(backend="gloo", timeout=timedelta(hours=MEETING_H))
         _groups[name] = dist.group.WORLD, group
     return group

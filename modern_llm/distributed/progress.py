@@ -8,6 +8,7 @@ micro-batch. Called by whatever takes long; nothing here decides.
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -53,6 +54,24 @@ class Place:
 
 
 here = Place()
+aside: Place | None = None
+"""Where a save beside the training stands, while there is one."""
+_own = threading.local()
+
+
+def _mine() -> Place:
+    """Where the calling thread stands: a thread inside `beside` has marks of its own."""
+    return getattr(_own, "place", here)
+
+
+@contextmanager
+def beside(place: Place) -> Iterator[None]:
+    """Let marks of this thread go to `place`, while another thread gets on with something else."""
+    _own.place = place
+    try:
+        yield
+    finally:
+        del _own.place
 
 
 def begin() -> None:
@@ -74,19 +93,20 @@ def enter(phase: str, step: int | None = None, allowance: float = 0.0) -> None:
 
 
 def tick() -> None:
-    """Say that this process gets on within its phase."""
-    here.ticked = time.monotonic()
+    """Say that this thread gets on within its phase."""
+    _mine().ticked = time.monotonic()
 
 
 @contextmanager
 def waiting() -> Iterator[None]:
     """Enclose a wait for the other processes."""
-    here.waiting = True
+    place = _mine()
+    place.waiting = True
     try:
         yield
     finally:
-        here.waiting = False
-        here.ticked = time.monotonic()
+        place.waiting = False
+        place.ticked = time.monotonic()
 
 
 def step_done(seconds: float, busy: float) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,10 @@ class Runtime(Peers):
         self.device: torch.device = accelerator.device
         self.stopping: str | None = None  # what all have agreed to stop for
         self.flag: Flag | None = None  # a decision to stop that is under way
+        # Whether work beside the training is under way here, and whether none was anywhere when
+        # the last decision to stop began: what ends at its own time is looked at in one step.
+        self.busy: Callable[[], bool] = bool
+        self.all_idle = False
 
     @property
     def stage(self) -> int | None:

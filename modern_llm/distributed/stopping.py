@@ -25,11 +25,14 @@ class Flag:
 
     def __init__(self, runtime: Runtime, word: str | None):
         self._runtime, self._word = runtime, word
-        self._asked = runtime.begin_sum(torch.tensor(float(word is not None)))
+        flags = torch.tensor([float(word is not None), float(runtime.busy())])
+        self._sum = runtime.begin_sum(flags)
 
     def decided(self) -> str | None:
         """Return the word of the first process that has one, None where none has; a collective."""
-        if not float(self._asked()):
+        asked, busy = self._sum().tolist()
+        self._runtime.all_idle = not busy
+        if not asked:
             return None
         return next(said for said in self._runtime.gather(self._word) if said is not None)
 

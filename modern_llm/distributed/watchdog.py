@@ -200,7 +200,7 @@ class Watchdog:
             last = now
             self._look_for_launcher(now)
             age, limit = now - progress.here.ticked, self._limit()
-            self._looks = age > limit / 4
+            self._looks = age > limit / 4 or _standing_aside(now, self._least) is not None
             verdict = self._verdict(now, age, limit) if self._looks else None
             if verdict is not None:
                 with self._ending:
@@ -210,6 +210,8 @@ class Watchdog:
     def _verdict(self, now: float, age: float, limit: float) -> Verdict | None:
         """Return who stands and where, None while somebody who is waited for gets on."""
         mine = self._beat(0)
+        if (stands := _standing_aside(now, self._least)) is not None:
+            return self._sentence({self._rank: mine | stands[0]}, stands[1])
         if self._store is None:
             return self._sentence({self._rank: mine}, age) if age > limit else None
         if now - self._store_at > max(limit, 5 * self._pause) and age > limit:
@@ -317,6 +319,14 @@ class Watchdog:
         """Write to stderr past every lock that the main thread may hold."""
         with around("line.write"):
             os.write(2, f"{line}\n".encode())
+
+
+def _standing_aside(now: float, least: float) -> tuple[Beat, float] | None:
+    """Phase and seconds of a save beside the training that stands too long by its own fault."""
+    place = progress.aside
+    if place is None or place.waiting or now - place.ticked <= least + place.allowance:
+        return None
+    return {"phase": place.phase, "step": place.step}, now - place.ticked
 
 
 def _on_request(function: Callable[..., Any]) -> None:

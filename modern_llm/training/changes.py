@@ -22,10 +22,10 @@ FORBIDDEN = "forbidden"
 
 _TABLE = {
     FREE: {
-        "train": "accept_change attention compile eval_every generate_every generate_prompts "
-        "generate_tokens gradient_accumulation_steps gradient_checkpointing hang_timeout "
-        "keep_checkpoints log_every micro_batch_size on_nonfinite output_dir profile_steps "
-        "resume save_every tokens_per_micro_batch tracker_project trackers",
+        "train": "accept_change attention background_saving compile eval_every generate_every "
+        "generate_prompts generate_tokens gradient_accumulation_steps gradient_checkpointing "
+        "hang_timeout keep_checkpoints log_every micro_batch_size on_nonfinite output_dir "
+        "profile_steps resume save_every tokens_per_micro_batch tracker_project trackers",
         "data": "streaming",
         "dpo": "flush_every keep_token_logprobs reference reference_digest reference_store "
         "self_check_pairs",

@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from modern_llm.config.errors import NotFiniteError, StorageError
+from modern_llm.distributed import progress
 from modern_llm.distributed.commit import TEMPORARY, verified_manifest
 from modern_llm.distributed.engine import Engine
 from modern_llm.distributed.faults import around
+from modern_llm.distributed.peers import Peers
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.state import MOMENTS, base_optimizer, pieces, replicated
 
@@ -32,44 +36,80 @@ log = logging.getLogger(__name__)
 WEIGHTS, OPTIMIZER, STATE = "model", "optimizer", "state.json"
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank writes of a checkpoint; `tensors` is empty where another rank writes all."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    """File -> name -> tensor."""
+    starts: dict[str, int]
+    """Parameter -> the element at which this rank's piece of it begins."""
+    state: dict[str, Any] | None
+    """What rank 0 writes besides."""
+
+
 def save(runtime: Runtime, folder: Path, step: int, engine: Engine, facts: dict[str, Any]) -> None:
     """Commit `folder/step-XXXXXXXX` with the state after optimizer step `step`; a collective."""
-    whole = replicated(engine)
-    ending = ".safetensors" if whole else f"-{runtime.rank:05d}.safetensors"
+    write(runtime, folder, step, lambda: snapshot(runtime, step, engine), facts)
+
+
+def write(
+    peers: Peers, folder: Path, step: int, taken: Callable[[], Snapshot], facts: dict[str, Any]
+) -> None:
+    """Commit `folder/step-XXXXXXXX` with what `taken` returns on each rank; a collective."""
     target = folder / f"step-{step:08d}"
-    with runtime.committed_folder(target, {**facts, "step": step}) as place:
-        if whole and not runtime.is_main:
-            return
-        mine = pieces(engine)
-        optimizer = base_optimizer(engine)
-        shapes = {n: p.shape for n, p in engine.inner.named_parameters()}
-        weights, moments = {}, {}
-        for piece in mine:
-            count = optimizer.state.get(piece.owner, {}).get("step")
-            if count is not None:
-                moments[f"step/{piece.name}"] = torch.tensor(float(count))
-            parts = {key: piece.moment(optimizer, key) for key in MOMENTS}
-            for key, tensor in {None: piece.weight, **parts}.items():
-                if tensor is None:
-                    continue
-                # Pieces are views into one buffer, which safetensors refuses to write.
-                tensor = tensor.view(shapes[piece.name]) if whole else tensor.cpu().clone()
-                if key is None:
-                    weights[piece.name] = tensor
-                else:
-                    moments[f"{key}/{piece.name}"] = tensor
-        if runtime.is_main:
-            weights |= buffers(engine.inner)
-            state = {
-                "step": step,
-                "scaler": engine.scaler_state(),
-                "passed_over": engine.passed_over,
-            }
+    with peers.committed_folder(target, {**facts, "step": step}) as place:
+        mine = taken()
+        if mine.state is not None:
             with around("state.write"):
-                (place / STATE).write_text(json.dumps(state))
-        starts = {"starts": json.dumps({piece.name: piece.start for piece in mine})}
-        write_tensors(place / f"{WEIGHTS}{ending}", weights, starts)
-        write_tensors(place / f"{OPTIMIZER}{ending}", moments, starts)
+                (place / STATE).write_text(json.dumps(mine.state))
+        for name, tensors in mine.tensors.items():
+            write_tensors(place / name, tensors, {"starts": json.dumps(mine.starts)})
+            progress.tick()
+
+
+def snapshot(runtime: Runtime, step: int, engine: Engine, *, copied: bool = False) -> Snapshot:
+    """Return this rank's share of the state after optimizer step `step`.
+
+    Args:
+        copied: into the host's memory, so that training may go on; else tensors may be those that
+            the next step changes.
+    """
+    whole = replicated(engine)
+    if whole and not runtime.is_main:
+        return Snapshot({}, {}, None)
+    mine = pieces(engine)
+    optimizer = base_optimizer(engine)
+    shapes = {n: p.shape for n, p in engine.inner.named_parameters()}
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    for piece in mine:
+        count = optimizer.state.get(piece.owner, {}).get("step")
+        if count is not None:
+            moments[f"step/{piece.name}"] = torch.tensor(float(count))
+        parts = {key: piece.moment(optimizer, key) for key in MOMENTS}
+        for key, tensor in {None: piece.weight, **parts}.items():
+            if tensor is None:
+                continue
+            tensor = tensor.view(shapes[piece.name]) if whole else tensor
+            if copied or not whole:  # pieces are views into one buffer: safetensors refuses them
+                tensor = tensor.to("cpu", copy=True)
+            if key is None:
+                weights[piece.name] = tensor
+            else:
+                moments[f"{key}/{piece.name}"] = tensor
+    state = None
+    if runtime.is_main:
+        kept = buffers(engine.inner)
+        weights |= {n: b.to("cpu", copy=True) for n, b in kept.items()} if copied else kept
+        state = {
+            "step": step,
+            "scaler": engine.scaler_state(),
+            "passed_over": dict(engine.passed_over),
+        }
+    ending = ".safetensors" if whole else f"-{runtime.rank:05d}.safetensors"
+    files = {f"{WEIGHTS}{ending}": weights, f"{OPTIMIZER}{ending}": moments}
+    return Snapshot(files, {piece.name: piece.start for piece in mine}, state)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -113,7 +113,7 @@ def train(
     check(runtime, f"after step {start}" if start else "before the first step")
     if sample is not None:
         sample.start(start)
-    with Watch(config, run, total, start, runtime.is_main) as watch:
+    with Watch(config, run, total, start, runtime.is_main) as watch, saver:
         look = partial(_look, runtime, engine, task, config, sample, watch, total)
         if owed:
             head = _head(clock, task, start)
@@ -137,6 +137,7 @@ def train(
             if record:
                 watch.record(done, _head(clock, task, done) | record)
             stopping = stop_asked(runtime)
+            saver.look()
             if stopping or (done < total and is_due(config.save_every, done, total)):
                 saver.save(done, task.consumed(done), must=bool(stopping), owed=cut)
             if stopping and (done < total or cut):

@@ -74,6 +74,7 @@ class Wish:
     price: float | None = None
     config: str | None = None
     lora: LoraConfig | None = None
+    background_saving: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -249,6 +250,7 @@ class _Planner:
             reference=live and self._wish.lora is None,
             tokens=tokens,
             checkpointing=checkpointing,
+            background_saving=self._wish.background_saving,
         )
         return plan_memory(self._parameters, self._sizes, replace(setting, **PRESETS[name].setting))
 

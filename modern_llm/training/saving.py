@@ -1,8 +1,9 @@
 """When a checkpoint is saved, what becomes of a save that the disk refuses, and which are kept.
 
 A save that fails leaves the one before and the run goes on with a warning; the third in a row, and
-one that the run ends with, end it with status 3. Room is asked for before the first step. Called by
-the loop.
+one that the run ends with, end it with status 3. Under `train.background_saving` the state is
+copied to the host's memory and written while training goes on, one save at a time. Room is asked
+for before the first step. Called by the loop.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import os
 import time
 from typing import Any
 
-from modern_llm.config.errors import StorageError
+from modern_llm.config.errors import NotFiniteError, StorageError
 from modern_llm.distributed import progress
 from modern_llm.distributed.commit import TEMPORARY, free_bytes, refusals
 from modern_llm.distributed.engine import Engine
 from modern_llm.distributed.faults import around
+from modern_llm.distributed.peers import Peers, own_group
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.training import checkpoint
+from modern_llm.training.background import Aside
 from modern_llm.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -31,6 +34,8 @@ GRACE_S = 30.0
 """What torchrun gives a worker between SIGTERM and SIGKILL."""
 OWED = "owed"
 """Fact of a checkpoint of a step whose evaluation or sample answers a signal cut short."""
+PARTING_S = 5.0
+"""Seconds that a save under way gets to end after an error."""
 _PROBE = 16 << 20
 
 
@@ -54,46 +59,112 @@ class Saver:
         }
         self._failures, self._seconds = 0, 0.0
         self._good = {f"step-{last:08d}"} if last else set()
+        self._aside: Aside | None = None
+        runtime.busy = lambda: self._aside is not None and self._aside.running
 
-    def save(self, step: int, examples: int, *, must: bool, owed: bool = False) -> bool:
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Wait for a save that is under way; after an error that the others may not share, not for
+        long: they may never come to its next collective."""
+        if self._aside is None:
+            return
+        if error is None:
+            self._finish()
+        elif not self._aside.wait(None if isinstance(error, NotFiniteError) else PARTING_S):
+            log.warning("warning: the checkpoint of step %d was not finished", self._aside.step)
+
+    def save(self, step: int, examples: int, *, must: bool, owed: bool = False) -> None:
         """Commit the state after `step` and retire old checkpoints; a collective.
+
+        Under `background_saving` the state is copied and the rest happens while training goes on,
+        unless the run ends here; what came of it is told by `look` or the next save.
 
         Args:
             examples: consumed so far.
             must: the run ends here, so that a failure is one of the run.
             owed: what was due after this step (evaluation, sample answers) is still to be made.
 
-        Returns:
-            Whether it was written.
-
         Raises:
             StorageError: the disk refused, and `must`, or for the third time in a row; or another
                 trainer has taken over the folder.
         """
+        self._finish()
         progress.enter("saving", step, allowance=10 * self._seconds)
         self._runtime.on_main(self._run.lock.check)
         facts = {**self._facts, "examples": examples} | ({OWED: True} if owed else {})
+        folder = self._run.checkpoints
+        if self._run.config.background_saving and not must:
+            self._start(step, facts)
+            return
         try:
-            checkpoint.save(self._runtime, self._run.checkpoints, step, self._engine, facts)
+            checkpoint.save(self._runtime, folder, step, self._engine, facts)
+            self._saved(step)
         except StorageError as error:
-            self._failures += 1
-            if must or self._failures >= MOST_FAILURES:
-                raise
-            if self._runtime.is_main:
-                log.warning(
-                    "warning: checkpoint of step %d failed (%s); training goes on, %d of %d "
-                    "failures in a row",
-                    step,
-                    error,
-                    self._failures,
-                    MOST_FAILURES,
-                )
-            return False
-        self._failures = 0
+            self._count(step, error, must=must)
+        else:
+            self._failures = 0
+
+    def look(self) -> None:
+        """Take note of a save beside the training that has ended on all ranks, in one step of all.
+
+        Raises:
+            StorageError: it was refused, for the third time in a row.
+        """
+        if self._aside is not None and (self._runtime.all_idle or self._aside.broken):
+            self._settle()
+
+    def _start(self, step: int, facts: dict[str, Any]) -> None:
+        runtime = self._runtime
+        group = own_group("saving") if runtime.world > 1 else None
+        peers = Peers(runtime.rank, runtime.world, group)
+        with runtime.failing_together():
+            taken = checkpoint.snapshot(runtime, step, self._engine, copied=True)
+
+        def work() -> None:
+            checkpoint.write(peers, self._run.checkpoints, step, lambda: taken, facts)
+            self._saved(step)
+
+        runtime.all_idle = False
+        self._aside = Aside(step, work, 10 * self._seconds)
+
+    def _finish(self) -> None:
+        """Wait for a save beside the training, on all ranks, and take note of what came of it."""
+        if self._aside is not None:
+            self._aside.wait()
+            self._settle()
+
+    def _settle(self) -> None:
+        assert self._aside is not None
+        ended, self._aside = self._aside, None
+        if isinstance(ended.failure, StorageError):
+            self._count(ended.step, ended.failure, must=False)
+        elif ended.failure is not None:
+            raise ended.failure
+        else:
+            self._failures = 0
+
+    def _count(self, step: int, error: StorageError, *, must: bool) -> None:
+        """Count a failure; raise it where it is one of the run."""
+        self._failures += 1
+        if must or self._failures >= MOST_FAILURES:
+            raise error
+        if self._runtime.is_main:
+            log.warning(
+                "warning: checkpoint of step %d failed (%s); training goes on, %d of %d failures "
+                "in a row",
+                step,
+                error,
+                self._failures,
+                MOST_FAILURES,
+            )
+
+    def _saved(self, step: int) -> None:
+        """Retire what is older than is kept, now that the checkpoint of `step` is committed."""
         self._good.add(f"step-{step:08d}")
         if self._runtime.is_main:
             self._retire()
-        return True
 
     def _retire(self) -> None:
         try:

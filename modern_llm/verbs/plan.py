@@ -110,6 +110,7 @@ def _wish(settings: PlanSettings, stage: TrainingSettings | None) -> Any:
         price=settings.price,
         config=str(settings.config) if settings.config else None,
         lora=getattr(stage, "lora", None),
+        background_saving=train is not None and train.background_saving,
     )
 
 

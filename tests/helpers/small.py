@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -97,15 +98,14 @@ def run_small(folder: Path, width: int = 8, saved: list[int] | None = None, **se
     runtime = start(config)
     run = RunFolder(config, record)
     outcome.write_report = lambda run: None  # drawings take longer than the run
-    real = saving.Saver.save
+    real = saving.Saver._saved
 
-    def noted(self, step, *args, **kwargs):
-        done = real(self, step, *args, **kwargs)
-        if done and saved is not None:
+    def noted(self, step):
+        if saved is not None and runtime.is_main:
             saved.append(step)
-        return done
+        real(self, step)
 
-    saving.Saver.save = noted
+    saving.Saver._saved = noted
     try:
         with outcome.outcome_recorded(runtime, run):
             run.standing = runtime.on_main(lambda: checkpoint.find(run.checkpoints))
@@ -118,16 +118,23 @@ def run_small(folder: Path, width: int = 8, saved: list[int] | None = None, **se
                     checkpoint.write_tensors(place / "model.safetensors", state, {})
                     (place / "config.json").write_text("{}")
     finally:
-        saving.Saver.save = real
+        saving.Saver._saved = real
 
 
-def child(folder: str, fault: str, stage: int | None = None, log: str = "") -> None:
+def child(
+    folder: str,
+    fault: str,
+    stage: int | None = None,
+    log: str = "",
+    settings: dict[str, Any] | None = None,
+) -> None:
     """`run_small` in a forked process under a fault; ends with the status of a command.
 
     Args:
         fault: of `MODERN_LLM_FAULT`; empty for none.
         stage: ZeRO stage; None without DeepSpeed.
         log: a file that gets the name of every fault point that is reached.
+        settings: of the run, beside those of all small runs.
     """
     from modern_llm.config.errors import status_of
     from modern_llm.distributed import faults
@@ -146,7 +153,7 @@ def child(folder: str, fault: str, stage: int | None = None, log: str = "") -> N
     status = 0
     saved = Saved(Path(folder).with_suffix(".saved"))
     try:
-        run_small(Path(folder), saved=saved)
+        run_small(Path(folder), saved=saved, **(settings or {}))
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         status = status_of(error)
@@ -154,7 +161,7 @@ def child(folder: str, fault: str, stage: int | None = None, log: str = "") -> N
 
 
 class Saved(list):
-    """Steps whose save has returned, also after the process was killed."""
+    """Steps whose checkpoint was committed, also after the process was killed."""
 
     def __init__(self, path: Path):
         super().__init__()

@@ -47,11 +47,13 @@ def start(forks, folder: Path, world: int, *args) -> list[int]:
 class Campaign:
     """The undisturbed run of one kind, and the points that it reaches."""
 
-    def __init__(self, forks, folder: Path, world: int = 1, stage: int | None = None):
+    def __init__(self, forks, folder: Path, world: int = 1, stage: int | None = None, **settings):
         self.forks, self.folder, self.world, self.stage = forks, folder, world, stage
+        self.settings = settings
+        folder.mkdir(exist_ok=True)
         self.whole = folder / "whole"
         log = str(folder / "points")
-        found = start(forks, self.whole, world, "", stage, log)
+        found = start(forks, self.whole, world, "", stage, log, settings)
         assert found == [0] * world, [job.text for job in forks.jobs]
         self.points = [Counter(Path(f"{log}.{rank}").read_text().split()) for rank in range(world)]
 
@@ -70,14 +72,15 @@ class Campaign:
         folder = self.folder / "case"
         for path in self.folder.glob("case*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        found = start(self.forks, folder, self.world, f"{point}:{rank}:{nth}:{action}", self.stage)
+        fault = f"{point}:{rank}:{nth}:{action}"
+        found = start(self.forks, folder, self.world, fault, self.stage, "", self.settings)
         assert found[rank] in ACTIONS[action], (case, found, self.forks.jobs[-1].text)
         stood = verifying(folder)
         saved = folder.with_suffix(".saved")
         before = max(map(int, saved.read_text().split())) if saved.exists() else 0
         assert max(stood, default=0) >= before, f"{case}: the checkpoint of step {before} is lost"
 
-        again = start(self.forks, folder, self.world, "", self.stage)
+        again = start(self.forks, folder, self.world, "", self.stage, "", self.settings)
         assert again == [0] * self.world, (case, found, again, self.forks.jobs[-1].text)
         assert numbers(folder) == numbers(self.whole), case
         assert final(folder) == final(self.whole), case
@@ -129,6 +132,24 @@ def test_a_rank_killed_or_refused_while_two_save(tmp_path, forks):
         campaign.check((point, rank, (campaign.points[rank][point] + 2) // 2, action))
 
 
+def test_a_save_beside_the_training_is_killed_or_refused(tmp_path, forks):
+    campaign = Campaign(forks, tmp_path, background_saving=True)
+    for point, action in (
+        ("tensors.write.after", "kill"),
+        ("manifest.write.before", "enospc"),
+        ("commit.rename.before", "kill"),
+        ("retire.before", "kill"),
+    ):
+        campaign.check((point, 0, (campaign.points[0][point] + 2) // 2, action))
+    two = Campaign(forks, tmp_path / "two", world=2, background_saving=True)
+    for point, rank, action in (
+        ("file.flush.before", 1, "kill"),
+        ("tensors.write.before", 0, "enospc"),
+        ("collective.gather.before", 1, "raise"),
+    ):
+        two.check((point, rank, (two.points[rank][point] + 2) // 2, action))
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_every_point_before_and_after_with_every_action(tmp_path, forks):
@@ -141,11 +162,11 @@ def test_every_point_before_and_after_with_every_action(tmp_path, forks):
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("stage", [None, 2])
-def test_every_point_on_every_rank_of_two(tmp_path, forks, stage):
+@pytest.mark.parametrize(("stage", "beside"), [(None, False), (2, False), (None, True)])
+def test_every_point_on_every_rank_of_two(tmp_path, forks, stage, beside):
     if stage is not None:
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
-    campaign = Campaign(forks, tmp_path, world=2, stage=stage)
+    campaign = Campaign(forks, tmp_path, world=2, stage=stage, background_saving=beside)
     cases = campaign.cases()
     assert {rank for _, rank, _, _ in cases} == {0, 1}
     for case in cases:

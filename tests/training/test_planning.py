@@ -52,6 +52,16 @@ def planned(folder, **changes) -> dict:
     return plan(*outline(str(folder)), Wish(**(WISH | changes)))
 
 
+def test_a_copy_that_is_saved_beside_the_training_is_counted_in_the_host(eight_billion):
+    rows = planned(eight_billion, background_saving=True)["rows"]
+    plain = planned(eight_billion)["rows"]
+    for row, without in zip(rows, plain, strict=True):
+        sharers = 8 if row["preset"].startswith("zero") else 1
+        copy = row["host"]["saving"]
+        assert copy == pytest.approx(12 * 8_030_261_248 / sharers, rel=1e-4)
+        assert {k: v for k, v in row["host"].items() if k != "saving"} == without["host"]
+
+
 def test_bytes_are_the_memory_models(eight_billion):
     shapes, sizes = outline(str(eight_billion))
     result = planned(eight_billion)

@@ -59,6 +59,7 @@ FIELDS = {
         "eval_every": (FREE, 1, {}),
         "save_every": (FREE, 1, {}),
         "keep_checkpoints": (FREE, 1, {}),
+        "background_saving": (FREE, True, {}),
         "resume": (FREE, "never", {}),
         "accept_change": (FREE, True, {}),
         "trackers": (FREE, ["tensorboard"], {}),
