@@ -34,6 +34,7 @@ class Place:
         ticked: monotonic time at which it last got on.
         allowance: seconds that this phase may stand beyond what a step may.
         waiting: whether it waits for others in a collective of our own.
+        thread: the one whose marks these are, if not the main thread.
         steps, busy: seconds of the last optimizer steps, and of what each computed before it had to
             wait for anybody.
     """
@@ -44,6 +45,7 @@ class Place:
     ticked: float = field(default_factory=time.monotonic)
     allowance: float = 0.0
     waiting: bool = False
+    thread: int | None = None
     steps: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     busy: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
@@ -56,22 +58,24 @@ class Place:
 here = Place()
 aside: Place | None = None
 """Where a save beside the training stands, while there is one."""
-_own = threading.local()
 
 
 def _mine() -> Place:
-    """Where the calling thread stands: a thread inside `beside` has marks of its own."""
-    return getattr(_own, "place", here)
+    """Where the calling thread stands: one inside `beside` has marks of its own."""
+    place = aside
+    return place if place is not None and place.thread == threading.get_ident() else here
 
 
 @contextmanager
 def beside(place: Place) -> Iterator[None]:
-    """Let marks of this thread go to `place`, while another thread gets on with something else."""
-    _own.place = place
+    """Let marks of this thread go to `place`, while the main thread gets on with something else."""
+    global aside
+    place.thread = threading.get_ident()
+    aside = place
     try:
         yield
     finally:
-        del _own.place
+        aside = None
 
 
 def begin() -> None:

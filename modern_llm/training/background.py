@@ -32,7 +32,6 @@ class Aside:
         self._place = progress.Place(phase="saving beside the training", step=step)
         self._place.allowance = allowance
         self._thread = threading.Thread(target=self._run, name="saving", daemon=True)
-        progress.aside = self._place
         self._thread.start()
 
     def _run(self) -> None:
@@ -41,8 +40,6 @@ class Aside:
                 self._work()
         except BaseException as error:
             self.failure = error
-        finally:
-            progress.aside = None
 
     @property
     def running(self) -> bool:
