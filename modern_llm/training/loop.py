@@ -116,8 +116,7 @@ def train(
     with Watch(config, run, total, start, runtime.is_main) as watch, saver:
         look = partial(_look, runtime, engine, task, config, sample, watch, total)
         if owed:
-            head = _head(clock, task, start)
-            watch.complete(start, head, look(start))
+            watch.complete(start, _head(clock, task, start), look(start))
         for step in range(start, total):
             began = time.perf_counter()
             rate = learning_rate(config, step, total)
