@@ -50,10 +50,10 @@ class Snapshot:
 
 def save(runtime: Runtime, folder: Path, step: int, engine: Engine, facts: dict[str, Any]) -> None:
     """Commit `folder/step-XXXXXXXX` with the state after optimizer step `step`; a collective."""
-    write(runtime, folder, step, lambda: snapshot(runtime, step, engine), facts)
+    commit(runtime, folder, step, lambda: snapshot(runtime, step, engine), facts)
 
 
-def write(
+def commit(
     peers: Peers, folder: Path, step: int, taken: Callable[[], Snapshot], facts: dict[str, Any]
 ) -> None:
     """Commit `folder/step-XXXXXXXX` with what `taken` returns on each rank; a collective."""

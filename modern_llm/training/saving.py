@@ -123,7 +123,7 @@ class Saver:
             taken = checkpoint.snapshot(runtime, step, self._engine, copied=True)
 
         def work() -> None:
-            checkpoint.write(peers, self._run.checkpoints, step, lambda: taken, facts)
+            checkpoint.commit(peers, self._run.checkpoints, step, lambda: taken, facts)
             self._saved(step)
 
         runtime.all_idle = False

@@ -36,7 +36,10 @@ class Fit:
     """A task: make the outputs of random rows small; the rows are a function of (step, rank)."""
 
     def __init__(self, rank: int, world: int, width: int):
+        from modern_llm.training.token_budget import TokenBudget
+
         self.rank, self.world, self.width = rank, world, width
+        self.budget = TokenBudget([], auto=False)
 
     def steps_in(self, epochs: float) -> int:
         return STEPS

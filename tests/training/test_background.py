@@ -99,7 +99,7 @@ def test_a_stop_waits_for_the_save_under_way_and_makes_its_own(tmp_path, monkeyp
 def test_three_refused_in_a_row_end_the_run_with_3_as_in_the_foreground(
     tmp_path, monkeypatch, caplog
 ):
-    real, saves = checkpoint.write, []
+    real, saves = checkpoint.commit, []
 
     def refuses(peers, folder, step, *rest):
         saves.append(step)
@@ -107,7 +107,7 @@ def test_three_refused_in_a_row_end_the_run_with_3_as_in_the_foreground(
             raise StorageError("cannot write: No space left on device")
         real(peers, folder, step, *rest)
 
-    monkeypatch.setattr(checkpoint, "write", refuses)
+    monkeypatch.setattr(checkpoint, "commit", refuses)
     with pytest.raises(StorageError, match="No space"):
         run_small(tmp_path, max_steps=20, **SETTINGS)
     assert saves[:7] == [1, 2, 3, 4, 5, 6, 7]
