@@ -13,7 +13,10 @@ import json
 import os
 import platform
 import socket
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -24,6 +27,8 @@ from modern_llm.config.errors import PeerError, UserError
 from modern_llm.distributed.faults import around
 
 MEET_SECONDS = 60.0
+JOIN_SECONDS = 30.0
+"""For connecting those that have met; torch itself would wait as long as for any collective."""
 PACKAGES = ("modern-llm", "torch", "accelerate", "transformers", "deepspeed", "peft", "safetensors")
 
 
@@ -106,7 +111,9 @@ def meet(
         ) from error
     problems = differences(notes, word)
     store.add("read", 1)
-    if rank == 0:  # it holds the store, as a rule, and would take it along if it ended first
+    # Rank 0 holds the store, as a rule, and would take it along if it ended first. Ranks that fit
+    # together meet again when they connect.
+    if rank == 0 and (problems or word == "node"):
         _until(lambda: store.add("read", 0) >= world, 2.0 if problems else seconds)
     if problems:
         raise PeerError("; ".join(problems))
@@ -195,6 +202,29 @@ def _node() -> str:
     return "0"
 
 
+@contextmanager
+def _deadline(seconds: float, rank: int) -> Iterator[None]:
+    """End this process where the body takes longer: a peer that was killed after the meeting is
+    waited for inside torch, where no exception reaches."""
+
+    def end() -> None:
+        line = (
+            f"modern-llm: error: rank {rank}: the processes have met, but one did not connect "
+            f"within {seconds:.0f} s; look at what the others say, then start all of them again\n"
+        )
+        with around("line.write"):
+            os.write(2, line.encode())
+        os._exit(PeerError.status)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def join(backend: str | None, facts: dict[str, Any], timeout: timedelta) -> None:
     """Meet the other processes that the environment announces and start the process group.
 
@@ -213,7 +243,7 @@ def join(backend: str | None, facts: dict[str, Any], timeout: timedelta) -> None
     store = dist.PrefixStore(f"modern-llm/{attempt}", store)
     _MET.append(store)
     meet(dist.PrefixStore("meet", store), rank, world, {"versions": versions(), **facts})
-    with around("collective.join"):
+    with around("collective.join"), _deadline(JOIN_SECONDS, rank):
         dist.init_process_group(
             backend=backend, store=store, rank=rank, world_size=world, timeout=timeout
         )

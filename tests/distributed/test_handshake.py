@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -86,3 +89,20 @@ def test_versions_hold_what_must_agree():
     assert found["torch"] != "absent" and found["python"].count(".") == 2
     notes = [{"host": "a", "node": "0", "pid": 1}, {"host": "b", "node": "1", "pid": os.getpid()}]
     assert differences(notes, "rank") == []
+
+
+def test_who_waits_in_vain_for_a_connection_ends_with_one_line():
+    """A peer that is killed between the meeting and the connection: torch would wait for long."""
+    code = (
+        "import time\n"
+        "from modern_llm.distributed.handshake import _deadline\n"
+        "with _deadline(30.0, 2): pass\n"
+        "with _deadline(0.3, 3): time.sleep(60)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 5
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("modern-llm: error: rank 3: the processes have met, but one did not")
