@@ -33,6 +33,9 @@ from modern_llm.verbs import (
     stages,
 )
 
+LONGEST_WORD = 500
+"""Characters of one word in an error's line; a path has fewer."""
+
 # verb -> (settings, what it does); a verb of two words is one of a group: `reference fill`
 VERBS: dict[str, tuple[type[Settings], Callable[[Any], dict[str, Any]]]] = {
     "demo": (demo.DemoSettings, demo.demo),
@@ -174,7 +177,11 @@ def _overview(verbs: Iterable[str] = VERBS) -> str:
 
 def _one_line(error: Exception) -> str:
     """Return an error's words in one printable line: it may quote what stands in a damaged file."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+    words = (
+        word if len(word) <= LONGEST_WORD else f"{word[: LONGEST_WORD // 2]}...{word[-20:]}"
+        for word in str(error).split()
+    )
+    return "".join(c if c.isprintable() else "?" for c in " ".join(words))
 
 
 @contextmanager

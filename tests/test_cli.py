@@ -238,3 +238,12 @@ def test_a_data_error_names_file_and_line_and_leaves_nothing(place, tmp_path):
     assert line.startswith(f"modern-llm: error: {broken}:6")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_word_that_is_a_whole_file_is_cut_and_the_rest_of_the_line_stands(tmp_path, capsys):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"chosen": "x" * 20000, "rejected": 3}) + "\n")
+    assert main(["inspect", "--data", str(pairs), "--format", "y" * 20000]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("modern-llm: error: ")
+    assert "yyy..." in line and len(line) < 1500

@@ -75,10 +75,15 @@ def choose_format(formats: Sequence[Format], name: str, values: Values) -> Forma
         if entry.name == name or (name == "auto" and entry.fits(values)):
             return entry
     wanted = ", ".join(f"{entry.name} ({entry.columns})" for entry in formats)
-    # What should be names may be a whole line of something else.
+    raise RowFault(f"no format for the columns {_named(values)}: known are {wanted}")
+
+
+def _named(values: Values) -> str:
+    """The columns of a row, for a message: what should be names may be a whole line of something
+    else."""
     found = [column if len(column) <= 40 else f"{column[:40]}..." for column in sorted(values)]
     more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-    raise RowFault(f"no format for the columns {found[:8]}{more}: known are {wanted}")
+    return f"{found[:8]}{more}"
 
 
 # Columns
@@ -86,7 +91,7 @@ def choose_format(formats: Sequence[Format], name: str, values: Values) -> Forma
 
 def _column(values: Values, name: str) -> Any:
     if name not in values:
-        raise RowFault(f"column {name!r} is missing; the row has {sorted(values)}")
+        raise RowFault(f"column {name!r} is missing; the row has {_named(values)}")
     if values[name] is None:
         raise RowFault(f"column {name!r} is null")
     return values[name]
@@ -317,7 +322,7 @@ def document(column: str) -> Format:
 
     def convert(values: Values, origin: str) -> Document:
         if column not in values:
-            found = f"column {column!r} is missing; the row has {sorted(values)}"
+            found = f"column {column!r} is missing; the row has {_named(values)}"
             raise RowFault(f"{found}: name the one that holds the documents as text_column")
         text = _text(values, column)
         if not text.strip():

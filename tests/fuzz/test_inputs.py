@@ -43,6 +43,7 @@ DAMAGE = {
     "deep in an array": b"[" + PAIR + b'{"a":' * DEEP + b"1" + b"}" * DEEP + b"}]",
     "long line": PAIR + b'"\\n\\nHuman: a\\n\\nAssistant: ' + b"x" * 1_000_000 + b'"}\n',
     "long word": b"x" * 1_000_000,
+    "long column": b'{"chos' + b"9" * 5000 + b'en": "a", "rejected": "b"}\n',
     "long number": b"9" * 1_000_000,
     "bad utf-8": PAIR + b'"\xff\xfe\x80"}\n',
     "utf-16": '{"chosen": "a"}'.encode("utf-16"),
