@@ -82,7 +82,12 @@ class TreeMasks(dict[int | None, TreeMask]):
 
     Args:
         merge_below: see `attention_blocks.find_blocks`.
+
+    Attributes:
+        needed: what the last layer is to compute (`narrow.Needed`); None is all.
     """
+
+    needed: object = None
 
     def __init__(
         self,

@@ -69,8 +69,11 @@ class _TargetLogProbs(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = transform.forward_(_product(hidden[part], weight, bias).to(dtype))
-            normalisers[part] = logits.logsumexp(-1)
-            logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1) - normalisers[part]
+            chosen = logits.gather(-1, targets[part, None]).squeeze(-1)
+            # One pass where `logsumexp` makes four.
+            logits = torch.log_softmax(logits, -1)
+            logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1)
+            normalisers[part] = chosen - logprobs[part]
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
         ctx.transform, ctx.rows = transform, rows
         return logprobs

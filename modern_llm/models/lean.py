@@ -119,7 +119,8 @@ def unslim(model: nn.Module) -> None:
             del module.forward
 
 
-def _set_forward(module: nn.Module, function: Callable) -> None:
+def set_forward(module: nn.Module, function: Callable) -> None:
+    """Give this one module another `forward`, until `unslim`."""
     function.slim = True
     module.forward = MethodType(function, module)
 
@@ -132,9 +133,9 @@ def _slim_norm(module: nn.Module) -> bool:
     if weight.dtype != torch.float32:
         return False
     original = type(module).forward
-    trials = [_numbers(3, len(weight)) * size for size in (1e-3, 1.0, 50.0)]
+    trials = [numbers(3, len(weight)) * size for size in (1e-3, 1.0, 50.0)]
     for offset in (0.0, 1.0):
-        if all(_same(original(module, x), _RMSNorm.apply(x, weight, eps, offset)) for x in trials):
+        if all(same(original(module, x), _RMSNorm.apply(x, weight, eps, offset)) for x in trials):
             break
     else:
         return False
@@ -144,7 +145,7 @@ def _slim_norm(module: nn.Module) -> bool:
             return original(self, x)
         return _RMSNorm.apply(x, self.weight, eps, offset)
 
-    _set_forward(module, forward)
+    set_forward(module, forward)
     return True
 
 
@@ -160,10 +161,10 @@ def _slim_product(module: nn.Module) -> bool:
             return self.down_proj(F.silu(gate) * up)
         return self.down_proj(_SiluProduct.apply(gate, up))
 
-    x = _numbers(3, parts[0].in_features)
-    if not _same(original(module, x), forward(module, x)):
+    x = numbers(3, parts[0].in_features)
+    if not same(original(module, x), forward(module, x)):
         return False
-    _set_forward(module, forward)
+    set_forward(module, forward)
     return True
 
 
@@ -190,7 +191,7 @@ def _slim_rotary(module: nn.Module, fits: dict[Callable, bool]) -> bool:
         original.__closure__,
     )
     copy.__kwdefaults__ = original.__kwdefaults__
-    _set_forward(module, copy)
+    set_forward(module, copy)
     return True
 
 
@@ -204,19 +205,21 @@ def _rotary_or(theirs: Callable) -> Callable:
 
 
 def _rotary_is(theirs: Callable) -> bool:
-    query, key = _numbers(2, 3, 5, 8), _numbers(2, 1, 5, 8)
-    angles = _numbers(2, 5, 4).repeat(1, 1, 2)
+    query, key = numbers(2, 3, 5, 8), numbers(2, 1, 5, 8)
+    angles = numbers(2, 5, 4).repeat(1, 1, 2)
     tables = angles.cos(), angles.sin()
     try:
         found = theirs(query, key, *tables)
     except Exception:  # foreign code of the same name: another signature is another function
         return False
-    return all(_same(a, b) for a, b in zip(found, rotary(query, key, *tables), strict=True))
+    return all(same(a, b) for a, b in zip(found, rotary(query, key, *tables), strict=True))
 
 
-def _numbers(*shape: int) -> Tensor:
+def numbers(*shape: int) -> Tensor:
+    """Return the same random numbers for one shape each time."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
 
 
-def _same(a: object, b: Tensor) -> bool:
+def same(a: object, b: Tensor) -> bool:
+    """Whether two results of a trial agree up to the order of sums."""
     return isinstance(a, Tensor) and a.shape == b.shape and torch.allclose(a, b, 1e-4, TOLERANCE)

@@ -24,6 +24,7 @@ from modern_llm.models.attention import (
 )
 from modern_llm.models.head import LogitTransform, fuse_head
 from modern_llm.models.lean import slim, unslim
+from modern_llm.models.narrow import narrow_last_layer
 from modern_llm.models.scorer import Abilities, TokenScorer
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ def _slim(
     log.debug("%s: %s in fewer passes, %.2g nats off", type(model).__name__, counts, worst)
     if not worst <= tolerance:
         unslim(model)
+    narrow_last_layer(model)
 
 
 def _fused_is_exact(

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from modern_llm.models.attention import Backend, TreeMask, TreeMasks
 from modern_llm.models.attention_blocks import MERGE_BELOW
 from modern_llm.models.head import FusedHead, target_logprobs
+from modern_llm.models.narrow import narrows, needed_of
 
 
 class ScorerOutput(NamedTuple):
@@ -60,6 +61,7 @@ class TokenScorer(nn.Module):
         self.abilities = abilities
         self.merge_below = MERGE_BELOW
         self._balance = _router_balance(model)
+        self._narrows = abilities.fused and narrows(model)
 
     @property
     def config(self):  # noqa: ANN201
@@ -102,13 +104,13 @@ class TokenScorer(nn.Module):
             "use_cache": False,
         }
         real = segments[..., 0] >= 0
+        sources, labels = targets.unbind(0)
         if self.abilities.trees:
-            inputs["tree"] = self._masks(segments, positions)
+            inputs["tree"] = self._masks(segments, positions, sources)
         else:
             inputs["attention_mask"] = real.long()
         if self._balance is not None:
             inputs["output_router_logits"] = True
-        sources, labels = targets.unbind(0)
         if self.abilities.fused:
             outputs = self.model.base_model(**inputs)
             hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, sources)
@@ -121,13 +123,19 @@ class TokenScorer(nn.Module):
             aux = self._balance(outputs.router_logits, real)
         return ScorerOutput(logprobs, aux)
 
-    def _masks(self, segments: Tensor, positions: Tensor) -> dict[int | None, TreeMask]:
+    def _masks(
+        self, segments: Tensor, positions: Tensor, sources: Tensor
+    ) -> dict[int | None, TreeMask]:
         device = segments.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.model.dtype
         masks = TreeMasks(segments, positions, dtype, self.abilities.backend, self.merge_below)
+        if self._narrows:
+            masks.needed = needed_of(masks, sources, segments.shape[:2])
         if not self.abilities.windows:
             self.asked = masks  # the probe reads from it which windows there are
+            return masks
+        if masks.needed is not None:
             return masks
         return {window: masks[window] for window in self.abilities.windows}
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import transformers as tf
 from transformers import AutoModelForCausalLM
+
+from modern_llm.data.batches import collate
+from modern_llm.data.rows import Examples
 
 SHAPE = {
     "vocab_size": 97,
@@ -101,3 +105,13 @@ def plain_sums(model, table):
             logprobs = logits[:-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
             result[i, side] = logprobs[max(len(prompt) - 1, 0) :].sum()
     return result
+
+
+def score(scorer, table, indices=None, *, shared=None):
+    """Return sums (P, 2) of some pairs by a scorer in one forward, and its whole output."""
+    shared = scorer.abilities.trees if shared is None else shared
+    examples = Examples(table, "pairs", trees=scorer.abilities.trees)
+    indices = np.arange(len(table)) if indices is None else np.asarray(indices)
+    batch = collate(examples, indices, shared=shared)
+    output = scorer(batch.ids, batch.positions, batch.segments, batch.targets)
+    return batch.sums(output.logprobs), output

@@ -186,14 +186,24 @@ def test_perturbing_one_token_moves_only_what_sees_it(backend, merge_below):
             assert torch.equal(moved[r] & (segments[r, :, 0] >= 0), sees)
 
 
-def test_a_long_tree_is_computed_without_a_mask_of_its_row():
-    segments, positions = layout([[[300, 100, 50, 20], [200, 30, 30]]], 0)
+def test_a_long_tree_is_computed_in_short_ranges_without_a_mask_of_its_row(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    segments, positions = layout([[[300, 100, 50, 20], [150, 30, 30]]], 0)
     blocks = find_blocks(segments, positions, None, torch.float32, visible)
-    assert [(b.start, b.stop, b.trunk_stop - b.trunk) for b in blocks] == [
-        (0, 400, 0), (400, 450, 300), (450, 470, 300), (470, 700, 0), (700, 730, 200),
+    parts = [(b.own, b.stop, b.trunk_stop - b.trunk) for b in blocks]
+    # Trunk and first branch in six ranges that each see all before them, then branch by branch.
+    assert parts == [
+        *((0, stop, 0) for stop in (66, 133, 200, 266, 333, 400)),
+        (400, 450, 300), (450, 470, 300), *((470, stop, 0) for stop in (530, 590, 650)),
+        (650, 680, 150),
     ]  # fmt: skip
-    assert [b.mask is None for b in blocks] == [True, False, False, True, False]
-    assert max(b.mask.numel() for b in blocks if b.mask is not None) == 50 * 350
+    assert [b.start for b in blocks] == [0, *(b.stop for b in blocks[:-1])]
+    assert [b.mask is None for b in blocks] == [
+        b.own == b.start and b.own in (0, 470) for b in blocks
+    ]
+    assert max(b.mask.numel() for b in blocks if b.mask is not None) == 67 * 400
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert find_blocks(segments, positions, None, torch.float32, visible)[0].stop == 400
 
 
 def test_small_trees_share_a_call():

@@ -18,16 +18,8 @@ from tests.helpers.models import (
     make_model,
     plain_sums,
     random_pairs,
+    score,
 )
-
-
-def score(scorer, table, indices=None, *, shared=None):
-    shared = scorer.abilities.trees if shared is None else shared
-    examples = Examples(table, "pairs", trees=scorer.abilities.trees)
-    indices = np.arange(len(table)) if indices is None else np.asarray(indices)
-    batch = collate(examples, indices, shared=shared)
-    output = scorer(batch.ids, batch.positions, batch.segments, batch.targets)
-    return batch.sums(output.logprobs), output
 
 
 @pytest.mark.parametrize("name", CONFIGS)
