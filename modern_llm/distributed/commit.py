@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +30,7 @@ VERSION = 1
 TEMPORARY = ".tmp-"
 """What a name begins with that is not committed; such a folder is nobody's but its writer's."""
 
+_noted: dict[Path, dict[str, Any]] = {}
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -48,7 +49,8 @@ def committed_folder(target: Path, facts: dict[str, Any] | None = None) -> Itera
         place = begin(target)
         try:
             yield place
-            finish(place, target, seal(place), facts or {})
+            files = noted(place)
+            finish(place, target, files | seal(place, done=files), facts or {})
         finally:
             abandon(place)
 
@@ -77,12 +79,29 @@ def begin(target: Path) -> Path:
     return place
 
 
-def seal(place: Path, rank: int = 0, world: int = 1) -> dict[str, dict[str, Any]]:
+def note_digest(path: Path, digest: str) -> None:
+    """Note what this process has flushed and digested while it wrote it: `seal` will not again."""
+    _noted[path] = {"size": path.stat().st_size, "sha256": digest}
+
+
+def noted(place: Path) -> dict[str, dict[str, Any]]:
+    """Take what was noted of the files in `place`: name -> size and SHA-256."""
+    paths = [path for path in list(_noted) if path.is_relative_to(place)]
+    return {str(path.relative_to(place)): _noted.pop(path) for path in paths}
+
+
+def seal(
+    place: Path, rank: int = 0, world: int = 1, done: Collection[str] = ()
+) -> dict[str, dict[str, Any]]:
     """Flush and digest this rank's share of the files in `place`; name -> size and SHA-256.
 
     A file is flushed while it is read: neither waits for the other.
+
+    Args:
+        done: names that some rank has noted.
     """
-    paths = sorted(p for p in place.rglob("*") if p.is_file())[rank::world]
+    found = sorted(p for p in place.rglob("*") if p.is_file())
+    paths = [p for p in found if str(p.relative_to(place)) not in done][rank::world]
     files = {}
     with ThreadPoolExecutor(max_workers=1) as aside:
         for path in paths:
@@ -126,6 +145,7 @@ def name_folder(place: Path, target: Path) -> None:
 
 def abandon(place: Path) -> None:
     """Remove what stands under the temporary name: what failed, or what was replaced."""
+    noted(place)
     shutil.rmtree(place, ignore_errors=True)
 
 

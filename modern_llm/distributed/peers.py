@@ -144,10 +144,11 @@ class Peers:
                         "name a folder on a disk that all nodes share"
                     )
                 yield place
-            shares: list[dict[str, Any]] = []
+            mine = commit.noted(place)
+            done = {name for share in self.gather(list(mine)) for name in share}
             with self.failing_together(), commit.refusals(target):
-                shares = [commit.seal(place, self.rank, self.world)]
-            shares = self.gather(shares[0])
+                mine |= commit.seal(place, self.rank, self.world, done)
+            shares = self.gather(mine)
             files = {name: entry for share in shares for name, entry in share.items()}
             self.on_main(finish)
         finally:

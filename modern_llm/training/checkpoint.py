@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from modern_llm.config.errors import NotFiniteError, StorageError
+from modern_llm.config.errors import StorageError
 from modern_llm.distributed import progress
 from modern_llm.distributed.commit import TEMPORARY, verified_manifest
 from modern_llm.distributed.engine import Engine
@@ -30,6 +29,7 @@ from modern_llm.distributed.faults import around
 from modern_llm.distributed.peers import Peers
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.state import MOMENTS, base_optimizer, pieces, replicated
+from modern_llm.distributed.tensor_file import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -110,26 +110,6 @@ def snapshot(runtime: Runtime, step: int, engine: Engine, *, copied: bool = Fals
     ending = ".safetensors" if whole else f"-{runtime.rank:05d}.safetensors"
     files = {f"{WEIGHTS}{ending}": weights, f"{OPTIMIZER}{ending}": moments}
     return Snapshot(files, {piece.name: piece.start for piece in mine}, state)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write one safetensors file.
-
-    Raises:
-        NotFiniteError: a tensor holds a value that is not finite; no checkpoint may hold one.
-        StorageError: the disk refuses.
-    """
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise NotFiniteError(
-                f"{name}: holds values that are not finite, so no checkpoint is written; go on "
-                "from the last one with a lower train.learning_rate"
-            )
-    try:
-        with around("tensors.write"):
-            save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:  # its own word for what the disk said
-        raise StorageError(f"cannot write {path}: {error}; free space") from error
 
 
 def find(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -1,0 +1,160 @@
+"""What a committed checkpoint costs beyond writing the same bytes: 500 MB of weights and moments.
+
+    python -m tests.benchmarks.bench_save [--megabytes 500] [--repeats 5] [--folder DIR]
+
+Alternating, in one folder: `plain` writes the same two safetensors files and nothing else;
+`flushed` writes them and puts each on disk (fsync), as a save without a commit protocol would;
+`committed` is the save of a run: values looked at, written, flushed, digested, manifest, renamed.
+`beyond` is committed over flushed, and over plain. The parts are measured within the committed
+saves. `held` is what training waits for under `background_saving`: the copy. Medians (minimum to
+maximum).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+from safetensors.torch import save_file
+
+from modern_llm.distributed import commit
+from modern_llm.distributed.peers import Peers
+from modern_llm.training import checkpoint
+
+WIDTH = 2048
+
+
+def make(megabytes: float) -> checkpoint.Snapshot:
+    """Weights and two moments of layers of `WIDTH` x `WIDTH` float32 numbers, on the host."""
+    layers = max(1, round(megabytes * 1e6 / (12 * WIDTH * WIDTH)))
+    draw = torch.Generator().manual_seed(0)
+
+    def tensors(*keys: str) -> dict[str, torch.Tensor]:
+        return {
+            f"{key}layers.{i}.weight": torch.randn(WIDTH, WIDTH, generator=draw)
+            for key in keys
+            for i in range(layers)
+        }
+
+    files = {
+        "model.safetensors": tensors(""),
+        "optimizer.safetensors": tensors("exp_avg/", "exp_avg_sq/"),
+    }
+    return checkpoint.Snapshot(files, {}, {"step": 1})
+
+
+def plain(state: checkpoint.Snapshot, folder: Path, *, flush: bool) -> None:
+    """Write the files of `state`, each flushed if asked."""
+    folder.mkdir()
+    for name, tensors in state.tensors.items():
+        save_file(tensors, folder / name)
+        if flush:
+            with (folder / name).open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def committed(state: checkpoint.Snapshot, folder: Path) -> dict[str, float]:
+    """Save as a run does; returns seconds of its parts."""
+    parts: dict[str, float] = {}
+
+    def timed(name: str, real: Callable) -> Callable:
+        def call(*args, **kwargs):
+            began = time.perf_counter()
+            try:
+                return real(*args, **kwargs)
+            finally:
+                parts[name] = parts.get(name, 0.0) + time.perf_counter() - began
+
+        return call
+
+    patches = [
+        mock.patch.object(checkpoint, "write_tensors", timed("write", checkpoint.write_tensors)),
+        mock.patch.object(commit, "seal", timed("flush_and_digest", commit.seal)),
+        mock.patch.object(commit, "finish", timed("manifest_and_name", commit.finish)),
+    ]
+    for patch in patches:
+        patch.start()
+    try:
+        checkpoint.commit(Peers(0, 1), folder, 1, lambda: state, {})
+    finally:
+        for patch in patches:
+            patch.stop()
+    return parts
+
+
+def copied(state: checkpoint.Snapshot) -> list[torch.Tensor]:
+    """Copy all tensors, as a save in the background does before training goes on."""
+    groups = state.tensors.values()
+    return [tensor.to("cpu", copy=True) for group in groups for tensor in group.values()]
+
+
+def seconds(work: Callable[[], object]) -> tuple[float, object]:
+    """Seconds of one call, after what was written before is on disk; and what it returned."""
+    os.sync()
+    began = time.perf_counter()
+    result = work()
+    return time.perf_counter() - began, result
+
+
+def shown(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--megabytes", type=float, default=500)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", help="where to write; a temporary folder unless said")
+    asked = parser.parse_args()
+    state = make(asked.megabytes)
+    size = sum(t.numel() * 4 for group in state.tensors.values() for t in group.values())
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+        place = Path(folder) / "place"
+        for _ in range(asked.repeats):
+            runs = {
+                "plain": lambda: plain(state, place, flush=False),
+                "flushed": lambda: plain(state, place, flush=True),
+                "committed": lambda: committed(state, place),
+                "held": lambda: copied(state),
+            }
+            for name, work in runs.items():
+                took, result = seconds(work)
+                found.setdefault(name, []).append(took)
+                if name == "committed":
+                    for part, value in result.items():
+                        found.setdefault(f"committed: {part}", []).append(value)
+                del result
+                shutil.rmtree(place, ignore_errors=True)
+    middle = {name: statistics.median(values) for name, values in found.items()}
+    beyond = [c - f for c, f in zip(found["committed"], found["flushed"], strict=True)]
+    print(
+        json.dumps(
+            {
+                "megabytes": round(size / 1e6),
+                "seconds": {name: shown(values) for name, values in found.items()},
+                "beyond_flushed_percent": round(
+                    100 * statistics.median(beyond) / middle["committed"], 2
+                ),
+                "beyond_plain_percent": round(
+                    100 * (middle["committed"] - middle["plain"]) / middle["committed"], 2
+                ),
+                "aimed_at_percent": 3,
+                "cores": os.cpu_count(),
+            },
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""A file of tensors is the one that safetensors would write, and its digest that of its bytes."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from modern_llm.config.errors import NotFiniteError, StorageError
+from modern_llm.distributed import commit, faults
+from modern_llm.distributed.tensor_file import NAMES, write_tensors
+
+
+def mixed() -> dict[str, torch.Tensor]:
+    return {
+        "z.weight": torch.randn(3, 5),
+        'ä "b"': torch.tensor(2.5),
+        "half": torch.randn(7).to(torch.bfloat16),
+        "ids": torch.arange(3),
+        "mask": torch.tensor([True, False, True]),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "none": torch.empty(0, 4),
+        "a.weight": torch.randn(2, 2),
+    }
+
+
+@pytest.mark.parametrize("metadata", [{}, {"starts": '{"a": 1}'}])
+def test_the_bytes_are_those_of_safetensors(tmp_path, metadata):
+    tensors = mixed()
+    write_tensors(tmp_path / "ours", tensors, metadata)
+    save_file(tensors, tmp_path / "theirs", metadata=metadata or None)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    found = load_file(tmp_path / "ours")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    with safe_open(tmp_path / "ours", framework="pt") as file:
+        assert (file.metadata() or {}) == metadata
+
+
+def test_every_dtype_of_the_table_is_read_back(tmp_path):
+    for name in NAMES:
+        tensor = torch.zeros(3, dtype=getattr(torch, name))
+        write_tensors(tmp_path / name, {"t": tensor}, {})
+        assert load_file(tmp_path / name)["t"].dtype == tensor.dtype, name
+
+
+def test_the_digest_is_that_of_the_file_and_is_not_made_twice(tmp_path, monkeypatch):
+    read = []
+    real = commit.digest_file
+    monkeypatch.setattr(commit, "digest_file", lambda path: read.append(path.name) or real(path))
+    with commit.committed_folder(tmp_path / "c", {"step": 1}) as place:
+        write_tensors(place / "model.safetensors", mixed(), {})
+        (place / "other.json").write_text("{}")
+    assert read == ["other.json"]
+    assert commit.verified_manifest(tmp_path / "c") == {"step": 1}
+    content = (tmp_path / "c" / "model.safetensors").read_bytes()
+    assert hashlib.sha256(content).hexdigest() in (tmp_path / "c" / "MANIFEST.json").read_text()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_refused_and_named(tmp_path, bad):
+    tensors = {"good": torch.ones(4), "bad": torch.tensor([1.0, bad, 2.0])}
+    with pytest.raises(NotFiniteError, match="bad: holds values that are not finite"):
+        with commit.committed_folder(tmp_path / "c") as place:
+            write_tensors(place / "t", tensors, {})
+    assert not list(tmp_path.iterdir())
+    both = torch.tensor([float("inf"), -float("inf")])
+    with pytest.raises(NotFiniteError):
+        write_tensors(tmp_path / "t", {"both": both}, {})
+    # A sum that overflows is no value that is not finite.
+    most = torch.full((4,), torch.finfo(torch.float32).max)
+    write_tensors(tmp_path / "t", {"most": most, "ids": torch.arange(3)}, {})
+    assert torch.equal(load_file(tmp_path / "t")["most"], most)
+
+
+def test_a_refused_write_leaves_no_note_of_a_digest(tmp_path, monkeypatch):
+    monkeypatch.setattr(faults, "_reached", {})
+    monkeypatch.setattr(commit, "_noted", {})
+    monkeypatch.setenv(faults.VARIABLE, "file.flush.after:0:2:enospc")
+    with pytest.raises(StorageError, match="cannot write"):
+        with commit.committed_folder(tmp_path / "c") as place:
+            write_tensors(place / "one", mixed(), {})
+            write_tensors(place / "two", mixed(), {})
+    assert commit._noted == {} and not list(tmp_path.iterdir())
