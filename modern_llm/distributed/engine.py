@@ -7,8 +7,11 @@ norm of the whole gradient. Made by `Runtime.prepare`; used by the loop.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,13 +22,51 @@ from modern_llm.distributed.faults import around
 from modern_llm.distributed.progress import waiting
 
 
-class Update(NamedTuple):
-    """What became of one optimizer step."""
+class Flag:
+    """A yes or no that a device has computed, on its way to the host.
 
-    grad_norm: float
-    """Norm of the whole gradient before clipping, the same on every rank."""
-    applied: bool
-    """False where the gradient was not finite: weights and moments are as before."""
+    Reading waits for what the device was given before it, not for what it was given since.
+    """
+
+    def __init__(self, value: Tensor):
+        """`value` is a () float tensor, 1 for yes."""
+        self._value, self._there = value, None
+        if value.device.type == "cuda":
+            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def read(self) -> bool:
+        """Return it."""
+        if self._there is not None:
+            self._there.synchronize()
+        return bool(self._value)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of one optimizer step; the same on every rank."""
+
+    norm: Tensor | float
+    """() norm of the whole gradient before clipping."""
+    refused: Flag | bool
+    """Whether the gradient was not finite: weights and moments are as before."""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether nobody has to wait for a device to learn what became of it."""
+        return not isinstance(self.refused, Flag)
+
+    @property
+    def grad_norm(self) -> float:
+        """The norm; waits for the device."""
+        return float(self.norm)
+
+    @property
+    def applied(self) -> bool:
+        """Whether weights and moments were stepped; may wait for the device."""
+        return not (self.refused.read() if isinstance(self.refused, Flag) else self.refused)
 
 
 class Engine:
@@ -41,8 +82,27 @@ class Engine:
         self.skipped_in_a_row = 0
         self.passed_over = {"total": 0, "in_a_row": 0}
         """Steps whose gradient was not finite, without a scaler; part of the state."""
+        self.unsettled: Callable[[], None] | None = None
+        """What is to be done once it is known what became of the last step."""
 
     @property
+    def decides_on_device(self) -> bool:
+        """Whether a step that is not finite is refused by the fused optimizer's own kernels, so
+        that the host learns of it later. On a CPU there is nothing to wait for."""
+        # A loss scaler reads its flag itself; a plain flag beside sharded parameters is refused.
+        return self.accelerator.device.type == "cuda" and not self.scales_loss and self.recovers
+
+    def settle(self) -> None:
+        """Do what waited until it is known what became of the last step.
+
+        Raises:
+            NotFiniteError: it was not applied, and the run is to stop.
+        """
+        work, self.unsettled = self.unsettled, None
+        if work is not None:
+            work()
+
+    @cached_property
     def recovers(self) -> bool:
         """Whether a backward pass that broke off leaves nothing behind but gradients: nobody else
         keeps or reduces parts of them."""
@@ -92,13 +152,29 @@ class Engine:
         limit = max_norm or float("inf")
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if self.decides_on_device:
+            return self._step_if_finite(norm)
         finite = bool(torch.isfinite(norm))
         # With a scaler, the scaler itself looks for overflow and skips.
         if finite or self.scales_loss:
             self.optimizer.step()
         self.clear()
         skipped = self.scales_loss and self.accelerator.optimizer_step_was_skipped
-        return Update(float(norm), applied=not skipped and (finite or self.scales_loss))
+        return Update(float(norm), refused=skipped or not (finite or self.scales_loss))
+
+    def _step_if_finite(self, norm: Tensor) -> Update:
+        """Step where the norm () is finite, without asking the device whether it is."""
+        bad = 1.0 - torch.isfinite(norm).to(torch.float32)
+        fused = self.optimizer.optimizer  # Accelerate's wrapper holds the AdamW
+        # As a GradScaler tells it: the kernels return at once where the flag is 1, and the count
+        # of steps is taken back.
+        fused.found_inf = bad
+        try:
+            self.optimizer.step()
+        finally:
+            del fused.found_inf
+        self.clear()
+        return Update(norm, Flag(bad))
 
 
 class DeepSpeedEngine(Engine):
@@ -112,7 +188,7 @@ class DeepSpeedEngine(Engine):
         # Accelerate's wrapper hides the groups of the partitioned optimizer.
         self.optimizer = self.model.optimizer
 
-    @property
+    @cached_property
     def recovers(self) -> bool:
         """DeepSpeed keeps parts of gradients in buffers of its own."""
         return False
@@ -152,10 +228,10 @@ class DeepSpeedEngine(Engine):
             finite = norm == norm and abs(norm) != float("inf")
             if not finite:
                 self.model.zero_grad()
-                return Update(norm, applied=False)
+                return Update(norm, refused=True)
             self.model.step()
-            return Update(norm, applied=True)
+            return Update(norm, refused=False)
         self.model.step()
         norm = self.model.get_global_grad_norm()
         overflow = bool(getattr(self.optimizer, "overflow", False))
-        return Update(float("inf") if norm is None else float(norm), applied=not overflow)
+        return Update(float("inf") if norm is None else float(norm), refused=overflow)

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 # Logits of one chunk, in bytes. 8 MiB stays near the caches of a CPU; on a GPU larger chunks are
-# needed to fill the device with one matrix product.
+# needed to fill the device with one matrix product, as far as there is memory.
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+LEAST_CHUNK = 16 << 20
+# A chunk has about three like it beside it in the backward: its slope, and both in 16 bits.
+SHARE_OF_FREE = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,24 @@ class LogitTransform:
 
 
 def chunk_rows(vocabulary: int, device: torch.device, itemsize: int) -> int:
-    """Rows of hidden states whose logits fill one chunk."""
-    return max(
-        1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (vocabulary * max(itemsize, 4))
-    )
+    """Rows of hidden states whose logits fill one chunk: on CUDA a share of the free memory, a
+    power of two of bytes between `LEAST_CHUNK` and `CHUNK_BYTES`.
+
+    Ask once for a run and keep to it: the gradient of the head is added up chunk by chunk, so
+    another size rounds differently. Powers of two stay the same where free memory differs a little.
+    """
+    size = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
+    if device.type == "cuda":
+        share = int(SHARE_OF_FREE * free_memory(device))
+        size = max(LEAST_CHUNK, min(size, 1 << max(share.bit_length() - 1, 0)))
+    return max(1, size // (vocabulary * max(itemsize, 4)))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a CUDA device has left for this process: free ones, and those that PyTorch has
+    taken and does not use."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 class _TargetLogProbs(torch.autograd.Function):
@@ -143,7 +160,7 @@ def target_logprobs(
         weight: (V, D), the dtype of `hidden`.
         targets: (N,) int64, each in [0, V).
         bias: (V,) or None.
-        rows: rows a chunk; by device and vocabulary unless given.
+        rows: rows a chunk; by `chunk_rows` unless given.
 
     Returns:
         (N,) natural-log probabilities, float32 (float64 for float64 input).
@@ -174,13 +191,25 @@ class FusedHead(nn.Linear):
     """
 
     transform: LogitTransform
+    rows: dict[bool, int]
+    """Rows a chunk with and without gradients, as found at the first forward of each kind: the
+    probe and the reference pass find memory free that training needs."""
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return logits (..., V) without `targets`, else log-probs (N,) of `targets` (N,)."""
         if targets is None:
             return super().forward(hidden)
+        training = torch.is_grad_enabled()
+        if training not in self.rows:
+            size = hidden.element_size()
+            self.rows[training] = chunk_rows(len(self.weight), hidden.device, size)
         return target_logprobs(
-            hidden, self.weight, targets, bias=self.bias, transform=self.transform
+            hidden,
+            self.weight,
+            targets,
+            bias=self.bias,
+            transform=self.transform,
+            rows=self.rows[training],
         )
 
 
@@ -190,5 +219,5 @@ def fuse_head(head: nn.Module, transform: LogitTransform) -> bool:
     if type(head) not in (nn.Linear, FusedHead):
         return False
     head.__class__ = FusedHead
-    head.transform = transform
+    head.transform, head.rows = transform, {}
     return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -68,14 +68,18 @@ class Clock:
     peak: float
     """Operations a second of one process's device; 0 where unknown."""
     window: float = 0.0
-    tokens: float = 0.0
-    flops: float = 0.0
+    counts: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, seconds: float, sums: dict[str, Tensor]) -> None:
-        """Count a step; its counts are on the host, so that this waits for no device."""
+        """Count a step, without reading what it counted."""
         self.window += seconds
-        self.tokens += float(sums["tokens"])
-        self.flops += float(sums["flops"])
+        add(self.counts, {name: sums[name] for name in ("tokens", "flops")})
+
+    def take(self) -> tuple[float, dict[str, Tensor]]:
+        """Return the seconds and counts since the last line, and begin anew."""
+        found = self.window, self.counts
+        self.window, self.counts = 0.0, {}
+        return found
 
     def elapsed(self) -> float:
         """Seconds since the first step began, earlier parts of the run included."""
@@ -122,6 +126,8 @@ def train(
             rate = learning_rate(config, step, total)
             sums, grad_norm = _optimizer_step(runtime, engine, task, config, step, rate)
             done = step + 1
+            if _is_read(engine, config, sample, done, total):
+                engine.settle()
             clock.add(time.perf_counter() - began, sums)
             watch.advance(done)
             record: dict[str, float] = {}
@@ -135,13 +141,25 @@ def train(
                 cut = True  # what was due after this step is made when the run goes on
             if record:
                 watch.record(done, _head(clock, task, done) | record)
-            stopping = stop_asked(runtime)
-            saver.look()
-            if stopping or (done < total and is_due(config.save_every, done, total)):
-                saver.save(done, task.consumed(done), must=bool(stopping), owed=cut)
-            if stopping and (done < total or cut):
-                check(runtime, f"after step {done}, saved")
+            _save_or_stop(runtime, engine, saver, task, done, total, cut)
     return engine
+
+
+def _save_or_stop(
+    runtime: Runtime, engine: Engine, saver: Saver, task: Task, done: int, total: int, cut: bool
+) -> None:
+    """Save where it is time or where a signal asks to stop, and stop then.
+
+    Args:
+        cut: what was due after this step is still to be made.
+    """
+    stopping = stop_asked(runtime)
+    saver.look()
+    if stopping or (done < total and is_due(runtime.config.save_every, done, total)):
+        engine.settle()
+        saver.save(done, task.consumed(done), must=bool(stopping), owed=cut)
+    if stopping and (done < total or cut):
+        check(runtime, f"after step {done}, saved")
 
 
 def _saver(
@@ -165,21 +183,27 @@ def _optimizer_step(
     config: TrainingConfig,
     step: int,
     rate: float,
-) -> tuple[dict[str, Tensor], float]:
+) -> tuple[dict[str, Tensor], Tensor | float]:
     """One step of the optimizer; returns this rank's sums and the norm of the whole gradient."""
     began = time.perf_counter()
     sums, losses, busy = accumulate(runtime, engine, task, config, step, began)
     progress.enter("optimizer", step + 1)
     begin_asking(runtime)
     set_learning_rate(engine.optimizer, rate)
+    # Of the step before: known by now, while the device still computes this one.
+    engine.settle()
     # The norm is of the averaged gradient, so every rank sees the same and decides the same.
     update = engine.step(config.max_grad_norm)
     if engine.scales_loss:
         _count_skipped(engine, update, step)
     else:
-        nonfinite.settle(runtime, engine, task, config, step, losses, update)
+        engine.unsettled = partial(
+            nonfinite.settle, runtime, engine, task, config, step, losses, update
+        )
+        if update.is_known:
+            engine.settle()
     progress.step_done(time.perf_counter() - began, busy)
-    return sums, update.grad_norm
+    return sums, update.norm
 
 
 def _count_skipped(engine: Engine, update: Update, step: int) -> None:
@@ -198,19 +222,32 @@ def _is_logged(engine: Engine, config: TrainingConfig, step: int, total: int) ->
     return due or step == 1 or engine.passed_over["in_a_row"] > 0
 
 
+def _is_read(
+    engine: Engine, config: TrainingConfig, sample: Sample | None, step: int, total: int
+) -> bool:
+    """Whether anything looks at the state after a step: the log, an evaluation, sample answers, a
+    checkpoint."""
+    return (
+        _is_logged(engine, config, step, total)
+        or is_due(config.eval_every, step, total)
+        or (sample is not None and is_due(config.generate_every, step, total))
+        or is_due(config.save_every, step, total)
+    )
+
+
 def _measured(
     runtime: Runtime,
     engine: Engine,
     task: Task,
     sums: dict[str, Tensor],
     clock: Clock,
-    grad_norm: float,
+    grad_norm: Tensor | float,
     rate: float,
 ) -> dict[str, float]:
     """What is logged of a step; how many were not finite and not applied, where there were any, and
     the token budget where memory had run out."""
     found = _measure(runtime, task, sums, clock)
-    found |= {"grad_norm": grad_norm, "lr": rate}
+    found |= {"grad_norm": float(grad_norm), "lr": rate}
     if skipped := engine.passed_over["total"]:
         found["skipped_steps"] = skipped
     if task.budget.halved and task.budget.tokens:
@@ -273,14 +310,11 @@ def _measure(
     runtime: Runtime, task: Task, sums: dict[str, Tensor], clock: Clock
 ) -> dict[str, float]:
     """Metrics of this step over all ranks, and the rates since the last line."""
-    since = {
-        name: torch.tensor(value, dtype=torch.float64)
-        for name, value in (("window", clock.tokens), ("operations", clock.flops))
-    }
+    window, counts = clock.take()
+    since = {"window": counts["tokens"], "operations": counts["flops"]}
     totals = _over_ranks(runtime, sums | since)
-    seconds = max(clock.window, 1e-9)
+    seconds = max(window, 1e-9)
     rate, operations = totals.pop("window") / seconds, totals.pop("operations") / seconds
-    clock.window = clock.tokens = clock.flops = 0.0
     return {
         **task.metrics(totals),
         "tokens_per_second": rate,

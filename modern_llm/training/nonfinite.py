@@ -2,7 +2,8 @@
 
 The gradient carries the news: a rank whose loss is not finite spoils its last backward pass, so
 that the norm of the whole gradient, which every rank sees, is not finite either. No collective is
-added. Called by the loop.
+added. A device that refuses such a step by itself is asked about it while it computes the next one,
+before that is applied, and before anything is logged, evaluated or saved. Called by the loop.
 """
 
 from __future__ import annotations

@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from modern_llm.models.head import FusedHead, LogitTransform, fuse_head, target_logprobs
+from modern_llm.models import head as head_module
+from modern_llm.models.head import (
+    CHUNK_BYTES,
+    LEAST_CHUNK,
+    FusedHead,
+    LogitTransform,
+    chunk_rows,
+    free_memory,
+    fuse_head,
+    target_logprobs,
+)
 
 TRANSFORMS = [
     LogitTransform(),
@@ -145,3 +155,49 @@ def test_a_head_that_is_no_linear_layer_is_left_alone():
     head = nn.Sequential(nn.Linear(5, 11))
     assert not fuse_head(head, LogitTransform())
     assert type(head) is nn.Sequential
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [
+        (140 << 30, CHUNK_BYTES["cuda"]),
+        (3 << 30, 128 << 20),  # 192 MiB, down to a power of two
+        (1 << 30, 64 << 20),
+        (100 << 20, LEAST_CHUNK),
+        (0, LEAST_CHUNK),
+    ],
+)
+def test_a_chunk_on_cuda_is_a_share_of_the_free_memory(free, expected, monkeypatch):
+    device = torch.device("cuda", 0)
+    # A third is free; PyTorch holds the rest and does not use it.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free // 4, 141 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: free - free // 4 + 5)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5)
+    assert free_memory(device) == free
+    assert chunk_rows(32_000, device, 2) == expected // (32_000 * 4)
+    assert chunk_rows(1 << 40, device, 2) == 1, "a row at least"
+    assert chunk_rows(32_000, torch.device("cpu"), 4) == CHUNK_BYTES["cpu"] // (32_000 * 4)
+
+
+def test_a_head_keeps_to_the_chunk_of_its_first_forward(monkeypatch):
+    """Memory comes and goes in a run; the numbers of a step must not depend on it."""
+    hidden, weight, bias, targets = inputs(n=40, dtype=torch.float32)
+    asked = []
+    sizes = iter([7, 3, 1, 1])
+    monkeypatch.setattr(head_module, "chunk_rows", lambda *of: asked.append(of) or next(sizes))
+
+    def trained(head):
+        head.zero_grad()
+        head(hidden, targets).sum().backward()
+        return head.weight.grad.clone()
+
+    head = nn.Linear(5, 11)
+    fuse_head(head, LogitTransform())
+    with torch.no_grad():
+        head(hidden, targets)  # as the probe does, with all memory free
+    first, again = trained(head), trained(head)
+    assert (first == again).all() and head.rows == {False: 7, True: 3}
+    assert asked == [(11, hidden.device, 4)] * 2
+    fuse_head(head, LogitTransform())
+    assert torch.allclose(trained(head), first, rtol=1e-5), "another chunk rounds differently"
+    assert head.rows == {True: 1}

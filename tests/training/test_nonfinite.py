@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from modern_llm.config.errors import NotFiniteError
+from modern_llm.distributed.engine import Engine
 from modern_llm.training import loop
 from modern_llm.training.preference_task import PreferenceTask
 from tests.helpers.ranks import run_ranks
 from tests.helpers.text import transcripts, write_jsonl
-from tests.helpers.zero import Case, dpo, stage
+from tests.helpers.zero import Case, dpo, stage, weights
 from tests.training.test_resume import call, same
 
 KINDS = {"ddp": None, "zero0": stage(0), "zero1": stage(1), "zero2": stage(2), "zero3": stage(3)}
@@ -90,6 +91,20 @@ def every_kind(checkpoint: Path, data: Path, folder: Path) -> dict:
             found[name, rank] = poisoned(checkpoint, data, case, Poison(rank, {BAD}, how))
         case = Case(folder / f"{name}-skip", zero, few | {"on_nonfinite": "skip"})
         found[name, "skip"] = poisoned(checkpoint, data, case, Poison(1, {BAD}, "nan"))
+    return found | device_decides(checkpoint, data, folder)
+
+
+def device_decides(checkpoint: Path, data: Path, folder: Path) -> dict:
+    """The path of CUDA: the optimizer's kernels refuse the step, the host learns of it in the
+    next."""
+    found = {}
+    real = Engine.decides_on_device
+    Engine.decides_on_device = True
+    for how, more in {"stop": {}, "skip": {"on_nonfinite": "skip"}}.items():
+        few = {"max_steps": 4, "save_every": 2, "log_every": 100, **more}
+        case = Case(folder / f"device-{how}", None, few)
+        found["device", how] = poisoned(checkpoint, data, case, Poison(1, {BAD}, "nan"))
+    Engine.decides_on_device = real
     return found
 
 
@@ -103,7 +118,10 @@ def test_no_byte_changes_under_any_sharding_whichever_rank_it_is(tmp_path, tiny_
     ranks = run_ranks(every_kind, 2, tiny_checkpoint, data, tmp_path, timeout=250)
     assert len(ranks) == 2
     for found in ranks:
+        check_device(found, tmp_path)
         for (name, guilty), (text, states) in found.items():
+            if name == "device":
+                continue
             before, after = states[BAD]
             assert before == after, f"{name}, rank {guilty}: the state has changed"
             assert states[BAD - 1][0] != states[BAD - 1][1], "the steps before change it"
@@ -127,7 +145,22 @@ def test_no_byte_changes_under_any_sharding_whichever_rank_it_is(tmp_path, tiny_
             assert json.loads((place / "outcome.json").read_text())["status"] == 4
             newest = max(path.name for path in (place / "checkpoints").iterdir())
             assert newest == f"step-{BAD:08d}", "nothing is saved of the step or after it"
-    assert set(ranks[0]) == set(ranks[1]) and len(ranks[0]) == 15
+    assert set(ranks[0]) == set(ranks[1]) and len(ranks[0]) == 17
+
+
+def check_device(found: dict, folder: Path) -> None:
+    text, states = found["device", "stop"]
+    assert states[BAD][0] == states[BAD][1] == states[BAD + 1][1], "nothing after it was applied"
+    assert "step 3: the loss of micro-batch 0 on rank 1 is nan" in text
+    newest = max(path.name for path in (folder / "device-stop" / "checkpoints").iterdir())
+    assert newest == f"step-{BAD:08d}"
+    text, states = found["device", "skip"]
+    assert text == "went on" and states[BAD][0] == states[BAD][1] == states[BAD + 1][0]
+    last = records(folder / "device-skip")[-1]
+    assert last["step"] == 4 and last["skipped_steps"] == 1
+    expected = weights(folder / "ddp-skip")
+    for name, tensor in weights(folder / "device-skip").items():
+        assert (tensor == expected[name]).all(), name
 
 
 def test_three_in_a_row_stop_a_run_that_skips(tmp_path, tiny_checkpoint, tiny_pairs):
