@@ -63,6 +63,15 @@ class MicroBatch:
         }
         return replace(self, **moved)
 
+    def pin(self) -> MicroBatch:
+        """Return the same with every tensor in page-locked memory of the host."""
+        pinned = {
+            field.name: value.pin_memory()
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **pinned)
+
     @property
     def area(self) -> int:
         """Tokens, padding included."""

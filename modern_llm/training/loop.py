@@ -24,6 +24,7 @@ from modern_llm.distributed.faults import around
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.stopping import begin_asking, check, stop_asked
 from modern_llm.training import checkpoint, nonfinite
+from modern_llm.training.ahead import Ahead
 from modern_llm.training.metrics import MetricsLog, console_line, peak_memory_gb
 from modern_llm.training.optim import is_due, learning_rate, make_optimizer, set_learning_rate
 from modern_llm.training.run_folder import RunFolder
@@ -117,15 +118,18 @@ def train(
     check(runtime, f"after step {start}" if start else "before the first step")
     if sample is not None:
         sample.start(start)
-    with Watch(config, run, total, start, runtime.is_main) as watch, saver:
+    with (
+        Ahead(task, runtime.device, total) as task,
+        Watch(config, run, total, start, runtime.is_main) as watch,
+        saver,
+    ):
         look = partial(_look, runtime, engine, task, config, sample, watch, total)
         if owed:
             watch.complete(start, _head(clock, task, start), look(start))
-        for step in range(start, total):
+        for done in range(start + 1, total + 1):
             began = time.perf_counter()
-            rate = learning_rate(config, step, total)
-            sums, grad_norm = _optimizer_step(runtime, engine, task, config, step, rate)
-            done = step + 1
+            rate = learning_rate(config, done - 1, total)
+            sums, grad_norm = _optimizer_step(runtime, engine, task, config, done - 1, rate)
             if _is_read(engine, config, sample, done, total):
                 engine.settle()
             clock.add(time.perf_counter() - began, sums)

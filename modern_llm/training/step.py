@@ -72,6 +72,7 @@ def accumulate(
                 engine.average_gradients()
             task.budget.step_done(is_main=runtime.is_main)
             return found
+        engine.settle()  # it names the micro-batches of the step before, as they were
         engine.clear()
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()
