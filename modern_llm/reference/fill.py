@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Protocol
 
 import numpy as np
@@ -55,9 +56,9 @@ class Trees(Protocol):
         """Answers of the trees of a group."""
 
 
-# Lays some answers out; scores groups of trees on this rank, yielding answers and values.
+# Lays some answers out; scores groups of trees on this rank, yielding answers and values of each.
 LayOut = Callable[[Indices], Trees]
-Score = Callable[[Trees, Sequence[Indices]], Iterator[tuple[Indices, Entries]]]
+Score = Callable[[Trees, Iterable[Indices]], Iterator[list[tuple[Indices, Entries]]]]
 
 
 @dataclass(frozen=True)
@@ -266,16 +267,29 @@ class _Pass:
         failure: Exception | None = None
         progress.enter("reference pass", allowance=0.0 if self._warm else progress.COMPILE_S)
         self._warm = True
-        for group in groups[rank::world]:
+        groups = groups[rank::world]
+        going = True
+        results = self._score(trees, takewhile(lambda _: going, groups))
+
+        def keep(found: list[tuple[Indices, Entries]]) -> None:
+            for entries, values in found:
+                self._check(entries, values)
+                scored.append(values)
+
+        for _ in groups:
             try:
-                for entries, values in self._score(trees, [group]):
-                    self._check(entries, values)
-                    scored.append(values)
+                keep(next(results))
             except Exception as error:
                 failure = error
             progress.tick()
             if stopping.leave(self._runtime, failure):
                 break
+        going = False
+        try:
+            for found in results:  # forwards that were under way when all left
+                keep(found)
+        except Exception as error:
+            failure = failure or error
         return concatenate(scored, tokens=self._tokens), failure
 
     def _check(self, entries: Indices, values: Entries) -> None:

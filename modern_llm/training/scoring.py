@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from modern_llm.distributed import progress, stopping
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.reference.entries import Entries, concatenate
 from modern_llm.reference.keys import KEY_BYTES, entry_keys
+from modern_llm.training.side_by_side import in_order, lanes
 
 log = logging.getLogger(__name__)
 
@@ -196,18 +197,24 @@ class Scoring:
         return Trees(answers, chosen, trees=self._trees, budget=self.budget)
 
     def __call__(
-        self, trees: Trees, groups: Sequence[NDArray[np.int64]]
-    ) -> Iterator[tuple[NDArray[np.int64], Entries]]:
-        """Score groups of trees on this rank; yields the answers (indices) and their values.
+        self, trees: Trees, groups: Iterable[NDArray[np.int64]]
+    ) -> Generator[list[tuple[NDArray[np.int64], Entries]], None, None]:
+        """Score groups of trees on this rank; yields for each the answers (indices) and their
+        values, in parts where a group had to be cut.
 
-        An empty group is a forward that yields nothing: a sharded model needs every rank in every
+        An empty group is a forward that gives nothing: a sharded model needs every rank in every
         forward, so all ranks are given the same number of groups.
         """
         training = self._module.training
         self._module.eval()
-        for group in groups:
-            yield from self._score(trees, group)
-        self._module.train(training)
+        try:
+            yield from in_order(
+                lambda group: list(self._score(trees, group)),
+                groups,
+                lanes(self._module, self._runtime.device),
+            )
+        finally:
+            self._module.train(training)
 
     def _score(
         self, trees: Trees, group: NDArray[np.int64]
@@ -286,14 +293,17 @@ def score_everywhere(
     mine: list[Entries] = []
     failure: Exception | None = None
     progress.enter("scoring", allowance=progress.COMPILE_S)
-    for group in groups[runtime.rank :: runtime.world]:
+    groups = groups[runtime.rank :: runtime.world]
+    results = scoring(trees, groups)
+    for _ in groups:
         progress.tick()
         try:
-            mine += [values for _, values in scoring(trees, [group])]
+            mine += [values for _, values in next(results)]
         except Exception as error:
             failure = error
         if stopping.leave(runtime, failure):
             break
+    results.close()
     runtime.raise_together(failure)
     if runtime.stopping:
         stopping.check(runtime, "while it scored, with nothing written")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,10 +102,11 @@ def fill_pairs(checkpoint: Path, table: Path, cache: Path, log: Path, flush_ever
     score, fill_one, filling = Scoring.__call__, ReferencePass.fill, [False]
 
     def noted(self, trees, groups):
-        for entries, values in score(self, trees, groups):
+        for found in score(self, trees, groups):
             if filling[0]:  # the check at the end scores a sample again
-                log_of_keys.add(values.keys)
-            yield entries, values
+                for _, values in found:
+                    log_of_keys.add(values.keys)
+            yield found
 
     def fill_noted(self, *arguments):
         filling[0] = True
@@ -165,12 +166,14 @@ def fill_numbered(folder: Path, log: Path, count: int, flush_every: int, pause: 
     """
     answers, keys_scored = Numbered(count), KeyLog(log)
 
-    def score(trees: Alone, groups: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, Entries]]:
+    def score(
+        trees: Alone, groups: Iterable[np.ndarray]
+    ) -> Iterator[list[tuple[np.ndarray, Entries]]]:
         for group in groups:
             time.sleep(pause)
             entries = trees.entries(group)
             keys_scored.add(answers.keys[entries])
-            yield entries, scripted(answers.keys[entries], tokens=True)
+            yield [(entries, scripted(answers.keys[entries], tokens=True))]
 
     alone = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
     fill(
