@@ -114,6 +114,22 @@ def test_all_configuration_errors_come_at_once_with_their_lines(tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
+def test_a_section_that_stands_twice_is_named_alone(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("train:\n  batch_size: 1\n  max_steps: 2\n" * 2)
+    assert main(["sft", "--config", str(file)]) == 2
+    line = f"modern-llm: error: {file}:4: train stands twice; keep one\n"
+    assert capsys.readouterr().err == line
+
+
+def test_of_many_problems_ten_are_named(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("train:\n" + "".join(f"  wrong_{i}: 1\n" for i in range(30)))
+    assert main(["sft", "--config", str(file)]) == 2
+    err = capsys.readouterr().err
+    assert err.count(f"{file}:") == 10 and err.endswith("more\n")
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [

@@ -14,11 +14,12 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """One or more contradictions in the configuration, all of them in one message."""
+    """One or more contradictions in the configuration, in one message that names up to ten."""
 
     def __init__(self, problems: list[str]):
         self.problems = problems
-        super().__init__("; ".join(problems))
+        more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
+        super().__init__("; ".join([*problems[:10], *more]))
 
 
 class DataError(UserError):

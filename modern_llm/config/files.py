@@ -167,10 +167,12 @@ def _note_lines(node: yaml.Node, prefix: str, lines: dict[str, int], doubled: li
         return
     for key, value in node.value:
         name = f"{prefix}{key.value}"
-        if name in lines:
-            doubled.append(name)
+        twice = name in lines
         lines[name] = key.start_mark.line + 1
-        _note_lines(value, f"{name}.", lines, doubled)
+        if twice:  # what stands in it is not to be named as well
+            doubled.append(name)
+        else:
+            _note_lines(value, f"{name}.", lines, doubled)
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
