@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import numpy as np
@@ -41,6 +42,8 @@ class Order:
         batch_size: examples of one optimizer step over the whole world.
         grown: (epoch, examples) where rows were appended while a run went: from that epoch on there
             are so many, the earlier ones among them.
+        left_out: ascending; examples that are never read, as if they were not there. The numbers of
+            the others stay.
         groups: (examples,) numbers; examples of one number are put into one step where it has room
             for them. None leaves every example to itself.
     """
@@ -50,11 +53,18 @@ class Order:
     seed: int
     grown: tuple[tuple[int, int], ...] = ()
     groups: Indices | None = field(default=None, compare=False)
+    left_out: tuple[int, ...] = ()
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of the first pass over the data."""
-        return self._steps(self.examples)
+        return self._steps(self._spans[0][1])
+
+    @property
+    def kept(self) -> Indices:
+        """Every example that is read at some time, ascending."""
+        last = self.grown[-1][1] if self.grown else self.examples
+        return np.setdiff1d(np.arange(last), self.left_out)
 
     def steps_in(self, epochs: float) -> int:
         """Return the optimizer steps of so many passes over the data, at least 1."""
@@ -83,14 +93,17 @@ class Order:
         epoch, within, _ = self._place(step)
         first = epoch + (within > 0)
         if first == 0:
-            return Order(examples, self.batch_size, self.seed)
+            return replace(self, examples=examples, grown=(), groups=None)
         kept = tuple(span for span in self.grown if span[0] < first)
-        return Order(self.examples, self.batch_size, self.seed, (*kept, (first, examples)))
+        return replace(self, grown=(*kept, (first, examples)), groups=None)
 
     @property
     def _spans(self) -> list[tuple[int, int]]:
-        """(first epoch, examples) of each part of the order."""
-        return [(0, self.examples), *self.grown]
+        """(first epoch, examples that are read) of each part of the order."""
+        return [
+            (first, examples - bisect_left(self.left_out, examples))
+            for first, examples in [(0, self.examples), *self.grown]
+        ]
 
     def _until(self, epoch: int) -> list[tuple[int, int]]:
         """Return (epochs, examples in each of them) of what lies before an epoch."""
@@ -121,6 +134,9 @@ class Order:
     def digest(self) -> str:
         """A name of the plan: what decides which examples form a step, beside the data itself."""
         facts = f"{self.batch_size} {self.seed} grouped={self.groups is not None}"
+        # Of appended rows a run that goes on learns as it learns of the rows themselves.
+        if missing := [row for row in self.left_out if row < self.examples]:
+            facts += f" without {missing}"
         return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
 
     def _epoch(self, epoch: int, size: int) -> Indices:
@@ -130,6 +146,8 @@ class Order:
         if cached is None or cached[0] != epoch or cached[1] is not self.groups:
             key = np.array([self.seed, epoch], dtype=np.uint64)
             permutation = np.random.Generator(np.random.Philox(key=key)).permutation(size)
+            if self.left_out:
+                permutation = self.kept[permutation]
             if self.groups is not None:
                 permutation = _grouped(permutation, self.groups, self.batch_size)
             _PERMUTATIONS.clear()

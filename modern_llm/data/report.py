@@ -64,6 +64,11 @@ class DataReport:
         """Rows read that are not used."""
         return sum(self.drops.values())
 
+    @property
+    def dropped_for_content(self) -> int:
+        """Those of them that `max_dropped` judges; empty documents cost nothing."""
+        return self.dropped - self.drops.get(BROKEN, 0) - self.drops.get(EMPTY_DOCUMENT, 0)
+
     def as_dict(self) -> dict[str, Any]:
         """Return all counts by name, as JSON can hold them."""
         return {**asdict(self), "dropped": self.dropped}
@@ -146,7 +151,7 @@ class Drops:
             raise DataError(
                 f"{report.source}: all {report.rows} rows are bad: {counts}. First: {first}"
             )
-        content = report.dropped - self._counts[BROKEN] - self._counts[EMPTY_DOCUMENT]
+        content = report.dropped_for_content
         if content > max_dropped * report.rows:
             raise DataError(
                 f"{report.source}: {content} of {report.rows} rows "

@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from modern_llm.config.errors import NotFiniteError, StorageError
+from modern_llm.config.errors import StorageError
 from modern_llm.distributed import progress, stopping
 from modern_llm.distributed.display import Display
 from modern_llm.distributed.runtime import Runtime
@@ -56,8 +56,8 @@ class Trees(Protocol):
         """Answers of the trees of a group."""
 
 
-# Lays some answers out; scores groups of trees on this rank, yielding answers and values of each.
-LayOut = Callable[[Indices], Trees]
+# Lays some answers out, each alone in a forward or not; scores groups of trees on this rank, yielding answers and values of each.
+LayOut = Callable[[Indices, bool], Trees]
 Score = Callable[[Trees, Iterable[Indices]], Iterator[list[tuple[Indices, Entries]]]]
 
 
@@ -99,7 +99,6 @@ def fill(
         part: (k, n): see to the k-th of n parts of the data alone, the same whatever is there.
 
     Raises:
-        NotFiniteError: a log-prob is not finite; it is not written, and its pair is named.
         StorageError: the store cannot be written; what was committed stays.
     """
     began = time.perf_counter()
@@ -113,8 +112,10 @@ def fill(
 
 
 def _present(store: ReferenceStore, keys: NDArray[np.bytes_], tokens: bool) -> NDArray[np.bool_]:
-    """Return which keys (n,) are in the store. Their values are read and checked as well."""
-    return np.isin(keys, store.find(keys, tokens=tokens).keys)
+    """Return which keys (n,) are in the store, or marked there as not finite. Values are read and
+    checked as well."""
+    known = store.find(keys, tokens=tokens).keys
+    return np.isin(keys, known) | np.isin(keys, store.marks.keys())
 
 
 def _plan(
@@ -134,7 +135,7 @@ def _plan(
     mine = np.ones(len(answers), bool)
     if n == 1 and found.all():
         return [], mine
-    everything = lay_out(np.arange(len(answers)))
+    everything = lay_out(np.arange(len(answers)), False)
     rest = np.zeros(len(answers), bool)
     pieces = []
     for number, piece in enumerate(_pieces(answers, everything, flush_every)):
@@ -153,7 +154,7 @@ def _plan(
             ]
             pieces.append(Piece(everything, kept, piece.name))
     if rest.any():
-        pieces += _pieces(answers, lay_out(np.flatnonzero(rest)), flush_every)
+        pieces += _pieces(answers, lay_out(np.flatnonzero(rest), False), flush_every)
     return pieces, mine
 
 
@@ -245,18 +246,32 @@ class _Pass:
         trees, groups = piece.trees, piece.groups
         if not lacking.all():
             entries = np.concatenate([trees.entries(group) for group in groups])
-            trees = self._lay_out(entries[lacking])
+            trees = self._lay_out(entries[lacking], False)
             groups = trees.groups()
-        mine, failure = self._score_share(trees, groups)
-        everyone = self._runtime.gather(mine)
-        parts = [entries for entries in everyone if len(entries)]
-        self._runtime.on_main(lambda: self._store.append(concatenate(parts, tokens=self._tokens)))
-        self._runtime.raise_together(failure)
+        found = self._kept(trees, groups)
+        suspects = found.keys[~np.isfinite(found.sums)]
+        if len(suspects):
+            # One that is not finite may spoil its neighbours in a forward: 0 x inf is not 0.
+            entries = np.searchsorted(self._answers.keys, suspects)
+            alone = self._lay_out(entries, True)
+            again = self._kept(alone, alone.groups())
+            bad = again.keys[~np.isfinite(again.sums)]
+            self._runtime.on_main(lambda: self._store.marks.add(bad))
         if self._runtime.is_main:
             self._store.claims.release(piece.name)
+        return len(found)
+
+    def _kept(self, trees: Trees, groups: list[Indices]) -> Entries:
+        """Score groups on all ranks and commit what is finite; return all, on every rank."""
+        mine, failure = self._score_share(trees, groups)
+        parts = [part for part in self._runtime.gather(mine) if len(part)]
+        found = concatenate(parts, tokens=self._tokens)
+        good = found.take(np.flatnonzero(np.isfinite(found.sums)))
+        self._runtime.on_main(lambda: self._store.append(good))
+        self._runtime.raise_together(failure)
         if self._runtime.stopping:
             stopping.check(self._runtime, STATE)
-        return sum(len(part) for part in parts)
+        return found
 
     def _score_share(self, trees: Trees, groups: list[Indices]) -> tuple[Entries, Exception | None]:
         """Score this rank's groups; every rank makes the same number of forwards, and where one
@@ -271,14 +286,9 @@ class _Pass:
         going = True
         results = self._score(trees, takewhile(lambda _: going, groups))
 
-        def keep(found: list[tuple[Indices, Entries]]) -> None:
-            for entries, values in found:
-                self._check(entries, values)
-                scored.append(values)
-
         for _ in groups:
             try:
-                keep(next(results))
+                scored += [values for _, values in next(results)]
             except Exception as error:
                 failure = error
             progress.tick()
@@ -287,25 +297,18 @@ class _Pass:
         going = False
         try:
             for found in results:  # forwards that were under way when all left
-                keep(found)
+                scored += [values for _, values in found]
         except Exception as error:
             failure = failure or error
         return concatenate(scored, tokens=self._tokens), failure
-
-    def _check(self, entries: Indices, values: Entries) -> None:
-        bad = np.flatnonzero(~np.isfinite(values.sums))
-        if len(bad):
-            raise NotFiniteError(
-                f"{self._answers.origin(int(entries[bad[0]]))}: the reference gives a log-prob "
-                "that is not finite; it was not stored; look at that pair and at the reference's "
-                "weights"
-            )
 
 
 def values_of(
     runtime: Runtime, keys: NDArray[np.bytes_], store: ReferenceStore, *, tokens: bool = False
 ) -> Entries:
     """Return the entries of `keys` (E,), in their order, on every rank, as rank 0 reads them.
+
+    One that is marked as not finite has the sum NaN, and no tokens.
 
     Raises:
         StorageError: the store lacks one of them: it was damaged since it was filled.
@@ -314,6 +317,13 @@ def values_of(
 
     def look_up() -> Entries:
         found = store.find(keys, tokens=tokens)
+        marked = np.setdiff1d(np.intersect1d(keys, store.marks.keys()), found.keys)
+        if len(marked):
+            nothing = np.full(len(marked), np.nan, np.float32)
+            none = np.zeros(0, np.float32) if tokens else None
+            marks = Entries(marked, nothing, np.zeros(len(marked), np.int32), none)
+            found = concatenate([found, marks], tokens=tokens)
+            found = found.take(np.argsort(found.keys, kind="stable"))
         at = np.searchsorted(found.keys, keys)
         if len(found) < len(np.unique(keys)):
             raise StorageError(

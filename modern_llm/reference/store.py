@@ -28,6 +28,7 @@ from modern_llm.distributed.faults import around
 from modern_llm.reference.entries import Entries, concatenate, distinct
 from modern_llm.reference.joining import due_groups, joined_layout, merged
 from modern_llm.reference.layout import PLAIN, RAGGED, Damaged, Identity, Layout
+from modern_llm.reference.marks import Marks
 from modern_llm.reference.places import (
     ATTEMPTS,
     MANIFEST,
@@ -55,6 +56,7 @@ class ReferenceStore:
     def __init__(self, folder: Path, identity: Identity, *, patience: float = PATIENCE):
         self.folder, self.identity = folder, identity
         self.claims = Claims(folder / "claims", patience=patience)
+        self.marks = Marks(folder)
         self._shards: dict[str, Shard] = {}
         self._passed_over: set[str] = set()
         self.refresh()
@@ -200,6 +202,7 @@ class ReferenceStore:
 
     def copy_from(self, other: ReferenceStore) -> None:
         """Take over the shards of another store of the same identity, checked byte by byte."""
+        self.marks.add(other.marks.keys())
         for shard in other.shards:
             try:
                 shard.verify()

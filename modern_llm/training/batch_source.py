@@ -116,9 +116,9 @@ class BatchSource:
 
     def in_order(self, group: int) -> Iterator[Lazy]:
         """Yield this rank's part of every example once, `group` examples at a time."""
-        for start in range(0, len(self.examples), group):
-            indices = np.arange(start, min(start + group, len(self.examples)))
-            yield Lazy(self, self.parts(indices)[self.rank])
+        kept = self.order.kept
+        for start in range(0, len(kept), group):
+            yield Lazy(self, self.parts(kept[start : start + group])[self.rank])
 
     def parts(self, indices: Indices) -> list[list[Indices]]:
         """Place examples: for each rank its micro-batches, those with equal prompts together."""

@@ -14,7 +14,6 @@ from modern_llm.config import PreferenceDatasetConfig
 from modern_llm.config.errors import DataError
 from modern_llm.data.passes import training_sources
 from modern_llm.data.readers import Row
-from modern_llm.data.tokens import TokenTable
 from modern_llm.training.judgement import calibration, judge, judge_groups
 from modern_llm.training.score import Scored, scored_pairs
 
@@ -48,13 +47,12 @@ def evaluate_pairs(
         rewards = beta * scored.sums("policy")
         if reference is not None:
             rewards = rewards - beta * scored.sums("reference")
-        table = scored.prepared.train
-        groups = {by or "file": _groups(table, data, by), "length": _by_length(scored)}
+        groups = {by or "file": _groups(scored, data, by), "length": _by_length(scored)}
         return {
             "model": model,
             "reference": reference,
             "beta": beta,
-            "dropped": scored.prepared.report.rows - len(table),
+            "dropped": scored.dropped,
             **judge(rewards),
             "calibration": calibration(rewards[:, 0] - rewards[:, 1]),
             "groups": judge_groups(rewards, groups),
@@ -68,8 +66,8 @@ def _by_length(scored: Scored) -> list[str]:
     return names[np.sign(counts[:, 0] - counts[:, 1]) + 1].tolist()
 
 
-def _groups(table: TokenTable, data: PreferenceDatasetConfig, by: str | None) -> list[str]:
-    origins = [table.origin(index) for index in range(len(table))]
+def _groups(scored: Scored, data: PreferenceDatasetConfig, by: str | None) -> list[str]:
+    origins = [scored.prepared.train.origin(int(row)) for row in scored.rows]
     if by is None:
         return [origin.rpartition(":")[0] for origin in origins]
     values = {

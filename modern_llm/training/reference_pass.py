@@ -47,6 +47,7 @@ SELF_CHECK_PAIRS = 16
 
 # (P, 2) float32 sums for every pair of a table.
 Values = NDArray[np.float32]
+Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,10 @@ class ReferencePass:
         rows = targets = 0
         for wanted in self._wanted:
             answers = wanted.answers
-            lacking = ~np.isin(answers.keys, self.store.find(answers.keys, tokens=tokens).keys)
+            known = self.store.find(answers.keys, tokens=tokens).keys
+            lacking = ~np.isin(answers.keys, known) & ~np.isin(
+                answers.keys, self.store.marks.keys()
+            )
             rows, targets = rows + int(lacking.sum()), targets + int(answers.targets[lacking].sum())
             if self._dpo.reference == "store" and lacking.any():
                 first = answers.origin(answers.earliest(np.flatnonzero(lacking)))
@@ -149,12 +153,24 @@ class ReferencePass:
         store = self.store
         return self._runtime.on_main(lambda: store.find(keys))
 
+    def not_finite(self) -> list[Indices]:
+        """Return the pairs of each wanted table of which an answer is marked as not finite."""
+        assert self.store is not None
+        marked = self._runtime.on_main(self.store.marks.keys)
+        return [
+            np.flatnonzero(np.isin(wanted.answers.keys, marked)[wanted.answers.of_pairs].any(1))
+            for wanted in self._wanted
+        ]
+
     def complete(self, policy: TokenScorer) -> dict[str, Values | None]:
         """Score what is missing, check a sample, and return the values of every table by its name.
 
         Args:
             policy: with the weights that the run starts from: the reference itself, unless another
                 is named. After a resume too: a checkpoint's weights are loaded later, by the loop.
+
+        Returns:
+            (P, 2) sums a table; NaN where one of the pair's is not finite.
         """
         if self.store is None:
             return {}
@@ -199,7 +215,7 @@ class ReferencePass:
             self._runtime,
             answers,
             self.store,
-            lambda entries: scoring.lay_out(answers, entries),
+            lambda entries, alone: scoring.lay_out(answers, entries, alone=alone),
             scoring,
             flush_every=2 * self._dpo.flush_every,
             tokens=self._dpo.per_token,
@@ -251,9 +267,11 @@ class ReferencePass:
         assert self.store is not None
         answers, alpha = wanted.answers, self._dpo.ld_alpha
         found = values_of(self._runtime, answers.keys, self.store, tokens=alpha is not None)
+        sums = found.sums[answers.of_pairs]
         if alpha is None:
-            return found.sums[answers.of_pairs]
-        return desensitised(found, answers.of_pairs, alpha)
+            return sums
+        weighted = desensitised(found, answers.of_pairs, alpha)
+        return np.where(np.isfinite(sums).all(1, keepdims=True), weighted, np.float32(np.nan))
 
     def _check(self, wanted: Wanted, scoring: Scoring | None) -> None:
         """Score a sample of the stored values again: the loss of each of these pairs must be ln 2.
@@ -265,10 +283,14 @@ class ReferencePass:
             return
         answers = wanted.answers
         pairs = answers.of_pairs
-        count = min(self._dpo.self_check_pairs or SELF_CHECK_PAIRS, len(pairs))
-        sample = np.unique(np.linspace(0, len(pairs) - 1, count).astype(np.int64))
-        entries = np.unique(pairs[sample])
         assert self.store is not None
+        marked = np.isin(answers.keys, self._runtime.on_main(self.store.marks.keys))
+        good = np.flatnonzero(~marked[pairs].any(1))
+        if not len(good):
+            return  # what is left out is judged by whoever reads the values
+        count = min(self._dpo.self_check_pairs or SELF_CHECK_PAIRS, len(good))
+        sample = good[np.unique(np.linspace(0, len(good) - 1, count).astype(np.int64))]
+        entries = np.unique(pairs[sample])
         stored = values_of(self._runtime, answers.keys[entries], self.store)
         fresh = score_everywhere(self._runtime, scoring, answers, entries)
         log_ratios = fresh.sums.astype(np.float64) - stored.sums

@@ -25,6 +25,7 @@ from modern_llm.distributed.watchdog import Watchdog
 from modern_llm.models.load import Checkpoint, inspect_checkpoint
 from modern_llm.training import setup, tables
 from modern_llm.training.dpo_config import DPOConfig
+from modern_llm.training.left_out import leave_out
 from modern_llm.training.reference_pass import ReferencePass, Wanted
 from modern_llm.training.scoring import score_everywhere
 
@@ -66,7 +67,7 @@ def fill_reference(
     Raises:
         UserError: bad configuration, checkpoint or data, or nothing to fill.
         StorageError: the store cannot be written; what was committed stays.
-        NotFiniteError: a log-prob is not finite; its pair is named.
+        DataError: more than `max_dropped` of the pairs have a log-prob that is not finite.
     """
     request = Request(
         str(sft_checkpoint), train_config, dpo_config, preference_config, tokenizer_name
@@ -84,10 +85,12 @@ def fill_reference(
         problems.append(f"part {part[0]}/{part[1]}: the first number must be in 1..{part[1]}")
     if problems:
         raise ConfigError(problems)
-    with _looked_up(request, part) as (runtime, references):
+    with _looked_up(request, part) as (runtime, references, prepared):
         runtime.on_main(references.make_room)
         reports = references.fill_all()
         assert references.store is not None
+        bad = dict(zip(("train", "evaluation"), references.not_finite(), strict=False))
+        leave_out(runtime, prepared, bad, request.data.max_dropped, None)
         totals = {
             name: sum(getattr(report, name) for report in reports)
             for name in ("needed", "found", "scored")
@@ -109,7 +112,7 @@ def verify_reference(request: Request, sample: int) -> dict[str, Any]:
     Raises:
         StorageError: something is damaged, or a value is not what the reference's weights give.
     """
-    with _looked_up(request, (1, 1)) as (runtime, references):
+    with _looked_up(request, (1, 1)) as (runtime, references, _):
         store = references.store
         if store is None:
             raise ConfigError(["dpo: this run reads no store (loss_type or reference: model)"])
@@ -127,7 +130,7 @@ def verify_reference(request: Request, sample: int) -> dict[str, Any]:
 
 def keep_needed(request: Request) -> dict[str, Any]:
     """Forget every entry of the store that the training and evaluation pairs do not use."""
-    with _looked_up(request, (1, 1)) as (runtime, references):
+    with _looked_up(request, (1, 1)) as (runtime, references, _):
         store = references.store
         if store is None:
             raise ConfigError(["dpo: this run reads no store (loss_type or reference: model)"])
@@ -137,7 +140,9 @@ def keep_needed(request: Request) -> dict[str, Any]:
 
 
 @contextmanager
-def _looked_up(request: Request, part: tuple[int, int]) -> Iterator[tuple[Runtime, ReferencePass]]:
+def _looked_up(
+    request: Request, part: tuple[int, int]
+) -> Iterator[tuple[Runtime, ReferencePass, Prepared]]:
     """Read the data and find the store, as a run would, without a run folder."""
     data = setup.with_dataset_name(request.data, request.train)
     runtime = start(request.train)
@@ -158,7 +163,7 @@ def _looked_up(request: Request, part: tuple[int, int]) -> Iterator[tuple[Runtim
         references = ReferencePass(runtime, checkpoint, request.train, request.dpo, part=part)
         _check_ids(references.checkpoint, prepared)
         references.want(training_pairs=prepared.train, evaluation_pairs=prepared.evaluation)
-        yield runtime, references
+        yield runtime, references, prepared
 
 
 def _check_ids(reference: Checkpoint | None, prepared: Prepared) -> None:

@@ -31,6 +31,7 @@ from modern_llm.distributed.commit import write_file
 from modern_llm.distributed.signals import stop_here
 from modern_llm.models.load import Checkpoint, inspect_checkpoint
 from modern_llm.training import setup, tables
+from modern_llm.training.left_out import LIST, leave_out, not_finite
 from modern_llm.training.scoring import Answers, Scoring, score_everywhere
 from modern_llm.training.sources import sharing
 
@@ -43,11 +44,18 @@ class Scored:
 
     Attributes:
         columns: `policy` and, where one was given, `reference` -> sums and target counts, (P, 2).
+        rows: (P,) rows of the table; pairs with a sum that is not finite are left out.
     """
 
     runtime: distributed.Runtime
     prepared: Prepared
     columns: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    rows: NDArray[np.int64]
+
+    @property
+    def dropped(self) -> int:
+        """Rows of the data that are not among the pairs."""
+        return self.prepared.report.rows - len(self.rows)
 
     def sums(self, name: str) -> NDArray[np.float64]:
         """Return (P, 2) log-prob sums in nats."""
@@ -98,7 +106,18 @@ def scored_pairs(
         columns = {"policy": _sums(runtime, policy, table, config)}
         if reference is not None:
             columns["reference"] = _sums(runtime, inspect_checkpoint(reference), table, config)
-        yield Scored(runtime, prepared, columns)
+        bad = not_finite(np.concatenate([sums.numpy() for sums, _ in columns.values()], axis=1))
+        leave_out(
+            runtime,
+            prepared,
+            {"train": bad},
+            data.max_dropped,
+            prepared.train.folder.parent / LIST,
+            " or ".join(filter(None, (model, reference))),
+        )
+        rows = np.setdiff1d(np.arange(len(table)), bad)
+        kept = {name: (sums[rows], counts[rows]) for name, (sums, counts) in columns.items()}
+        yield Scored(runtime, prepared, kept, rows)
 
 
 def score_pairs(
@@ -126,21 +145,20 @@ def score_pairs(
             f"output {output}: {output.parent} is no folder; create it or name another place"
         )
     with scored_pairs(model, data, reference=reference, **options) as scored:
-        runtime, pairs = scored.runtime, len(scored.prepared.train)
+        runtime, pairs = scored.runtime, len(scored.rows)
         if runtime.is_main:
             lines = (f"{json.dumps(row)}\n" for row in _rows(scored.columns))
             write_file(output, "".join(lines))
             log.info("%d pairs scored: %s", pairs, output)
         runtime.barrier()
-        return {"pairs": pairs, "output": str(output)} | _dropped(runtime, scored.prepared, output)
+        return {"pairs": pairs, "output": str(output)} | _dropped(scored, output)
 
 
-def _dropped(runtime: distributed.Runtime, prepared: Prepared, output: Path) -> dict[str, Any]:
+def _dropped(scored: Scored, output: Path) -> dict[str, Any]:
     """Say what was left out, and keep the list of it beside the output."""
-    report = prepared.report
-    missing = report.rows - len(prepared.train)
-    listed = prepared.train.folder.parent / "dropped_rows.jsonl"
-    if runtime.is_main:
+    report, missing = scored.prepared.report, scored.dropped
+    listed = scored.prepared.train.folder.parent / LIST
+    if scored.runtime.is_main:
         for line in report.lines():
             log.info("data: %s", line)
         if missing:

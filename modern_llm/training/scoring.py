@@ -104,20 +104,27 @@ class Trees:
         entries: (n,) indices into `answers`.
         trees: what rows may hold; answers share the computation of their prompt where several.
         budget: tokens of one forward, padding included.
+        alone: whether each answer has a forward of its own.
     """
 
     slots = BRANCHES
 
     def __init__(
-        self, answers: Answers, entries: NDArray[np.int64], *, trees: Sharing | bool, budget: int
+        self,
+        answers: Answers,
+        entries: NDArray[np.int64],
+        *,
+        trees: Sharing | bool,
+        budget: int,
+        alone: bool = False,
     ):
-        self.answers, self.budget, self._trees = answers, budget, trees
+        self.answers, self.budget, self._trees, self._alone = answers, budget, trees, alone
         self._items: list[list[int]] = []
         before, size = -1, 0
         for entry in answers.by_prompt(entries).tolist():
             length = int(answers.lengths[entry])
             item = self._items[-1] if self._items else []
-            fits = len(item) < BRANCHES and (len(item) < 2 or size + length <= budget)
+            fits = not alone and len(item) < BRANCHES and (len(item) < 2 or size + length <= budget)
             if before >= 0 and fits and answers.same_prompt(before, entry):
                 item.append(entry)
                 size += length
@@ -139,6 +146,8 @@ class Trees:
         so it changes no number either.
         """
         chosen = np.arange(len(self._items)) if items is None else items
+        if self._alone:
+            return [chosen[at : at + 1] for at in range(len(chosen))]
         limit = Budget(tokens=budget or self.budget)
         (groups,) = place(chosen, self.sizes, world=1, budget=limit, shared=self._trees)
         return [group for group in groups if len(group)]
@@ -191,10 +200,16 @@ class Scoring:
         automatic = FORWARD_TOKENS.get(runtime.device.type, 8192)
         self.budget = config.most_tokens or automatic
 
-    def lay_out(self, answers: Answers, entries: NDArray[np.int64] | None = None) -> Trees:
-        """Return all or some answers laid out for this model."""
+    def lay_out(
+        self,
+        answers: Answers,
+        entries: NDArray[np.int64] | None = None,
+        *,
+        alone: bool = False,
+    ) -> Trees:
+        """Return all or some answers laid out for this model, each `alone` in a forward or not."""
         chosen = np.arange(len(answers)) if entries is None else entries
-        return Trees(answers, chosen, trees=self._trees, budget=self.budget)
+        return Trees(answers, chosen, trees=self._trees, budget=self.budget, alone=alone)
 
     def __call__(
         self, trees: Trees, groups: Iterable[NDArray[np.int64]]
@@ -288,6 +303,21 @@ def score_everywhere(
         Stopped: a signal asked for it.
     """
     trees = scoring.lay_out(answers, entries)
+    found = _shared_out(runtime, scoring, trees)
+    good = np.isfinite(found.sums)
+    if not good.all():
+        # One that is not finite may spoil its neighbours in a forward: 0 x inf is not 0.
+        rows = np.searchsorted(answers.keys, found.keys[~good])
+        again = _shared_out(runtime, scoring, scoring.lay_out(answers, rows, alone=True))
+        kept = found.take(np.flatnonzero(good))
+        found = concatenate([kept, again], tokens=scoring.tokens)
+    # Keys are in the order of the entries, because answers are.
+    return found.take(np.argsort(found.keys))
+
+
+def _shared_out(runtime: Runtime, scoring: Scoring, trees: Trees) -> Entries:
+    """Score trees, shared by the ranks in equal numbers of forwards; all get all values, in no
+    order."""
     groups = trees.groups()
     groups += [np.zeros(0, np.int64)] * (-len(groups) % runtime.world)
     mine: list[Entries] = []
@@ -308,9 +338,7 @@ def score_everywhere(
     if runtime.stopping:
         stopping.check(runtime, "while it scored, with nothing written")
     everyone = [part for parts in runtime.gather(mine) for part in parts]
-    found = concatenate(everyone, tokens=scoring.tokens)
-    # Keys are in the order of the entries, because answers are.
-    return found.take(np.argsort(found.keys))
+    return concatenate(everyone, tokens=scoring.tokens)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -20,6 +20,8 @@ from modern_llm.models.scorer import TokenScorer
 from modern_llm.training.batch_source import BatchSource, largest_example
 from modern_llm.training.token_budget import AUTO_TOKENS
 
+LeftOut = tuple[tuple[int, ...], tuple[int, ...]]
+
 
 def make_sources(
     runtime: Runtime,
@@ -29,11 +31,13 @@ def make_sources(
     scorer: TokenScorer,
     *,
     group_by_prompt: bool = False,
+    left_out: LeftOut = ((), ()),
 ) -> tuple[BatchSource, BatchSource | None]:
     """Return this rank's sources of training and, where there is some, evaluation data.
 
     Args:
         group_by_prompt: put training examples with one prompt into one step.
+        left_out: rows of the training and of the evaluation data that are never read.
     """
     train_source = make_source(
         runtime,
@@ -43,10 +47,13 @@ def make_sources(
         scorer,
         prepared.history,
         group_by_prompt=group_by_prompt,
+        left_out=left_out[0],
     )
     if prepared.evaluation is None:
         return train_source, None
-    return train_source, make_source(runtime, config, prepared.evaluation, kind, scorer)
+    return train_source, make_source(
+        runtime, config, prepared.evaluation, kind, scorer, left_out=left_out[1]
+    )
 
 
 def make_source(
@@ -58,6 +65,7 @@ def make_source(
     history: tuple[tuple[int, int], ...] | None = None,
     *,
     group_by_prompt: bool = False,
+    left_out: tuple[int, ...] = (),
 ) -> BatchSource:
     """Return this rank's source of micro-batches over `table`.
 
@@ -72,7 +80,7 @@ def make_source(
     budget = token_budget(runtime, config, examples, shared=shared)
     groups = examples.prompt_numbers() if group_by_prompt else None
     (_, rows), *grown = history or ((0, len(table)),)
-    order = Order(rows, config.batch_size, config.seed, tuple(grown), groups)
+    order = Order(rows, config.batch_size, config.seed, tuple(grown), groups, left_out)
     return BatchSource(
         examples,
         order,

@@ -17,9 +17,11 @@ from modern_llm.models.scorer import TokenScorer
 from modern_llm.training import lora, setup, tables
 from modern_llm.training.dpo_config import DPOConfig
 from modern_llm.training.dry_run import DryRun
+from modern_llm.training.left_out import leave_out_of_run
 from modern_llm.training.outcome import outcome_recorded
 from modern_llm.training.preference_task import PreferenceTask
 from modern_llm.training.reference_pass import ReferencePass, reference_for
+from modern_llm.training.run_folder import RunFolder
 from modern_llm.training.sources import make_sources
 
 __all__ = ["DPOConfig", "run_dpo"]
@@ -77,7 +79,7 @@ def run_dpo(
         tables.check_ids_fit(prepared.train, checkpoint.vocabulary)
         reference = reference_for(runtime, checkpoint, train_config, dpo_config, prepared)
         scorer = lora.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=False)
-        task = _task(runtime, scorer, train_config, dpo_config, prepared, reference)
+        task = _task(runtime, run, scorer, dpo_config, data, prepared, reference)
         facts = {"reference": reference.digest}
         facts |= lora.base_facts(runtime, checkpoint, lora_config)
         ends = setup.answer_ends(tokenizer, data, prepared)
@@ -102,20 +104,29 @@ def _builder(
 
 def _task(
     runtime: Runtime,
+    run: RunFolder,
     scorer: TokenScorer,
-    train_config: TrainingConfig,
     dpo_config: DPOConfig,
+    data: PreferenceDatasetConfig,
     prepared: Prepared,
     reference: ReferencePass,
 ) -> PreferenceTask:
-    """Complete the reference's values with the scorer as loaded, before training changes it.
+    """Complete the reference's values with the scorer as loaded, before training changes it, and
+    leave out the pairs for which there is none.
 
     After a resume too: the checkpoint's weights are loaded later, by the loop, so that a reference
     is never built from a policy that has trained.
     """
     values = reference.complete(scorer)
+    left_out = leave_out_of_run(runtime, run, prepared, values, data.max_dropped)
     source, evaluation = make_sources(
-        runtime, train_config, prepared, "pairs", scorer, group_by_prompt=dpo_config.group_by_prompt
+        runtime,
+        run.config,
+        prepared,
+        "pairs",
+        scorer,
+        group_by_prompt=dpo_config.group_by_prompt,
+        left_out=left_out,
     )
     return PreferenceTask(
         runtime,

@@ -198,3 +198,29 @@ def test_groups_of_equal_size_stay_whole_and_move_with_the_epoch():
         assert np.array_equal(np.unique(found, return_counts=True)[1], [4] * 4)
     assert not np.array_equal(order.step(0), order.step(10))
     assert not np.array_equal(order.step(0), Order(160, 16, 5).step(0))
+
+
+def test_rows_that_are_left_out_are_never_read_and_the_rest_once_an_epoch():
+    order = Order(21, 4, seed=3, left_out=(0, 7, 20))
+    assert order.steps_per_epoch == 5 and order.kept.tolist() == [*range(1, 7), *range(8, 20)]
+    for epoch in range(3):
+        read = np.concatenate([order.step(5 * epoch + step) for step in range(5)])
+        assert sorted(read) == order.kept.tolist()
+    assert [order.consumed(step) for step in (0, 4, 5, 6)] == [0, 16, 18, 22]
+    assert order.steps_in(2) == 10
+    grouped = Order(21, 4, seed=3, groups=np.arange(21) // 3, left_out=(0, 7, 20))
+    read = np.concatenate([grouped.step(step) for step in range(5)])
+    assert sorted(read) == order.kept.tolist()
+
+
+def test_what_is_left_out_is_part_of_the_plan_but_for_appended_rows():
+    plain, without = Order(21, 4, seed=3), Order(21, 4, seed=3, left_out=(7,))
+    assert len({plain.digest, without.digest, Order(21, 4, seed=3, left_out=(8,)).digest}) == 3
+    grown = plain.joined(7, 30)
+    later = Order(21, 4, seed=3, grown=grown.grown, left_out=(25,))
+    assert later.digest == plain.digest == grown.digest
+    for step in range(12):  # two epochs of 21
+        assert later.step(step).tolist() == plain.step(step).tolist()
+    read = np.concatenate([later.step(step) for step in range(12, 20)])
+    assert sorted(read) == [row for row in range(30) if row != 25]
+    assert without.joined(6, 30).left_out == (7,)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modern_llm.cli import main
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
-from modern_llm.config.errors import NotFiniteError, StorageError, UserError
+from modern_llm.config.errors import StorageError, UserError
 from modern_llm.distributed.claims import Claims
 from modern_llm.reference.store import ReferenceStore
 from modern_llm.training import loop
@@ -216,11 +216,10 @@ def test_no_value_that_is_not_finite_is_written(tmp_path, tiny_checkpoint, tiny_
     save_file(tensors | {"model.embed_tokens.weight": embedding}, bad / "model.safetensors",
               metadata={"format": "pt"})  # fmt: skip
     call = arguments(tmp_path / "x", bad, pairs, {"flush_every": 2})
-    with pytest.raises(NotFiniteError, match=r"pairs.jsonl:13: the reference gives a log-prob"):
-        fill_reference(**call)
+    fill_reference(**call)
     (folder,) = (tmp_path / "reference-cache" / "references").iterdir()
     store = ReferenceStore.open(folder)
-    assert len(store) > 0
+    assert len(store) > 0 and len(store.marks.keys()) == 1
     for shard in store.shards:
         assert np.isfinite(shard.rows(0, len(shard), tokens=False).sums).all()
 
