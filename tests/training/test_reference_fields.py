@@ -166,7 +166,7 @@ def given(request: Request) -> dict:
 def lacking(request: Request) -> tuple[int, int]:
     """How many answers would be scored, of how many."""
     missing = needed = 0
-    with reference_stage._looked_up(request, (1, 1)) as (_, references):
+    with reference_stage._looked_up(request, (1, 1)) as (_, references, _):
         for wanted in references.wanted:
             found = references.store.find(wanted.answers.keys, tokens=request.dpo.per_token)
             needed += len(wanted.answers)
