@@ -29,7 +29,7 @@ import torch.distributed as dist
 from modern_llm.config.errors import PeerError
 from modern_llm.distributed import handshake, progress, signals
 from modern_llm.distributed.faults import around
-from modern_llm.distributed.runtime import Runtime
+from modern_llm.distributed.peers import Peers
 from modern_llm.distributed.stragglers import Stragglers
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Watchdog:
 
     def __init__(
         self,
-        runtime: Runtime,
+        runtime: Peers,
         folder: Path | None,
         least: float | None,
         close: Callable[[int, str], None] | None = None,

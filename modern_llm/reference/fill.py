@@ -280,13 +280,13 @@ class _Pass:
         groups = groups + [np.zeros(0, np.int64)] * (-len(groups) % world)
         scored: list[Entries] = []
         failure: Exception | None = None
-        progress.enter("reference pass", allowance=0.0 if self._warm else progress.COMPILE_S)
-        self._warm = True
         groups = groups[rank::world]
         going = True
         results = self._score(trees, takewhile(lambda _: going, groups))
 
         for _ in groups:
+            progress.enter("reference pass", allowance=0.0 if self._warm else progress.COMPILE_S)
+            self._warm = True
             try:
                 scored += [values for _, values in next(results)]
             except Exception as error:

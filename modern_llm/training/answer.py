@@ -5,6 +5,7 @@ Called by the verb `generate`, by the demo and for the sample answers of a run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from modern_llm.config.errors import ConfigError, UserError
 from modern_llm.data.records import Prompt, RowFault
 from modern_llm.data.templates import Template, end_tokens
 from modern_llm.data.tokenize import Encoder
+from modern_llm.distributed import progress
 from modern_llm.distributed.signals import stop_here
 from modern_llm.models.generate import generate, generate_ids
 from modern_llm.models.load import (
@@ -74,6 +76,7 @@ class Answerer:
     """
 
     def __init__(self, place: str, options: Options, tokenizer_name: str | None = None):
+        progress.enter("loading the model", allowance=progress.LOAD_S)
         checkpoint = inspect_checkpoint(place)
         if tokenizer_name is None and not checkpoint.has_tokenizer:
             raise ConfigError([f"tokenizer_name: {place} holds no tokenizer; name one"])
@@ -86,6 +89,7 @@ class Answerer:
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
         """Return one answer for each prompt."""
         rows, ends = prompt_ids(self.tokenizer, prompts, self.options.template)
+        progress.enter("answering", allowance=progress.COMPILE_S)
         return generate(
             self.model,
             self.tokenizer,
@@ -99,6 +103,7 @@ class Answerer:
     def stream(self, prompt: Prompt) -> str:
         """Print the answer to one prompt on stdout while it is made, and return it."""
         rows, ends = prompt_ids(self.tokenizer, [prompt], self.options.template)
+        progress.enter("answering", allowance=progress.COMPILE_S)
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         (ids,) = generate_ids(
             self.model,
@@ -128,7 +133,7 @@ class Answerer:
             raise ConfigError(["system has no effect without a chat template: set template: chat"])
         start = [{"role": "system", "content": system}] if system is not None else []
         turns = list(start)
-        while (line := read()) is not None:
+        while (line := _awaited(read)) is not None:
             if line.strip() == "/new":
                 turns = list(start)
                 continue
@@ -141,8 +146,16 @@ class Answerer:
 
 
 def _check() -> None:
-    """Raise `Stopped` if a signal asked for it."""
+    """Say that it gets on; raise `Stopped` if a signal asked for it."""
+    progress.here.allowance = 0.0  # the first token is there, and what was compiled for it
+    progress.tick()
     stop_here("while it answered; nothing is kept")
+
+
+def _awaited(read: Callable[[], str | None]) -> str | None:
+    """Return the next line, for which nobody is blamed however long it takes."""
+    progress.enter("waiting for a line", allowance=math.inf)
+    return read()
 
 
 def answer_prompts(

@@ -13,22 +13,24 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.errors import UserError
 from modern_llm.data.preference_datasets import build_preference_tables
 from modern_llm.data.prepare import Prepared
 from modern_llm.data.tokens import TokenTable
+from modern_llm.distributed import progress
 from modern_llm.distributed import runtime as distributed
 from modern_llm.distributed.commit import write_file
 from modern_llm.distributed.signals import stop_here
+from modern_llm.distributed.watchdog import Watchdog
 from modern_llm.models.load import Checkpoint, inspect_checkpoint
 from modern_llm.training import setup, tables
 from modern_llm.training.left_out import LIST, leave_out, not_finite
@@ -77,9 +79,14 @@ def scored_pairs(
     max_length: int = 512,
     max_prompt_length: int | None = None,
     mixed_precision: str = "no",
+    hang_timeout: float | None = 60.0,
 ) -> Iterator[Scored]:
     """Give every pair of `data` with its sums, on every process; the table lives as long as the
-    context."""
+    context, in which all are watched as a run is.
+
+    Args:
+        hang_timeout: as `train.hang_timeout`.
+    """
     with tempfile.TemporaryDirectory(prefix="modern-llm-score-") as folder:
         config = TrainingConfig(
             run_name="score",
@@ -87,37 +94,57 @@ def scored_pairs(
             tokenizer_name=tokenizer_name,
             batch_size=1,
             mixed_precision=mixed_precision,  # type: ignore[arg-type]
+            hang_timeout=hang_timeout,
         )
         runtime = distributed.start(config)
-        policy = inspect_checkpoint(model)
-        tokenizer, _ = setup.choose_tokenizer(tokenizer_name, policy, config)
-        setup.check_positions(max_length, policy, "max_length")
-        # Every process reads for itself: nothing of this outlives the call.
-        with runtime.failing_together():
-            prepared = build_preference_tables(
-                data,
-                tokenizer,
-                Path(folder) / "data",
-                max_length=max_length,
-                max_prompt_length=max_prompt_length,
-                check=partial(stop_here, "while it read the data", main=runtime.is_main),
-            )
-        table = prepared.train
-        columns = {"policy": _sums(runtime, policy, table, config)}
-        if reference is not None:
-            columns["reference"] = _sums(runtime, inspect_checkpoint(reference), table, config)
-        bad = not_finite(np.concatenate([sums.numpy() for sums, _ in columns.values()], axis=1))
-        leave_out(
-            runtime,
-            prepared,
-            {"train": bad},
-            data.max_dropped,
-            prepared.train.folder.parent / LIST,
-            " or ".join(filter(None, (model, reference))),
-        )
-        rows = np.setdiff1d(np.arange(len(table)), bad)
-        kept = {name: (sums[rows], counts[rows]) for name, (sums, counts) in columns.items()}
-        yield Scored(runtime, prepared, kept, rows)
+        with Watchdog(runtime, None, hang_timeout):
+            policy = inspect_checkpoint(model)
+            tokenizer, _ = setup.choose_tokenizer(tokenizer_name, policy, config)
+            setup.check_positions(max_length, policy, "max_length")
+            lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+            prepared = _read(runtime, data, tokenizer, Path(folder) / "data", lengths)
+            models = {"policy": policy}
+            if reference is not None:
+                models["reference"] = inspect_checkpoint(reference)
+            yield _scored(runtime, prepared, models, config, data.max_dropped)
+
+
+def _read(
+    runtime: distributed.Runtime,
+    data: PreferenceDatasetConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    lengths: dict[str, int | None],
+) -> Prepared:
+    """Read and tokenise; every process for itself: nothing of this outlives the call."""
+
+    def check() -> None:
+        progress.tick()
+        stop_here("while it read the data", main=runtime.is_main)
+
+    progress.enter("reading the data", allowance=progress.LOAD_S)
+    with runtime.failing_together():
+        return build_preference_tables(data, tokenizer, folder, check=check, **lengths)
+
+
+def _scored(
+    runtime: distributed.Runtime,
+    prepared: Prepared,
+    models: dict[str, Checkpoint],
+    config: TrainingConfig,
+    max_dropped: float,
+) -> Scored:
+    """Score all pairs under each model, and leave out those that have no finite sums."""
+    table = prepared.train
+    columns = {name: _sums(runtime, model, table, config) for name, model in models.items()}
+    progress.enter("judging and writing", allowance=progress.LOAD_S)
+    bad = not_finite(np.concatenate([sums.numpy() for sums, _ in columns.values()], axis=1))
+    whose = " or ".join(model.place for model in models.values())
+    listed = table.folder.parent / LIST
+    leave_out(runtime, prepared, {"train": bad}, max_dropped, listed, whose)
+    rows = np.setdiff1d(np.arange(len(table)), bad)
+    kept = {name: (sums[rows], counts[rows]) for name, (sums, counts) in columns.items()}
+    return Scored(runtime, prepared, kept, rows)
 
 
 def score_pairs(
@@ -134,8 +161,8 @@ def score_pairs(
     Log-probs are sums over the response tokens in nats; tokens are the numbers of target tokens.
 
     Args:
-        options: `tokenizer_name`, `max_length`, `max_prompt_length`, `mixed_precision` as
-            `scored_pairs` takes them.
+        options: `tokenizer_name`, `max_length`, `max_prompt_length`, `mixed_precision`,
+            `hang_timeout` as `scored_pairs` takes them.
 
     Returns:
         `pairs`, `dropped` and `output`.
@@ -173,6 +200,7 @@ def _sums(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums and target counts (P, 2) of every pair under one model."""
     tables.check_ids_fit(table, checkpoint.vocabulary)
+    progress.enter("preparing the model", allowance=progress.LOAD_S)
     scorer = setup.set_up_frozen(runtime, checkpoint, config)
     module = runtime.freeze(scorer)
     scoring = Scoring(runtime, module, config, trees=sharing(scorer))

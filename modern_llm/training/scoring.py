@@ -322,11 +322,10 @@ def _shared_out(runtime: Runtime, scoring: Scoring, trees: Trees) -> Entries:
     groups += [np.zeros(0, np.int64)] * (-len(groups) % runtime.world)
     mine: list[Entries] = []
     failure: Exception | None = None
-    progress.enter("scoring", allowance=progress.COMPILE_S)
     groups = groups[runtime.rank :: runtime.world]
     results = scoring(trees, groups)
-    for _ in groups:
-        progress.tick()
+    for at in range(len(groups)):
+        progress.enter("scoring", allowance=0.0 if at else progress.COMPILE_S)
         try:
             mine += [values for _, values in next(results)]
         except Exception as error:

@@ -47,6 +47,9 @@ class GenerateSettings(Settings):
     """Seed of the draws, 0 unless said; needs a temperature above 0."""
     batch_size: Annotated[int, Field(gt=0)] | None = None
     """Prompts that are answered together; 16 unless said."""
+    hang_timeout: Annotated[float, Field(gt=0)] | None = 60.0
+    """Seconds that it may stand without progress before it shows its stacks and ends with
+    status 5; null never ends it."""
 
 
 def generate(settings: GenerateSettings) -> dict[str, Any]:
@@ -54,7 +57,11 @@ def generate(settings: GenerateSettings) -> dict[str, Any]:
     _check(settings)
     # In a talk an interrupt ends the program, as in any shell.
     with nullcontext() if settings.interactive else StopRequest():
-        return _generate(settings)
+        from modern_llm.distributed.peers import Peers
+        from modern_llm.distributed.watchdog import Watchdog
+
+        with Watchdog(Peers(0, 1), None, settings.hang_timeout):
+            return _generate(settings)
 
 
 def _generate(settings: GenerateSettings) -> dict[str, Any]:

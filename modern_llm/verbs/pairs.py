@@ -35,6 +35,9 @@ class PairsSettings(Settings):
     """Dtype of the forward: no, bf16 or fp16."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What a row of broken structure does: error or skip."""
+    hang_timeout: Annotated[float, Field(gt=0)] | None = 60.0
+    """Seconds that it may stand without progress before all processes show their stacks and end
+    with status 5; null never ends it."""
 
     def section(self) -> PreferenceDatasetConfig:
         """Return what is read."""
@@ -54,4 +57,5 @@ class PairsSettings(Settings):
             "max_length": self.max_length,
             "max_prompt_length": self.max_prompt_length,
             "mixed_precision": self.mixed_precision,
+            "hang_timeout": self.hang_timeout,
         }

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers.forks import fork_server
 from tests.helpers.runs import command, write_run
@@ -115,6 +116,53 @@ def test_a_stopped_process_is_named_and_ended_and_the_same_command_goes_on(
         (tmp_path / "again").mkdir()
         again = Run(forks, tmp_path, tiny_checkpoint, "checkpoint.load.before:1:1:sleep")
         again.end(1, "loading the checkpoint", killed=False)
+
+
+def verb(arguments: list[str], environment: dict[str, str]) -> None:
+    """A verb in a forked process; an answer stands after its second token."""
+    from modern_llm.models import generate
+
+    made = [0]
+
+    def stands(self, ids, scores, **_):
+        made[0] += 1
+        if made[0] == 3:
+            time.sleep(3600)
+        self._check()
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    generate._Checked.__call__ = stands
+    command(arguments, environment)
+
+
+def test_verbs_that_take_long_are_watched_too(forks, tmp_path, tiny_checkpoint):
+    data = str(write_jsonl(tmp_path / "p.jsonl", transcripts(45)))
+    pairs = ["--data", data, "--model", str(tiny_checkpoint), "--max_length", "64"]
+    watched = ["--hang_timeout", "4"]
+    fill = ["--sft_checkpoint", str(tiny_checkpoint), "--dpo.max_length", "64"]
+    fill += ["--train.run_name", "x", "--train.output_dir", str(tmp_path / "run")]
+    fill += ["--data.dataset_name", data, "--train.hang_timeout", "4"]
+    sleeping = {"MODERN_LLM_CACHE": str(tmp_path / "cache")}
+    sleeping["MODERN_LLM_FAULT"] = "collective.begin.before:1:3:sleep"
+    jobs = {}
+    for name, arguments in {
+        "scoring": ["score", *pairs, "--output", str(tmp_path / "o.jsonl"), *watched],
+        "reference pass": ["reference", "fill", *fill],
+    }.items():
+        jobs[name] = forks.start_ranks(verb, 2, arguments, sleeping)
+    prompt = ["--prompt", "the", "--max_new_tokens", "40", *watched]
+    answer = ["generate", "--model", str(tiny_checkpoint), *prompt]
+    jobs["answering"] = [forks.start(verb, answer, {})]
+    for phase, of_verb in jobs.items():
+        for job in of_verb:
+            assert job.wait(90), [job.text[-2000:] for job in of_verb]
+        texts = "".join(job.text for job in of_verb)
+        assert [job.status for job in of_verb] == [5] * len(of_verb), texts
+        (line,) = [line for line in texts.splitlines() if line.startswith("modern-llm: error:")]
+        rank = len(of_verb) - 1
+        assert f"error: rank {rank} (" in line and f"in the phase {phase};" in line, line
+        assert texts.count("most recent call first") >= 3, texts
+    assert not (tmp_path / "o.jsonl").exists()
 
 
 def test_a_slow_process_is_named(forks, tmp_path, tiny_checkpoint):

@@ -232,7 +232,7 @@ def test_a_shorter_max_length_misses_where_prompts_are_long(place, filled, tmp_p
     """The named fault elsewhere: cut prompts served with the values of whole ones."""
     monkeypatch.setenv("MODERN_LLM_CACHE", str(filled[0]))
     short = request(place, dpo={"max_length": 60})
-    with reference_stage._looked_up(request(place), (1, 1)) as (_, whole):
+    with reference_stage._looked_up(request(place), (1, 1)) as (_, whole, _):
         lengths = whole.wanted[0].answers
         longer = int((lengths.prompt_lengths + lengths.lengths > 60).sum())
     missing, needed = lacking(short)
