@@ -56,8 +56,9 @@ class Trees(Protocol):
         """Answers of the trees of a group."""
 
 
-# Lays some answers out, each alone in a forward or not; scores groups of trees on this rank, yielding answers and values of each.
+# Lays some answers out, each alone in a forward or not.
 LayOut = Callable[[Indices, bool], Trees]
+# Scores groups of trees on this rank, yielding answers and values of each.
 Score = Callable[[Trees, Iterable[Indices]], Iterator[list[tuple[Indices, Entries]]]]
 
 

@@ -180,7 +180,7 @@ def fill_numbered(folder: Path, log: Path, count: int, flush_every: int, pause: 
         Runtime(alone, TrainingConfig(run_name="alone", output_dir=folder)),
         answers,
         ReferenceStore(folder, IDENTITY),
-        lambda entries: Alone(entries, 4),
+        lambda entries, alone: Alone(entries, 1 if alone else 4),
         score,
         flush_every=flush_every,
         tokens=True,
