@@ -136,6 +136,9 @@ def test_of_many_problems_ten_are_named(tmp_path, capsys):
         ("train: [", "not YAML"),
         ("- 1\n", "must be a mapping"),
         ("train: {a: 1}\ntrain: {b: 2}\n", "stands twice"),
+        ("train: {a: 1, null: 2}\n", ":1: train.null: a name is text"),
+        ("train:\n  3: 2\n", ":2: train.3: a name is text"),
+        ("data:\n  sources:\n  - a: 1\n  - -1: 2\n", ":4: data.sources.1.-1: a name is text"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(tmp_path, text, part, capsys):

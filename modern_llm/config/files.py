@@ -22,6 +22,7 @@ from modern_llm.config.errors import ConfigError
 
 S = TypeVar("S", bound=BaseSettings)
 
+_NAMES = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 SPELLINGS = {
     "--json": "--json_output",
@@ -155,24 +156,38 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     if not isinstance(content, dict):
         raise ConfigError([f"{path}:1: must be a mapping of sections (train: ..., data: ...)"])
     lines: dict[str, int] = {}
-    doubled: list[str] = []
-    _note_lines(root, "", lines, doubled)
-    if doubled:
-        raise ConfigError([f"{path}:{lines[key]}: {key} stands twice; keep one" for key in doubled])
+    problems: list[str] = []
+    _note_lines(root, "", lines, problems, set())
+    if problems:
+        raise ConfigError([f"{path}:{problem}" for problem in problems])
     return content, lines
 
 
-def _note_lines(node: yaml.Node, prefix: str, lines: dict[str, int], doubled: list[str]) -> None:
+def _note_lines(
+    node: yaml.Node, prefix: str, lines: dict[str, int], problems: list[str], seen: set[int]
+) -> None:
+    """Note where each dotted key stands, and which stand twice or are no names.
+
+    Args:
+        seen: nodes that were looked at: a file of aliases may name one a billion times.
+    """
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for at, value in enumerate(node.value):
+            _note_lines(value, f"{prefix}{at}.", lines, problems, seen)
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
-        name = f"{prefix}{key.value}"
-        twice = name in lines
-        lines[name] = key.start_mark.line + 1
-        if twice:  # what stands in it is not to be named as well
-            doubled.append(name)
+        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+        if key.tag not in _NAMES:
+            problems.append(f"{line}: {name}: a name is text; quote it")
+        elif name in lines:  # what stands in it is not to be named as well
+            problems.append(f"{line}: {name} stands twice; keep one")
         else:
-            _note_lines(value, f"{name}.", lines, doubled)
+            lines[name] = line
+            _note_lines(value, f"{name}.", lines, problems, seen)
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -57,6 +57,7 @@ DAMAGE = {
     "zlib bomb": zlib.compress(b"\0" * 2**28, 9),
     "alias bomb": b"a: &a [x,x,x,x,x,x,x,x,x]\n"
     + b"".join(b"%c: &%c [%s]\n" % (i, i, b",".join([b"*%c" % (i - 1)] * 9)) for i in b"bcdefghij"),
+    "null for a name": b"data:\n  null: 1\n  dataset_name: x\n",
     "python object": b"train: !!python/object/apply:os.system ['true']\n",
     "huge header": (2**60).to_bytes(8, "little") + b"{}",
     "huge small header": (10**8).to_bytes(8, "little") + b"{}",
