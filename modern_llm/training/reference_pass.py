@@ -23,6 +23,7 @@ from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import StorageError
 from modern_llm.data.prepare import Prepared
 from modern_llm.data.tokens import TokenTable
+from modern_llm.distributed.freed import give_back_freed
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.adapters import has_adapters
 from modern_llm.models.load import Checkpoint, inspect_checkpoint
@@ -178,6 +179,7 @@ class ReferencePass:
         with self.frozen(policy) as scoring:
             for wanted in self._wanted:
                 reports.append(self.fill(wanted, scoring))
+            give_back_freed()
             self._check(self._wanted[0], scoring)
             values = [self._values(wanted) for wanted in self._wanted]
         return {wanted.what: found for wanted, found in zip(self._wanted, values, strict=True)}
@@ -261,6 +263,7 @@ class ReferencePass:
         finally:
             if module is not policy:
                 self._runtime.release(module)
+            give_back_freed()
 
     def _values(self, wanted: Wanted) -> Values:
         """Return the two numbers of every pair of a table."""

@@ -20,6 +20,7 @@ from modern_llm.data.prepare import FELL_BACK, Prepared, sample_texts
 from modern_llm.data.templates import Template, chat_template_of, end_tokens
 from modern_llm.data.tokenize import check_tokenizers_agree, tokenizer_identity
 from modern_llm.distributed import progress
+from modern_llm.distributed.freed import give_back_freed
 from modern_llm.distributed.runtime import Runtime, start
 from modern_llm.models.flops import peak_flops
 from modern_llm.models.load import (
@@ -254,6 +255,7 @@ def train_and_export(
     engine = train(runtime, scorer, task, config, run, facts, sample, peak)
     runtime.on_main(run.lock.check)
     progress.enter("writing the final model", allowance=progress.COMPILE_S)
+    give_back_freed()
     export(runtime, engine, tokenizer, run.final, ends)
     progress.enter("ending", allowance=progress.COMPILE_S)
     if runtime.is_main:

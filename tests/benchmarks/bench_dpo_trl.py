@@ -20,31 +20,40 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import random
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-PAIRS_A_STEP = 8
-MAX_LENGTH = 512
-VOCABULARY = 4096
-SHAPE = {
-    "hidden_size": 256,
-    "intermediate_size": 688,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2 * MAX_LENGTH,
-}
-BETA, RATE, SEED = 0.1, 1e-4, 42
-END = "<|end|>"
+from measuring import (
+    BETA,
+    DATA,
+    MAX_LENGTH,
+    PAIRS_A_STEP,
+    RATE,
+    SEED,
+    SHAPE,
+    VOCABULARY,
+    Figure,
+    Timer,
+    alternating,
+    apart,
+    median,
+    peak_bytes,
+    place,
+    read_lines,
+    read_transcripts,
+    say,
+    spread,
+    train_ours,
+    verdicts,
+    write_lines,
+    write_model,
+    write_tokenizer,
+)
+
 MICRO_BATCHES = (8, 4, 2, 1)
 LOSS_BOUND = 1e-3
 """How far losses of the same step may be apart: rounding, grown over the steps before."""
@@ -53,27 +62,9 @@ REQUIRED = {"training_pairs_per_s": 4.8, "reference_pairs_per_s": 6.0, "peak_gb"
 
 def prepare(options: argparse.Namespace) -> dict[str, Any]:
     """Write the tokenizer, model and pairs that both sides start from; return counts of pairs."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-
     pairs = read_transcripts(options.data)
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator((text for pair in pairs for text in pair.values()), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=END, pad_token=END)
-    tokenizer.save_pretrained(options.folder / "model")
-    set_seed(SEED)
-    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **SHAPE, **ends)).save_pretrained(
-        options.folder / "model"
-    )
+    tokenizer = write_tokenizer(pairs, options.folder / "model", VOCABULARY)
+    write_model(options.folder / "model", VOCABULARY)
     # The two sides cut over-long pairs at different ends; without those they do the very same work.
     sizes = [longest(tokenizer, pair) for pair in pairs]
     fitting = [pair for pair, size in zip(pairs, sizes, strict=True) if size <= MAX_LENGTH]
@@ -83,21 +74,8 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
             f"bench: error: {options.data} holds {len(fitting)} pairs of at most {MAX_LENGTH} "
             f"tokens, {options.steps} steps need {options.steps * PAIRS_A_STEP}; lower --steps"
         )
-    lines = "".join(json.dumps(pair) + "\n" for pair in chosen)
-    (options.folder / "pairs.jsonl").write_text(lines, encoding="utf-8")
+    write_lines(options.folder / "pairs.jsonl", chosen)
     return {"pairs": len(chosen), "too_long": len(pairs) - len(fitting)}
-
-
-def read_transcripts(path: Path) -> list[dict[str, str]]:
-    """HH transcripts split at the last assistant turn, without those that are no preference."""
-    turn = "\n\nAssistant:"
-    pairs = []
-    for row in read_lines(path):
-        prompt, _, chosen = row["chosen"].rpartition(turn)
-        other, _, rejected = row["rejected"].rpartition(turn)
-        if prompt == other and chosen.strip() and rejected.strip() and chosen != rejected:
-            pairs.append({"prompt": prompt + turn, "chosen": chosen, "rejected": rejected})
-    return pairs
 
 
 def longest(tokenizer: Any, pair: dict[str, str]) -> int:
@@ -106,11 +84,6 @@ def longest(tokenizer: Any, pair: dict[str, str]) -> int:
         len(tokenizer(pair[name])["input_ids"]) for name in ("prompt", "chosen", "rejected")
     )
     return prompt + max(answers) + 1
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def run_trl(options: argparse.Namespace) -> dict[str, Any]:
@@ -142,7 +115,7 @@ def run_trl(options: argparse.Namespace) -> dict[str, Any]:
             return loss
 
     config = DPOConfig(
-        output_dir=str(options.folder / "trl"),
+        output_dir=str(place() / "trl"),
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
@@ -183,49 +156,10 @@ def run_trl(options: argparse.Namespace) -> dict[str, Any]:
 
 def run_ours(options: argparse.Namespace) -> dict[str, Any]:
     """One measurement of this package, through its documented API."""
-    import torch
-
-    from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
-    from modern_llm.training import reference_pass
-    from modern_llm.training.train_dpo import DPOConfig, run_dpo
-
-    torch.set_num_threads(options.threads)
-    reference = Timer()
-    fill = reference_pass.fill
-    reference_pass.fill = lambda *args, **options: reference.time(fill, *args, **options)
-    run = options.folder / "ours"
-    run_dpo(
-        options.folder / "model",
-        TrainingConfig(
-            run_name="bench",
-            output_dir=run,
-            batch_size=PAIRS_A_STEP,
-            max_steps=options.steps,
-            learning_rate=RATE,
-            schedule="constant",
-            seed=SEED,
-            log_every=1,
-        ),
-        DPOConfig(beta=BETA, max_length=MAX_LENGTH),
-        PreferenceDatasetConfig(dataset_name=str(options.folder / "pairs.jsonl")),
+    folder, out = options.folder, place() / "ours"
+    return train_ours(
+        folder, folder / "pairs.jsonl", out, steps=options.steps, threads=options.threads
     )
-    steps = read_lines(run / "metrics.jsonl")
-    seconds = steps[-1]["elapsed_s"] - steps[0]["elapsed_s"]
-    return result(options, reference.seconds, seconds, [step["loss"] for step in steps], None)
-
-
-class Timer:
-    """Seconds spent in calls."""
-
-    seconds = 0.0
-
-    def time(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call `function` and add the time that it took."""
-        began = time.perf_counter()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            self.seconds += time.perf_counter() - began
 
 
 def result(
@@ -246,48 +180,14 @@ def result(
     }
 
 
-def peak_bytes() -> int:
-    """Peak resident memory of this process; on Linux getrusage begins with the parent's peak."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = (row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 SIDES = {"prepare": prepare, "trl": run_trl, "ours": run_ours}
 
 
 def measure(side: str, options: argparse.Namespace, **changed: int) -> dict[str, Any]:
     """Run one side in a process of its own, in a fresh folder with empty caches."""
-    values = {name: str(value) for name, value in (vars(options) | changed).items()}
-    arguments = [f"--{name}={values[name]}" for name in ("data", "steps", "threads")]
-    arguments += [f"--{name}={values[name]}" for name in ("micro_batch", "reference_batch")]
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        place = Path(folder)
-        if side != "prepare":
-            for name in ("model", "pairs.jsonl"):
-                (place / name).symlink_to(options.folder / name)
-        caches = {
-            "MODERN_LLM_CACHE": str(place / "reference"),
-            "HF_DATASETS_CACHE": str(place / "datasets"),
-            "OMP_NUM_THREADS": values["threads"],
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "TQDM_DISABLE": "1",
-            "PYTHONPATH": str(ROOT),
-        }
-        target = options.folder if side == "prepare" else place
-        command = [sys.executable, __file__, "--side", side, "--folder", str(target), *arguments]
-        done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(
-                f"bench: error: side {side} ended with {done.returncode}:\n{done.stderr[-4000:]}"
-            )
-        return json.loads(done.stdout.splitlines()[-1])
+    names = ("data", "steps", "micro_batch", "reference_batch")
+    values = {name: getattr(options, name) for name in names} | changed
+    return apart(__file__, side, options.folder, options.threads, **values)
 
 
 def tune_trl(options: argparse.Namespace) -> dict[str, int]:
@@ -307,32 +207,19 @@ def tune_trl(options: argparse.Namespace) -> dict[str, int]:
     return best
 
 
-def say(what: str, measured: dict[str, Any]) -> None:
-    """One line on one measurement."""
-    print(
-        f"{what}: reference {measured['reference_pairs_per_s']:.2f} pairs/s, training "
-        f"{measured['training_pairs_per_s']:.2f} pairs/s, peak {measured['peak_gb']:.3f} GB",
-        flush=True,
-    )
-
-
 def table(ours: list[dict[str, Any]], trl: list[dict[str, Any]]) -> None:
     """Print minimum, median and maximum of both sides, and the ratio of the medians."""
-    print(
-        f"\n{'':22} {'ours: min / median / max':>28} {'TRL: min / median / max':>28}   ours : TRL"
-    )
-    for name in ("reference_pairs_per_s", "training_pairs_per_s", "peak_gb"):
-        cells, medians = [], []
-        for side in (ours, trl):
-            values = sorted(measured[name] for measured in side)
-            medians.append(statistics.median(values))
-            cells.append(f"{values[0]:.3f} / {medians[-1]:.3f} / {values[-1]:.3f}")
-        need = REQUIRED.get(name)
-        word = "" if need is None else f"  (required {'<=' if name == 'peak_gb' else '>='} {need})"
-        print(f"{name:22} {cells[0]:>28} {cells[1]:>28}   {medians[0] / medians[1]:.2f}{word}")
-    apart = max(abs(a - b) for a, b in zip(ours[0]["losses"], trl[0]["losses"], strict=True))
-    verdict = "the same training" if apart <= LOSS_BOUND else f"NOT the same (bound {LOSS_BOUND})"
-    print(f"largest difference of the losses of one step: {apart:.2e}: {verdict}")
+    print(f"\n{'':22} {'ours: min / median / max':>28} {'TRL: min / median / max':>28}")
+    figures = []
+    for name, required in REQUIRED.items():
+        cells = [spread((each[name] for each in side), 3) for side in (ours, trl)]
+        print(f"{name:22} {cells[0]:>28} {cells[1]:>28}")
+        ratio = median(ours, name) / median(trl, name)
+        figures.append(Figure(f"{name}, ours : TRL", ratio, required, name != "peak_gb"))
+    verdicts(figures)
+    off = max(abs(a - b) for a, b in zip(ours[0]["losses"], trl[0]["losses"], strict=True))
+    verdict = "the same training" if off <= LOSS_BOUND else f"NOT the same (bound {LOSS_BOUND})"
+    print(f"largest difference of the losses of one step: {off:.2e}: {verdict}")
 
 
 def main() -> int:
@@ -359,23 +246,19 @@ def main() -> int:
         )
         tune = not options.only_ours and not options.micro_batch
         best = tune_trl(options) if tune else {}
-        trl, ours = [], []
-        for repeat in range(1, options.repeats + 1):
-            if not options.only_ours:
-                trl.append(measure("trl", options, **best))
-                say(f"TRL  {repeat}", trl[-1])
-            if not options.only_trl:
-                ours.append(measure("ours", options, **best))
-                say(f"ours {repeat}", ours[-1])
-        if trl and ours:
-            table(ours, trl)
+        sides = {"TRL": lambda: measure("trl", options, **best)} if not options.only_ours else {}
+        if not options.only_trl:
+            sides["ours"] = lambda: measure("ours", options, **best)
+        found = alternating(sides, options.repeats)
+        if len(found) == 2:
+            table(found["ours"], found["TRL"])
     return 0
 
 
 def parse() -> argparse.Namespace:
     """Options of the whole, and those by which it calls itself."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=ROOT / "../shared/data/hh_rlhf_sample.jsonl")
+    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps a measurement")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each side")
     parser.add_argument("--threads", type=int, default=2)
