@@ -71,7 +71,7 @@ class TokenTable:
             if meta["version"] != VERSION:
                 raise ValueError(f"version {meta['version']}, not {VERSION}")
             arrays = {name: _map(folder, name, meta["sizes"][name]) for name in _FILES}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise StorageError(f"{folder}: no whole token table ({error}): remove it") from error
         return cls(folder, meta, arrays)
 

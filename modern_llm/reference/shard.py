@@ -299,7 +299,7 @@ def _open(
         rows, targets = int(metadata["rows"]), int(metadata["targets"])
         layout = Layout(rows, targets, metadata["tokens"] == "kept")
         index, block = str(metadata["index"]), int(metadata["block"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise Damaged(f"it has no readable header ({type(error).__name__})") from error
     # Written anew from what was read, the header must be the same to the last byte.
     unsealed = header_of(layout, found, index, UNSEALED) if block == BLOCK else b""

@@ -170,7 +170,7 @@ def load_state(place: Path, engine: Engine) -> None:
         state = json.loads((place / STATE).read_text(encoding="utf-8"))
         engine.passed_over = {k: int(state["passed_over"][k]) for k in engine.passed_over}
         scaler = state["scaler"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise StorageError(f"{place / STATE}: cannot be read ({type(error).__name__})") from error
     engine.load_scaler_state(scaler)
 

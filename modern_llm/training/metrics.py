@@ -100,7 +100,7 @@ class MetricsLog:
                 record = json.loads(line)
                 record["step"] = int(record["step"])
                 found.append(record)
-            except (ValueError, LookupError, TypeError, RecursionError):
+            except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
                 log.warning("%s:%d: a damaged line is left out", self.path, number)
         return found
 

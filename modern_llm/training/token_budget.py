@@ -159,7 +159,14 @@ class TokenBudget:
             return tokens if tokens > 0 and note["under"] == self._found_under else None
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             log.warning("%s: cannot be read and is left out (%s)", file, type(error).__name__)
             return None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,6 +169,19 @@ def test_trailing_bytes(place, ragged, tail):
     opened = ReferenceStore(place, IDENTITY)
     store.expect_none(opened)
     store.expect_found_again(opened)
+
+
+@pytest.mark.parametrize("said", ["Infinity", "1e999", "null", "[]", "9" * 5000])
+def test_counts_that_are_no_counts(place, said):
+    store = Store(place, ragged=False)
+    length = int.from_bytes(store.intact[:8], "little")
+    header, count = re.subn(
+        rb'("rows":)"\d+"', rb"\1" + said.encode(), store.intact[8 : 8 + length]
+    )
+    assert count == 1
+    changed = len(header).to_bytes(8, "little") + header + store.intact[8 + length :]
+    store.shard.write_bytes(changed)
+    store.expect_none(ReferenceStore(place, IDENTITY))
 
 
 @KINDS
