@@ -176,7 +176,7 @@ def test_counts_that_are_no_counts(place, said):
     store = Store(place, ragged=False)
     length = int.from_bytes(store.intact[:8], "little")
     header, count = re.subn(
-        rb'("rows":)"\d+"', rb"\1" + said.encode(), store.intact[8 : 8 + length]
+        rb'("rows":)"\d+"', rb"\g<1>" + said.encode(), store.intact[8 : 8 + length]
     )
     assert count == 1
     changed = len(header).to_bytes(8, "little") + header + store.intact[8 + length :]
