@@ -78,8 +78,9 @@ class TrainingConfig:
     mixed_precision: Literal["no", "fp32", "bf16", "fp16"] = "no"
     """Dtype of the forward: float32 ("no", "fp32"), bfloat16 or float16 (GPU only).
     Weights stay float32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["selective"] = False
+    """Recompute activations in the backward pass: less memory, about a third more time. selective
+    keeps the results of matrix products and attention: less is saved, little is made again."""
     compile: bool = False
     """`torch.compile` the decoder layers."""
     attention: Literal["auto", "tree", "separate", "blocks", "flex", "mask"] = "auto"

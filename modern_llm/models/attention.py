@@ -114,6 +114,22 @@ class TreeMasks(dict[int | None, TreeMask]):
         return self[window]
 
 
+class Parts:
+    """Masks of parts of rows, for layers that may be compiled.
+
+    Their number and places differ from forward to forward, so a compiler that looked at them would
+    make a graph for each: it is kept out. Nor would it see them in a dictionary without looking.
+    """
+
+    def __init__(self, masks: Mapping[int | None, TreeMask]):
+        self._masks = masks
+
+    @torch.compiler.disable
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *of: object) -> tuple:
+        """Attend as `tree_attention` does; `of` is what the layer says."""
+        return _attend(query, key, value, self._masks, *of)
+
+
 def tree_attention(
     module: nn.Module,
     query: Tensor,
@@ -124,7 +140,7 @@ def tree_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    tree: Mapping[int | None, TreeMask] | None = None,
+    tree: Mapping[int | None, TreeMask] | Parts | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attend within the trees of `tree`.
@@ -144,6 +160,21 @@ def tree_attention(
         )
     if kwargs.get("s_aux") is not None:
         raise ValueError("attention sinks are not part of the tree attention: use separate rows")
+    if isinstance(tree, Parts):
+        return tree.attend(query, key, value, scaling, dropout, sliding_window, softcap)
+    return _attend(query, key, value, tree, scaling, dropout, sliding_window, softcap)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: Mapping[int | None, TreeMask],
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, None]:
     mask = tree[sliding_window]
     device = query.device.type
     if torch.is_autocast_enabled(device):

@@ -3,8 +3,12 @@ stages."""
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 
@@ -28,15 +32,38 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def recompute_activations(model: PreTrainedModel) -> None:
-    """Keep only each layer's input for the backward pass, and make the rest again."""
+def recompute_activations(model: PreTrainedModel, *, selective: bool = False) -> None:
+    """Keep only each layer's input for the backward pass, and make the rest again.
+
+    Args:
+        selective: also keep what matrix products and attention give: what is made again is then
+            cheap (norms, rotary positions, gated products, sums).
+    """
+    options: dict[str, object] = {"use_reentrant": False}
+    if selective:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _kept)
     # Renamed in transformers 5.2x; the old name is there until version 6.
     new = getattr(model, "activation_checkpointing_enable", None)
-    (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    (new or model.gradient_checkpointing_enable)(options)
+
+
+# Names, because some exist on some devices only; FlexAttention is no operator of aten.
+_COSTLY = frozenset({"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "flex_attention"})
+
+
+def _kept(context: object, operator: Any, *of: object, **more: object) -> CheckpointPolicy:
+    """Say of an operator whether its result is kept."""
+    name = getattr(operator, "_name", str(operator)).rpartition("::")[2].partition(".")[0]
+    costly = name in _COSTLY or name.startswith("_scaled_dot_product")
+    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """`torch.compile` each decoder layer in place; one graph serves all, lengths are dynamic."""
+    """`torch.compile` each decoder layer in place; one graph serves all, lengths are dynamic.
+
+    Whatever differs from forward to forward beside lengths must be kept from the compiler
+    (`attention.Parts`), or each forward is compiled anew.
+    """
     for layer in decoder_layers(model):
         layer.compile(dynamic=True)
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modern_llm.models.attention import Backend, TreeMask, TreeMasks
+from modern_llm.models.attention import Backend, Parts, TreeMask, TreeMasks
 from modern_llm.models.attention_blocks import MERGE_BELOW
 from modern_llm.models.head import FusedHead, target_logprobs
 from modern_llm.models.narrow import narrows, needed_of
@@ -125,7 +125,7 @@ class TokenScorer(nn.Module):
 
     def _masks(
         self, segments: Tensor, positions: Tensor, sources: Tensor
-    ) -> dict[int | None, TreeMask]:
+    ) -> dict[int | None, TreeMask] | Parts:
         device = segments.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.model.dtype
@@ -137,7 +137,8 @@ class TokenScorer(nn.Module):
             return masks
         if masks.needed is not None:
             return masks
-        return {window: masks[window] for window in self.abilities.windows}
+        known = {window: masks[window] for window in self.abilities.windows}
+        return Parts(known) if self.abilities.backend == "blocks" else known
 
 
 def _plain_logprobs(logits: Tensor, sources: Tensor, labels: Tensor) -> Tensor:

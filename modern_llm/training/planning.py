@@ -270,7 +270,7 @@ def _launch(wish: Wish, row: dict[str, Any]) -> str:
     words.append(f"--train.mixed_precision {wish.precision}")
     words.append(f"--train.tokens_per_micro_batch {row['tokens']}")
     if row["checkpointing"]:
-        words.append("--train.gradient_checkpointing")
+        words.append("--train.gradient_checkpointing true")
     return " ".join(words)
 
 

@@ -190,7 +190,7 @@ def set_up_scorer(
     if not dropout:
         disable_dropout(model)
     if config.gradient_checkpointing:
-        recompute_activations(model)
+        recompute_activations(model, selective=config.gradient_checkpointing == "selective")
     if config.compile:
         compile_layers(model)
     return scorer

@@ -88,7 +88,8 @@ def make_source(
         rank=runtime.rank,
         world=runtime.world,
         shared=shared,
-        align=SIDE if scorer.abilities.backend == "flex" else 1,
+        # Compiled kernels want lengths that share a factor, and few of them.
+        align=SIDE if scorer.abilities.backend == "flex" or config.compile else 1,
         flops=partial(IdealFlops(scorer.model), training=True),
         auto=config.most_tokens is None,
     )

@@ -93,7 +93,8 @@ def _wish(settings: PlanSettings, stage: TrainingSettings | None) -> Any:
     precision = settings.mixed_precision or (train.precision if train else "bf16")
     checkpointing = settings.gradient_checkpointing
     if checkpointing is None and train is not None and train.gradient_checkpointing:
-        checkpointing = True
+        # Of `selective` only an upper bound is known.
+        checkpointing = train.gradient_checkpointing is True
     return Wish(
         model=_model(settings, stage),
         gpus=settings.gpus,

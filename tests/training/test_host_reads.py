@@ -35,6 +35,7 @@ class Reads(TorchDispatchMode):
         super().__init__()
         self.step = 0
         self.found: Counter = Counter()
+        self.operators: set[str] = set()
         self.thread = threading.get_ident()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -47,6 +48,8 @@ class Reads(TorchDispatchMode):
             if isinstance(index, list | tuple)
             for at in index
         )
+        if self.step:
+            self.operators.add(name)
         if name in READS or masked:
             self.found[self.step, name] += 1
         return function(*args, **(kwargs or {}))
@@ -131,6 +134,9 @@ def test_a_dpo_step_reads_nothing_but_the_flag_of_the_one_before(
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 4, 8, 9]
     assert settled(reads) == {1, 4, 8, 9}, sorted(reads.found.items())
     quiet = {name: n for (step, name), n in reads.found.items() if step in (2, 3, 5, 6, 7)}
+    # One kernel for all parameters: norm, clipping, step.
+    joint = {"aten::_foreach_norm.Scalar", "aten::_foreach_mul_.Tensor", "aten::_fused_adamw_"}
+    assert joint <= reads.operators and "aten::linalg_vector_norm" in reads.operators
     # `bool` of the flag: once by Python, once as the operator beneath it.
     assert set(quiet) <= {"__bool__", "aten::_local_scalar_dense"}
 

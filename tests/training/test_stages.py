@@ -182,7 +182,9 @@ def test_losses_do_not_depend_on_micro_batches(tmp_path, tiny_checkpoint, tiny_p
     ("option", "backend"),
     [
         ({"gradient_checkpointing": True}, None),
+        ({"gradient_checkpointing": "selective"}, None),
         ({"compile": True}, "aot_eager"),
+        ({"compile": True, "gradient_checkpointing": "selective"}, "aot_eager"),
         # The compiler's C++ takes two minutes on two cores; the graphs are the same.
         pytest.param({"compile": True}, "inductor", marks=pytest.mark.long),
     ],
