@@ -25,7 +25,7 @@ from tests.helpers.imports import (
 
 CORE = frozenset(
     "loop task optim checkpoint saving metrics nonfinite changes run_folder run_lock watch teacher "
-    "trackers trace step token_budget ahead background".split()
+    "trackers trace step token_budget ahead background spikes".split()
 )
 """Modules of `training` that know an Accelerator and a Task, not data, models or losses."""
 

@@ -74,6 +74,11 @@ class TrainingConfig:
     """What a step does whose loss or gradient is not finite: stop the run (status 4), or be passed
     over and counted as skipped_steps; the third in a row stops the run in any case. Nothing of it
     is applied, and its examples are written down."""
+    skip_loss_spikes: Annotated[float, Field(ge=0)] = 0.0
+    """Standard deviations above the running mean of the last 100 steps from which on the loss of a
+    step is a spike: its update is not applied and it is counted as skipped_spikes, two in a row at
+    most and none of the first 20. 0 applies every step. Not with fp16, whose scaler would take such
+    a step for an overflow. Costs a reduction of the loss in every step."""
 
     mixed_precision: Literal["no", "fp32", "bf16", "fp16"] = "no"
     """Dtype of the forward: float32 ("no", "fp32"), bfloat16 or float16 (GPU only).
@@ -170,6 +175,11 @@ class TrainingConfig:
             (
                 self.schedule == "constant" and self.min_learning_rate_ratio > 0,
                 "min_learning_rate_ratio has no effect with schedule constant: remove one",
+            ),
+            (
+                self.skip_loss_spikes > 0 and self.precision == "fp16",
+                "skip_loss_spikes and mixed_precision fp16 exclude each other: the loss scaler "
+                "would take a step that is passed over for an overflow; use bf16",
             ),
             (
                 self.generate_every is None and self.generate_prompts is not None,

@@ -82,6 +82,10 @@ class Engine:
         self.skipped_in_a_row = 0
         self.passed_over = {"total": 0, "in_a_row": 0}
         """Steps whose gradient was not finite, without a scaler; part of the state."""
+        self.spikes: dict[str, Any] = {}
+        """Running statistics of the loss, where spikes are passed over; part of the state."""
+        self.judged: tuple[int, bool] = (-1, False)
+        """The last step whose loss was judged by them, and whether it is passed over."""
         self.unsettled: Callable[[], None] | None = None
         """What is to be done once it is known what became of the last step."""
 

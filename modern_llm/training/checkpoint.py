@@ -106,6 +106,7 @@ def snapshot(runtime: Runtime, step: int, engine: Engine, *, copied: bool = Fals
             "step": step,
             "scaler": engine.scaler_state(),
             "passed_over": dict(engine.passed_over),
+            "spikes": dict(engine.spikes),
         }
     ending = ".safetensors" if whole else f"-{runtime.rank:05d}.safetensors"
     files = {f"{WEIGHTS}{ending}": weights, f"{OPTIMIZER}{ending}": moments}
@@ -169,6 +170,9 @@ def load_state(place: Path, engine: Engine) -> None:
     try:
         state = json.loads((place / STATE).read_text(encoding="utf-8"))
         engine.passed_over = {k: int(state["passed_over"][k]) for k in engine.passed_over}
+        engine.spikes |= {
+            k: type(v)(state["spikes"][k]) for k, v in engine.spikes.items() if state["spikes"]
+        }
         scaler = state["scaler"]
     except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise StorageError(f"{place / STATE}: cannot be read ({type(error).__name__})") from error

@@ -23,13 +23,13 @@ from modern_llm.distributed.engine import Engine, Update
 from modern_llm.distributed.faults import around
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.stopping import begin_asking, check, stop_asked
-from modern_llm.training import checkpoint, nonfinite
+from modern_llm.training import checkpoint, nonfinite, spikes
 from modern_llm.training.ahead import Ahead
 from modern_llm.training.metrics import MetricsLog, console_line, peak_memory_gb
 from modern_llm.training.optim import is_due, learning_rate, make_optimizer, set_learning_rate
 from modern_llm.training.run_folder import RunFolder
 from modern_llm.training.saving import OWED, Saver
-from modern_llm.training.step import accumulate, add
+from modern_llm.training.step import accumulate, add, over_ranks
 from modern_llm.training.task import Task
 from modern_llm.training.watch import Watch
 
@@ -190,7 +190,7 @@ def _optimizer_step(
 ) -> tuple[dict[str, Tensor], Tensor | float]:
     """One step of the optimizer; returns this rank's sums and the norm of the whole gradient."""
     began = time.perf_counter()
-    sums, losses, busy = accumulate(runtime, engine, task, config, step, began)
+    sums, losses, busy, spiked = accumulate(runtime, engine, task, config, step, began)
     progress.enter("optimizer", step + 1)
     begin_asking(runtime)
     set_learning_rate(engine.optimizer, rate)
@@ -200,7 +200,7 @@ def _optimizer_step(
     update = engine.step(config.max_grad_norm)
     if engine.scales_loss:
         _count_skipped(engine, update, step)
-    else:
+    elif not spiked:  # of a spike it is known what was done, and why
         engine.unsettled = partial(
             nonfinite.settle, runtime, engine, task, config, step, losses, update
         )
@@ -223,7 +223,8 @@ def _count_skipped(engine: Engine, update: Update, step: int) -> None:
 def _is_logged(engine: Engine, config: TrainingConfig, step: int, total: int) -> bool:
     """Whether a step is logged: the first, the last, every `log_every`th, and what was skipped."""
     due = is_due(config.log_every, step, total, at_end=True)
-    return due or step == 1 or engine.passed_over["in_a_row"] > 0
+    skipped = engine.passed_over["in_a_row"] > 0 or engine.spikes.get("in_a_row", 0) > 0
+    return due or step == 1 or skipped
 
 
 def _is_read(
@@ -254,6 +255,8 @@ def _measured(
     found |= {"grad_norm": float(grad_norm), "lr": rate}
     if skipped := engine.passed_over["total"]:
         found["skipped_steps"] = skipped
+    if skipped := engine.spikes.get("skipped"):
+        found["skipped_spikes"] = skipped
     if task.budget.halved and task.budget.tokens:
         found["tokens_per_micro_batch"] = task.budget.tokens
     return found
@@ -305,7 +308,7 @@ def _evaluate(
             check(runtime, "during an evaluation")
             add(sums, task.run(model, batch).statistics)
     model.train()
-    metrics = task.metrics(_over_ranks(runtime, sums))
+    metrics = task.metrics(over_ranks(runtime, sums))
     watch.line(f"evaluation {console_line(step, metrics)}")
     return {f"eval/{name}": value for name, value in metrics.items()}
 
@@ -316,7 +319,7 @@ def _measure(
     """Metrics of this step over all ranks, and the rates since the last line."""
     window, counts = clock.take()
     since = {"window": counts["tokens"], "operations": counts["flops"]}
-    totals = _over_ranks(runtime, sums | since)
+    totals = over_ranks(runtime, sums | since)
     seconds = max(window, 1e-9)
     rate, operations = totals.pop("window") / seconds, totals.pop("operations") / seconds
     return {
@@ -327,12 +330,11 @@ def _measure(
     }
 
 
-def _over_ranks(runtime: Runtime, sums: dict[str, Tensor]) -> dict[str, float]:
-    """One reduction for all statistics, in float64 where the device has it."""
-    names = sorted(sums)
-    dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
-    stacked = torch.stack([sums[name].to(dtype).to(runtime.device) for name in names])
-    return dict(zip(names, runtime.sum(stacked).tolist(), strict=True))
+def _prepared(runtime: Runtime, scorer: nn.Module, config: TrainingConfig) -> Engine:
+    engine = runtime.prepare(scorer, make_optimizer(config, scorer))
+    if config.skip_loss_spikes:
+        engine.spikes = spikes.fresh()
+    return engine
 
 
 def _start_engine(
@@ -352,7 +354,7 @@ def _start_engine(
     if found is None:
         if runtime.is_main:
             MetricsLog(run.metrics).truncate(0)
-        return runtime.prepare(scorer, make_optimizer(config, scorer)), 0, False
+        return _prepared(runtime, scorer, config), 0, False
     place, before = found
     changed = [
         f"{name}: {str(before.get(name))[:12]} -> {str(value)[:12]}"
@@ -376,7 +378,7 @@ def _start_engine(
     with around("checkpoint.load"):
         checkpoint.load_weights(place, scorer.model)
     progress.enter("preparing the model", allowance=progress.COMPILE_S)
-    engine = runtime.prepare(scorer, make_optimizer(config, scorer))
+    engine = _prepared(runtime, scorer, config)
     progress.enter("loading the checkpoint", allowance=size / progress.SLOWEST_DISK)
     checkpoint.load_state(place, engine)
     if runtime.is_main:

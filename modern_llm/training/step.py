@@ -10,6 +10,7 @@ half. Called by the loop.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from modern_llm.distributed import progress
 from modern_llm.distributed.engine import Engine
 from modern_llm.distributed.faults import around
 from modern_llm.distributed.runtime import Runtime
-from modern_llm.training import nonfinite
+from modern_llm.training import nonfinite, spikes
 from modern_llm.training.task import Task
 from modern_llm.training.token_budget import CURES, out_of_memory
 
@@ -36,6 +37,8 @@ class Gradients(NamedTuple):
     """() detached, one a micro-batch."""
     busy: float
     """Seconds until this rank had to wait for another."""
+    spiked: bool
+    """Whether the step is passed over for its loss, on every rank; its gradients are spoiled."""
 
 
 class _Short(NamedTuple):
@@ -70,6 +73,8 @@ def accumulate(
         if not short:
             if apart:
                 engine.average_gradients()
+                # Counted alone: a run is still young when it looks for what fits.
+                _spiked(runtime, engine, task, config, step, found.sums)
             task.budget.step_done(is_main=runtime.is_main)
             return found
         engine.settle()  # it names the micro-batches of the step before, as they were
@@ -105,6 +110,7 @@ def _attempt(
         scale = runtime.world / task.denominator(step)
         sums: dict[str, Tensor] = {}
         losses: list[Tensor] = []
+        spiked = False
         for at, batch in enumerate(batches):
             _seed(config.seed, step, at, runtime.rank)
             last = at == len(batches) - 1
@@ -114,14 +120,33 @@ def _attempt(
                     busy = time.perf_counter() - began
                 losses.append(result.loss.detach())
                 loss = result.loss * scale
-                engine.backward(nonfinite.spoiled(loss, losses) if last else loss, last=last)
+                add(sums, result.statistics)
+                if last:
+                    loss = nonfinite.spoiled(loss, losses)
+                    # While each looks for what fits alone, it must not wait for the others here.
+                    spiked = not apart and _spiked(runtime, engine, task, config, step, sums)
+                engine.backward(loss * math.nan if spiked else loss, last=last)
             progress.tick()
-            add(sums, result.statistics)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
         return _Short(str(error), meets=runtime.world > 1 and not prepared)
-    return Gradients(sums, losses, busy)
+    return Gradients(sums, losses, busy, spiked)
+
+
+def _spiked(
+    runtime: Runtime,
+    engine: Engine,
+    task: Task,
+    config: TrainingConfig,
+    step: int,
+    sums: dict[str, Tensor],
+) -> bool:
+    """Whether the step is passed over for its loss; a collective where that is asked for."""
+    if not config.skip_loss_spikes:
+        return False
+    loss = task.metrics(over_ranks(runtime, sums))["loss"]
+    return spikes.is_spike(engine, step, loss, config.skip_loss_spikes)
 
 
 def _refusal(task: Task, config: TrainingConfig, step: int, said: str) -> UserError:
@@ -142,6 +167,14 @@ def _refusal(task: Task, config: TrainingConfig, step: int, said: str) -> UserEr
 
 def _first(text: str) -> str:
     return text.split(". ")[0].splitlines()[0]
+
+
+def over_ranks(runtime: Runtime, sums: dict[str, Tensor]) -> dict[str, float]:
+    """One reduction for all statistics, in float64 where the device has it."""
+    names = sorted(sums)
+    dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
+    stacked = torch.stack([sums[name].to(dtype).to(runtime.device) for name in names])
+    return dict(zip(names, runtime.sum(stacked).tolist(), strict=True))
 
 
 def add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:

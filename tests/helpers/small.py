@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,11 +36,11 @@ class Batch:
 class Fit:
     """A task: make the outputs of random rows small; the rows are a function of (step, rank)."""
 
-    def __init__(self, rank: int, world: int, width: int):
+    def __init__(self, rank: int, world: int, width: int, loud: tuple[int, ...] = ()):
         from modern_llm.training.token_budget import TokenBudget
 
-        self.rank, self.world, self.width = rank, world, width
-        self.budget = TokenBudget([], auto=False)
+        self.rank, self.world, self.width, self.loud = rank, world, width, loud
+        self.budget = TokenBudget([SimpleNamespace(most_tokens=None)], auto=False)
 
     def steps_in(self, epochs: float) -> int:
         return STEPS
@@ -47,6 +48,7 @@ class Fit:
     def micro_batches(self, step: int) -> list[Batch]:
         generator = torch.Generator().manual_seed(step)
         rows = torch.randn(4, self.width, generator=generator)
+        rows *= 30 if step in self.loud else 1
         return [Batch(rows[self.rank :: self.world])]
 
     def origins(self, step: int) -> list[list[str]]:
@@ -87,8 +89,18 @@ class Scorer(nn.Module):
         return self.model(rows)
 
 
-def run_small(folder: Path, width: int = 8, saved: list[int] | None = None, **settings) -> None:
-    """Train to the end in `folder`, going on from what stands there, and export."""
+def run_small(
+    folder: Path,
+    width: int = 8,
+    saved: list[int] | None = None,
+    loud: tuple[int, ...] = (),
+    **settings,
+) -> None:
+    """Train to the end in `folder`, going on from what stands there, and export.
+
+    Args:
+        loud: steps, from 0, whose rows are far larger than those of the others.
+    """
     from modern_llm.config import TrainingConfig
     from modern_llm.distributed.runtime import start
     from modern_llm.distributed.state import full_parameters
@@ -113,7 +125,7 @@ def run_small(folder: Path, width: int = 8, saved: list[int] | None = None, **se
         with outcome.outcome_recorded(runtime, run):
             run.standing = runtime.on_main(lambda: checkpoint.find(run.checkpoints))
             runtime.on_main(run.open)
-            task = Fit(runtime.rank, runtime.world, width)
+            task = Fit(runtime.rank, runtime.world, width, loud)
             engine = loop.train(runtime, Scorer(width), task, config, run, {})
             state = {n: t.clone().contiguous() for n, t in full_parameters(engine)}
             with runtime.committed_folder(run.final, {}) as place:

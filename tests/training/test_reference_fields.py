@@ -48,6 +48,7 @@ FIELDS = {
         "adam_epsilon": (FREE, 1e-6, {}),
         "max_grad_norm": (FREE, None, {}),
         "on_nonfinite": (FREE, "skip", {}),
+        "skip_loss_spikes": (FREE, 6.0, {}),
         "mixed_precision": (KEY, "bf16", {}),
         "gradient_checkpointing": (FREE, True, {}),
         "compile": (FREE, True, {}),
