@@ -97,6 +97,7 @@ def train_config(inputs: Inputs, folder: Path, name: str, **changes: Any) -> Tra
 
 def pipeline(inputs: Inputs, folder: Path) -> None:
     """Pretrain, SFT, reference and DPO in one process of a world; ends with the status of a run.
+    The latter two save beside the training.
 
     Leaves `up.<rank>` when signals are heard, `met.<rank>` when all have met, and a line `stage
     step` in `steps` for each step.
@@ -145,12 +146,12 @@ def _three_stages(inputs: Inputs, folder: Path) -> None:
     )
     second = train_sft.run_sft(
         first,
-        train_config(inputs, folder, "sft"),
+        train_config(inputs, folder, "sft", background_saving=True),
         InstructionDatasetConfig(dataset_name=str(inputs.answers)),
     )
     train_dpo.run_dpo(
         second,
-        train_config(inputs, folder, "dpo", eval_every=3),
+        train_config(inputs, folder, "dpo", eval_every=3, background_saving=True),
         train_dpo.DPOConfig(max_length=96, flush_every=6),
         PreferenceDatasetConfig(dataset_name=str(inputs.pairs), eval_fraction=0.2),
     )
