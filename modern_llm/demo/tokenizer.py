@@ -13,6 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from modern_llm.distributed.commit import committed_folder
 from modern_llm.distributed.faults import around
 
 END_TOKEN = "<|end|>"
@@ -21,7 +22,7 @@ VOCAB_SIZE = 1024
 
 
 def build_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Path:
-    """Learn at most `vocab_size` tokens from `texts`, save them in `folder`, and return `folder`.
+    """Learn at most `vocab_size` tokens from `texts`, commit them as `folder`, and return `folder`.
 
     Ids: 0 `END_TOKEN`, 1 `PAD_TOKEN`, then the 256 bytes, then merges; little text gives fewer
     merges, so read the size from the tokenizer. Encoding adds neither special token. Raises
@@ -51,6 +52,6 @@ def build_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int = VOCAB_
         # Else decoding deletes the space before punctuation, and no text with one round-trips.
         clean_up_tokenization_spaces=False,
     )
-    with around("tokenizer.write"):
-        wrapped.save_pretrained(str(folder))
+    with committed_folder(folder) as place, around("tokenizer.write"):
+        wrapped.save_pretrained(str(place))
     return folder

@@ -8,6 +8,7 @@ from typing import Any
 
 from modern_llm.config.errors import StorageError, UserError
 from modern_llm.config.files import Settings
+from modern_llm.distributed.commit import new_file
 from modern_llm.distributed.faults import around
 
 FOLDERS = ("accelerate_configs", "ds_configs")
@@ -65,8 +66,8 @@ def _copy(root: Path, names: list[str], target: Path) -> None:
     try:
         for name in names:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            with around("preset.copy"):
-                shutil.copyfile(root / name, target / name)
+            with new_file(target / name) as place, around("preset.copy"):
+                shutil.copyfile(root / name, place)
     except OSError as error:
         raise StorageError(
             f"copy {target}: cannot be written ({error.strerror or error}); name another folder"

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from modern_llm.config.errors import StorageError
 from modern_llm.demo.corpus import CorpusPaths, write_corpus
 from modern_llm.demo.facts import relations
 from modern_llm.demo.tokenizer import END_TOKEN, PAD_TOKEN, VOCAB_SIZE, build_tokenizer
+from modern_llm.distributed import faults
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +98,11 @@ def test_little_text_and_a_size_too_small(tmp_path):
     with pytest.raises(ValueError, match="at least 258"):
         build_tokenizer(tmp_path / "none", ["ab"], vocab_size=257)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_disk_that_refuses_leaves_no_half_of_a_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setattr(faults, "_reached", {})
+    monkeypatch.setenv(faults.VARIABLE, "tokenizer.write.after:0:1:enospc")
+    with pytest.raises(StorageError, match="cannot write .*small: No space left"):
+        build_tokenizer(tmp_path / "small", ["ab ab"])
+    assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from modern_llm.cli import main
+from modern_llm.distributed import faults
 from modern_llm.verbs import presets
 
 
@@ -46,3 +47,14 @@ def test_a_place_that_cannot_be_written_is_status_3(root, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["presets", "--copy", str(tmp_path / "file" / "x")]) == 3
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_disk_that_refuses_leaves_no_half_of_a_file(root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(faults, "_reached", {})
+    monkeypatch.setenv(faults.VARIABLE, "preset.copy.after:0:2:enospc")
+    target = tmp_path / "mine"
+    assert main(["presets", "--copy", str(target)]) == 3
+    assert "No space left" in capsys.readouterr().err
+    files = [path for path in target.rglob("*") if path.is_file()]
+    assert files == [target / "accelerate_configs" / "a.yaml"]
+    assert files[0].read_bytes() == (root / "accelerate_configs" / "a.yaml").read_bytes()
