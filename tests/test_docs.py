@@ -133,6 +133,32 @@ def test_options_named_in_tables_exist():
     assert not wrong
 
 
+GPU_ROW = re.compile(r"^\| ([\d.]+B: [^|]+) \| ([^|]+) \| (>=|<=) ([\d.]+) \| [\d.]+ \|$", re.M)
+
+
+def unfounded(section: str) -> list[str]:
+    """Figures that stand there without the device, date and versions they were seen with."""
+    found = re.search(r"^Device: .+\. Date: 20\d\d-\d\d-\d\d\. Versions: .*torch \d", section, re.M)
+    rows = GPU_ROW.findall(section)
+    return [name for name, seen, *_ in rows if seen != "not measured" and not found]
+
+
+def test_figures_of_a_gpu_stand_with_device_and_date_or_not_at_all():
+    text = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
+    section = text.partition("## On a GPU")[2].partition("\n## ")[0]
+    assert {(name, sign, float(need)) for name, _, sign, need in GPU_ROW.findall(section)} == {
+        *((f"{shape}: pairs/s over TRL", ">=", 3.0) for shape in ("0.5B", "1.2B")),
+        *((f"{shape}: peak memory over TRL", "<=", 0.5) for shape in ("0.5B", "1.2B")),
+        *((f"{shape}: trees over packed rows", ">=", 1.35) for shape in ("0.5B", "1.2B")),
+        ("1.2B: MFU", ">=", 0.45),
+    }
+    assert not unfounded(section)
+    claimed = section.replace("TRL | not measured", "TRL | 4.1", 1)
+    assert unfounded(claimed) == ["0.5B: pairs/s over TRL"]
+    seen = "\nDevice: NVIDIA H200. Date: 2026-12-01. Versions: modern-llm 0.1.0, torch 2.13.0.\n"
+    assert not unfounded(claimed + seen)
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 250
 

@@ -1,0 +1,382 @@
+"""DPO on one GPU: this package over TRL, its share of the peak, trees over separate packed rows.
+
+Llama shapes of 0.5 and 1.2 billion parameters with random weights, in bfloat16, on HH-RLHF
+transcripts (`--data FILE`, repeated as epochs) or a synthetic corpus of like lengths. Both sides
+keep float32 weights and compute in bfloat16, with a cached reference. Sides alternate, each in a
+process of its own, until the time is used up (`--limit`, below 8 minutes); medians are taken. The
+first steps of each are not timed: kernels are compiled there. Needs no network and no DeepSpeed;
+without CUDA it says so and ends with status 0; without TRL its rows stay empty.
+
+    python tests/benchmarks/gpu.py [--data FILE] [--output TABLE.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from measuring import (
+    BETA,
+    MAX_LENGTH,
+    RATE,
+    SEED,
+    Figure,
+    Measured,
+    apart,
+    median,
+    peak_bytes,
+    place,
+    read_lines,
+    read_transcripts,
+    say,
+    spread,
+    verdicts,
+    write_lines,
+    write_model,
+    write_tokenizer,
+)
+
+VOCABULARY = 32_000
+SHAPES: dict[str, dict[str, int]] = {
+    "0.5B": {
+        "hidden_size": 1536,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+    },
+    "1.2B": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+"""A shape for trying the script itself, on any device (`--tiny`)."""
+REQUIRED = {"speed": 3.0, "mfu": 0.45, "memory": 0.5, "trees": 1.35}
+PACKAGES = ("modern-llm", "torch", "transformers", "accelerate", "trl")
+
+
+def synthetic(count: int) -> list[dict[str, str]]:
+    """Pairs of made-up words, as long as those of HH-RLHF: prompts of some 90 words, answers of
+    40, both with a long tail."""
+    draw = random.Random(SEED)
+    letters = "abcdefghijklmnoprstuvw"
+    words = ["".join(draw.choices(letters, k=draw.randint(2, 8))) for _ in range(3000)]
+
+    def text(mean: float) -> str:
+        count = int(draw.lognormvariate(mean, 0.8))
+        return " ".join(draw.choices(words, k=max(1, min(220, count))))
+
+    return [
+        {
+            "prompt": f"\n\nHuman: {text(4.2)}\n\nAssistant:",
+            "chosen": f" {text(3.4)}",
+            "rejected": f" {text(3.4)}",
+        }
+        for _ in range(count)
+    ]
+
+
+def prepare(options: argparse.Namespace) -> Measured:
+    """Write the tokenizer, the model of a shape and the pairs that all sides start from."""
+    pairs = read_transcripts(options.data) if options.data else synthetic(600)
+    folder = options.folder / "model"
+    tokenizer = write_tokenizer(pairs, folder, 512 if options.tiny else 8192)
+    # The two sides cut over-long pairs at different ends; without those they do the same work.
+    fitting = [pair for pair in pairs if _tokens(tokenizer, pair) <= MAX_LENGTH]
+    if len(fitting) < options.pairs:
+        sys.exit(f"gpu: error: {len(fitting)} pairs of at most {MAX_LENGTH} tokens, "
+                 f"a step has {options.pairs}")  # fmt: skip
+    write_lines(options.folder / "pairs.jsonl", fitting)
+    write_model(folder, VOCABULARY, **(TINY if options.tiny else SHAPES[options.shape]))
+    return {"pairs": len(fitting), "too_long": len(pairs) - len(fitting)}
+
+
+def _tokens(tokenizer: Any, pair: dict[str, str]) -> int:
+    prompt, *answers = (
+        len(tokenizer(pair[name])["input_ids"]) for name in ("prompt", "chosen", "rejected")
+    )
+    return prompt + max(answers) + 1
+
+
+def begin_peak() -> None:
+    """Forget the most memory that was in use so far."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gb() -> float:
+    """Most memory of the GPU in use since, in GB; of this process where there is none."""
+    import torch
+
+    used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_bytes()
+    return used / 1e9
+
+
+def run_ours(options: argparse.Namespace) -> Measured:
+    """One measurement of this package: trees, then every answer as a packed row of its own."""
+    from modern_llm.training import sources
+
+    found = _ours(options, place() / "trees")
+    plain = sources.Examples
+    # The same attention and packing, but each answer with a prompt of its own.
+    sources.Examples = lambda table, kind, *, trees: plain(table, kind, trees=False)
+    try:
+        rows = _ours(options, place() / "rows")
+    finally:
+        sources.Examples = plain
+    assert rows["prefix_saving"] == 0 < found["prefix_saving"], (rows, found)
+    return found | {"rows_pairs_per_s": rows["pairs_per_s"], "rows_losses": rows["losses"]}
+
+
+def _ours(options: argparse.Namespace, out: Path) -> Measured:
+    from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
+    from modern_llm.training import setup
+    from modern_llm.training.train_dpo import DPOConfig, run_dpo
+
+    setup.export = lambda *_: None  # writing gigabytes is not what is measured
+    begin_peak()
+    run_dpo(
+        options.folder / "model",
+        TrainingConfig(
+            run_name="bench",
+            output_dir=out,
+            batch_size=options.pairs,
+            max_steps=options.steps,
+            learning_rate=RATE,
+            schedule="constant",
+            seed=SEED,
+            log_every=options.warm,
+            mixed_precision="no" if options.tiny else "bf16",
+        ),
+        DPOConfig(beta=BETA, max_length=MAX_LENGTH),
+        PreferenceDatasetConfig(dataset_name=str(options.folder / "pairs.jsonl")),
+    )
+    records = read_lines(out / "metrics.jsonl")
+    timed = [record for record in records if record["step"] >= options.warm]
+    steps = timed[-1]["step"] - timed[0]["step"]
+    return {
+        "pairs_per_s": steps * options.pairs / (timed[-1]["elapsed_s"] - timed[0]["elapsed_s"]),
+        "peak_gb": peak_gb(),
+        "mfu": statistics.median(record["mfu"] for record in timed[1:]),
+        "padding": timed[-1]["padding"],
+        "prefix_saving": timed[-1]["prefix_saving"],
+        "losses": {record["step"]: record["loss"] for record in records},
+    }
+
+
+def run_trl(options: argparse.Namespace) -> Measured:
+    """One measurement of TRL, with its defaults but for what is said here."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    from modern_llm.data.plan import Order
+
+    pairs = read_lines(options.folder / "pairs.jsonl")
+    order = Order(len(pairs), options.pairs, SEED)
+    ordered = [pairs[i] for step in range(options.steps) for i in order.step(step)]
+    on_gpu, times = torch.cuda.is_available(), []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if on_gpu:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+
+    config = DPOConfig(
+        output_dir=str(place() / "trl"),
+        use_cpu=not on_gpu,
+        bf16=not options.tiny,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=options.micro_batch,
+        gradient_accumulation_steps=options.pairs // options.micro_batch,
+        precompute_ref_log_probs=True,
+        precompute_ref_batch_size=options.micro_batch,
+        max_length=MAX_LENGTH,
+        beta=BETA,
+        max_steps=options.steps,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        adam_beta2=0.95,
+        weight_decay=0.01,
+        optim="adamw_torch_fused",
+        train_sampling_strategy="sequential",  # the rows stand in the order of the other side
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=SEED,
+    )
+    begin_peak()
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(options.folder / "model", dtype=torch.float32),
+        args=config,
+        train_dataset=Dataset.from_list(ordered),
+        processing_class=AutoTokenizer.from_pretrained(options.folder / "model"),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    steps = options.steps - options.warm
+    seconds = times[-1] - times[options.warm - 1]
+    return {"pairs_per_s": steps * options.pairs / seconds, "peak_gb": peak_gb()}
+
+
+SIDES = {"prepare": prepare, "ours": run_ours, "trl": run_trl}
+
+
+def rounds(
+    options: argparse.Namespace, shape: str, folder: Path, until: float
+) -> dict[str, list[Measured]]:
+    """Measure all sides of one shape in turn, as often as the time allows, once at least."""
+    values = {name: getattr(options, name) for name in ("pairs", "steps", "warm", "micro_batch")}
+    if options.data:
+        values["data"] = options.data
+    flags = {"tiny": int(options.tiny), "shape": shape}
+
+    def measure(side: str) -> Measured:
+        return apart(__file__, side, folder, options.threads, **values, **flags)
+
+    print(f"{shape}: {measure('prepare')}", flush=True)
+    sides = ["ours"] + ["trl"] * (importlib.util.find_spec("trl") is not None)
+    found: dict[str, list[Measured]] = {side: [] for side in sides}
+    longest = 0.0
+    while len(found["ours"]) < options.repeats:
+        began = time.monotonic()
+        if found["ours"] and began + longest > until:
+            break
+        for side in sides:
+            found[side].append(measure(side))
+            say(f"{shape} {side} {len(found[side])}", found[side][-1])
+        longest = max(longest, time.monotonic() - began)
+    return found
+
+
+def figures(found: dict[str, dict[str, list[Measured]]]) -> list[Figure]:
+    """What is required, beside what was found."""
+    result = []
+    for shape, sides in found.items():
+        ours, trl = sides["ours"], sides.get("trl")
+        rate = median(ours, "pairs_per_s")
+        if trl:
+            ratio = rate / median(trl, "pairs_per_s")
+            result.append(Figure(f"{shape}: pairs/s over TRL", ratio, REQUIRED["speed"]))
+            ratio = median(ours, "peak_gb") / median(trl, "peak_gb")
+            name = f"{shape}: peak memory over TRL"
+            result.append(Figure(name, ratio, REQUIRED["memory"], at_least=False))
+        ratio = rate / median(ours, "rows_pairs_per_s")
+        result.append(Figure(f"{shape}: trees over packed rows", ratio, REQUIRED["trees"]))
+        if shape == list(SHAPES)[-1]:
+            result.append(Figure(f"{shape}: MFU", median(ours, "mfu"), REQUIRED["mfu"]))
+    return result
+
+
+def table(found: dict[str, dict[str, list[Measured]]], data: str) -> str:
+    """The table as it is kept in docs/benchmarks.md: device, versions, date, figures."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES if version(name))
+    lines = [
+        f"Device: {device}. Date: {datetime.date.today().isoformat()}. Versions: {versions}, "
+        f"CUDA {torch.version.cuda}. Data: {data}.",
+        "",
+        "| | rounds | minimum / median / maximum |",
+        "|---|---|---|",
+    ]
+    for shape, sides in found.items():
+        for side, measured in sides.items():
+            for name in ("pairs_per_s", "rows_pairs_per_s", "peak_gb", "mfu"):
+                if name in measured[0]:
+                    values = spread((each[name] for each in measured), 3)
+                    lines.append(f"| {shape} {side} {name} | {len(measured)} | {values} |")
+    lines += ["", "| figure | measured | required |", "|---|---|---|"]
+    for figure in figures(found):
+        sign = ">=" if figure.at_least else "<="
+        lines.append(f"| {figure.name} | {figure.value:.3g} | {sign} {figure.required:g} |")
+    return "\n".join(lines) + "\n"
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def main() -> int:
+    """Measure, or be one measurement (`--side`)."""
+    options = parse()
+    if options.side:
+        print(json.dumps(SIDES[options.side](options)))
+        return 0
+    import torch
+
+    if not torch.cuda.is_available() and not options.tiny:
+        print("gpu: skipped, there is no CUDA device")
+        return 0
+    began, found = time.monotonic(), {}
+    for at, shape in enumerate(options.shapes, start=1):
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+            until = began + options.limit * at / len(options.shapes)
+            found[shape] = rounds(options, shape, Path(folder), until)
+    verdicts(figures(found))
+    text = table(found, str(options.data.name) if options.data else "synthetic")
+    print(f"\n{text}")
+    if options.output:
+        options.output.write_text(text, encoding="utf-8")
+    return 0
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """Options of the whole, and those by which it calls itself."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="HH-RLHF transcripts; else a synthetic corpus")
+    parser.add_argument("--output", type=Path, help="file for the table")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--pairs", type=int, default=64, help="pairs of one optimizer step")
+    parser.add_argument("--steps", type=int, default=32, help="steps of one measurement")
+    parser.add_argument("--warm", type=int, default=8, help="steps before the clock starts")
+    parser.add_argument("--micro_batch", type=int, default=16, help="pairs of a forward of TRL")
+    parser.add_argument("--repeats", type=int, default=5, help="most rounds of a shape")
+    parser.add_argument("--limit", type=float, default=400, help="seconds after which none begins")
+    parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--tiny", type=int, default=0, help="1: a tiny shape, on any device")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--shape", choices=SHAPES, help=argparse.SUPPRESS)
+    options = parser.parse_args(words)
+    if options.steps < 2 * options.warm or options.pairs % options.micro_batch:
+        parser.error("give at least twice as many --steps as --warm, and --pairs that "
+                     "--micro_batch divides")  # fmt: skip
+    if options.data and not options.data.is_file():
+        parser.error(f"--data {options.data}: there is no such file")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
