@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# Logits of one chunk, in bytes. 8 MiB stays near the caches of a CPU; on a GPU larger chunks are
+# Logits of one chunk, in bytes. 4 MiB stays near the caches of a CPU; on a GPU larger chunks are
 # needed to fill the device with one matrix product, as far as there is memory.
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+# With fewer rows on a CPU, a product of a large vocabulary waits for its weight to be read.
+LEAST_ROWS = {"cpu": 64}
 LEAST_CHUNK = 16 << 20
 # A chunk has about three like it beside it in the backward: its slope, and both in 16 bits.
 SHARE_OF_FREE = 1 / 16
@@ -63,7 +65,7 @@ def chunk_rows(vocabulary: int, device: torch.device, itemsize: int) -> int:
     if device.type == "cuda":
         share = int(SHARE_OF_FREE * free_memory(device))
         size = max(LEAST_CHUNK, min(size, 1 << max(share.bit_length() - 1, 0)))
-    return max(1, size // (vocabulary * max(itemsize, 4)))
+    return max(LEAST_ROWS.get(device.type, 1), size // (vocabulary * max(itemsize, 4)))
 
 
 def free_memory(device: torch.device) -> int:
@@ -111,7 +113,9 @@ class _TargetLogProbs(torch.autograd.Function):
             )
             upstream = grad[part, None].to(normalisers.dtype)
             # d logprob / d logits = onehot(target) - softmax
-            slope = (logits - normalisers[part, None]).exp_().mul_(-upstream)
+            kept = ctx.transform.softcap is not None  # its derivative needs them
+            slope = logits.clone() if kept else logits
+            slope.sub_(normalisers[part, None]).exp_().mul_(-upstream)
             slope.scatter_add_(-1, targets[part, None], upstream)
             slope = ctx.transform.backward_(slope, logits)
             if needs_bias:

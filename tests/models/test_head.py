@@ -11,6 +11,7 @@ from modern_llm.models import head as head_module
 from modern_llm.models.head import (
     CHUNK_BYTES,
     LEAST_CHUNK,
+    LEAST_ROWS,
     FusedHead,
     LogitTransform,
     chunk_rows,
@@ -176,7 +177,8 @@ def test_a_chunk_on_cuda_is_a_share_of_the_free_memory(free, expected, monkeypat
     assert free_memory(device) == free
     assert chunk_rows(32_000, device, 2) == expected // (32_000 * 4)
     assert chunk_rows(1 << 40, device, 2) == 1, "a row at least"
-    assert chunk_rows(32_000, torch.device("cpu"), 4) == CHUNK_BYTES["cpu"] // (32_000 * 4)
+    assert chunk_rows(4096, torch.device("cpu"), 4) == CHUNK_BYTES["cpu"] // (4096 * 4)
+    assert chunk_rows(32_000, torch.device("cpu"), 4) == LEAST_ROWS["cpu"]
 
 
 def test_a_head_keeps_to_the_chunk_of_its_first_forward(monkeypatch):
