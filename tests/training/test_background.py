@@ -60,7 +60,7 @@ def slow(monkeypatch, seconds: float) -> list[tuple[int, int]]:
     real, steps = checkpoint.write_tensors, []
 
     def written(path, *args):
-        if threading.current_thread().name == "saving":
+        if threading.current_thread().name.startswith("saving"):
             run = path.parents[2]
             before = len(numbers(run))
             time.sleep(seconds)
