@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from tests.helpers.ranks import run_ranks
 
@@ -78,6 +79,8 @@ def dpo(checkpoint: Path, data: Path, case: Case) -> list[tuple[float, float, fl
         assert case.break_at is not None
     finally:
         loop._optimizer_step = real
+    if dist.is_initialized():  # no step waits for the one that writes the log
+        dist.barrier()
     return numbers(case.folder)
 
 
@@ -94,8 +97,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def all_cases(checkpoint: Path, data: Path, cases: dict[str, Case]) -> dict[str, list]:
     """On one rank: every case, one after another in the same process."""
-    import torch.distributed as dist
-
     from modern_llm.distributed.runtime import Runtime
 
     kinds = []
