@@ -112,7 +112,7 @@ def _attempt(
         losses: list[Tensor] = []
         spiked = False
         for at, batch in enumerate(batches):
-            _seed(config.seed, step, at, runtime.rank)
+            _seed(runtime.device, config.seed, step, at, runtime.rank)
             last = at == len(batches) - 1
             with engine.forward_backward(last and not apart):
                 result = task.run(engine.model, batch)
@@ -183,8 +183,15 @@ def add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
         sums[name] = sums[name] + value if name in sums else value
 
 
-def _seed(*numbers: Any) -> None:
-    """Seed every generator from (seed, step, micro-batch, rank): dropout resumes without saved
-    state."""
+def _seed(device: torch.device, *numbers: Any) -> None:
+    """Seed the generators of a step from (seed, step, micro-batch, rank): dropout resumes without
+    saved state."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+    seed = int.from_bytes(digest, "little") >> 1
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(seed)
+        return
+    # `torch.manual_seed` notes a stack for each kind of device that is not in use: 1 ms a call.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
