@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from measuring import (
-    DATA,
+    GPT2,
     MAX_LENGTH,
-    ROOT,
     SEED,
     TURN,
     VOCABULARY,
@@ -30,6 +29,8 @@ from measuring import (
     alternating,
     apart,
     median,
+    parsed,
+    parser,
     place,
     read_lines,
     read_transcripts,
@@ -39,7 +40,6 @@ from measuring import (
     write_tokenizer,
 )
 
-GPT2 = ROOT / "../shared/tokenizers/gpt2"
 REQUIRED = {"tokenising": 1.3, "planning": 20_000}
 BATCH, TOKENS, WORLD = 64, 4096, 8
 
@@ -147,17 +147,9 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """Options of the whole, and those by which it calls itself."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--pairs", type=int, default=100_000)
-    parser.add_argument("--repeats", type=int, default=1, help="measurements of each side")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if not options.data.is_file():
-        parser.error(f"--data {options.data}: no such file; give HH-RLHF transcripts as .jsonl")
-    return options
+    found = parser(__doc__, repeats=1, sides=SIDES)
+    found.add_argument("--pairs", type=int, default=100_000)
+    return parsed(found)
 
 
 if __name__ == "__main__":

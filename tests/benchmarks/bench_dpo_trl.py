@@ -28,19 +28,20 @@ from pathlib import Path
 from typing import Any
 
 from measuring import (
-    BETA,
-    DATA,
     MAX_LENGTH,
     PAIRS_A_STEP,
-    RATE,
     SEED,
     SHAPE,
+    TRL,
     VOCABULARY,
     Figure,
     Timer,
     alternating,
     apart,
+    longest,
     median,
+    parsed,
+    parser,
     peak_bytes,
     place,
     read_lines,
@@ -78,14 +79,6 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
     return {"pairs": len(chosen), "too_long": len(pairs) - len(fitting)}
 
 
-def longest(tokenizer: Any, pair: dict[str, str]) -> int:
-    """Tokens of prompt and the longer answer, end token included."""
-    prompt, *answers = (
-        len(tokenizer(pair[name])["input_ids"]) for name in ("prompt", "chosen", "rejected")
-    )
-    return prompt + max(answers) + 1
-
-
 def run_trl(options: argparse.Namespace) -> dict[str, Any]:
     """One measurement of TRL, with its defaults but for what is said here."""
     import torch
@@ -118,24 +111,11 @@ def run_trl(options: argparse.Namespace) -> dict[str, Any]:
         output_dir=str(place() / "trl"),
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
         per_device_train_batch_size=options.micro_batch,
         gradient_accumulation_steps=PAIRS_A_STEP // options.micro_batch,
-        precompute_ref_log_probs=True,
         precompute_ref_batch_size=options.reference_batch,
-        max_length=MAX_LENGTH,
-        beta=BETA,
         max_steps=options.steps,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        adam_beta2=0.95,
-        weight_decay=0.01,
-        train_sampling_strategy="sequential",  # the rows stand in the order of the other side
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=SEED,
+        **TRL,
     )
     model = AutoModelForCausalLM.from_pretrained(options.folder / "model", dtype=torch.float32)
     trainer = Measured(
@@ -257,25 +237,16 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """Options of the whole, and those by which it calls itself."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps a measurement")
-    parser.add_argument("--repeats", type=int, default=3, help="measurements of each side")
-    parser.add_argument("--threads", type=int, default=2)
+    found = parser(__doc__, repeats=3, sides=SIDES)
+    found.add_argument("--steps", type=int, default=12, help="optimizer steps a measurement")
     sizes = (0, *MICRO_BATCHES)
-    parser.add_argument("--micro_batch", type=int, default=0, choices=sizes, help="TRL's; 0: best")
-    parser.add_argument("--reference_batch", type=int, default=8, help="TRL's, beside micro_batch")
-    parser.add_argument("--only_trl", action="store_true")
-    parser.add_argument("--only_ours", action="store_true")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    found.add_argument("--micro_batch", type=int, default=0, choices=sizes, help="TRL's; 0: best")
+    found.add_argument("--reference_batch", type=int, default=8, help="TRL's, beside micro_batch")
+    found.add_argument("--only_trl", action="store_true")
+    found.add_argument("--only_ours", action="store_true")
+    options = parsed(found)
     if options.steps < 2:
-        parser.error(f"--steps {options.steps}: the first step is not timed, give 2 or more")
-    if not options.data.is_file():
-        parser.error(
-            f"--data {options.data}: there is no such file; give HH-RLHF transcripts as .jsonl"
-        )
+        found.error(f"--steps {options.steps}: the first step is not timed, give 2 or more")
     return options
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from measuring import (
-    DATA,
     PAIRS_A_STEP,
     RATE,
     SEED,
@@ -29,6 +28,8 @@ from measuring import (
     alternating,
     apart,
     median,
+    parsed,
+    parser,
     place,
     read_transcripts,
     spread,
@@ -124,17 +125,9 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """Options of the whole, and those by which it calls itself."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps a measurement")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--side", choices=("prepare", "both"), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if not options.data.is_file():
-        parser.error(f"--data {options.data}: no such file; give HH-RLHF transcripts as .jsonl")
-    return options
+    found = parser(__doc__, repeats=5, sides=("prepare", "both"))
+    found.add_argument("--steps", type=int, default=60, help="optimizer steps a measurement")
+    return parsed(found)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from measuring import (
-    DATA,
+    GPT2,
     PAIRS_A_STEP,
-    ROOT,
     SEED,
     SHAPE,
     VOCABULARY,
@@ -31,6 +30,8 @@ from measuring import (
     alternating,
     apart,
     median,
+    parsed,
+    parser,
     place,
     read_transcripts,
     spread,
@@ -42,7 +43,6 @@ from measuring import (
 )
 
 LARGE = 50_257
-GPT2 = ROOT / "../shared/tokenizers/gpt2"
 SIDES = {"small": VOCABULARY, "large": LARGE}
 REQUIRED = {"mfu": 0.55, "vocabulary": 1.25}
 
@@ -111,17 +111,9 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """Options of the whole, and those by which it calls itself."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps a measurement")
-    parser.add_argument("--repeats", type=int, default=3, help="measurements of each side")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if not options.data.is_file():
-        parser.error(f"--data {options.data}: no such file; give HH-RLHF transcripts as .jsonl")
-    return options
+    found = parser(__doc__, repeats=3)
+    found.add_argument("--steps", type=int, default=8, help="optimizer steps a measurement")
+    return parsed(found)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from measuring import (
-    DATA,
     MAX_LENGTH,
     PAIRS_A_STEP,
     SEED,
@@ -29,6 +28,8 @@ from measuring import (
     alternating,
     apart,
     median,
+    parsed,
+    parser,
     place,
     read_transcripts,
     spread,
@@ -154,18 +155,10 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """Options of the whole, and those by which it calls itself."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--kinds", default=",".join(REQUIRED), help="which, with commas between")
-    parser.add_argument("--steps", type=int, default=6, help="optimizer steps a measurement")
-    parser.add_argument("--repeats", type=int, default=2, help="measurements of each side")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if not options.data.is_file():
-        parser.error(f"--data {options.data}: no such file; give HH-RLHF transcripts as .jsonl")
-    return options
+    found = parser(__doc__, repeats=2)
+    found.add_argument("--kinds", default=",".join(REQUIRED), help="which, with commas between")
+    found.add_argument("--steps", type=int, default=6, help="optimizer steps a measurement")
+    return parsed(found)
 
 
 if __name__ == "__main__":

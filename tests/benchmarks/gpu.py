@@ -30,9 +30,11 @@ from measuring import (
     MAX_LENGTH,
     RATE,
     SEED,
+    TRL,
     Figure,
     Measured,
     apart,
+    longest,
     median,
     peak_bytes,
     place,
@@ -102,20 +104,13 @@ def prepare(options: argparse.Namespace) -> Measured:
     folder = options.folder / "model"
     tokenizer = write_tokenizer(pairs, folder, 512 if options.tiny else 8192)
     # The two sides cut over-long pairs at different ends; without those they do the same work.
-    fitting = [pair for pair in pairs if _tokens(tokenizer, pair) <= MAX_LENGTH]
+    fitting = [pair for pair in pairs if longest(tokenizer, pair) <= MAX_LENGTH]
     if len(fitting) < options.pairs:
         sys.exit(f"gpu: error: {len(fitting)} pairs of at most {MAX_LENGTH} tokens, "
                  f"a step has {options.pairs}")  # fmt: skip
     write_lines(options.folder / "pairs.jsonl", fitting)
     write_model(folder, VOCABULARY, **(TINY if options.tiny else SHAPES[options.shape]))
     return {"pairs": len(fitting), "too_long": len(pairs) - len(fitting)}
-
-
-def _tokens(tokenizer: Any, pair: dict[str, str]) -> int:
-    prompt, *answers = (
-        len(tokenizer(pair[name])["input_ids"]) for name in ("prompt", "chosen", "rejected")
-    )
-    return prompt + max(answers) + 1
 
 
 def begin_peak() -> None:
@@ -211,25 +206,12 @@ def run_trl(options: argparse.Namespace) -> Measured:
         output_dir=str(place() / "trl"),
         use_cpu=not on_gpu,
         bf16=not options.tiny,
-        gradient_checkpointing=False,
         per_device_train_batch_size=options.micro_batch,
         gradient_accumulation_steps=options.pairs // options.micro_batch,
-        precompute_ref_log_probs=True,
         precompute_ref_batch_size=options.micro_batch,
-        max_length=MAX_LENGTH,
-        beta=BETA,
         max_steps=options.steps,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        adam_beta2=0.95,
-        weight_decay=0.01,
         optim="adamw_torch_fused",
-        train_sampling_strategy="sequential",  # the rows stand in the order of the other side
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=SEED,
+        **TRL,
     )
     begin_peak()
     trainer = DPOTrainer(
@@ -263,15 +245,15 @@ def rounds(
     print(f"{shape}: {measure('prepare')}", flush=True)
     sides = ["ours"] + ["trl"] * (importlib.util.find_spec("trl") is not None)
     found: dict[str, list[Measured]] = {side: [] for side in sides}
-    longest = 0.0
+    slowest = 0.0
     while len(found["ours"]) < options.repeats:
         began = time.monotonic()
-        if found["ours"] and began + longest > until:
+        if found["ours"] and began + slowest > until:
             break
         for side in sides:
             found[side].append(measure(side))
             say(f"{shape} {side} {len(found[side])}", found[side][-1])
-        longest = max(longest, time.monotonic() - began)
+        slowest = max(slowest, time.monotonic() - began)
     return found
 
 

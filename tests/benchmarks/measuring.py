@@ -7,6 +7,7 @@ scripts beside it, which are run as files.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -21,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "../shared/data/hh_rlhf_sample.jsonl"
+GPT2 = ROOT / "../shared/tokenizers/gpt2"
 PAIRS_A_STEP = 8
 MAX_LENGTH = 512
 VOCABULARY = 4096
@@ -37,6 +39,50 @@ END = "<|end|>"
 TURN = "\n\nAssistant:"
 
 Measured = dict[str, Any]
+
+TRL = {
+    "gradient_checkpointing": False,
+    "precompute_ref_log_probs": True,
+    "max_length": MAX_LENGTH,
+    "beta": BETA,
+    "learning_rate": RATE,
+    "lr_scheduler_type": "constant",
+    "adam_beta2": 0.95,
+    "weight_decay": 0.01,
+    "train_sampling_strategy": "sequential",  # the rows stand in the order of the other side
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "seed": SEED,
+}
+"""Fields of TRL's `DPOConfig` that make it the same training, and nothing else."""
+
+
+def parser(text: str, *, repeats: int, sides: Iterable[str] | None = None) -> Any:
+    """The options that every script has, and those by which it calls itself.
+
+    Args:
+        text: the script's own; its first line stands in the help.
+        sides: what `--side` may be; None is anything.
+    """
+    found = argparse.ArgumentParser(description=text.splitlines()[0])
+    found.add_argument("--data", type=Path, default=DATA)
+    found.add_argument("--repeats", type=int, default=repeats, help="measurements of each side")
+    found.add_argument("--threads", type=int, default=2)
+    found.add_argument("--side", choices=sides, help=argparse.SUPPRESS)
+    found.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return found
+
+
+def parsed(found: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line; the data must be there."""
+    options = found.parse_args()
+    if not options.data.is_file():
+        found.error(
+            f"--data {options.data}: there is no such file; give HH-RLHF transcripts as .jsonl"
+        )
+    return options
 
 
 @dataclass(frozen=True)
@@ -182,6 +228,14 @@ def read_transcripts(path: Path) -> list[dict[str, str]]:
         if prompt == other and chosen.strip() and rejected.strip() and chosen != rejected:
             pairs.append({"prompt": prompt + TURN, "chosen": chosen, "rejected": rejected})
     return pairs
+
+
+def longest(tokenizer: Any, pair: dict[str, str]) -> int:
+    """Tokens of prompt and the longer answer, end token included."""
+    prompt, *answers = (
+        len(tokenizer(pair[name])["input_ids"]) for name in ("prompt", "chosen", "rejected")
+    )
+    return prompt + max(answers) + 1
 
 
 def write_tokenizer(pairs: list[dict[str, str]], folder: Path, vocabulary: int) -> Any:
