@@ -52,7 +52,7 @@ TABLE = {
     ),
     # huggingface_hub: whether the Hub answers. yaml: nodes compare the configuration file.
     "distributed": row(
-        "config", "torch torch.distributed accelerate deepspeed rich yaml huggingface_hub"
+        "config", "torch torch.distributed accelerate deepspeed rich yaml huggingface_hub xxhash"
     ),
     "reference": row(
         "config data.records models.scorer distributed", "torch numpy transformers xxhash"

@@ -1,8 +1,10 @@
 """Folders and files that are either whole or not there: write beside, flush, digest, rename.
 
-A committed folder holds `MANIFEST.json` with the size and SHA-256 of every other file. Readers
-believe only the manifest. A digest shows damage, not forgery. `Runtime.committed_folder` lets many
-processes write into one folder by the same steps: `begin`, `seal`, `finish`, `abandon`.
+A committed folder holds `MANIFEST.json` with the size and digest of every other file. Readers
+believe only the manifest. A digest shows damage, not forgery, so it is the fast one of the stores
+(XXH3, 128 bits): SHA-256 took longer than a disk takes to write the same bytes.
+`Runtime.committed_folder` lets many processes write into one folder by the same steps: `begin`,
+`seal`, `finish`, `abandon`.
 
 This is the one place where anything gets its final name: checkpoints, exports, token tables, shards
 of stores, pages and small files. Imports nothing but the errors, so that every layer may use it.
@@ -16,17 +18,25 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from modern_llm.config.errors import StorageError
 from modern_llm.distributed.faults import around
 
 MANIFEST = "MANIFEST.json"
-VERSION = 1
+VERSION = 2
+DIGESTS: dict[int, tuple[str, Callable[[], Any]]] = {
+    1: ("sha256", hashlib.sha256),
+    2: ("xxh3_128", xxhash.xxh3_128),
+}
+"""Of each version of the manifest: what the digest of a file is called in it, and how it is made.
+Folders of every version here are read; those of `VERSION` are written."""
 TEMPORARY = ".tmp-"
 """What a name begins with that is not committed; such a folder is nobody's but its writer's."""
 
@@ -81,11 +91,11 @@ def begin(target: Path) -> Path:
 
 def note_digest(path: Path, digest: str) -> None:
     """Note what this process has flushed and digested while it wrote it: `seal` will not again."""
-    _noted[path] = {"size": path.stat().st_size, "sha256": digest}
+    _noted[path] = _entry(path, digest)
 
 
 def noted(place: Path) -> dict[str, dict[str, Any]]:
-    """Take what was noted of the files in `place`: name -> size and SHA-256."""
+    """Take what was noted of the files in `place`: name -> size and digest."""
     paths = [path for path in list(_noted) if path.is_relative_to(place)]
     return {str(path.relative_to(place)): _noted.pop(path) for path in paths}
 
@@ -93,7 +103,7 @@ def noted(place: Path) -> dict[str, dict[str, Any]]:
 def seal(
     place: Path, rank: int = 0, world: int = 1, done: Collection[str] = ()
 ) -> dict[str, dict[str, Any]]:
-    """Flush and digest this rank's share of the files in `place`; name -> size and SHA-256.
+    """Flush and digest this rank's share of the files in `place`; name -> size and digest.
 
     A file is flushed while it is read: neither waits for the other.
 
@@ -108,8 +118,12 @@ def seal(
             flushed = aside.submit(flush_file, path)
             digest = digest_file(path)
             flushed.result()
-            files[str(path.relative_to(place))] = {"size": path.stat().st_size, "sha256": digest}
+            files[str(path.relative_to(place))] = _entry(path, digest)
     return files
+
+
+def _entry(path: Path, digest: str) -> dict[str, Any]:
+    return {"size": path.stat().st_size, DIGESTS[VERSION][0]: digest}
 
 
 def finish(
@@ -200,7 +214,7 @@ def verified_manifest(folder: Path) -> dict[str, Any]:
         StorageError: a file is missing, unknown, of another size or of another digest.
     """
     manifest = _read_manifest(folder)
-    listed = manifest["files"]
+    listed, key = manifest["files"], DIGESTS[manifest["version"]][0]
     standing = {
         str(path.relative_to(folder))
         for path in folder.rglob("*")
@@ -214,16 +228,21 @@ def verified_manifest(folder: Path) -> dict[str, Any]:
         if (
             path.is_symlink()
             or path.stat().st_size != entry["size"]
-            or digest_file(path) != entry["sha256"]
+            or digest_file(path, manifest["version"]) != entry[key]
         ):
-            raise StorageError(f"{path}: not the bytes that were written (size or SHA-256 differs)")
+            raise StorageError(f"{path}: not the bytes that were written (size or {key} differs)")
     return manifest["facts"]
 
 
-def digest_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hex."""
+def new_digest() -> Any:
+    """Return an empty digest of the kind that is written: `update` it and take its `hexdigest`."""
+    return DIGESTS[VERSION][1]()
+
+
+def digest_file(path: Path, version: int = VERSION) -> str:
+    """Return the digest of a file's bytes, in hex, as manifests of `version` hold it."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, DIGESTS[version][1]).hexdigest()
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -233,25 +252,30 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError("a link")
         manifest = json.loads(path.read_text(encoding="utf-8"))
         well_formed = (
-            manifest["version"] == VERSION
+            manifest["version"] in DIGESTS
+            and type(manifest["version"]) is int  # JSON's true is equal to 1
             and isinstance(manifest["facts"], dict)
             and manifest["own"] == _own_digest(manifest)
-            and all(_is_entry(name, entry) for name, entry in manifest["files"].items())
+            and all(
+                _is_entry(name, entry, DIGESTS[manifest["version"]][0])
+                for name, entry in manifest["files"].items()
+            )
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f"{path}: no readable manifest ({type(error).__name__})") from error
     if not well_formed:
         raise StorageError(
-            f"{path}: not a manifest of version {VERSION}, or changed after it was written"
+            f"{path}: not a manifest of version {' or '.join(map(str, DIGESTS))}, or changed after "
+            "it was written"
         )
     return manifest
 
 
-def _is_entry(name: str, entry: Any) -> bool:
+def _is_entry(name: str, entry: Any, key: str) -> bool:
     """Whether a line of a manifest names a file inside its folder, with size and digest."""
     path = Path(name)
     inside = path.parts and not path.is_absolute() and ".." not in path.parts
-    return bool(inside) and isinstance(entry["size"], int) and isinstance(entry["sha256"], str)
+    return bool(inside) and isinstance(entry["size"], int) and isinstance(entry[key], str)
 
 
 def _write_manifest(place: Path, files: dict[str, Any], facts: dict[str, Any]) -> None:

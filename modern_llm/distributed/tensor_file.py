@@ -1,15 +1,14 @@
-"""One safetensors file, written, looked at and digested at the same time.
+"""One safetensors file; what was written is digested and looked at while it is flushed.
 
-What is digested are the bytes in memory: nothing is read back, and on a second core the digest
-costs no time beside writing and flushing. The layout is that of `safetensors.torch.save_file`,
-whose own call gives no way in. Called by checkpoints and exports.
+A flush waits for the disk and leaves the cores alone; it begins with the first group of tensors, so
+that the disk does not wait for the last. What is digested are the bytes in memory: nothing is read
+back. The layout is that of `safetensors.torch.save_file`, whose own call gives no
+way in. Called by checkpoints and exports.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from modern_llm.config.errors import NotFiniteError
-from modern_llm.distributed.commit import flush_file, note_digest
+from modern_llm.distributed.commit import flush_file, new_digest, note_digest
 from modern_llm.distributed.faults import around
 
 # In the order in which safetensors puts them: the widest first, so that each stands aligned.
@@ -27,49 +26,55 @@ NAMES = {
     "int16": "I16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int8": "I8",
     "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
+GROUP = 2**26
+"""Bytes that are written before a flush of them begins."""
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write and flush one file, and note its digest for the commit of its folder.
 
     Args:
-        tensors: contiguous, of any device.
+        tensors: contiguous, of any device; about `GROUP` bytes of them are copied to the host at a
+            time.
 
     Raises:
         NotFiniteError: a tensor holds a value that is not finite; no checkpoint may hold one.
         OSError: the disk refuses.
     """
     order = sorted(tensors, key=lambda name: (_place(tensors[name]), name))
-    digest = hashlib.sha256()
-    with ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as looking:
-        looks: list[Future[None]] = []
-        with around("tensors.write"), path.open("wb", buffering=0) as file:
-            for part in _parts(tensors, order, metadata, looking, looks):
-                hashing.submit(digest.update, part)
-                at = 0
-                while at < len(part):
-                    at += file.write(part[at:])
-        flush_file(path)
-        for look in looks:
-            look.result()
-        # Behind all that was given to the one thread before.
-        found = hashing.submit(digest.hexdigest).result()
-    note_digest(path, found)
+    digest = new_digest()
+    waiting = [memoryview(_header(tensors, order, metadata))]
+    flushes: list[Future[None]] = []
+    with ThreadPoolExecutor(1) as flushing:
+        for at, group in enumerate(_groups(tensors, order) or [[]]):
+            held = {name: tensors[name].detach().cpu() for name in group}
+            waiting += [memoryview(t.reshape(-1).view(torch.uint8).numpy()) for t in held.values()]
+            with around("tensors.write"), path.open("ab" if at else "wb", buffering=0) as file:
+                for part in waiting:
+                    done = 0
+                    while done < len(part):
+                        done += file.write(part[done:])
+            flushes.append(flushing.submit(flush_file, path))
+            for part in waiting:
+                digest.update(part)
+            for name, tensor in held.items():
+                _look(name, tensor)
+            waiting = []
+        for flush in flushes:  # each of them: the system tells of a lost write once
+            flush.result()
+    note_digest(path, digest.hexdigest())
 
 
-def _parts(
-    tensors: dict[str, Tensor],
-    order: list[str],
-    metadata: dict[str, str],
-    looking: ThreadPoolExecutor,
-    looks: list[Future[None]],
-) -> Iterator[memoryview]:
-    """Yield the bytes of the file; a look at each tensor goes to a thread of its own."""
-    yield memoryview(_header(tensors, order, metadata))
+def _groups(tensors: dict[str, Tensor], order: list[str]) -> list[list[str]]:
+    """Part the names of `order`, in turn, so that each part but the last makes `GROUP` bytes."""
+    groups, room = [], 0
     for name in order:
-        held = tensors[name].detach().cpu()
-        looks.append(looking.submit(_look, name, held))
-        yield memoryview(held.reshape(-1).view(torch.uint8).numpy())
+        if room <= 0:
+            groups.append([])
+            room = GROUP
+        groups[-1].append(name)
+        room -= tensors[name].numel() * tensors[name].element_size()
+    return groups
 
 
 def _look(name: str, tensor: Tensor) -> None:

@@ -66,7 +66,7 @@ def commit(
             with around("state.write"):
                 (place / STATE).write_text(json.dumps(mine.state))
         starts = {"starts": json.dumps(mine.starts)}
-        # Side by side: a digest is made by one core, and the disk is faster than that.
+        # Side by side: digests and looks at one file while the other one waits for the disk.
         with ThreadPoolExecutor(2, threading.current_thread().name) as pool:
             files = mine.tensors.items()
             parts = [pool.submit(write_tensors, place / n, t, starts) for n, t in files]

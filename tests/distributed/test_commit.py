@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import pytest
+import xxhash
 
 from modern_llm.config.errors import StorageError
 from modern_llm.distributed import commit
@@ -19,6 +23,37 @@ def test_a_folder_appears_whole_with_its_facts(tmp_path):
     write(tmp_path / "a", one="1", two="22")
     assert commit.verified_manifest(tmp_path / "a") == {"step": 3}
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_manifests_of_the_first_version_are_read_and_believed(tmp_path):
+    """They hold SHA-256 and were written by earlier releases."""
+    write(tmp_path / "a", one="1")
+    path = tmp_path / "a" / commit.MANIFEST
+    new = json.loads(path.read_text())
+    assert new["version"] == 2
+    assert new["files"]["sub/one"] == {"size": 1, "xxh3_128": xxhash.xxh3_128(b"1").hexdigest()}
+    old = {
+        "version": 1,
+        "facts": {"step": 3},
+        "files": {"sub/one": {"size": 1, "sha256": hashlib.sha256(b"1").hexdigest()}},
+    }
+    old["own"] = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(old))
+    assert commit.verified_manifest(tmp_path / "a") == {"step": 3}
+    (tmp_path / "a" / "sub" / "one").write_text("2")
+    with pytest.raises(StorageError, match="size or sha256 differs"):
+        commit.verified_manifest(tmp_path / "a")
+
+
+@pytest.mark.parametrize("version", [0, 3, "2", True, None, [2]])
+def test_a_manifest_of_another_version_is_refused(tmp_path, version):
+    write(tmp_path / "a", one="1")
+    path = tmp_path / "a" / commit.MANIFEST
+    manifest = json.loads(path.read_text()) | {"version": version}
+    manifest["own"] = commit._own_digest(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(StorageError, match="manifest"):
+        commit.verified_manifest(tmp_path / "a")
 
 
 def test_an_error_leaves_what_stood_there_and_nothing_else(tmp_path):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import pytest
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from modern_llm.config.errors import NotFiniteError, StorageError
-from modern_llm.distributed import commit, faults
+from modern_llm.distributed import commit, faults, tensor_file
 from modern_llm.distributed.tensor_file import NAMES, write_tensors
 
 
@@ -27,8 +26,10 @@ def mixed() -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.parametrize("group", [tensor_file.GROUP, 16])
 @pytest.mark.parametrize("metadata", [{}, {"starts": '{"a": 1}'}])
-def test_the_bytes_are_those_of_safetensors(tmp_path, metadata):
+def test_the_bytes_are_those_of_safetensors(tmp_path, monkeypatch, metadata, group):
+    monkeypatch.setattr(tensor_file, "GROUP", group)  # in one piece, and in several
     tensors = mixed()
     write_tensors(tmp_path / "ours", tensors, metadata)
     save_file(tensors, tmp_path / "theirs", metadata=metadata or None)
@@ -41,6 +42,28 @@ def test_the_bytes_are_those_of_safetensors(tmp_path, metadata):
         assert (file.metadata() or {}) == metadata
 
 
+def test_a_file_without_tensors_is_one(tmp_path):
+    write_tensors(tmp_path / "empty", {}, {"starts": "{}"})
+    assert load_file(tmp_path / "empty") == {}
+
+
+def test_a_flush_that_fails_in_the_middle_of_a_file_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_file, "GROUP", 16)
+    real, seen = tensor_file.flush_file, []
+
+    def flush(path):
+        seen.append(path)
+        if len(seen) == 2:
+            raise OSError(5, "Input/output error")
+        real(path)
+
+    monkeypatch.setattr(tensor_file, "flush_file", flush)
+    with pytest.raises(StorageError, match="Input/output"):
+        with commit.committed_folder(tmp_path / "c") as place:
+            write_tensors(place / "one", mixed(), {})
+    assert len(seen) > 2 and not list(tmp_path.iterdir())
+
+
 def test_every_dtype_of_the_table_is_read_back(tmp_path):
     for name in NAMES:
         tensor = torch.zeros(3, dtype=getattr(torch, name))
@@ -51,14 +74,16 @@ def test_every_dtype_of_the_table_is_read_back(tmp_path):
 def test_the_digest_is_that_of_the_file_and_is_not_made_twice(tmp_path, monkeypatch):
     read = []
     real = commit.digest_file
-    monkeypatch.setattr(commit, "digest_file", lambda path: read.append(path.name) or real(path))
+    monkeypatch.setattr(
+        commit, "digest_file", lambda path, *v: read.append(path.name) or real(path, *v)
+    )
     with commit.committed_folder(tmp_path / "c", {"step": 1}) as place:
         write_tensors(place / "model.safetensors", mixed(), {})
         (place / "other.json").write_text("{}")
     assert read == ["other.json"]
     assert commit.verified_manifest(tmp_path / "c") == {"step": 1}
     content = (tmp_path / "c" / "model.safetensors").read_bytes()
-    assert hashlib.sha256(content).hexdigest() in (tmp_path / "c" / "MANIFEST.json").read_text()
+    assert xxhash.xxh3_128(content).hexdigest() in (tmp_path / "c" / "MANIFEST.json").read_text()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
