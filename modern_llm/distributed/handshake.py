@@ -203,9 +203,11 @@ def _node() -> str:
 
 
 @contextmanager
-def _deadline(seconds: float, rank: int) -> Iterator[None]:
-    """End this process where the body takes longer: a peer that was killed after the meeting is
-    waited for inside torch, where no exception reaches."""
+def connecting(rank: int, seconds: float | None = None) -> Iterator[None]:
+    """End this process where the body, in which processes that have just met connect, takes longer
+    than `JOIN_SECONDS` (or `seconds`): a peer that was killed after the meeting is waited for
+    inside torch, where no exception reaches."""
+    seconds = seconds or JOIN_SECONDS
 
     def end() -> None:
         line = (
@@ -243,7 +245,7 @@ def join(backend: str | None, facts: dict[str, Any], timeout: timedelta) -> None
     store = dist.PrefixStore(f"modern-llm/{attempt}", store)
     _MET.append(store)
     meet(dist.PrefixStore("meet", store), rank, world, {"versions": versions(), **facts})
-    with around("collective.join"), _deadline(JOIN_SECONDS, rank):
+    with around("collective.join"), connecting(rank):
         dist.init_process_group(
             backend=backend, store=store, rank=rank, world_size=world, timeout=timeout
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 from modern_llm.config.errors import ConfigError, PeerError, StorageError
 from modern_llm.distributed import commit
 from modern_llm.distributed.faults import around
+from modern_llm.distributed.handshake import connecting
 from modern_llm.distributed.progress import waiting
 
 T = TypeVar("T")
@@ -181,7 +182,10 @@ def own_group(name: str) -> dist.ProcessGroup:
     # Stages run one after another in one process; a group of the first serves all.
     world, group = _groups.get(name, (None, None))
     if world is not dist.group.WORLD:
-        with around("collective.group"), waiting():
+        # Met first, however far apart they come; whoever is lost after that is not waited for.
+        with around("collective.barrier"), waiting():
+            dist.barrier()
+        with around("collective.group"), waiting(), connecting(dist.get_rank()):
             group = dist.new_group(backend="gloo", timeout=timedelta(hours=MEETING_H))
         _groups[name] = dist.group.WORLD, group
     return group

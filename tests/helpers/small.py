@@ -152,7 +152,7 @@ def child(
         settings: of the run, beside those of all small runs.
     """
     from modern_llm.config.errors import status_of
-    from modern_llm.distributed import faults
+    from modern_llm.distributed import faults, handshake
     from tests.helpers.zero import stage as content
     from tests.helpers.zero import use_deepspeed
 
@@ -165,6 +165,8 @@ def child(
         faults.reach = lambda point: _note(log, point)
     elif fault:
         os.environ[faults.VARIABLE] = fault
+    if "collective.group" in fault:
+        handshake.JOIN_SECONDS = 8.0  # a test waits for it
     status = 0
     saved = Saved(Path(folder).with_suffix(".saved"))
     try:
