@@ -7,7 +7,8 @@ believe only the manifest. A digest shows damage, not forgery, so it is the fast
 `seal`, `finish`, `abandon`.
 
 This is the one place where anything gets its final name: checkpoints, exports, token tables, shards
-of stores, pages and small files. Imports nothing but the errors, so that every layer may use it.
+of stores, pages and small files. Of the project it imports nothing but the errors and the fault
+points, so that every layer may use it.
 """
 
 from __future__ import annotations
@@ -251,15 +252,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         if path.is_symlink():
             raise ValueError("a link")
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["version"]
         well_formed = (
-            manifest["version"] in DIGESTS
-            and type(manifest["version"]) is int  # JSON's true is equal to 1
+            version in DIGESTS
+            and type(version) is int  # JSON's true is equal to 1
             and isinstance(manifest["facts"], dict)
             and manifest["own"] == _own_digest(manifest)
-            and all(
-                _is_entry(name, entry, DIGESTS[manifest["version"]][0])
-                for name, entry in manifest["files"].items()
-            )
+            and all(_is_entry(*file, DIGESTS[version][0]) for file in manifest["files"].items())
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f"{path}: no readable manifest ({type(error).__name__})") from error

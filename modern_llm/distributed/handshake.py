@@ -203,11 +203,11 @@ def _node() -> str:
 
 
 @contextmanager
-def connecting(rank: int, seconds: float | None = None) -> Iterator[None]:
+def connecting(rank: int) -> Iterator[None]:
     """End this process where the body, in which processes that have just met connect, takes longer
-    than `JOIN_SECONDS` (or `seconds`): a peer that was killed after the meeting is waited for
-    inside torch, where no exception reaches."""
-    seconds = seconds or JOIN_SECONDS
+    than `JOIN_SECONDS`: a peer that was killed after the meeting is waited for inside torch, where
+    no exception reaches."""
+    seconds = JOIN_SECONDS
 
     def end() -> None:
         line = (

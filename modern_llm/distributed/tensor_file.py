@@ -2,8 +2,8 @@
 
 A flush waits for the disk and leaves the cores alone; it begins with the first group of tensors, so
 that the disk does not wait for the last. What is digested are the bytes in memory: nothing is read
-back. The layout is that of `safetensors.torch.save_file`, whose own call gives no
-way in. Called by checkpoints and exports.
+back. The layout is that of `safetensors.torch.save_file`, whose own call gives no way in. Called by
+checkpoints and exports.
 """
 
 from __future__ import annotations

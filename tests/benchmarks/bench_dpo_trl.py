@@ -6,7 +6,8 @@ Both start from one saved random Llama and train on the same pairs in the same o
 tokenizer, AdamW and rate, so that their losses must agree step by step; the script checks that.
 Each measurement is a process of its own, the sides alternate, and the table gives minimum, median
 and maximum. TRL is given the batch sizes that are fastest for it here, found beforehand; its peak
-memory is also told for the size that it has by default.
+memory is also told for the size that it has by default. What is required is required against its
+defaults: `--micro_batch 8`.
 
 What is timed: (reference) scoring all pairs and writing the values to disk; (training) from the end
 of the first optimizer step to the end of the last, making the batches included. Not timed: imports,

@@ -112,7 +112,7 @@ def undigested(state: checkpoint.Snapshot, folder: Path) -> None:
         mock.patch.object(tensor_file, "_look", lambda name, tensor: None),
         mock.patch.object(tensor_file, "new_digest", NoDigest),
     ):
-        checkpoint.commit(Peers(0, 1), folder, 1, lambda: state, {})
+        committed(state, folder)
 
 
 def copied(state: checkpoint.Snapshot) -> list[torch.Tensor]:
