@@ -34,6 +34,17 @@ def shared(request: pytest.FixtureRequest) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The folder of a real chat model of about 135M parameters, for tests marked `real_model`."""
+    folder = os.environ.get("MODERN_LLM_REAL_MODEL")
+    if not folder:
+        pytest.skip("no real model: set MODERN_LLM_REAL_MODEL to a transformers folder of one")
+    path = Path(folder)
+    assert (path / "config.json").is_file(), f"MODERN_LLM_REAL_MODEL={folder} has no config.json"
+    return path
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_real_reference_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fixtures of a module run before those of a test: they must not find what real runs left."""
