@@ -38,7 +38,9 @@ class MoEConfig:
     top_k: Positive = 2
     """Experts that each token is sent to."""
     aux_loss_coefficient: Annotated[float, Field(ge=0)] = 0.01
-    """Weight of the router's load-balancing loss in every stage's objective."""
+    """Weight of the routers' load-balancing loss in the gradient. Above 0 it is written into the
+    checkpoint as enabled (output_router_logits), so that later stages keep it;
+    train.router_loss_coefficient sets another one."""
     router_jitter: Annotated[float, Field(ge=0)] = 0.0
     """Multiplicative noise on the router's input while training."""
     capacity_factor: float | None = None

@@ -70,6 +70,10 @@ class TrainingConfig:
     """Added to the root of the second moment."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradient norm above which the gradient is scaled down; null switches that off."""
+    router_loss_coefficient: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the routers' load-balancing loss in the gradient of a model with experts, logged
+    apart as aux_loss (`loss` is without it). Unless set: the checkpoint's own weight where its
+    configuration has output_router_logits true, else 0."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a step does whose loss or gradient is not finite: stop the run (status 4), or be passed
     over and counted as skipped_steps; the third in a row stops the run in any case. Nothing of it

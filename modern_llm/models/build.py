@@ -51,6 +51,7 @@ def to_transformers_config(config: ModernLLMConfig) -> PretrainedConfig:
         num_local_experts=experts.num_experts,
         num_experts_per_tok=experts.top_k,
         router_aux_loss_coef=experts.aux_loss_coefficient,
+        output_router_logits=experts.aux_loss_coefficient > 0,
         router_jitter_noise=experts.router_jitter,
         sliding_window=None,
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modern_llm.models.prepare import decoder_layers
+from modern_llm.models.shapes import attention_widths
 
 # Dense matrix products in bfloat16, operations a second, as the maker states them; part of the
 # device's name. The longest name that fits counts.
@@ -55,18 +56,10 @@ class IdealFlops:
         self._token, self._target = used, float(rows.numel())
         self._trained = trained
         self._trained_target = self._target if rows.requires_grad else 0.0
-        heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
         # Scores and their weighted sum: a multiplication and an addition each.
+        heads, width = attention_widths(config)
         self._pair = 4.0 * heads * width
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
-        window = getattr(config, "sliding_window", None)
-        sliding = sum(kind == "sliding_attention" for kind in kinds) if window else 0
-        if window and not getattr(config, "layer_types", None):
-            sliding = len(kinds)
-        self._layers = (
-            {None: len(kinds) - sliding, window: sliding} if sliding else {None: len(kinds)}
-        )
+        self._layers = _layers_by_window(config, len(layers)) if heads else {}
 
     def __call__(self, reach: Tensor, targets: int, *, training: bool) -> float:
         """Return the operations.
@@ -87,12 +80,25 @@ class IdealFlops:
         return 2 * forward + weights + pairs * self._pair
 
 
+def _layers_by_window(config: object, count: int) -> dict[int | None, int]:
+    """Return how many layers attend within each window; those without attention are left out."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    window = getattr(config, "sliding_window", None)
+    if not kinds:
+        return {window: count}
+    attending = [k for k in kinds if "attention" in k and not k.startswith("linear")]
+    sliding = sum(kind == "sliding_attention" for kind in attending) if window else 0
+    full = len(attending) - sliding
+    return {w: n for w, n in ((None, full), (window, sliding)) if n}
+
+
 def _share_of_experts(config: object, name: str, parameter: Tensor) -> float:
     """Return the part of a parameter that one token uses: less than 1 for experts only."""
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    if not experts or "expert" not in name or "shared" in name:
+    used = getattr(config, "num_experts_per_tok", None)
+    if not experts or not used or "expert" not in name or "shared" in name:
         return 1.0
-    return config.num_experts_per_tok / experts  # type: ignore[attr-defined]
+    return used / experts
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:

@@ -28,6 +28,7 @@ from modern_llm.config.errors import StorageError, UserError
 from modern_llm.models import pt_files
 from modern_llm.models.adapters import base_of, merged
 from modern_llm.models.probe import probe
+from modern_llm.models.routers import router_loss_of
 from modern_llm.models.scorer import TokenScorer
 
 log = logging.getLogger(__name__)
@@ -172,7 +173,11 @@ def _few_bits(quantize: str) -> BitsAndBytesConfig:
 
 
 def make_scorer(
-    model: PreTrainedModel, attention: str = "auto", *, lean: bool = True
+    model: PreTrainedModel,
+    attention: str = "auto",
+    *,
+    lean: bool = True,
+    router_loss: float | None = 0.0,
 ) -> TokenScorer:
     """Probe `model` and wrap it.
 
@@ -180,7 +185,11 @@ def make_scorer(
         attention: "auto" uses trees where they are exact, "tree" insists, "separate" does not try;
             the name of a backend insists on that one.
         lean: see `probe`.
+        router_loss: weight of the routers' load-balancing loss; None follows the checkpoint, 0 is
+            for a model that is only asked.
     """
+    # Before the probe: afterwards the model may be asked through `TokenScorer` only.
+    routers = router_loss_of(model, router_loss)
     tried = None if attention in ("auto", "tree", "separate") else (attention,)
     abilities = probe(model, trees=attention != "separate", tried=tried, lean=lean)
     if attention not in ("auto", "separate") and not abilities.trees:
@@ -188,7 +197,7 @@ def make_scorer(
             f"attention: {attention}: {type(model).__name__} cannot "
             f"({'; '.join(abilities.notes)}); use attention: auto or separate"
         )
-    return TokenScorer(model, abilities)
+    return TokenScorer(model, abilities, routers)
 
 
 def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:

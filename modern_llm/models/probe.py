@@ -25,6 +25,7 @@ from modern_llm.models.attention import (
 from modern_llm.models.head import LogitTransform, fuse_head
 from modern_llm.models.lean import slim, unslim
 from modern_llm.models.narrow import narrow_last_layer
+from modern_llm.models.routers import without_router_loss
 from modern_llm.models.scorer import Abilities, TokenScorer
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ def _try_trees(
     if not worst <= tolerance:
         return f"trees differ from plain sequences by {worst:.2g} nats a token", ()
     # Experts compute their tokens in groups, so other tokens move the rounding; dense layers don't.
-    if _leak(scorer, pairs) > (tolerance if scorer.aux_coefficient else 0.0):
+    if _leak(scorer, pairs) > (tolerance if scorer.has_experts else 0.0):
         return "a token sees across branches", ()
     return "", tuple(scorer.asked)
 
@@ -176,7 +177,7 @@ def _random_pairs(model: PreTrainedModel) -> list[list[Tensor]]:
 def _plain(model: PreTrainedModel, prompt: Tensor, answer: Tensor) -> Tensor:
     """Log-probs of `answer` after `prompt` by the model's own forward on one unpadded sequence."""
     ids = torch.cat([prompt, answer]).to(model.device)[None]
-    logits = model(input_ids=ids, use_cache=False).logits[0]
+    logits = model(input_ids=ids, use_cache=False, **without_router_loss(model)).logits[0]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     states = logits[len(prompt) - 1 : -1].log_softmax(-1)
     return states.gather(-1, answer.to(model.device)[:, None]).squeeze(-1)

@@ -11,8 +11,6 @@ Letters: R rows, L tokens of a row, N target tokens.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +22,7 @@ from modern_llm.models.attention import Backend, Parts, TreeMask, TreeMasks
 from modern_llm.models.attention_blocks import MERGE_BELOW
 from modern_llm.models.head import FusedHead, target_logprobs
 from modern_llm.models.narrow import narrows, needed_of
+from modern_llm.models.routers import RouterLoss, has_experts, without_router_loss
 
 
 class ScorerOutput(NamedTuple):
@@ -32,8 +31,8 @@ class ScorerOutput(NamedTuple):
     logprobs: Tensor
     """(N,) natural-log probabilities of the targets, float32 (float64 for a float64 model)."""
     aux_loss: Tensor | None
-    """() load-balancing loss of the routers over this forward's real tokens; None without
-    experts."""
+    """() load-balancing loss of the routers over this forward's real tokens; None where the run
+    has none."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,20 @@ class Abilities:
 
 
 class TokenScorer(nn.Module):
-    """(ids, positions, segments, targets) -> log-probs of the target tokens."""
+    """(ids, positions, segments, targets) -> log-probs of the target tokens.
 
-    def __init__(self, model: PreTrainedModel, abilities: Abilities):
+    Args:
+        router_loss: see `routers.router_loss_of`; None computes none.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, abilities: Abilities, router_loss: RouterLoss | None = None
+    ):
         super().__init__()
         self.model = model
         self.abilities = abilities
         self.merge_below = MERGE_BELOW
-        self._balance = _router_balance(model)
+        self._router_loss = router_loss
         self._narrows = abilities.fused and narrows(model)
 
     @property
@@ -74,11 +79,14 @@ class TokenScorer(nn.Module):
         return self.model._no_split_modules
 
     @property
+    def has_experts(self) -> bool:
+        """Whether tokens choose among experts."""
+        return has_experts(self.model)
+
+    @property
     def aux_coefficient(self) -> float:
-        """Weight of the routers' load-balancing loss in the objective; 0 without experts."""
-        if self._balance is None:
-            return 0.0
-        return float(self.model.config.get_text_config().router_aux_loss_coef)
+        """Weight of the routers' load-balancing loss in the gradient; 0 where the run has none."""
+        return 0.0 if self._router_loss is None else self._router_loss.coefficient
 
     def forward(
         self, ids: Tensor, positions: Tensor, segments: Tensor, targets: Tensor
@@ -109,8 +117,10 @@ class TokenScorer(nn.Module):
             inputs["tree"] = self._masks(segments, positions, sources)
         else:
             inputs["attention_mask"] = real.long()
-        if self._balance is not None:
+        if self._router_loss is not None:
             inputs["output_router_logits"] = True
+        else:
+            inputs |= without_router_loss(self.model)
         if self.abilities.fused:
             outputs = self.model.base_model(**inputs)
             hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, sources)
@@ -119,8 +129,8 @@ class TokenScorer(nn.Module):
             outputs = self.model(**inputs)
             logprobs = _plain_logprobs(outputs.logits, sources, labels)
         aux = None
-        if self._balance is not None:
-            aux = self._balance(outputs.router_logits, real)
+        if self._router_loss is not None:
+            aux = self._router_loss(outputs.router_logits, real)
         return ScorerOutput(logprobs, aux)
 
     def _masks(
@@ -146,28 +156,6 @@ def _plain_logprobs(logits: Tensor, sources: Tensor, labels: Tensor) -> Tensor:
     chosen = logits.flatten(0, 1).index_select(0, sources)
     chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
     return chosen.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
-
-
-def _router_balance(
-    model: PreTrainedModel,
-) -> Callable[[tuple[Tensor, ...], Tensor], Tensor] | None:
-    """Return the model's own load-balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4-6),
-    or None.
-
-    The function stands in the module that defines the architecture; a model whose configuration has
-    no coefficient for it (DeepSeek-V3 balances without a loss) has none.
-    """
-    config = model.config.get_text_config()
-    function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
-    if function is None or not getattr(config, "router_aux_loss_coef", None):
-        return None
-    experts = getattr(config, "num_local_experts", None) or config.num_experts
-    top_k = config.num_experts_per_tok
-
-    def balance(router_logits: tuple[Tensor, ...], real: Tensor) -> Tensor:
-        return function(router_logits, experts, top_k, real.long())
-
-    return balance
 
 
 __all__ = ["Abilities", "FusedHead", "ScorerOutput", "TokenScorer", "target_logprobs"]

@@ -17,10 +17,22 @@ def parameter_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in empty_model(config).named_parameters()}
 
 
+def attention_widths(config: PretrainedConfig) -> tuple[int, int]:
+    """Return heads and width of one head; (0, 0) for a family without attention.
+
+    State-space and recurrent families have no heads of attention, and some name none at all.
+    """
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int) or heads <= 0:
+        return 0, 0
+    width = getattr(config, "head_dim", None)
+    return heads, width if isinstance(width, int) else config.hidden_size // heads
+
+
 def decoder_sizes(config: PretrainedConfig) -> dict[str, int]:
     """Return the widths of a decoder under the field names of `distributed.memory.Sizes`."""
     text = config.get_text_config()
-    heads = text.num_attention_heads
+    heads, head_dim = attention_widths(text)
     mlp = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None)
     experts = getattr(text, "num_experts_per_tok", None) or 1
     return {
@@ -29,6 +41,6 @@ def decoder_sizes(config: PretrainedConfig) -> dict[str, int]:
         "mlp": (mlp or 4 * text.hidden_size) * experts,
         "heads": heads,
         "kv_heads": getattr(text, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "head_dim": head_dim,
         "vocabulary": text.vocab_size,
     }

@@ -32,8 +32,8 @@ _TABLE = {
     },
     ACCEPTED: {
         "train": "adam_beta1 adam_beta2 adam_epsilon epochs learning_rate max_grad_norm max_steps "
-        "min_learning_rate_ratio mixed_precision schedule skip_loss_spikes warmup_steps "
-        "weight_decay",
+        "min_learning_rate_ratio mixed_precision router_loss_coefficient schedule "
+        "skip_loss_spikes warmup_steps weight_decay",
         "data": "eval_dataset_name eval_split",
         "lora": "dropout",
         "model": "dropout",

@@ -21,9 +21,8 @@ class LanguageTask:
     """A step's loss is its NLL over its number of target tokens, on all ranks together.
 
     Args:
-        aux_coefficient: weight of the routers' load-balancing loss; 0 without experts. That loss
-        is a
-            mean over the real tokens of each micro-batch, weighted by their number.
+        aux_coefficient: weight of the routers' load-balancing loss in the gradient; 0 for none.
+            That loss is a mean over the real tokens of each micro-batch, weighted by their number.
     """
 
     def __init__(self, source: BatchSource, evaluation: BatchSource | None, aux_coefficient: float):
@@ -74,14 +73,13 @@ class LanguageTask:
         return StepSums(loss, statistics)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return loss (the whole objective), perplexity, and aux_loss with experts."""
+        """Return loss, perplexity, and apart from them aux_loss, the routers' own."""
         targets = max(sums["targets"], 1)
         loss = sums["nll"] / targets
         result = {"loss": loss, "perplexity": perplexity(sums["nll"], targets)}
         result |= usage_metrics(sums)
         if "aux" in sums:
             result["aux_loss"] = sums["aux"] / max(sums["tokens"], 1)
-            result["loss"] = loss + self._aux * result["aux_loss"]
         return result
 
     def consumed(self, steps: int) -> int:

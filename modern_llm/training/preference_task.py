@@ -148,7 +148,6 @@ class PreferenceTask:
         result |= usage_metrics(sums)
         if "aux" in sums:
             result["aux_loss"] = sums["aux"] / max(sums["tokens"], 1)
-            result["loss"] += self._aux * result["aux_loss"]
         return result
 
     def consumed(self, steps: int) -> int:

@@ -176,7 +176,12 @@ def set_up_scorer(
     """Probe, wrap and place the model; dropout, recomputation and compilation as asked."""
     if runtime.stage != 3:  # there no device ever holds the whole model
         model.to(runtime.device)
-    scorer = make_scorer(model, _attention(runtime, model, config), lean=_lean(runtime, config))
+    scorer = make_scorer(
+        model,
+        _attention(runtime, model, config),
+        lean=_lean(runtime, config),
+        router_loss=config.router_loss_coefficient,
+    )
     if runtime.is_main:
         rows = "one row an answer"
         if scorer.abilities.trees:
@@ -244,6 +249,7 @@ def train_and_export(
             log.warning("warning: %s", warning)
     sample = make_sampler(runtime, scorer.model, tokenizer, config, run, ends)
     shape = {k: v for k, v in scorer.model.config.to_diff_dict().items() if k[0] != "_"}
+    shape.pop("output_router_logits", None)  # no matter of shape; older runs did not write it
     facts = {
         **facts,
         "model": digest_of({**shape, "transformers_version": None}),

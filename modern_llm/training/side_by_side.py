@@ -32,7 +32,7 @@ def lanes(module: nn.Module, device: torch.device) -> int:
     What DeepSpeed or FSDP wraps meets other processes in its forward, routers collect their choices
     in the model, and a rotary scaling that follows the length changes its tables.
     """
-    if device.type != "cpu" or type(module) is not TokenScorer or module.aux_coefficient:
+    if device.type != "cpu" or type(module) is not TokenScorer or module.has_experts:
         return 1
     kinds = {str(getattr(part, "rope_type", "default")) for part in module.modules()}
     if any("dynamic" in kind or "longrope" in kind for kind in kinds):

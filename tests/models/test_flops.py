@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as tf
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from modern_llm.models.flops import IdealFlops, looked_up, peak_flops
 from modern_llm.models.prepare import decoder_layers
-from tests.helpers.models import make_model
+from modern_llm.models.shapes import decoder_sizes
+from tests.helpers.models import WITHOUT_HEAD_DIM, make_model
+
+STATE_SPACE = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
+FAMILIES_WITHOUT_ATTENTION = {
+    "mamba": lambda: tf.MambaConfig(**STATE_SPACE),
+    "mamba2": lambda: tf.Mamba2Config(**STATE_SPACE, num_heads=8, head_dim=8, n_groups=1),
+    "falcon_mamba": lambda: tf.FalconMambaConfig(**STATE_SPACE),
+    "rwkv": lambda: tf.RwkvConfig(**STATE_SPACE),
+    "xlstm": lambda: tf.xLSTMConfig(**STATE_SPACE, num_heads=2),
+}
 
 
 def counted(model, length: int) -> tuple[float, float]:
@@ -61,6 +73,27 @@ def test_experts_that_a_token_does_not_visit_are_no_work():
     assert experts > every / 2
     ideal = IdealFlops(model)
     assert ideal(torch.zeros(1), 0, training=False) == 2 * (every - experts / 2)
+
+
+@pytest.mark.parametrize("name", FAMILIES_WITHOUT_ATTENTION)
+def test_families_without_attention_have_no_operations_of_attention(name):
+    config = FAMILIES_WITHOUT_ATTENTION[name]()
+    model = AutoModelForCausalLM.from_config(config)
+    ideal = IdealFlops(model)
+    near, far = (ideal(torch.full((4,), reach), 2, training=False) for reach in (1, 100))
+    assert near == far > 0
+    sizes = decoder_sizes(config)
+    assert sizes["heads"] == 0 or name == "mamba2"
+    assert sizes["hidden"] == 32
+
+
+def test_hybrids_count_their_attention_layers_alone():
+    config = tf.GraniteMoeHybridConfig(
+        **WITHOUT_HEAD_DIM, layer_types=["mamba", "attention", "mamba"], num_local_experts=0,
+        num_experts_per_tok=0, shared_intermediate_size=64, mamba_n_heads=8, mamba_d_head=8,
+        mamba_n_groups=1,
+    )  # fmt: skip
+    assert IdealFlops(AutoModelForCausalLM.from_config(config))._layers == {None: 1}
 
 
 def test_frozen_weights_need_no_gradient_of_their_own():

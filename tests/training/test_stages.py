@@ -143,21 +143,29 @@ def test_pt_folder_and_sharded_folder_give_the_same_run_and_the_same_reference(
     assert "scored 0 " in scored[1] and "scored 0 " in scored[2]
 
 
-def test_router_loss_joins_the_objective_of_every_stage(tmp_path, tiny_tokenizer, tiny_pairs):
+def test_router_loss_is_logged_apart_and_the_loss_begins_at_ln_2(
+    tmp_path, tiny_tokenizer, tiny_pairs
+):
     checkpoint = make_checkpoint(
         tmp_path / "moe", tiny_tokenizer, use_moe=True, ffn_hidden_size=32,
         moe_config={"num_experts": 4, "top_k": 2, "aux_loss_coefficient": 0.5},
     )  # fmt: skip
-    run_dpo(
-        checkpoint,
-        config(tmp_path / "dpo"),
-        DPOConfig(max_length=96),
-        PreferenceDatasetConfig(dataset_name=str(tiny_pairs)),
-    )
-    first = records(tmp_path / "dpo")[0]
-    # Even routing has a load-balancing loss of top_k = 2 in transformers' form, and never less.
-    assert first["aux_loss"] > 1.9
-    assert first["loss"] == pytest.approx(0.6931 + 0.5 * first["aux_loss"], abs=2e-3)
+    norms = {}
+    for name, option in {"own": {}, "same": {"router_loss_coefficient": 0.5},
+                         "off": {"router_loss_coefficient": 0.0}}.items():  # fmt: skip
+        run_dpo(
+            checkpoint,
+            config(tmp_path / name, **option),
+            DPOConfig(max_length=96),
+            PreferenceDatasetConfig(dataset_name=str(tiny_pairs)),
+        )
+        first = records(tmp_path / name)[0]
+        assert first["loss"] == pytest.approx(0.6931, abs=2e-4)
+        norms[name] = first["grad_norm"]
+        # Even routing has a load-balancing loss of top_k = 2 in transformers' form, never less.
+        assert ("aux_loss" in first) == (name != "off")
+        assert first.get("aux_loss", 2.0) > 1.9
+    assert norms["own"] == norms["same"] != norms["off"]
 
 
 @pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired", "simpo", "orpo", "dpop", "ipo"])
