@@ -12,7 +12,7 @@ import hashlib
 import heapq
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from io import StringIO
 from typing import Any
@@ -85,8 +85,17 @@ class Examined:
     examples: list[tuple[str, list[Ids]]] = field(default_factory=list)
 
 
-def examine(config: DatasetConfig, recipe: Recipe, *, examples: int = 3) -> list[Examined]:
+def examine(
+    config: DatasetConfig,
+    recipe: Recipe,
+    *,
+    examples: int = 3,
+    sink: Callable[[Sequence[Ids], str], None] | None = None,
+) -> list[Examined]:
     """Return the numbers of every training source, and of the evaluation source if there is one.
+
+    Args:
+        sink: called with the cells and the origin of every row that would be trained on.
 
     Raises:
         DataError: a source cannot be read, or holds no row that can be used.
@@ -94,7 +103,7 @@ def examine(config: DatasetConfig, recipe: Recipe, *, examples: int = 3) -> list
     tolerant = replace(config, on_bad_row="skip", max_dropped=1.0)
     found = []
     for part in training_sources(tolerant):
-        found.append(_Tally(part, "train", recipe, examples).run(tolerant))
+        found.append(_Tally(part, "train", recipe, examples, sink).run(tolerant))
     if (source := evaluation_source(tolerant)) is not None:
         whole = replace(tolerant, eval_fraction=None)
         found.append(_Tally(Part(source), "evaluation", recipe, examples).run(whole))
@@ -133,7 +142,15 @@ class _Noting:
 class _Tally:
     """Counts one source."""
 
-    def __init__(self, part: Part, role: str, recipe: Recipe, examples: int):
+    def __init__(
+        self,
+        part: Part,
+        role: str,
+        recipe: Recipe,
+        examples: int,
+        sink: Callable[[Sequence[Ids], str], None] | None = None,
+    ):
+        self._sink = sink
         if part.format is not None:
             recipe = replace(recipe, name=part.format)
         source = part.source
@@ -185,7 +202,10 @@ class _Tally:
         self._digests["prompts"].append(texts[0])
         self._digests["pairs"].append(pair)
         self._digests["swapped"].append(_mixed([texts[0], *texts[:0:-1]]))
-        self._held.append(fraction is not None and share_of(cells) < fraction)
+        held = fraction is not None and share_of(cells) < fraction
+        self._held.append(held)
+        if self._sink is not None and not held:
+            self._sink(cells, item.origin)
         entry = (-pair, item.origin, [np.array(ids) for ids in cells])
         if len(self._examples) < self._wanted:
             heapq.heappush(self._examples, entry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -64,21 +65,28 @@ class InspectSettings(Settings):
     """Look only at the first so many rows of each source."""
     examples: Annotated[int, Field(ge=0, le=20)] = 3
     """Decoded examples to show."""
+    tokens: Path | None = None
+    """Write what would be trained on to this file: one JSON object for each kept row, with its
+    origin and token ids."""
 
 
 def inspect(settings: InspectSettings) -> dict[str, Any]:
     """Measure the data, show what was found unless `--json` asks for it alone."""
     from modern_llm.data.examine import examine
     from modern_llm.data.inspection import inspection
+    from modern_llm.data.token_lines import token_lines
     from modern_llm.models.load import load_tokenizer
     from modern_llm.report.terminal import show_inspection
 
     section, kind, place, setup, prompt_length = _wanted(settings)
     tokenizer = load_tokenizer(place)
     recipe = _recipe(section, tokenizer, setup.max_length, prompt_length)
-    sources = examine(section, recipe, examples=settings.examples)
+    with token_lines(settings.tokens, recipe) if settings.tokens else nullcontext() as sink:
+        sources = examine(section, recipe, examples=settings.examples, sink=sink)
     result = inspection(sources, setup, tokenizer)
     result["tokenizer"] = place
+    if settings.tokens is not None:
+        result["tokens_file"] = str(settings.tokens)
     if not settings.json_output:
         show_inspection(result)
     return result

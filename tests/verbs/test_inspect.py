@@ -6,8 +6,11 @@ import json
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from modern_llm.cli import main
+from modern_llm.config import PreferenceDatasetConfig
+from modern_llm.data.preference_datasets import build_preference_tables
 from tests.helpers.text import make_tokenizer, transcripts, write_jsonl
 
 
@@ -87,3 +90,40 @@ def test_a_configuration_of_no_stage_is_refused(tmp_path, capsys):
     file.write_text("train: {run_name: a, output_dir: b}\n")
     assert main(["inspect", "--config", str(file)]) == 2
     assert "the stage shows by one of" in capsys.readouterr().err
+
+
+def test_tokens_are_those_that_training_gets(place, tmp_path, capsys):
+    out = tmp_path / "tokens.jsonl"
+    assert main(["inspect", *words(place), "--max_length", "40", "--tokens", str(out)]) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(place / "tokenizer")
+    config = PreferenceDatasetConfig(dataset_name=str(place / "pairs.jsonl"))
+    table = build_preference_tables(config, tokenizer, tmp_path / "t", max_length=40).train
+    assert len(lines) == len(table) == 60
+    for index, line in enumerate(lines):
+        assert line["origin"] == table.origin(index)
+        for column in table.columns:
+            assert line[f"{column}_ids"] == table.ids(index, column).tolist()
+    assert {name for line in lines for name in line} == {
+        "origin", "prompt_ids", "chosen_ids", "rejected_ids"
+    }  # fmt: skip
+
+
+def test_tokens_of_a_response_without_a_prompt_are_masked(place, tmp_path, capsys):
+    rows = [{"prompt": "", "response": "Boats came in."}, {"prompt": "a", "response": "b"}]
+    write_jsonl(tmp_path / "sft.jsonl", rows)
+    out = tmp_path / "tokens.jsonl"
+    more = ["--data", str(tmp_path / "sft.jsonl"), "--kind", "instructions", "--tokens", str(out)]
+    assert main(["inspect", *words(place)[2:], *more]) == 0
+    first, second = (json.loads(line) for line in out.read_text().splitlines())
+    assert first["prompt_ids"] == [] and "response_targets" not in second
+    assert first["response_targets"] == [0] + [1] * (len(first["response_ids"]) - 1)
+
+
+def test_a_failed_look_leaves_no_token_file(place, tmp_path, capsys):
+    write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "c"}])
+    more = ["--data", str(tmp_path / "bad.jsonl"), "--tokens", str(tmp_path / "out.jsonl")]
+    assert main(["inspect", *words(place)[2:], *more]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+    assert main(["inspect", *words(place), "--tokens", str(tmp_path / "no" / "x.jsonl")]) == 2
+    assert "is no folder" in capsys.readouterr().err
