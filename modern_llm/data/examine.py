@@ -13,6 +13,7 @@ import heapq
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from io import StringIO
 from typing import Any
@@ -21,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modern_llm.config.data import DatasetConfig
-from modern_llm.data.formats import Format, choose_format
+from modern_llm.data.formats import Format
 from modern_llm.data.passes import (
     Part,
+    RecordReader,
     evaluation_source,
     in_batches,
     read_items,
@@ -114,7 +116,8 @@ class _Noting:
     """The rows of a source as they are, with what only raw rows show noted as they pass."""
 
     def __init__(self, source: Source, recipe: Recipe):
-        self._source, self._recipe = source, recipe
+        self._source = source
+        self._record_of = RecordReader(recipe.formats, recipe.name, framed=recipe.framed)
         self.format: Format | None = None
         self.found: tuple[str, ...] = ()
         self.ties = 0
@@ -131,9 +134,10 @@ class _Noting:
             yield row
 
     def _first(self, row: Row) -> tuple[str, str] | None:
-        try:
-            self.format = choose_format(self._recipe.formats, self._recipe.name, row.values)
-        except RowFault:
+        with suppress(RowFault, ContentFault):
+            self._record_of(row)
+        self.format = self._record_of.format
+        if self.format is None:
             return None
         self.found = tuple(sorted(row.values))
         return next((s for s in SCORES if all(name in row.values for name in s)), None)

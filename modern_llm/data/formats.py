@@ -23,11 +23,13 @@ from modern_llm.data.records import (
     PreferencePair,
     Prompt,
     RowFault,
+    Unreadable,
 )
 
 Values = Mapping[str, Any]
 Record = PreferencePair | Instruction | Document
 
+DOCUMENT = "text"  # name of the one format of documents
 ASSISTANT_TURN = "\n\nAssistant:"
 ALPACA_FRAME = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
@@ -107,6 +109,8 @@ def _text_of(value: Any, place: str) -> str:
 
 def _kind(value: Any) -> str:
     kinds = {str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    if isinstance(value, Unreadable):
+        return value.reason
     if isinstance(value, Mapping):
         return "an object"
     if isinstance(value, list):
@@ -131,7 +135,7 @@ def _message(item: Any, place: str) -> Message:
         raise RowFault(f"{place} is {_kind(item)}, expected an object")
     role_key, text_key = ("from", "value") if "from" in item else ("role", "content")
     for key in (role_key, text_key):
-        if key not in item:
+        if key not in item and not (key == text_key and item.get("tool_calls")):
             raise RowFault(f"{place} has no {key!r}; it has {sorted(item)}")
     role = _text_of(item[role_key], f"{place}, {role_key!r}")
     if role_key == "from":
@@ -139,7 +143,7 @@ def _message(item: Any, place: str) -> Message:
             raise RowFault(f"{place} is from {role!r}, expected one of {sorted(_SPEAKERS)}")
         role = _SPEAKERS[role]
     extra = {key: item[key] for key in EXTRA if item.get(key)}
-    text = item[text_key]
+    text = item.get(text_key)
     if text is None and "tool_calls" in extra:
         text = ""  # a turn that only calls
     return {"role": role, "content": _text_of(text, f"{place}, {text_key!r}"), **extra}
@@ -329,7 +333,7 @@ def document(column: str) -> Format:
             raise ContentFault("empty document")
         return Document(text, origin)
 
-    return Format("text", column, lambda values: column in values, convert)
+    return Format(DOCUMENT, column, lambda values: column in values, convert)
 
 
 # Tables: a more special format stands before one that would also fit.

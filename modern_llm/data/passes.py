@@ -12,13 +12,14 @@ from itertools import islice
 
 from modern_llm.config.data import DatasetConfig, DocumentDatasetConfig
 from modern_llm.config.errors import DataError, UserError
-from modern_llm.data.formats import Format, Values, choose_format
+from modern_llm.data.formats import DOCUMENT, Format, Record, choose_format
 from modern_llm.data.readers import Row
 from modern_llm.data.recipes import Item, Recipe
 from modern_llm.data.records import Broken, ContentFault, Dropped, RowFault
 from modern_llm.data.report import Drops
 from modern_llm.data.sources import Source, open_source
 from modern_llm.data.tokenize import Ids
+from modern_llm.data.values import Columns
 
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 2**23
 _COUNTED_AFTER_BROKEN = 100_000
@@ -134,14 +135,19 @@ class _RowReader:
 
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
-        self.format: Format | None = None
+        self._records = RecordReader(recipe.formats, recipe.name, framed=recipe.framed)
         self.saw_chat = False
+
+    @property
+    def format(self) -> Format | None:
+        """The format of the rows, once one fitted."""
+        return self._records.format
 
     def __call__(self, row: Row | Broken) -> Item | Broken | Dropped:
         if isinstance(row, Broken):
             return row
         try:
-            item = self._item(row.values, row.origin)
+            item = self._recipe.item(self._records(row))
         except RowFault as fault:
             return Broken(row.origin, str(fault))
         except ContentFault as fault:
@@ -149,14 +155,39 @@ class _RowReader:
         self.saw_chat = self.saw_chat or item.chat
         return item
 
-    def _item(self, values: Values, origin: str) -> Item:
-        recipe = self._recipe
+
+class RecordReader:
+    """One row to a record; `format` is that of the first row that fits one.
+
+    A column that is null is read as an absent one, because Arrow has no absent columns. Where that
+    gives no record the row is read with its nulls, so that a fault names them.
+    """
+
+    def __init__(self, formats: Sequence[Format], name: str, *, framed: bool = False):
+        self._formats, self._name, self._framed = formats, name, framed
+        self.format: Format | None = None
+
+    def __call__(self, row: Row) -> Record:
+        first = self.format is None
+        try:
+            return self._read(row)
+        except RowFault:
+            pass
+        except ContentFault:
+            if not first:
+                raise
+        if first:
+            self.format = None
+        return self._read(row, nulls=True)
+
+    def _read(self, row: Row, *, nulls: bool = False) -> Record:
+        # A document is text, whatever its words are.
+        values = Columns(row.values, nulls=nulls, literal=self._name == DOCUMENT)
         if self.format is None:
-            self.format = choose_format(recipe.formats, recipe.name, values)
-        convert = self.format.convert
-        if recipe.framed and self.format.framed is not None:
-            convert = self.format.framed
-        return recipe.item(convert(values, origin))
+            self.format = choose_format(self._formats, self._name, values)
+        if self._framed and self.format.framed is not None:
+            return self.format.framed(values, row.origin)
+        return self.format.convert(values, row.origin)
 
 
 def in_batches(items: Iterator[Item]) -> Iterator[list[Item]]:

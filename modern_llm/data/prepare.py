@@ -19,10 +19,10 @@ from typing import Any, TextIO
 
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.errors import DataError, StorageError
-from modern_llm.data.formats import choose_format
 from modern_llm.data.passes import (
     FELL_BACK,
     Part,
+    RecordReader,
     evaluation_source,
     in_batches,
     read_items,
@@ -42,7 +42,7 @@ from modern_llm.distributed.faults import around
 
 __all__ = ["FELL_BACK", "Prepared", "prepare", "sample_texts"]
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,11 @@ def sample_texts(config: DatasetConfig, count: int = 64) -> list[str]:
     formats, name = formats_of(config)
     texts: list[str] = []
     for part in training_sources(config):
+        record_of = RecordReader(formats, part.format or name)
         for row in islice(part.source, count):
             try:
                 if isinstance(row, Row):
-                    chosen = choose_format(formats, part.format or name, row.values)
-                    texts += _texts(chosen.convert(row.values, row.origin))
+                    texts += _texts(record_of(row))
             except (RowFault, ContentFault):
                 continue
     return texts

@@ -1,9 +1,10 @@
-"""One local file to rows, streamed: JSON lines, CSV, Parquet, text (`json_arrays` has arrays).
+"""One local file to rows, streamed: JSON lines, CSV, text.
 
-Each reader yields `Row` or `Broken` in file order and holds one row (or Parquet batch) in memory;
-what is longer than `MAX_ROW_BYTES` is broken, not read. A row is broken when its bytes are not what
-the file type promises; what then happens is decided in `prepare`. Where the rest of a file makes no
-sense any more, the reader raises `DataError`. Called by `sources` and `json_arrays`.
+Each reader yields `Row` or `Broken` in file order and holds one row in memory; what is longer than
+`MAX_ROW_BYTES` is broken, not read. A row is broken when its bytes are not what the file type
+promises; what then happens is decided in `prepare`. Where the rest of a file makes no sense any
+more, the reader raises `DataError`. `json_arrays` and `arrow_files` have the other types. Called by
+`sources` and `json_arrays`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,7 +35,7 @@ UNREADABLE = "nothing after it can be read"
 class Row:
     """The values of one row by column, and where it stood (`file:line`, `file:line[index]`)."""
 
-    values: dict[str, Any]
+    values: Mapping[str, Any]
     origin: str
 
 
@@ -169,23 +170,6 @@ def _record(header: list[str], fields: list[str], origin: str) -> Row | Broken:
     return Row(dict(zip(header, fields, strict=True)), origin)
 
 
-def read_parquet(path: Path) -> Rows:
-    """Yield the rows of a Parquet file, a batch in memory at a time; rows are counted from 0."""
-    import pyarrow
-    import pyarrow.parquet
-
-    index = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for values in batch.to_pylist():
-                    yield Row(values, f"{path}:[{index}]")
-                    index += 1
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path}:[{index}]: corrupt Parquet: {reason}") from error
-
-
 def read_text(path: Path, column: str) -> Rows:
     """Yield documents as rows of one `column`.
 
@@ -196,16 +180,17 @@ def read_text(path: Path, column: str) -> Rows:
     size, origin = 0, ""
     fault: Broken | None = None
     for number, line in lines_of(path):
-        if line is None or size + len(line) > MAX_ROW_BYTES:
-            reason = (
-                f"document longer than {MAX_ROW_BYTES} bytes: put blank lines between documents"
-            )
-            raise DataError(f"{path}:{number}: {reason}")
-        if part and (not apart or line.isspace()):
+        blank = line is not None and line.isspace()
+        if part and (blank or not apart):
             yield fault or Row({column: "\n".join(part)}, origin)
             part, size, fault = [], 0, None
-        if line.isspace():
+        if blank:
             continue
+        if line is None or size + len(line) > MAX_ROW_BYTES:
+            raise DataError(
+                f"{path}:{number}: document longer than {MAX_ROW_BYTES} bytes: put "
+                f"{'blank lines' if apart else 'line breaks'} between documents"
+            )
         if not part:
             origin = f"{path}:{number}"
         text = line.decode("utf-8", "replace").rstrip("\r\n")

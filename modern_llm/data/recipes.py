@@ -21,7 +21,7 @@ from modern_llm.config.data import (
     PreferenceDatasetConfig,
 )
 from modern_llm.config.errors import UserError
-from modern_llm.data.formats import INSTRUCTIONS, PREFERENCES, Format, Record, document
+from modern_llm.data.formats import DOCUMENT, INSTRUCTIONS, PREFERENCES, Format, Record, document
 from modern_llm.data.templates import Template, Tokenizer, end_tokens
 from modern_llm.data.tokenize import Cuts, Encoder, Ids, Truncation, default_limits
 from modern_llm.data.tokens import STARTS, TokenTableWriter
@@ -74,7 +74,7 @@ def formats_of(config: DatasetConfig) -> tuple[Sequence[Format], str]:
     if isinstance(config, InstructionDatasetConfig):
         return INSTRUCTIONS, config.format
     assert isinstance(config, DocumentDatasetConfig), type(config)
-    return (document(config.text_column),), "text"
+    return (document(config.text_column),), DOCUMENT
 
 
 def answers_recipe(

@@ -100,6 +100,13 @@ class Broken:
 BROKEN = "broken structure"
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands for a value that could not be read; a fault only where its column is needed."""
+
+    reason: str
+
+
 class RowFault(ValueError):
     """A row whose structure is not what its format asks for."""
 

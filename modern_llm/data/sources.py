@@ -17,15 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modern_llm.config.errors import DataError
+from modern_llm.data.arrow_files import read_arrow, read_parquet, rows_of
 from modern_llm.data.json_arrays import read_json
-from modern_llm.data.readers import (
-    Row,
-    Rows,
-    read_csv,
-    read_jsonl,
-    read_parquet,
-    read_text,
-)
+from modern_llm.data.readers import Row, Rows, read_csv, read_jsonl, read_text
 from modern_llm.data.records import Broken
 
 if TYPE_CHECKING:
@@ -36,6 +30,7 @@ READERS = {
     ".json": read_json,
     ".csv": read_csv,
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
 }
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _COMPRESSED = {".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".tgz", ".7z"}
@@ -98,11 +93,10 @@ class HubDataset:
 
     def __iter__(self) -> Iterator[Row | Broken]:
         index = 0
-        for batch in self.dataset.iter(batch_size=1000):
-            columns = list(batch)
-            for values in zip(*batch.values(), strict=True):
-                row = dict(zip(columns, values, strict=True))
-                yield Row(row, f"{self.name}/{self.split}:[{index}]")
+        # As Arrow: images and sounds are not decoded, and no column is converted unasked.
+        for batch in self.dataset.with_format("arrow").iter(batch_size=1000):
+            for values in rows_of(batch):
+                yield Row(values, f"{self.name}/{self.split}:[{index}]")
                 index += 1
 
     @cached_property

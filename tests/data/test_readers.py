@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from modern_llm.config.errors import DataError
 from modern_llm.data import readers
-from modern_llm.data.readers import Row, read_csv, read_jsonl, read_parquet, read_text
+from modern_llm.data.readers import Row, read_csv, read_jsonl, read_text
 from modern_llm.data.records import Broken
 
 GOOD = b'{"text": "a"}'
@@ -163,31 +163,6 @@ def test_csv_that_cannot_be_read_on(content: bytes, place: str, reason: str, tmp
     assert str(caught.value).startswith(f"{path}{place}: ") and reason in str(caught.value)
 
 
-def test_parquet_rows_of_several_batches(tmp_path: Path):
-    import pyarrow
-    import pyarrow.parquet
-
-    path = tmp_path / "rows.parquet"
-    turns = [[{"role": "user", "content": f"q{i}"}] for i in range(2500)]
-    names = [None if i == 7 else f"t{i}" for i in range(2500)]
-    pyarrow.parquet.write_table(pyarrow.table({"text": names, "messages": turns}), path)
-    rows = list(read_parquet(path))
-    assert len(rows) == 2500
-    assert rows[0] == Row({"text": "t0", "messages": turns[0]}, f"{path}:[0]")
-    assert rows[7].values["text"] is None and rows[2499].origin == f"{path}:[2499]"
-
-
-def test_a_cut_parquet_file_is_refused(tmp_path: Path):
-    import pyarrow
-    import pyarrow.parquet
-
-    path = tmp_path / "rows.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"]}), path)
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match="corrupt Parquet"):
-        list(read_parquet(path))
-
-
 def texts(path: Path) -> list[tuple[str, str]]:
     return [(row.values["text"], row.origin.rpartition(":")[2]) for row in read_text(path, "text")]
 
@@ -214,4 +189,21 @@ def test_a_document_beyond_the_bound_is_refused(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(readers, "MAX_ROW_BYTES", 100)
     path = write(tmp_path, b"short\n\n" + b"a line\n" * 20, "a.txt")
     with pytest.raises(DataError, match=r"a\.txt:17: document longer than 100 bytes: put blank"):
+        list(read_text(path, "text"))
+
+
+@pytest.mark.parametrize("ending", [b"\n", b""])
+def test_two_long_lines_are_two_documents(ending: bytes, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 100)
+    lines = [b"a" * 60, b"b" * 60, b"c" * 99, b"d" * 99]
+    path = write(tmp_path, b"\n".join(lines) + ending, "a.txt")
+    assert texts(path) == [(line.decode(), str(i)) for i, line in enumerate(lines, 1)]
+    path = write(tmp_path, b"\n\n".join(lines) + ending, "b.txt")
+    assert [text for text, _ in texts(path)] == [line.decode() for line in lines]
+
+
+def test_a_line_beyond_the_bound_is_refused_in_text_without_blank_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 100)
+    path = write(tmp_path, b"a" * 60 + b"\n" + b"b" * 150 + b"\n", "a.txt")
+    with pytest.raises(DataError, match=r"a\.txt:2: document longer than 100 bytes: put line br"):
         list(read_text(path, "text"))

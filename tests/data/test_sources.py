@@ -48,7 +48,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path):
 def test_text_files_are_documents_and_nothing_else(tmp_path: Path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     assert read(tmp_path, text_column="text") == ["one", "two"]
-    with pytest.raises(DataError, match="holds no file of a type .jsonl .json .csv .parquet$"):
+    with pytest.raises(DataError, match="no file of a type .jsonl .json .csv .parquet .arrow$"):
         open_source(str(tmp_path))
     with pytest.raises(DataError, match=r"a\.txt: cannot read \.txt: one of .jsonl"):
         open_source(str(tmp_path / "a.txt"))
