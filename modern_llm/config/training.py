@@ -96,9 +96,12 @@ class TrainingConfig:
     """Pairs share their prompt (tree), one row an answer (separate), or as probed at load (auto).
     Trees by parts of rows (blocks, CPU), FlexAttention (flex, CUDA) or a dense mask (mask): the
     fastest that is exact on this device unless named."""
-    hang_timeout: Annotated[float, Field(gt=0)] | None = 60.0
-    """Seconds that a run may stand without progress (10 median steps, if they are more) before all
-    processes write their stacks and end with status 5; null never ends it."""
+    hang_timeout: Annotated[float, Field(gt=0)] | None = 600.0
+    """Seconds without progress after which a process that others wait for counts as hung, if that
+    is also 10 times its own longest silence in that phase; what has no measure (loading, compiling,
+    the first forward of a kind) gets an hour more. All processes then write their stacks and end
+    with status 5. One process alone is warned with its stacks and never ended. null watches
+    nothing."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Names the order of the data, the initial weights and every random draw."""
 

@@ -7,8 +7,8 @@ believe only the manifest. A digest shows damage, not forgery, so it is the fast
 `seal`, `finish`, `abandon`.
 
 This is the one place where anything gets its final name: checkpoints, exports, token tables, shards
-of stores, pages and small files. Of the project it imports nothing but the errors and the fault
-points, so that every layer may use it.
+of stores, pages and small files. Of the project it imports nothing but the errors, the fault points
+and the marks of progress, so that every layer may use it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 import xxhash
 
 from modern_llm.config.errors import StorageError
+from modern_llm.distributed import progress
 from modern_llm.distributed.faults import around
 
 MANIFEST = "MANIFEST.json"
@@ -41,6 +42,7 @@ Folders of every version here are read; those of `VERSION` are written."""
 TEMPORARY = ".tmp-"
 """What a name begins with that is not committed; such a folder is nobody's but its writer's."""
 
+_BLOCK = 16 << 20
 _noted: dict[Path, dict[str, Any]] = {}
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -242,8 +244,12 @@ def new_digest() -> Any:
 
 def digest_file(path: Path, version: int = VERSION) -> str:
     """Return the digest of a file's bytes, in hex, as manifests of `version` hold it."""
+    digest = DIGESTS[version][1]()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, DIGESTS[version][1]).hexdigest()
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            progress.tick()
+    return digest.hexdigest()
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 import torch.distributed as dist
 
@@ -34,8 +35,14 @@ SIGNS = (
 GRACE = 2.0
 
 
-def as_peer_error(error: BaseException) -> BaseException:
-    """Return a `PeerError` where `error` is what a lost process looks like, else `error`."""
+def as_peer_error(
+    error: BaseException, then: Callable[[], str] = lambda: "run the same command again"
+) -> BaseException:
+    """Return a `PeerError` where `error` is what a lost process looks like, else `error`.
+
+    Args:
+        then: returns what the user does next.
+    """
     if not isinstance(error, RuntimeError) or status_of(error) != 1 or not dist.is_initialized():
         return error
     text = " ".join(str(error).split())
@@ -43,8 +50,7 @@ def as_peer_error(error: BaseException) -> BaseException:
         return error
     lost = PeerError(
         f"rank {os.environ.get('RANK', '0')} lost another process in the middle of a step (its own "
-        f"line says why, unless it was killed); the same command goes on from the last checkpoint "
-        f"({text[-100:]})"
+        f"line says why, unless it was killed); {then()} ({text[-100:]})"
     )
     lost.__cause__ = error
     return lost

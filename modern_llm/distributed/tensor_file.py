@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from modern_llm.config.errors import NotFiniteError
+from modern_llm.distributed import progress
 from modern_llm.distributed.commit import flush_file, new_digest, note_digest
 from modern_llm.distributed.faults import around
 
@@ -54,6 +55,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
                     done = 0
                     while done < len(part):
                         done += file.write(part[done:])
+            progress.tick()
             flushes.append(flushing.submit(flush_file, path))
             for part in waiting:
                 digest.update(part)
@@ -62,6 +64,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             waiting = []
         for flush in flushes:  # each of them: the system tells of a lost write once
             flush.result()
+            progress.tick()
     note_digest(path, digest.hexdigest())
 
 

@@ -1,10 +1,11 @@
-"""No run stands still for ever: a watch beside the collectives, in two threads of each process.
+"""Ends processes that hang while others wait for them, and warns of one that is silent alone.
 
-One thread tells the others, through the rendezvous store, where this process stands; the other
-judges. A process that stands too long in its phase while the others wait for it is named with its
-phase, all write their stacks, and all end with status 5. A process whose threads stand too (it was
-stopped, or never gives the interpreter back) is seen by its silence. Nobody's clock is compared
-with another's. Opened by whatever runs on several processes.
+Two threads of each process: one reports, through the rendezvous store, where this process is; the
+other judges. Every process writes one key; rank 0 reads all of them and publishes one verdict, so
+that the traffic grows with the number of processes and not with its square. Only rank 0 itself is
+judged by the others, by its silence. A process that hangs is named with its phase, all write their
+stacks, and all end with status 5. One process alone is never ended. Nobody's clock is compared with
+another's. Opened by every verb that computes for long.
 """
 
 from __future__ import annotations
@@ -13,13 +14,10 @@ import faulthandler
 import json
 import logging
 import os
-import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,38 +25,23 @@ from typing import Any
 import torch.distributed as dist
 
 from modern_llm.config.errors import PeerError
-from modern_llm.distributed import handshake, progress, signals
+from modern_llm.distributed import handshake, progress, signals, temporary
+from modern_llm.distributed.ending import end_other, is_launcher, on_request, say, within
 from modern_llm.distributed.faults import around
+from modern_llm.distributed.hung import Beat, Heard, Hung, hung, last
 from modern_llm.distributed.peers import Peers
 from modern_llm.distributed.stragglers import Stragglers
 
 log = logging.getLogger(__name__)
 
-STEPS = 10
-"""Median steps that a phase may stand, if they are more than the least time."""
 PARTING_S = 10.0
 """Seconds that a process gets to end by itself once another has failed."""
 ORPHAN_S = 20.0
 """Seconds that a process whose launcher is gone gets to save and stop."""
-LAUNCHERS = {
-    "torchrun", "accelerate", "accelerate-launch", "torch.distributed.run",
-    "torch.distributed.launch", "accelerate.commands.launch",
-}  # fmt: skip
+RARELY = 5
+"""Reports after which rank 0 reads those of all, and they its own, while nobody is late."""
 _ROUNDS = 0
-Beat = dict[str, Any]
 Verdict = dict[str, Any]
-
-
-@dataclass
-class Heard:
-    """The last beat of one process, and when (here) it differed from the one before."""
-
-    beat: Beat
-    at: float
-
-    def age(self, now: float) -> float:
-        """Seconds since it got on."""
-        return float(self.beat["age"]) + now - self.at
 
 
 class Watchdog:
@@ -66,8 +49,9 @@ class Watchdog:
 
     Args:
         folder: where `stacks/` is written; None writes the stacks to stderr alone.
-        least: seconds that a phase may stand at least; None watches nothing.
-        close: told status and reason by the one process that speaks, before all end.
+        least: seconds of silence that any phase is given; None watches nothing.
+        close: called with status and reason by the one process that reports the end.
+        then: returns what the user does after an end, for the line that tells of it.
     """
 
     def __init__(
@@ -76,20 +60,24 @@ class Watchdog:
         folder: Path | None,
         least: float | None,
         close: Callable[[int, str], None] | None = None,
+        then: Callable[[], str] = lambda: "run the same command again",
     ):
         self._rank, self._world = runtime.rank, runtime.world
         self._folder, self._least, self._close = folder, least or 0.0, close
+        self._then = then
         self._watches = least is not None
         self._pause = min(1.0, self._least / 10)
+        self._patience = max(3 * self._pause, 3.0)
         self._over = threading.Event()
-        self._peers: dict[int, Heard] = {}
+        self._heard: dict[int, Heard] = {}
         self._store: dist.Store | None = None
         self._meeting: dist.Store | None = None
         self._store_at = time.monotonic()
         self._looks = False
+        self._warned = (-1, 0.0)
         self._threads: list[threading.Thread] = []
         self._parent = os.getppid()
-        self._launched = _is_launcher(self._parent)
+        self._launched = is_launcher(self._parent)
         self._orphan_since: float | None = None
         self._stragglers = Stragglers()
         self._ending = threading.Lock()  # held by the thread that ends this process
@@ -105,9 +93,9 @@ class Watchdog:
             self._meeting = store.clone()
             self._store = dist.PrefixStore(f"watch/{_ROUNDS}", self._meeting)
             self._store.set_timeout(timedelta(seconds=max(5.0, self._least)))
-            self._threads.append(threading.Thread(target=self._tell, daemon=True))
+            self._threads.append(threading.Thread(target=self._report, daemon=True))
         self._threads.append(threading.Thread(target=self._judge, daemon=True))
-        _on_request(faulthandler.register)
+        on_request(faulthandler.register)
         for thread in self._threads:
             thread.start()
         return self
@@ -120,7 +108,7 @@ class Watchdog:
         for thread in self._threads:
             thread.join(2.0)
         if self._watches:
-            _on_request(lambda number, **_: faulthandler.unregister(number))
+            on_request(lambda number, **_: faulthandler.unregister(number))
 
     def _leave_word(self, error: BaseException) -> None:
         """Let the others know that this process ends, however they wait for it."""
@@ -131,37 +119,43 @@ class Watchdog:
         except RuntimeError:
             return
 
-    # The thread that tells.
+    # The thread that reports.
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         seq = 0
         try:
             while not self._over.wait(self._pause):
                 seq += 1
-                self._store.set(f"beat/{self._rank}", json.dumps(self._beat(seq)))
-                unknown = len(self._peers) < self._world
-                if self._looks or unknown or (self._rank == 0 and seq % 5 == 0):
-                    self._listen()
-                if self._store.check(["verdict"]):
-                    verdict = json.loads(self._store.get("verdict"))
-                    with self._ending:
-                        if not self._over.is_set():
-                            self._end(verdict, speaks=False)
-                if self._store.check(["gone"]):
-                    self._part(int(self._store.get("gone")))
-                self._store_at = time.monotonic()
+                self._exchange(seq)
         except RuntimeError:  # whoever held the store has ended: what is left is to watch alone
             self._store = None
+
+    def _exchange(self, seq: int) -> None:
+        """Report once, and read what concerns this process: on rank 0 the reports of all."""
+        assert self._store is not None
+        self._store.set(f"beat/{self._rank}", json.dumps(self._beat(seq)))
+        # All judge rank 0: where it has stopped, the store may have stopped with it.
+        whose = range(self._world) if self._rank == 0 else range(1)
+        if self._looks or seq % RARELY == 0 or len(self._heard) < len(whose):
+            self._listen(whose)
+        if self._store.check(["verdict"]):
+            verdict = json.loads(self._store.get("verdict"))
+            with self._ending:
+                if not self._over.is_set():
+                    self._end(verdict, speaks=False)
+        if self._store.check(["gone"]):
+            self._part(int(self._store.get("gone")))
+        self._store_at = time.monotonic()
 
     def _beat(self, seq: int) -> Beat:
         here = progress.here
         return {
             "seq": seq,
             "count": here.count,
-            "phase": here.phase,
-            "step": here.step,
+            "phase": here.name,
             "age": time.monotonic() - here.ticked,
-            "limit": self._limit(),
+            "explained": here.explained(self._least),
+            "limit": here.limit(self._least),
             "waiting": here.waiting,
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -169,88 +163,125 @@ class Watchdog:
             "steps": len(here.busy),
         }
 
-    def _limit(self) -> float:
-        here = progress.here
-        return max(self._least, STEPS * here.median_step) + here.allowance
-
-    def _listen(self) -> None:
-        keys = [f"beat/{rank}" for rank in range(self._world)]
+    def _listen(self, ranks: range) -> None:
+        keys = [f"beat/{rank}" for rank in ranks]
         if not self._store.check(keys):
             keys = [key for key in keys if self._store.check([key])]
         now = time.monotonic()
         for key, text in zip(keys, self._store.multi_get(keys), strict=True):
             rank, beat = int(key.rpartition("/")[2]), json.loads(text)
-            known = self._peers.get(rank)
+            known = self._heard.get(rank)
             if known is None or known.beat["seq"] != beat["seq"]:
-                self._peers[rank] = Heard(beat, now)
-        if self._rank == 0:
-            self._stragglers.look({rank: heard.beat for rank, heard in self._peers.items()})
+                self._heard[rank] = Heard(beat, now)
+        if self._rank == 0 and len(self._heard) == self._world:
+            self._stragglers.look({rank: one.beat for rank, one in self._heard.items()})
+            self._looks = any(one.age(now) > self._least / 4 for one in last(self._heard).values())
 
     # The thread that judges.
 
     def _judge(self) -> None:
-        last = time.monotonic()
+        before = time.monotonic()
         while not self._over.wait(self._pause):
             now = time.monotonic()
-            if now - last > max(5 * self._pause, 5.0):
+            if now - before > max(5 * self._pause, 5.0):
                 # This process was itself stopped (Ctrl-Z, a suspended machine).
-                progress.tick()
-                self._peers = {r: Heard(h.beat, now) for r, h in self._peers.items()}
+                progress.here.mark(own=False)
+                self._heard = {r: Heard(one.beat, now) for r, one in self._heard.items()}
                 self._looks = False
-            last = now
+            before = now
             self._look_for_launcher(now)
-            age, limit = now - progress.here.ticked, self._limit()
-            self._looks = age > limit / 4 or _standing_aside(now, self._least) is not None
-            verdict = self._verdict(now, age, limit) if self._looks else None
+            if self._world == 1:
+                self._warn_alone(now)
+                continue
+            if self._rank != 0:
+                self._looks = now - progress.here.ticked > self._least / 4
+            verdict = self._verdict(now)
             if verdict is not None:
                 with self._ending:
                     if not self._over.is_set():
                         self._end(verdict, speaks=self._first(verdict))
 
-    def _verdict(self, now: float, age: float, limit: float) -> Verdict | None:
-        """Return who stands and where, None while somebody who is waited for gets on."""
+    def _verdict(self, now: float) -> Verdict | None:
+        """Return who hangs and where, None while nobody is known to."""
         mine = self._beat(0)
-        if (stands := _standing_aside(now, self._least)) is not None:
-            return self._sentence({self._rank: mine | stands[0]}, stands[1])
+        age, limit = mine["age"], mine["limit"]
+        if (save := progress.aside) is not None and not save.waiting:
+            stood = now - save.ticked
+            if stood > save.limit(self._least):
+                return self._sentence(Hung({self._rank: mine | {"phase": save.name}}, stood, False))
         if self._store is None:
-            return self._sentence({self._rank: mine}, age) if age > limit else None
+            return self._sentence(Hung({self._rank: mine}, age, False)) if age > limit else None
         if now - self._store_at > max(limit, 5 * self._pause) and age > limit:
             # Rank 0 holds the store, unless a launcher does.
-            beat = self._peers[0].beat if 0 in self._peers else mine | {"pid": 0}
-            return self._sentence({0: beat}, now - self._store_at, silent=True)
-        heard = dict(self._peers)
-        if len(heard) < self._world:
+            beat = self._heard[0].beat if 0 in self._heard else mine | {"pid": 0}
+            return self._sentence(Hung({0: beat}, now - self._store_at, True))
+        if self._rank != 0:
+            one = self._heard.get(0)
+            if one is None or now - one.at <= self._patience:
+                return None  # rank 0 lives, and judges
+            late = min(limit, one.beat["limit"])
+            gone = self._looks and age > late and one.age(now) > late
+            return self._sentence(Hung({0: one.beat}, one.age(now), True)) if gone else None
+        heard = dict(self._heard)
+        if not self._looks or len(heard) < self._world:
             return None  # the meeting before has its own deadline
-        fewest = min(h.beat["count"] for h in heard.values())
-        front = {rank: h for rank, h in heard.items() if h.beat["count"] == fewest}
-        patience = max(3 * self._pause, 3.0)
-        # Where rank 0 holds the store and stands, this one's own signs do not arrive either.
-        silent = [r for r, h in front.items() if r != self._rank and now - h.at > patience]
-        for rank, one in front.items():
-            # Since the last word of a silent one it may have entered other phases.
-            most = min(one.beat["limit"], limit) if rank in silent else one.beat["limit"]
-            if one.age(now) <= most:
-                return None
-        suspects = silent or [r for r, h in front.items() if not h.beat["waiting"]] or list(front)
-        beats = {rank: front[rank].beat for rank in suspects}
-        stood = min(front[rank].age(now) for rank in suspects)
-        return self._sentence(beats, stood, silent=bool(silent))
+        found = hung(heard, 0, now, self._patience)
+        if found is None:
+            self._warn_of_the_last(heard, now)
+        return None if found is None else self._sentence(found)
 
-    def _sentence(self, beats: dict[int, Beat], age: float, *, silent: bool = False) -> Verdict:
-        who = ", ".join(f"rank {r} ({b['host']}, process {b['pid']})" for r, b in beats.items())
+    def _sentence(self, found: Hung) -> Verdict:
+        who = ", ".join(_named(rank, beat) for rank, beat in found.beats.items())
         stacks = f"{self._folder / 'stacks'}" if self._folder is not None else "the log"
-        phase = _phase(next(iter(beats.values())))
-        text = f"no progress for {age:.0f} s in the phase {phase}"
-        if silent:
+        phase = next(iter(found.beats.values()))["phase"]
+        text = f"no progress for {found.seconds:.0f} s in the phase {phase}"
+        if found.silent:
             text = (
-                f"not a sign for {age:.0f} s, last seen in the phase {phase}, while others wait in "
-                f"the phase {_phase(self._beat(0))}"
+                f"no sign of life for {found.seconds:.0f} s, last seen in the phase {phase}, while "
+                f"others wait in the phase {progress.here.name}"
             )
         return {
-            "beats": {str(rank): beat for rank, beat in beats.items()},
-            "text": f"{who}: {text}; the stacks of all processes are in {stacks}; the same command "
-            "goes on from the last checkpoint (train.hang_timeout says how long a phase may stand)",
+            "beats": {str(rank): beat for rank, beat in found.beats.items()},
+            "text": f"{who}: {text}; the stacks of all processes are in {stacks}"
+            f"{self._advice()} (train.hang_timeout sets how long a phase may be silent)",
         }
+
+    def _advice(self) -> str:
+        """What the user does next; nothing where that needs a look at a disk that hangs."""
+        found: list[str] = []
+        within(2.0, lambda: found.append(self._then()))
+        return f"; {found[0]}" if found else ""
+
+    def _warn_alone(self, now: float) -> None:
+        """Say that nothing has happened for long, and show where; again when it has doubled."""
+        here = progress.here
+        age, limit = now - here.ticked, here.explained(self._least)
+        place, next_at = self._warned
+        if here.allowance == float("inf") or age <= (next_at if place == here.count else limit):
+            return
+        self._warned = here.count, 2 * age
+        within(5.0, self._write_stacks)
+        stacks = f"in {self._folder / 'stacks'}" if self._folder is not None else "above"
+        say(
+            f"warning: no progress for {age:.0f} s in the phase {here.name}; the stacks are "
+            f"{stacks}; the run continues: a process that runs alone is never ended for being slow"
+        )
+
+    def _warn_of_the_last(self, heard: dict[int, Heard], now: float) -> None:
+        """Say once that all wait for a process which may still be at work."""
+        (rank, one), *more = last(heard).items()
+        count, limit = one.beat["count"], one.beat["limit"]
+        if more or count == self._warned[0] or one.age(now) <= one.beat["explained"]:
+            return
+        self._warned = count, 0.0
+        log.warning(
+            "warning: %s: no progress for %.0f s in the phase %s; the others wait for it, up to "
+            "%.0f s",
+            _named(rank, one.beat),
+            one.age(now),
+            one.beat["phase"],
+            limit,
+        )
 
     def _first(self, verdict: Verdict) -> bool:
         """Whether this process's verdict is the one that counts."""
@@ -271,8 +302,7 @@ class Watchdog:
             self._orphan_since = now
             signals.ask("the end of its launcher")
         elif now - self._orphan_since > ORPHAN_S:
-            self._say("modern-llm: error: the launcher of this process is gone")
-            os._exit(PeerError.status)
+            self._leave("modern-llm: error: the launcher of this process is gone")
 
     # The end.
 
@@ -280,25 +310,30 @@ class Watchdog:
         """End, if the error of another process does not reach this one by its own ways."""
         if rank == self._rank or self._over.wait(PARTING_S):
             return
-        self._say(
+        self._leave(
             f"modern-llm: error: rank {self._rank} waits for rank {rank}, which has ended (its own "
-            "line says why); the same command goes on from the last checkpoint"
+            f"line says why){self._advice()}"
         )
+
+    def _leave(self, line: str) -> None:
+        say(line)
+        within(5.0, temporary.remove_all)
         os._exit(PeerError.status)
 
     def _end(self, verdict: Verdict, *, speaks: bool) -> None:
-        """Write the stacks, say what happened, and end, whatever the main thread does."""
+        """Write the stacks, say what happened, and end, without the main thread."""
         text = verdict["text"]
         # In threads of their own: a disk that hangs may be the reason.
         if speaks:
-            self._say(f"modern-llm: error: {text}")
+            say(f"modern-llm: error: {text}")
             if self._close is not None:
-                _within(5.0, lambda: self._close(PeerError.status, f"PeerError: {text}"))
-        _within(5.0, self._write_stacks)
+                within(5.0, lambda: self._close(PeerError.status, f"PeerError: {text}"))
+        within(5.0, self._write_stacks)
         for rank, beat in verdict["beats"].items():
             here = beat["host"] == socket.gethostname() and beat["pid"] > 0
             if here and int(rank) != self._rank:
-                _end_other(beat["pid"], 1.0 + 3 * self._pause)
+                end_other(beat["pid"], 1.0 + 3 * self._pause)
+        within(5.0, temporary.remove_all)
         # Whoever learns of it by a broken collective would tell another story.
         time.sleep(3 * self._pause)
         os._exit(PeerError.status)
@@ -310,63 +345,10 @@ class Watchdog:
         place = self._folder / "stacks"
         place.mkdir(parents=True, exist_ok=True)
         with around("stacks.write"), (place / f"rank-{self._rank:05d}.txt").open("w") as file:
-            here = progress.here
-            file.write(f"phase {here.phase}, step {here.step}, process {os.getpid()}\n")
+            file.write(f"phase {progress.here.name}, process {os.getpid()}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 
-    def _say(self, line: str) -> None:
-        """Write to stderr past every lock that the main thread may hold."""
-        with around("line.write"):
-            os.write(2, f"{line}\n".encode())
 
-
-def _standing_aside(now: float, least: float) -> tuple[Beat, float] | None:
-    """Phase and seconds of a save beside the training that stands too long by its own fault."""
-    place = progress.aside
-    if place is None or place.waiting or now - place.ticked <= least + place.allowance:
-        return None
-    return {"phase": place.phase, "step": place.step}, now - place.ticked
-
-
-def _on_request(function: Callable[..., Any]) -> None:
-    """Let SIGUSR2 write the stacks of this process to stderr, by C code alone."""
-    if hasattr(signal, "SIGUSR2") and sys.__stderr__ is not None:
-        try:
-            function(signal.SIGUSR2, file=sys.__stderr__, all_threads=True)
-        except (OSError, ValueError, RuntimeError):  # no file behind it
-            return
-
-
-def _end_other(pid: int, patience: float) -> None:
-    """End a process of this machine that cannot end by itself; it shows its stacks first."""
-    try:
-        for signals_ in ((), (signal.SIGUSR2, signal.SIGCONT)):
-            for number in signals_:
-                os.kill(pid, number)
-            deadline = time.monotonic() + patience
-            while time.monotonic() < deadline:
-                os.kill(pid, 0)
-                time.sleep(0.1)
-        os.kill(pid, signal.SIGKILL)
-    except OSError:
-        return  # it has ended
-
-
-def _phase(beat: Beat) -> str:
-    return beat["phase"] if beat["step"] is None else f"{beat['phase']} of step {beat['step']}"
-
-
-def _within(seconds: float, work: Callable[[], None]) -> None:
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-
-
-def _is_launcher(pid: int) -> bool:
-    """Whether a process is one that starts and ends others, as far as the system tells."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return "TORCHELASTIC_RUN_ID" in os.environ
-    return any(os.path.basename(word) in LAUNCHERS for word in words[:4])
+def _named(rank: int, beat: Beat) -> str:
+    return f"rank {rank} ({beat['host']}, process {beat['pid']})"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from modern_llm.config.errors import StorageError
+from modern_llm.distributed import progress
 from modern_llm.distributed.commit import write_file
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,11 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
         return name, content.hexdigest()
 
     with ThreadPoolExecutor(2) as pool:
-        digests = sorted(pool.map(one, tensors))
+        digests = []
+        for digest in pool.map(one, tensors):
+            digests.append(digest)
+            progress.tick()
+    digests.sort()
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 

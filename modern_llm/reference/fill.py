@@ -102,6 +102,7 @@ def fill(
     Raises:
         StorageError: the store cannot be written; what was committed stays.
     """
+    progress.enter("filling the reference store")
     began = time.perf_counter()
     found = runtime.on_main(lambda: _present(store, answers.keys, tokens))
     pieces, mine = _plan(answers, lay_out, found, flush_every, part)
@@ -190,7 +191,6 @@ class _Pass:
     ):
         self._runtime, self._answers, self._store = runtime, answers, store
         self._score, self._lay_out, self._tokens = score, lay_out, tokens
-        self._warm = False  # whether a forward was made
 
     def run(self, pieces: list[Piece], advance: Callable[[int], None]) -> int:
         """See to every piece; return the number of answers that this job scored."""
@@ -286,14 +286,13 @@ class _Pass:
         results = self._score(trees, takewhile(lambda _: going, groups))
 
         for _ in groups:
-            progress.enter("reference pass", allowance=0.0 if self._warm else progress.COMPILE_S)
-            self._warm = True
-            try:
-                scored += [values for _, values in next(results)]
-            except Exception as error:
-                failure = error
-            progress.tick()
-            if stopping.leave(self._runtime, failure):
+            with progress.quick("reference pass"):
+                try:
+                    scored += [values for _, values in next(results)]
+                except Exception as error:
+                    failure = error
+                leaves = stopping.leave(self._runtime, failure)
+            if leaves:
                 break
         going = False
         try:

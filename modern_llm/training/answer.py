@@ -76,7 +76,7 @@ class Answerer:
     """
 
     def __init__(self, place: str, options: Options, tokenizer_name: str | None = None):
-        progress.enter("loading the model", allowance=progress.LOAD_S)
+        progress.enter("loading the model")
         checkpoint = inspect_checkpoint(place)
         if tokenizer_name is None and not checkpoint.has_tokenizer:
             raise ConfigError([f"tokenizer_name: {place} holds no tokenizer; name one"])
@@ -89,7 +89,7 @@ class Answerer:
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
         """Return one answer for each prompt."""
         rows, ends = prompt_ids(self.tokenizer, prompts, self.options.template)
-        progress.enter("answering", allowance=progress.COMPILE_S)
+        progress.enter("answering")
         return generate(
             self.model,
             self.tokenizer,
@@ -103,7 +103,7 @@ class Answerer:
     def stream(self, prompt: Prompt) -> str:
         """Print the answer to one prompt on stdout while it is made, and return it."""
         rows, ends = prompt_ids(self.tokenizer, [prompt], self.options.template)
-        progress.enter("answering", allowance=progress.COMPILE_S)
+        progress.enter("answering")
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         (ids,) = generate_ids(
             self.model,
@@ -147,7 +147,6 @@ class Answerer:
 
 def _check() -> None:
     """Say that it gets on; raise `Stopped` if a signal asked for it."""
-    progress.here.allowance = 0.0  # the first token is there, and what was compiled for it
     progress.tick()
     stop_here("while it answered; nothing is kept")
 

@@ -58,11 +58,11 @@ class Aside:
         Returns:
             Whether it has, within so many seconds.
         """
-        progress.enter(f"waiting for the save of step {self.step}", allowance=self._allowance)
         began = time.monotonic()
-        while self.running and (seconds is None or time.monotonic() - began < seconds):
-            self._thread.join(_LOOK_S)
-            progress.here.ticked = max(progress.here.ticked, self._place.ticked)
-            progress.here.waiting = self._place.waiting
-        progress.here.waiting = False
+        with progress.phase(f"waiting for the save of step {self.step}", None, self._allowance):
+            while self.running and (seconds is None or time.monotonic() - began < seconds):
+                self._thread.join(_LOOK_S)
+                progress.here.ticked = max(progress.here.ticked, self._place.ticked)
+                progress.here.waiting = self._place.waiting
+            progress.here.waiting = False
         return not self.running

@@ -67,7 +67,8 @@ def commit(
                 (place / STATE).write_text(json.dumps(mine.state))
         starts = {"starts": json.dumps(mine.starts)}
         # Side by side: digests and looks at one file while the other one waits for the disk.
-        with ThreadPoolExecutor(2, threading.current_thread().name) as pool:
+        name = threading.current_thread().name
+        with ThreadPoolExecutor(2, name, progress.helper()) as pool:
             files = mine.tensors.items()
             parts = [pool.submit(write_tensors, place / n, t, starts) for n, t in files]
             for part in parts:
@@ -156,6 +157,7 @@ def load_weights(place: Path, model: nn.Module) -> None:
         )
     for name, tensor in into.items():
         tensor.copy_(stored.read(name, 0, tensor.numel(), of=tensor).view_as(tensor))
+        progress.tick()
 
 
 def load_state(place: Path, engine: Engine) -> None:
@@ -164,6 +166,7 @@ def load_state(place: Path, engine: Engine) -> None:
     stored, weights = Shards(place, OPTIMIZER), Shards(place, WEIGHTS)
     sizes = {name: parameter for name, parameter in engine.inner.named_parameters()}
     for piece in pieces(engine):
+        progress.tick()
         end = piece.start + piece.weight.numel()
         of = sizes[piece.name]
         # Under bfloat16 the weights that were given to DeepSpeed have lost bits by now.

@@ -20,6 +20,7 @@ from modern_llm.config.errors import StorageError, UserError
 from modern_llm.data.plan import Order
 from modern_llm.data.prepare import Prepared
 from modern_llm.data.tokens import TokenTable
+from modern_llm.distributed import progress
 from modern_llm.distributed.commit import TEMPORARY, name_folder
 from modern_llm.distributed.faults import around
 from modern_llm.distributed.runtime import Runtime
@@ -34,6 +35,7 @@ KEPT = "data-before"
 
 def look_back(runtime: Runtime, run: RunFolder) -> None:
     """Find the checkpoint to go on from, and keep the tables that it was trained on at hand."""
+    progress.enter("looking for a checkpoint")
     run.standing = runtime.on_main(lambda: checkpoint.find(run.checkpoints))
     if run.standing is not None and runtime.accelerator.is_local_main_process:
         with suppress(OSError):  # without them a change is still refused, only its row not named

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from modern_llm.config.errors import ConfigError, UserError
 from modern_llm.data.passes import evaluation_source, training_sources
 from modern_llm.data.plan import Order
 from modern_llm.data.prepare import Prepared
+from modern_llm.distributed import progress, temporary
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.load import inspect_checkpoint, load_tokenizer
 from modern_llm.models.scorer import TokenScorer
@@ -51,8 +51,8 @@ class DryRun:
         try:
             yield
         finally:
-            if self.folder is not None and self._removes:
-                shutil.rmtree(self.folder, ignore_errors=True)
+            if self.folder is not None:
+                temporary.remove(self.folder) if self._removes else temporary.forget(self.folder)
             if before is None:
                 os.environ.pop(CACHE, None)
             else:
@@ -62,6 +62,7 @@ class DryRun:
         """Return a run folder to throw away in place of `run`, the same one on every process."""
         place = tempfile.mkdtemp(prefix="modern-llm-dry-") if runtime.is_main else ""
         self.folder = Path(runtime.from_main(place))
+        temporary.remember(self.folder)
         self.folder.mkdir(exist_ok=True)
         # The others may be done while this process still writes.
         self._removes = runtime.accelerator.is_local_main_process
@@ -97,14 +98,18 @@ class DryRun:
             raise ConfigError(
                 [f"train.warmup_steps {config.warmup_steps} is above the {steps} steps of this run"]
             )
+        progress.enter("preparing the engine")
         engine = runtime.prepare(scorer, make_optimizer(config, scorer))
         model = engine.model.train()
+        progress.enter("loading the batch")
         batches = task.micro_batches(0)
         began = time.perf_counter()
+        progress.enter("forward and backward")
         (batch,) = task.prepare(model, 0, [batches[0].to(runtime.device)])
         sums = task.run(model, batch)
         engine.backward(sums.loss * runtime.world / task.denominator(0), last=True)
         loss = float(sums.loss.detach())
+        progress.enter("optimizer")
         norm = engine.step(config.max_grad_norm).grad_norm
         if not torch.isfinite(torch.tensor([loss, norm])).all():
             raise UserError(

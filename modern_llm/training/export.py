@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modern_llm.distributed import progress
 from modern_llm.distributed.engine import Engine
 from modern_llm.distributed.faults import around
 from modern_llm.distributed.runtime import Runtime
@@ -37,6 +38,7 @@ def export(
     state: dict[str, Tensor] = {}
     adapted = has_adapters(engine.inner)
     for name, tensor in full_parameters(engine, trained=adapted):
+        progress.tick()
         if runtime.is_main:
             state[name] = tensor.to("cpu", copy=tensor.device.type == "cpu")
     with runtime.committed_folder(folder, {}) as place:

@@ -157,7 +157,8 @@ def _save_or_stop(
     Args:
         cut: what was due after this step is still to be made.
     """
-    stopping = stop_asked(runtime)
+    with progress.quick("deciding whether to stop", done):
+        stopping = stop_asked(runtime)
     saver.look()
     if stopping or (done < total and is_due(runtime.config.save_every, done, total)):
         engine.settle()
@@ -191,13 +192,13 @@ def _optimizer_step(
     """One step of the optimizer; returns this rank's sums and the norm of the whole gradient."""
     began = time.perf_counter()
     sums, losses, busy, spiked = accumulate(runtime, engine, task, config, step, began)
-    progress.enter("optimizer", step + 1)
-    begin_asking(runtime)
-    set_learning_rate(engine.optimizer, rate)
-    # Of the step before: known by now, while the device still computes this one.
-    engine.settle()
-    # The norm is of the averaged gradient, so every rank sees the same and decides the same.
-    update = engine.step(config.max_grad_norm)
+    with progress.quick("optimizer", step + 1):
+        begin_asking(runtime)
+        set_learning_rate(engine.optimizer, rate)
+        # Of the step before: known by now, while the device still computes this one.
+        engine.settle()
+        # The norm is of the averaged gradient, so every rank sees the same and decides the same.
+        update = engine.step(config.max_grad_norm)
     if engine.scales_loss:
         _count_skipped(engine, update, step)
     elif not spiked:  # of a spike it is known what was done, and why
@@ -284,11 +285,10 @@ def _look(
     """
     record: dict[str, float] = {}
     if is_due(config.eval_every, step, total, at_end=True):
-        progress.enter("evaluation", step)
         record |= _evaluate(runtime, engine.model, task, watch, step)
     if sample is not None and is_due(config.generate_every, step, total, at_end=True):
-        progress.enter("sample answers", step)
-        record |= sample(step)
+        with progress.phase("sample answers", step):
+            record |= sample(step)
     return record
 
 
@@ -302,11 +302,11 @@ def _evaluate(
     model.eval()
     sums: dict[str, Tensor] = {}
     for group in groups:
-        batches = task.prepare(model, step, [batch.to(runtime.device) for batch in group])
-        for batch in batches:
-            progress.tick()
-            check(runtime, "during an evaluation")
-            add(sums, task.run(model, batch).statistics)
+        with progress.quick("evaluation", step):
+            batches = task.prepare(model, step, [batch.to(runtime.device) for batch in group])
+            for batch in batches:
+                check(runtime, "during an evaluation")
+                add(sums, task.run(model, batch).statistics)
     model.train()
     metrics = task.metrics(over_ranks(runtime, sums))
     watch.line(f"evaluation {console_line(step, metrics)}")
@@ -331,7 +331,8 @@ def _measure(
 
 
 def _prepared(runtime: Runtime, scorer: nn.Module, config: TrainingConfig) -> Engine:
-    engine = runtime.prepare(scorer, make_optimizer(config, scorer))
+    with progress.phase("preparing the engine"):
+        engine = runtime.prepare(scorer, make_optimizer(config, scorer))
     if config.skip_loss_spikes:
         engine.spikes = spikes.fresh()
     return engine
@@ -348,6 +349,7 @@ def _start_engine(
     """Prepare the model, with the state of the checkpoint that the run goes on from if there is
     one; return the engine, the number of steps already done, and whether what was due after them is
     still owed."""
+    progress.enter("preparing the first step")
     found = run.standing
     if found is None and run.config.resume == "must":
         raise UserError(f"resume: {run.checkpoints} holds no checkpoint to go on from")
@@ -373,14 +375,13 @@ def _start_engine(
             "train.epochs, or name another output_dir"
         )
     size = sum(file.stat().st_size for file in place.iterdir())
-    progress.enter("loading the checkpoint", allowance=size / progress.SLOWEST_DISK)
+    reading = size / progress.SLOWEST_DISK + progress.DISK_PAUSE_S
     # Before it is prepared: whatever shards the weights then shards these.
-    with around("checkpoint.load"):
+    with progress.phase("loading the checkpoint", None, reading), around("checkpoint.load"):
         checkpoint.load_weights(place, scorer.model)
-    progress.enter("preparing the model", allowance=progress.COMPILE_S)
     engine = _prepared(runtime, scorer, config)
-    progress.enter("loading the checkpoint", allowance=size / progress.SLOWEST_DISK)
-    checkpoint.load_state(place, engine)
+    with progress.phase("loading the checkpoint", None, reading):
+        checkpoint.load_state(place, engine)
     if runtime.is_main:
         MetricsLog(run.metrics).truncate(step)
         log.info("going on from %s", place)

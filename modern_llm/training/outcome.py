@@ -37,13 +37,15 @@ def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
     def close(status: int, reason: str) -> None:
         run.close(status, reason, run.last_step())
 
-    watchdog = Watchdog(runtime, run.path, run.config.hang_timeout, close)
+    # A dry run keeps nothing: its stacks go to stderr.
+    place = run.path if run.dry_run is None else None
+    watchdog = Watchdog(runtime, place, run.config.hang_timeout, close, run.what_next)
     try:
         with StopRequest(run.stop_file), watchdog:
             stopping.check(runtime, "before it began")
             yield
     except BaseException as failure:
-        error = as_peer_error(failure)
+        error = as_peer_error(failure, run.what_next)
         stopped = isinstance(error, Stopped)
         if runtime.is_main and (run.is_open() or stopped):
             run.close(status_of(error), f"{type(error).__name__}: {error}", run.last_step())

@@ -157,7 +157,8 @@ def _looked_up(
         max_length=request.dpo.max_length,
         max_prompt_length=request.dpo.max_prompt_length,
     )
-    watched = Watchdog(runtime, None, request.train.hang_timeout)
+    then = "what was committed is stored: the same command scores only what is missing"
+    watched = Watchdog(runtime, None, request.train.hang_timeout, then=lambda: then)
     with watched, tables.passing_folder(runtime, "reference") as folder:
         prepared = tables.read_tables(runtime, folder, build)
         references = ReferencePass(runtime, checkpoint, request.train, request.dpo, part=part)

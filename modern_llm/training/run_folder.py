@@ -121,6 +121,15 @@ class RunFolder:
         """Whether a run has begun here."""
         return (self.path / "config.yaml").exists()
 
+    def what_next(self) -> str:
+        """Return what the same command does after this process was ended."""
+        if self.dry_run is not None:
+            return "nothing was kept: the same command tries again"
+        newest = max((place.name for place in self.checkpoints.glob("step-*")), default=None)
+        if newest is None:
+            return "there is no checkpoint yet: the same command starts from the beginning"
+        return f"the same command resumes from {newest}"
+
     def leave_nothing(self) -> None:
         """Remove the tables of a run that was refused before it began, and the folder if empty; the
         lock is given back."""

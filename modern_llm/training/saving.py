@@ -91,7 +91,10 @@ class Saver:
                 trainer has taken over the folder.
         """
         self._finish()
-        progress.enter("saving", step, allowance=10 * self._seconds)
+        with progress.phase("saving", step, self._allowance):
+            self._save(step, examples, must=must, owed=owed)
+
+    def _save(self, step: int, examples: int, *, must: bool, owed: bool) -> None:
         self._runtime.on_main(self._run.lock.check)
         facts = {**self._facts, "examples": examples} | ({OWED: True} if owed else {})
         folder = self._run.checkpoints
@@ -105,6 +108,11 @@ class Saver:
             self._count(step, error, must=must)
         else:
             self._failures = 0
+
+    @property
+    def _allowance(self) -> float:
+        """Seconds that a save may be silent: from its size and the speed of this disk."""
+        return 10 * self._seconds + progress.DISK_PAUSE_S
 
     def look(self) -> None:
         """Take note of a save beside the training that has ended on all ranks, in one step of all.
@@ -127,7 +135,7 @@ class Saver:
             self._saved(step)
 
         runtime.all_idle = False
-        self._aside = Aside(step, work, 10 * self._seconds)
+        self._aside = Aside(step, work, self._allowance)
 
     def _finish(self) -> None:
         """Wait for a save beside the training, on all ranks, and take note of what came of it."""

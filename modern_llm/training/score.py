@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from modern_llm.distributed import progress
 from modern_llm.distributed import runtime as distributed
 from modern_llm.distributed.commit import write_file
 from modern_llm.distributed.signals import stop_here
+from modern_llm.distributed.temporary import temporary_folder
 from modern_llm.distributed.watchdog import Watchdog
 from modern_llm.models.load import Checkpoint, inspect_checkpoint
 from modern_llm.training import setup, tables
@@ -79,7 +79,7 @@ def scored_pairs(
     max_length: int = 512,
     max_prompt_length: int | None = None,
     mixed_precision: str = "no",
-    hang_timeout: float | None = 60.0,
+    hang_timeout: float | None = 600.0,
 ) -> Iterator[Scored]:
     """Give every pair of `data` with its sums, on every process; the table lives as long as the
     context, in which all are watched as a run is.
@@ -87,22 +87,23 @@ def scored_pairs(
     Args:
         hang_timeout: as `train.hang_timeout`.
     """
-    with tempfile.TemporaryDirectory(prefix="modern-llm-score-") as folder:
+    with temporary_folder("score") as folder:
         config = TrainingConfig(
             run_name="score",
-            output_dir=Path(folder),
+            output_dir=folder,
             tokenizer_name=tokenizer_name,
             batch_size=1,
             mixed_precision=mixed_precision,  # type: ignore[arg-type]
             hang_timeout=hang_timeout,
         )
         runtime = distributed.start(config)
-        with Watchdog(runtime, None, hang_timeout):
+        then = "nothing was written: run the same command again"
+        with Watchdog(runtime, None, hang_timeout, then=lambda: then):
             policy = inspect_checkpoint(model)
             tokenizer, _ = setup.choose_tokenizer(tokenizer_name, policy, config)
             setup.check_positions(max_length, policy, "max_length")
             lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-            prepared = _read(runtime, data, tokenizer, Path(folder) / "data", lengths)
+            prepared = _read(runtime, data, tokenizer, folder / "data", lengths)
             models = {"policy": policy}
             if reference is not None:
                 models["reference"] = inspect_checkpoint(reference)
@@ -122,7 +123,7 @@ def _read(
         progress.tick()
         stop_here("while it read the data", main=runtime.is_main)
 
-    progress.enter("reading the data", allowance=progress.LOAD_S)
+    progress.enter("reading the data")
     with runtime.failing_together():
         return build_preference_tables(data, tokenizer, folder, check=check, **lengths)
 
@@ -137,7 +138,7 @@ def _scored(
     """Score all pairs under each model, and leave out those that have no finite sums."""
     table = prepared.train
     columns = {name: _sums(runtime, model, table, config) for name, model in models.items()}
-    progress.enter("judging and writing", allowance=progress.LOAD_S)
+    progress.enter("judging and writing")
     bad = not_finite(np.concatenate([sums.numpy() for sums, _ in columns.values()], axis=1))
     whose = " or ".join(model.place for model in models.values())
     listed = table.folder.parent / LIST
@@ -200,7 +201,7 @@ def _sums(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums and target counts (P, 2) of every pair under one model."""
     tables.check_ids_fit(table, checkpoint.vocabulary)
-    progress.enter("preparing the model", allowance=progress.LOAD_S)
+    progress.enter("preparing the model")
     scorer = setup.set_up_frozen(runtime, checkpoint, config)
     module = runtime.freeze(scorer)
     scoring = Scoring(runtime, module, config, trees=sharing(scorer))

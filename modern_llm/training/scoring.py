@@ -302,6 +302,7 @@ def score_everywhere(
     Raises:
         Stopped: a signal asked for it.
     """
+    progress.enter("scoring answers")
     trees = scoring.lay_out(answers, entries)
     found = _shared_out(runtime, scoring, trees)
     good = np.isfinite(found.sums)
@@ -324,13 +325,14 @@ def _shared_out(runtime: Runtime, scoring: Scoring, trees: Trees) -> Entries:
     failure: Exception | None = None
     groups = groups[runtime.rank :: runtime.world]
     results = scoring(trees, groups)
-    for at in range(len(groups)):
-        progress.enter("scoring", allowance=0.0 if at else progress.COMPILE_S)
-        try:
-            mine += [values for _, values in next(results)]
-        except Exception as error:
-            failure = error
-        if stopping.leave(runtime, failure):
+    for _ in groups:
+        with progress.quick("scoring"):
+            try:
+                mine += [values for _, values in next(results)]
+            except Exception as error:
+                failure = error
+            leaves = stopping.leave(runtime, failure)
+        if leaves:
             break
     results.close()
     runtime.raise_together(failure)

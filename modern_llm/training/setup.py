@@ -260,10 +260,10 @@ def train_and_export(
         log.info("mfu: of %.4g operations a second and process (%s)", peak, origin)
     engine = train(runtime, scorer, task, config, run, facts, sample, peak)
     runtime.on_main(run.lock.check)
-    progress.enter("writing the final model", allowance=progress.COMPILE_S)
+    progress.enter("writing the final model")
     give_back_freed()
     export(runtime, engine, tokenizer, run.final, ends)
-    progress.enter("ending", allowance=progress.COMPILE_S)
+    progress.enter("ending")
     if runtime.is_main:
         log.info("final model: %s", run.final)
     return run.final

@@ -96,37 +96,36 @@ def _attempt(
 ) -> Gradients | _Short:
     """Go once through the micro-batches; `apart` leaves the gradients on this rank."""
     prepared = False
-    progress.enter("loading the batch", step + 1)
     # An error is not kept: its frames hold the activations that are to be freed.
     try:
-        with around("loader"):
+        with progress.quick("loading the batch", step + 1), around("loader"):
             batches = [batch.to(runtime.device) for batch in task.micro_batches(step)]
         busy = time.perf_counter() - began
-        compiles = config.compile or not progress.here.steps
-        progress.enter("forward and backward", step + 1, progress.COMPILE_S if compiles else 0.0)
-        batches = task.prepare(engine.model, step, batches)
-        prepared = True
-        # DDP and ZeRO average gradients over ranks: the factor undoes it. Nobody else divides.
-        scale = runtime.world / task.denominator(step)
-        sums: dict[str, Tensor] = {}
-        losses: list[Tensor] = []
-        spiked = False
-        for at, batch in enumerate(batches):
-            _seed(runtime.device, config.seed, step, at, runtime.rank)
-            last = at == len(batches) - 1
-            with engine.forward_backward(last and not apart):
-                result = task.run(engine.model, batch)
-                if runtime.stage != 3:  # there a forward waits for the weights of the others
-                    busy = time.perf_counter() - began
-                losses.append(result.loss.detach())
-                loss = result.loss * scale
-                add(sums, result.statistics)
-                if last:
-                    loss = nonfinite.spoiled(loss, losses)
-                    # While each looks for what fits alone, it must not wait for the others here.
-                    spiked = not apart and _spiked(runtime, engine, task, config, step, sums)
-                engine.backward(loss * math.nan if spiked else loss, last=last)
-            progress.tick()
+        compiles = progress.COMPILE_S if config.compile else 0.0
+        with progress.quick("forward and backward", step + 1, compiles):
+            batches = task.prepare(engine.model, step, batches)
+            prepared = True
+            # DDP and ZeRO average gradients over ranks: the factor undoes it. Nobody else divides.
+            scale = runtime.world / task.denominator(step)
+            sums: dict[str, Tensor] = {}
+            losses: list[Tensor] = []
+            spiked = False
+            for at, batch in enumerate(batches):
+                _seed(runtime.device, config.seed, step, at, runtime.rank)
+                last = at == len(batches) - 1
+                with engine.forward_backward(last and not apart):
+                    result = task.run(engine.model, batch)
+                    if runtime.stage != 3:  # there a forward waits for the weights of the others
+                        busy = time.perf_counter() - began
+                    losses.append(result.loss.detach())
+                    loss = result.loss * scale
+                    add(sums, result.statistics)
+                    if last:
+                        loss = nonfinite.spoiled(loss, losses)
+                        # While each looks for what fits alone, it must not wait for others here.
+                        spiked = not apart and _spiked(runtime, engine, task, config, step, sums)
+                    engine.backward(loss * math.nan if spiked else loss, last=last)
+                progress.tick()
     except RuntimeError as error:
         if not out_of_memory(error):
             raise

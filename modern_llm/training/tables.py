@@ -6,7 +6,6 @@ Called by the stages and by the reference pass that stands alone.
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import UserError
 from modern_llm.data.prepare import Prepared
 from modern_llm.data.tokens import TokenTable
-from modern_llm.distributed import progress
+from modern_llm.distributed import progress, temporary
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.signals import stop_here
 from modern_llm.training.data_change import look_back, settle
@@ -52,11 +51,13 @@ def passing_folder(runtime: Runtime, purpose: str) -> Iterator[Path]:
     """Give a folder for tables that is the same for all processes of a machine, and goes again."""
     token = runtime.from_main(uuid.uuid4().hex if runtime.is_main else None)
     folder = Path(tempfile.gettempdir()) / f"modern-llm-{purpose}-{token}"
+    temporary.remember(folder)
     try:
         yield folder
     finally:
-        if runtime.accelerator.is_local_main_process:
-            shutil.rmtree(folder, ignore_errors=True)
+        # The others may be done while the one that writes into it is not.
+        main = runtime.accelerator.is_local_main_process
+        temporary.remove(folder) if main else temporary.forget(folder)
 
 
 def read_tables(runtime: Runtime, folder: Path, build: Callable[..., Prepared]) -> Prepared:
@@ -70,10 +71,10 @@ def read_tables(runtime: Runtime, folder: Path, build: Callable[..., Prepared]) 
         progress.tick()
         stop_here("while it read the data", main=runtime.is_main)
 
-    progress.enter("reading the data", allowance=progress.LOAD_S)
+    progress.enter("reading the data")
     with runtime.one_per_machine_first():
         prepared = build(folder, check=check)
-    progress.enter("preparing the model", allowance=progress.LOAD_S)
+    progress.enter("preparing the model")
     runtime.agree(prepared.train.digest, "the training data")
     if runtime.is_main:
         for line in prepared.lines():

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping
 
 from modern_llm.config import TrainingConfig
+from modern_llm.distributed import progress
 from modern_llm.distributed.display import Display
 from modern_llm.training.metrics import MetricsLog, status_line
 from modern_llm.training.run_folder import RunFolder
@@ -38,6 +39,7 @@ class Watch:
         self._done = done
 
     def __enter__(self) -> Watch:
+        progress.enter("between steps")
         self._display.__enter__()
         return self
 
@@ -70,9 +72,12 @@ class Watch:
         self._trackers.log(step, dict(more))
 
     def record(self, step: int, record: Mapping[str, float]) -> None:
-        """Write, show and judge what was logged at `step`."""
-        if not self._shown:
-            return
+        """Write, show and judge what was logged at `step`; called on every process."""
+        with progress.phase("logging", step):
+            if self._shown:
+                self._record(step, record)
+
+    def _record(self, step: int, record: Mapping[str, float]) -> None:
         self._metrics.append(record)
         self._trackers.log(step, {k: v for k, v in record.items() if k != "step"})
         if text := status_line(record):

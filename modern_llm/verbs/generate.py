@@ -47,9 +47,8 @@ class GenerateSettings(Settings):
     """Seed of the draws, 0 unless said; needs a temperature above 0."""
     batch_size: Annotated[int, Field(gt=0)] | None = None
     """Prompts that are answered together; 16 unless said."""
-    hang_timeout: Annotated[float, Field(gt=0)] | None = 60.0
-    """Seconds that it may stand without progress before it shows its stacks and ends with
-    status 5; null never ends it."""
+    hang_timeout: Annotated[float, Field(gt=0)] | None = 600.0
+    """Seconds without progress after which it warns and shows its stacks; null watches nothing."""
 
 
 def generate(settings: GenerateSettings) -> dict[str, Any]:

@@ -35,9 +35,9 @@ class PairsSettings(Settings):
     """Dtype of the forward: no, bf16 or fp16."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What a row of broken structure does: error or skip."""
-    hang_timeout: Annotated[float, Field(gt=0)] | None = 60.0
-    """Seconds that it may stand without progress before all processes show their stacks and end
-    with status 5; null never ends it."""
+    hang_timeout: Annotated[float, Field(gt=0)] | None = 600.0
+    """Seconds without progress after which a process that others wait for counts as hung, as
+    train.hang_timeout; one process alone is only warned. null watches nothing."""
 
     def section(self) -> PreferenceDatasetConfig:
         """Return what is read."""

@@ -104,7 +104,7 @@ def run_small(
     from modern_llm.config import TrainingConfig
     from modern_llm.distributed.runtime import start
     from modern_llm.distributed.state import full_parameters
-    from modern_llm.training import checkpoint, loop, outcome, saving
+    from modern_llm.training import checkpoint, data_change, loop, outcome, saving
     from modern_llm.training.run_folder import RunFolder
 
     fields = {"batch_size": 4, "max_steps": STEPS, "save_every": 1, "log_every": 1} | settings
@@ -123,7 +123,7 @@ def run_small(
     saving.Saver._saved = noted
     try:
         with outcome.outcome_recorded(runtime, run):
-            run.standing = runtime.on_main(lambda: checkpoint.find(run.checkpoints))
+            data_change.look_back(runtime, run)
             runtime.on_main(run.open)
             task = Fit(runtime.rank, runtime.world, width, loud)
             engine = loop.train(runtime, Scorer(width), task, config, run, {})

@@ -118,8 +118,8 @@ def test_three_refused_in_a_row_end_the_run_with_3_as_in_the_foreground(
     assert json.loads((tmp_path / "outcome.json").read_text())["status"] == 3
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_save_that_stands_is_named_by_the_watchdog(tmp_path, forks, world):
+def test_a_save_that_hangs_is_named_by_the_watchdog(tmp_path, forks):
+    world = 2
     settings = SETTINGS | {"save_every": 2, "max_steps": 5, "hang_timeout": 2.0}
     fault = "tensors.write.before:0:1:sleep"
     found = start(forks, tmp_path / "run", world, fault, None, "", settings)
@@ -130,4 +130,4 @@ def test_a_save_that_stands_is_named_by_the_watchdog(tmp_path, forks, world):
     assert re.search("(saving beside the training|waiting for the save) of step 2", said), said
     # Training went on for as long as nothing waited for the disk.
     assert [record[0] for record in numbers(tmp_path / "run")] == [1, 2, 3, 4]
-    assert "rank 1" not in said.split("no progress")[0] or world == 1
+    assert "rank 1" not in said.split("no progress")[0]

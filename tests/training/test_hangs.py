@@ -119,19 +119,19 @@ def test_a_stopped_process_is_named_and_ended_and_the_same_command_goes_on(
 
 
 def verb(arguments: list[str], environment: dict[str, str]) -> None:
-    """A verb in a forked process; an answer stands after its second token."""
+    """A verb in a forked process; an answer waits for 10 s after its second token."""
     from modern_llm.models import generate
 
     made = [0]
 
-    def stands(self, ids, scores, **_):
+    def slow(self, ids, scores, **_):
         made[0] += 1
         if made[0] == 3:
-            time.sleep(3600)
+            time.sleep(10)
         self._check()
         return torch.zeros(len(ids), dtype=torch.bool)
 
-    generate._Checked.__call__ = stands
+    generate._Checked.__call__ = slow
     command(arguments, environment)
 
 
@@ -142,7 +142,9 @@ def test_verbs_that_take_long_are_watched_too(forks, tmp_path, tiny_checkpoint):
     fill = ["--sft_checkpoint", str(tiny_checkpoint), "--dpo.max_length", "64"]
     fill += ["--train.run_name", "x", "--train.output_dir", str(tmp_path / "run")]
     fill += ["--data.dataset_name", data, "--train.hang_timeout", "4"]
-    sleeping = {"MODERN_LLM_CACHE": str(tmp_path / "cache")}
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    sleeping = {"MODERN_LLM_CACHE": str(tmp_path / "cache"), "TMPDIR": str(temporary)}
     sleeping["MODERN_LLM_FAULT"] = "collective.begin.before:1:3:sleep"
     jobs = {}
     for name, arguments in {
@@ -150,9 +152,6 @@ def test_verbs_that_take_long_are_watched_too(forks, tmp_path, tiny_checkpoint):
         "reference pass": ["reference", "fill", *fill],
     }.items():
         jobs[name] = forks.start_ranks(verb, 2, arguments, sleeping)
-    prompt = ["--prompt", "the", "--max_new_tokens", "40", *watched]
-    answer = ["generate", "--model", str(tiny_checkpoint), *prompt]
-    jobs["answering"] = [forks.start(verb, answer, {})]
     for phase, of_verb in jobs.items():
         for job in of_verb:
             assert job.wait(90), [job.text[-2000:] for job in of_verb]
@@ -163,6 +162,26 @@ def test_verbs_that_take_long_are_watched_too(forks, tmp_path, tiny_checkpoint):
         assert f"error: rank {rank} (" in line and f"in the phase {phase};" in line, line
         assert texts.count("most recent call first") >= 3, texts
     assert not (tmp_path / "o.jsonl").exists()
+    left = [path.name for path in temporary.iterdir()]
+    assert not [name for name in left if name.startswith("modern-llm-")], left
+    said = "".join(job.text for job in jobs["scoring"])
+    assert "nothing was written: run the same command again" in said
+    said = "".join(job.text for job in jobs["reference pass"])
+    assert "the same command scores only what is missing" in said
+
+
+def test_one_process_alone_is_warned_with_its_stacks_and_never_ended(
+    forks, tmp_path, tiny_checkpoint
+):
+    prompt = ["--prompt", "the", "--max_new_tokens", "8", "--hang_timeout", "2"]
+    job = forks.start(verb, ["generate", "--model", str(tiny_checkpoint), *prompt], {})
+    assert job.wait(90), job.text
+    assert job.status == 0, job.text
+    lines = [line for line in job.text.splitlines() if line.startswith("warning: no progress")]
+    assert lines and "in the phase answering" in lines[-1] and "never ended" in lines[-1], job.text
+    assert "most recent call first" in job.text
+    # Again only when the time has doubled.
+    assert 1 <= len(lines) <= 4, lines
 
 
 def test_a_slow_process_is_named(forks, tmp_path, tiny_checkpoint):

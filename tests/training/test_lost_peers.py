@@ -117,6 +117,8 @@ def test_only_what_a_lost_process_looks_like_becomes_a_peer_error(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     found = as_peer_error(gloo)
     assert isinstance(found, PeerError) and found.__cause__ is gloo
-    assert "same command goes on" in str(found)
+    assert "run the same command again" in str(found)
+    resumes = as_peer_error(gloo, lambda: "the same command resumes from step-00000004")
+    assert "the same command resumes from step-00000004" in str(resumes)
     for other in (RuntimeError("shapes differ"), ValueError("Connection closed by peer")):
         assert as_peer_error(other) is other
