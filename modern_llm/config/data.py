@@ -44,21 +44,25 @@ class DatasetConfig:
     """What every kind of data shares: where it is, what is held out, what happens to bad rows."""
 
     dataset_name: str | None = None
-    """Hub id, or a local .jsonl .json .csv .parquet (documents: .txt) file, or a folder of them."""
+    """Hub id, or a local .jsonl .json .csv .parquet .arrow (documents: .txt) file, or a folder of
+    them (a snapshot of the Hub or the work of `save_to_disk` too)."""
     sources: Annotated[list[MixtureSource], Field(min_length=1)] | None = None
     """Several data sets in one run, in place of `dataset_name`: a list of `dataset_name`, `weight`
     and, where needed, `subset`, `split` and `format`."""
     subset: str | None = None
     """Configuration name of a Hub data set that has several."""
     split: str | None = None
-    """Split to train on ("train" unless said). In a local folder it chooses the files whose name or
-    folder names it (`test.jsonl`, `train-00000.parquet`, `test/a.jsonl`); files that name none
-    belong to train. A single local file has no splits: any but "train" is refused there."""
+    """Split to train on ("train" unless said). In a local folder it chooses files by any word of
+    their name or of their folder's (`hh_test_0.jsonl`, `train-00000-of-00002.parquet`,
+    `test/a.jsonl`); files that name none belong to train, and several splits of one kind
+    (`train_sft`, `train_prefs`) are told apart by their whole name. A single local file has no
+    splits: any but "train" is refused there."""
     eval_split: str | None = None
     """Split to evaluate on, of the same data set, or of `eval_dataset_name` where that is said."""
     eval_dataset_name: str | None = None
     """Another data set (Hub id, file or folder) to evaluate on; of a Hub data set the split
-    `eval_split` ("test" unless said), of a folder all files unless said."""
+    `eval_split` ("test" unless said), of a folder all files unless said; a folder whose files name
+    several splits needs `eval_split`."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the examples (or documents) held out for evaluation, chosen by content, so that they
     stay the same when rows are added."""

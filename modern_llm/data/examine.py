@@ -160,7 +160,7 @@ class _Tally:
         source = part.source
         self._source, self._recipe, self._wanted = source, recipe, examples
         columns = tuple(name for name in recipe.columns if name != STARTS)
-        report = DataReport(source.name)
+        report = DataReport(source.name, notes=list(getattr(source, "notes", ())))
         self._result = Examined(source.name, role, part.weight, report, columns)
         self._whole: list[array] = [array("q") for _ in columns]
         self._kept: list[array] = [array("q") for _ in columns]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from modern_llm.config.errors import DataError
+from modern_llm.config.regular_files import open_regular
 from modern_llm.data.readers import (
     BOM,
     MAX_ROW_BYTES,
@@ -33,7 +34,7 @@ _HEAD = _CHUNK = 2**16
 
 def read_json(path: Path) -> Rows:
     """Yield the objects of an array; a file of JSON lines by the wrong name is read as such."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(_HEAD).removeprefix(BOM).lstrip()
     if head[:1] != b"{":
         yield from _array(path)
@@ -149,7 +150,7 @@ class _Window:
 def _text_chunks(path: Path) -> Iterator[str]:
     """Decode a file piece by piece; invalid UTF-8 raises with its line."""
     line, rest = 1, b""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         data = file.read(_CHUNK).removeprefix(BOM)
         while data or rest:
             whole = rest + data

@@ -241,6 +241,7 @@ class _Build:
         report.examples = gained[name][0]
         if len(sinks) > 1:
             report.evaluation_examples = gained["evaluation"][0]
+        report.notes += getattr(part.source, "notes", ())
         if part.weight != 1:
             report.notes.append(f"{part.source.name}: weight {part.weight:g}")
         return report

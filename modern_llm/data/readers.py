@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from modern_llm.config.errors import DataError
+from modern_llm.config.regular_files import open_regular
 from modern_llm.data.records import Broken
 
 MAX_ROW_BYTES = 32 * 2**20
@@ -226,7 +227,7 @@ def _bad_line(line: bytes, origin: str) -> Broken | None:
 
 def lines_of(path: Path) -> Iterator[tuple[int, bytes | None]]:
     """Number (from 1) and bytes of each line with its ending; None for one that is too long."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         number = 0
         while line := file.readline(MAX_ROW_BYTES + 1):
             number += 1

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modern_llm.config.errors import DataError
+from modern_llm.config.regular_files import open_regular
 from modern_llm.data.arrow_files import read_arrow, read_parquet, rows_of
+from modern_llm.data.folders import COMPRESSED, Found, files_of
 from modern_llm.data.json_arrays import read_json
 from modern_llm.data.readers import Row, Rows, read_csv, read_jsonl, read_text
 from modern_llm.data.records import Broken
@@ -33,29 +35,20 @@ READERS = {
     ".arrow": read_arrow,
 }
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_COMPRESSED = {".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".tgz", ".7z"}
 _MAGIC = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ", b"PK\x03\x04")
-_SPLITS = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "testing": "test",
-    "eval": "eval",
-    "evaluation": "eval",
-    "dev": "dev",
-    "valid": "validation",
-    "val": "validation",
-    "validation": "validation",
-}
 
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """Files in a fixed order; `text_column` names the column of documents read from `.txt`."""
+    """Files in a fixed order; `text_column` names the column of documents read from `.txt`.
+
+    `notes` is what a user should know of files that are not read.
+    """
 
     name: str
     files: tuple[Path, ...]
     text_column: str | None
+    notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Row | Broken]:
         for path in self.files:
@@ -75,7 +68,7 @@ class LocalFiles:
         parts = []
         for path in self.files:
             try:
-                with path.open("rb") as file:
+                with open_regular(path) as file:
                     digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20))
             except OSError as error:
                 raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -152,7 +145,8 @@ def open_source(
         subset: configuration name of a Hub data set.
         text_column: given where documents are read, and only then `.txt` files are.
         evaluation: the data set is there to evaluate on: where no split is said, all files of a
-            folder are taken, and of a Hub data set the split "test".
+            folder are taken (names of several splits are refused), and of a Hub data set the split
+            "test".
         streaming: read a data set of the Hub row by row instead of fetching it first.
 
     Raises:
@@ -164,11 +158,13 @@ def open_source(
         if subset is not None:
             raise DataError(f"{name}: is local and has no subsets: leave out subset {subset!r}")
         if path.is_dir():
-            files = _files_of(path, suffixes, split, evaluation)
+            found = files_of(path, suffixes, split, evaluation)
         else:
-            files = [_one_file(path, suffixes, split)]
-        return LocalFiles(name, tuple(files), text_column)
-    if path.suffix.lower() in {*READERS, ".txt", *_COMPRESSED} or not _HUB_ID.fullmatch(name):
+            found = Found((_one_file(path, suffixes, split),), ())
+        for file in found.files:
+            _refuse_compressed(file)
+        return LocalFiles(name, found.files, text_column, found.notes)
+    if path.suffix.lower() in {*READERS, ".txt", *COMPRESSED} or not _HUB_ID.fullmatch(name):
         raise DataError(f"{name}: no such file or folder: check dataset_name")
     split = split or ("test" if evaluation else "train")
     return _streamed(name, split, subset) if streaming else _from_hub(name, split, subset)
@@ -182,12 +178,11 @@ def _one_file(path: Path, suffixes: list[str], split: str | None) -> Path:
         )
     if path.suffix.lower() not in suffixes:
         raise _unreadable(path, suffixes)
-    _refuse_compressed(path)
     return path
 
 
 def _unreadable(path: Path, suffixes: list[str]) -> DataError:
-    if path.suffix.lower() in _COMPRESSED:
+    if path.suffix.lower() in COMPRESSED:
         return DataError(f"{path}: is compressed: unpack it first")
     kind = path.suffix or "no suffix"
     return DataError(f"{path}: cannot read {kind}: one of {' '.join(suffixes)} belongs here")
@@ -195,50 +190,12 @@ def _unreadable(path: Path, suffixes: list[str]) -> DataError:
 
 def _refuse_compressed(path: Path) -> None:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(8)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     if head.startswith(_MAGIC):
         raise DataError(f"{path}: is compressed, whatever its name: unpack it first")
-
-
-def _files_of(folder: Path, suffixes: list[str], split: str | None, every: bool) -> list[Path]:
-    """The files of a split, sorted by path; hidden files and other types are passed over."""
-    inside = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-    inside = [p for p in inside if not any(s[0] == "." for s in p.relative_to(folder).parts)]
-    for path in inside:
-        # Passing over a packed file would silently train on a part of the data.
-        if path.suffix.lower() in _COMPRESSED:
-            raise _unreadable(path, suffixes)
-    readable = [path for path in inside if path.suffix.lower() in suffixes]
-    if not readable:
-        raise DataError(f"{folder}: holds no file of a type {' '.join(suffixes)}")
-    splits = {path: _split_of(path.relative_to(folder)) for path in readable}
-    wanted = split or "train"
-    files = [p for p in readable if p.stem == wanted or p.stem.startswith(f"{wanted}-")]
-    if every and split is None:
-        files = readable
-    elif wanted in _SPLITS:
-        files = [p for p in readable if splits[p] == _SPLITS[wanted]]
-    if not files:
-        found = sorted(set(splits.values()))
-        raise DataError(
-            f"{folder}: has no file of the split {wanted!r}, only of {found}: "
-            "set the split, or rename the files"
-        )
-    for path in files:
-        _refuse_compressed(path)
-    return files
-
-
-def _split_of(path: Path) -> str:
-    """The split that a file's name or folder says; train where it says none."""
-    words = re.split(r"[-_.]", path.stem.lower())
-    for word in (words[0], words[-1], *(part.lower() for part in reversed(path.parts[:-1]))):
-        if word in _SPLITS:
-            return _SPLITS[word]
-    return "train"
 
 
 def _from_hub(name: str, split: str, subset: str | None) -> HubDataset:

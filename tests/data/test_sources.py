@@ -62,7 +62,8 @@ def test_a_split_of_a_folder_is_told_by_names(tmp_path: Path):
     assert read(tmp_path, split="test") == ["hh_test.jsonl", "test_prefs-0.jsonl"]
     assert read(tmp_path, split="validation") == ["valid/a.jsonl"]
     assert read(tmp_path, split="test_prefs") == ["test_prefs-0.jsonl"]
-    assert len(read(tmp_path, evaluation=True)) == 5
+    with pytest.raises(DataError, match=r"splits \['test', 'train', 'validation'\]: choose one"):
+        open_source(str(tmp_path), evaluation=True)
     with pytest.raises(
         DataError, match=r"no file of the split 'dev', only of \['test', 'train', 'val"
     ):
