@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 from modern_llm.config.errors import UserError, status_of
 from modern_llm.config.files import Settings, read_settings
@@ -105,12 +105,23 @@ def _reported(verb: str, rest: list[str]) -> int:
         return status
 
 
-def leave_together() -> None:
-    """End the process group, if there is one, at the end of a process whose work went well."""
-    if "torch.distributed" in sys.modules and "WORLD_SIZE" in os.environ:
-        from modern_llm.distributed.handshake import leave
+def run() -> NoReturn:
+    """Run the verb that the command line names and end this process with its status."""
+    try:
+        status = main()
+    except Exception:  # a bug of ours: its traceback, as Python would show it
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    leave(status)
 
-        leave()
+
+def leave(status: int) -> NoReturn:
+    """End this process with `status`, and the process groups before it where there are any."""
+    if "torch.distributed" in sys.modules:
+        from modern_llm.distributed import leaving
+
+        leaving.leave(status)
+    sys.exit(status)
 
 
 def _of_many(failure: Exception) -> tuple[BaseException, bool]:
@@ -210,4 +221,4 @@ def _logging(debug: bool) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -49,7 +49,7 @@ def test_the_wheel_is_the_package_with_types_templates_and_licence(built):
     assert tracked("modern_llm") <= names
     assert {"modern_llm/py.typed", "modern_llm/report/templates/report.html"} <= names
     assert f"{info}/licenses/LICENSE" in names
-    assert "modern-llm = modern_llm.cli:main" in entries
+    assert "modern-llm = modern_llm.cli:run" in entries
     presets = tracked("accelerate_configs") | tracked("ds_configs")
     assert {f"modern_llm/presets/{name}" for name in presets} <= names and len(presets) > 10
     others = {name for name in names if not name.startswith(("modern_llm/", info))}

@@ -175,19 +175,13 @@ def _until(condition: Any, seconds: float) -> None:
         pause = min(0.5, pause * 1.5)
 
 
-def leave() -> None:
-    """End the process group together, after what went well.
-
-    A process that only ends takes its connections along, and a peer that is still at work on them
-    is aborted in its transport.
-    """
-    if dist.is_initialized():
-        with around("collective.leave"):
-            dist.barrier()
-            dist.destroy_process_group()
-
-
 _MET: list[dist.Store] = []
+_JOINED: list[int] = []
+
+
+def joined() -> bool:
+    """Whether the default process group is one that `join` started in this process."""
+    return bool(_JOINED) and _JOINED[-1] == id(dist.group.WORLD)
 
 
 def store() -> dist.Store | None:
@@ -249,3 +243,4 @@ def join(backend: str | None, facts: dict[str, Any], timeout: timedelta) -> None
         dist.init_process_group(
             backend=backend, store=store, rank=rank, world_size=world, timeout=timeout
         )
+    _JOINED.append(id(dist.group.WORLD))

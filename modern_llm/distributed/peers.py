@@ -191,6 +191,11 @@ def own_group(name: str) -> dist.ProcessGroup:
     return group
 
 
+def forget_groups() -> None:
+    """Drop the groups that `own_group` keeps, so that they can end."""
+    _groups.clear()
+
+
 def _portable(error: BaseException | None) -> BaseException | None:
     """Return an error that survives pickling: foreign ones may hold what cannot be sent."""
     if error is None:

@@ -30,7 +30,7 @@ from torch import nn
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError, PeerError
-from modern_llm.distributed import deepspeed_config, frozen
+from modern_llm.distributed import deepspeed_config, frozen, leaving
 from modern_llm.distributed.engine import DeepSpeedEngine, Engine
 from modern_llm.distributed.faults import around
 from modern_llm.distributed.handshake import join
@@ -151,6 +151,8 @@ def start(config: TrainingConfig, record: dict[str, Any] | None = None) -> Runti
         if not on_cpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         join("gloo" if on_cpu else "nccl", _facts(record), timedelta(hours=MEETING_H))
+    if dist.is_initialized():
+        leaving.handle_exit()
     before = PartialState._shared_state.get("distributed_type")
     # Stages run one after another in one process, each with a precision and perhaps a sharding of
     # its own; the process group of the first serves all.

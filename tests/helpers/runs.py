@@ -9,7 +9,6 @@ import ctypes
 import hashlib
 import json
 import os
-import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from modern_llm.config import (
 )
 from modern_llm.config.errors import status_of
 from modern_llm.data.tokens import TokenTable
-from modern_llm.distributed import handshake
+from modern_llm.distributed import handshake, leaving
 from modern_llm.distributed.commit import verified_manifest
 from modern_llm.distributed.signals import StopRequest
 from modern_llm.reference.store import ReferenceStore
@@ -47,10 +46,7 @@ def command(arguments: list[str], environment: dict[str, str], trick: str = "") 
     kind, _, value = trick.partition(":")
     if kind and os.environ.get("RANK", "0") == "1":
         _play(kind, value)
-    status = cli.main(arguments)
-    if status == 0:
-        cli.leave_together()
-    sys.exit(status)
+    cli.leave(cli.main(arguments))
 
 
 def _play(kind: str, value: str) -> None:
@@ -126,7 +122,7 @@ def pipeline(inputs: Inputs, folder: Path) -> None:
         status = 0
         try:
             _three_stages(inputs, folder)
-            handshake.leave()
+            leaving.leave(status)
         except Exception as error:
             traceback.print_exc()
             status = status_of(error)
