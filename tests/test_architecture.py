@@ -44,8 +44,9 @@ TABLE = {
     "models": row("config", "torch transformers peft safetensors huggingface_hub"),
     # A table of a million pairs is made without torch; only the tensors of one batch need it.
     # distributed.commit and faults: how anything gets its name; they import the errors alone.
+    # distributed.digests: what is known of files, which data and weights share.
     "data": row(
-        "config distributed.commit distributed.faults",
+        "config distributed.commit distributed.digests distributed.faults",
         # huggingface_hub: the commit that a streamed data set is read at.
         "numpy datasets tokenizers pyarrow huggingface_hub",
         only_in={"torch": frozenset({"data.batches"})},

@@ -8,7 +8,6 @@ by `prepare`.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from modern_llm.data.folders import COMPRESSED, Found, files_of
 from modern_llm.data.json_arrays import read_json
 from modern_llm.data.readers import Row, Rows, read_csv, read_jsonl, read_text
 from modern_llm.data.records import Broken
+from modern_llm.distributed.digests import file_digests
 
 if TYPE_CHECKING:
     import datasets
@@ -65,15 +65,13 @@ class LocalFiles:
     @cached_property
     def identity(self) -> list[str]:
         """Path and digest of the bytes of every file."""
-        parts = []
-        for path in self.files:
-            try:
-                with open_regular(path) as file:
-                    digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20))
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-            parts.append(f"{path} {digest.hexdigest()}")
-        return parts
+        try:
+            digests = file_digests(self.files)
+        except OSError as error:
+            raise DataError(
+                f"{error.filename}: cannot be read: {error.strerror or error}"
+            ) from error
+        return [f"{path} {digest}" for path, digest in zip(self.files, digests, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Who is there, and do all bring the same things: said through a store before any collective.
 
 A collective among processes that do not fit together hangs or computes nonsense. So every process
-first leaves a note (where it runs, versions, digests) in the rendezvous store, reads all notes
-within `MEET_SECONDS`, and says in one line who is missing or differs. The same meeting of nodes,
-before a launcher starts, is `python -m modern_llm.distributed.meet_nodes`. Called by
-`runtime.start`.
+first leaves a note (where it runs, versions, configuration) in the rendezvous store and counts
+itself; rank 0 reads the notes when all have come, or after `MEET_SECONDS`, and leaves its verdict
+for the others: who is missing or differs, in one line. A process makes a few requests, however many
+there are. The same meeting of nodes, before a launcher starts, is `python -m
+modern_llm.distributed.meet_nodes`. Called by `runtime.start`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import platform
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -78,11 +79,14 @@ def meet(
     word: str = "rank",
     seconds: float = MEET_SECONDS,
 ) -> list[dict[str, Any]]:
-    """Leave `facts`, wait for everybody's, and return them in order of rank.
+    """Leave `facts` and wait until all have left theirs and rank 0 has compared them.
 
     Args:
         word: what a member is called in messages: "rank" or "node".
         facts: plain values under short names; `host` and `node` are added.
+
+    Returns:
+        What every node left, in order; nothing for ranks, of which there may be thousands.
 
     Raises:
         PeerError: some did not come, two claim one place, or their facts differ; names them.
@@ -92,8 +96,7 @@ def meet(
             f"{word} {rank} of {world}: must be 0 to {world - 1}; check machine_rank and "
             "the number of machines on this node"
         )
-    node = str(rank) if word == "node" else _node()
-    mine = {"host": socket.gethostname(), "node": node, "pid": os.getpid(), **facts}
+    mine = whereabouts() | ({"node": str(rank)} if word == "node" else {}) | facts
     note = json.dumps(mine, sort_keys=True)
     seen = store.compare_set(f"here/{rank}", "", note).decode()
     if seen != note:
@@ -103,27 +106,55 @@ def meet(
             "give each node its own machine_rank"
         )
     try:
-        notes = _wait_for_all(store, world, word, seconds)
+        store.add("count", 1)
+        problem = _compared(store, rank, world, word, seconds)
+        notes = _notes(store, range(world)) if word == "node" and not problem else []
+        store.add("read", 1)
+        # Rank 0 holds the store, as a rule, and would take it along if it ended first. Ranks that
+        # fit together meet again when they connect.
+        if rank == 0 and (problem or word == "node"):
+            _until(lambda: store.add("read", 0) >= world, 2.0 if problem else seconds)
     except dist.DistError as error:
         raise PeerError(
             f"{word} {rank}: the rendezvous went away while waiting for the others "
             f"({' '.join(str(error).split())[:80]}); look at what node 0 says"
         ) from error
-    problems = differences(notes, word)
-    store.add("read", 1)
-    # Rank 0 holds the store, as a rule, and would take it along if it ended first. Ranks that fit
-    # together meet again when they connect.
-    if rank == 0 and (problems or word == "node"):
-        _until(lambda: store.add("read", 0) >= world, 2.0 if problems else seconds)
-    if problems:
-        raise PeerError("; ".join(problems))
+    if problem:
+        raise PeerError(problem)
     return notes
+
+
+def whereabouts() -> dict[str, Any]:
+    """Return where this process runs, for messages to others."""
+    return {"host": socket.gethostname(), "node": _node(), "pid": os.getpid()}
+
+
+def _compared(store: dist.Store, rank: int, world: int, word: str, seconds: float) -> str:
+    """Return what rank 0 found to be wrong, the same everywhere; empty where nothing is."""
+    if rank == 0:
+        complete = _until(lambda: store.add("count", 0) >= world, seconds)
+        if complete:
+            problem = "; ".join(differences(_notes(store, range(world)), word))
+        else:
+            problem = _absence(store, world, word, seconds)
+        store.set("verdict", json.dumps(problem))
+        return problem
+    # Rank 0 may have come later than this one, and waits as long for the others.
+    if not _until(lambda: store.check(["verdict"]), seconds):
+        if store.add("accuser", 1) == 1 and not store.check(["here/0"]):
+            store.compare_set("verdict", "", json.dumps(_absence(store, world, word, seconds)))
+        if not _until(lambda: store.check(["verdict"]), seconds):
+            return (
+                f"{word} 0 of {world} has come and did not answer {word} {rank} within "
+                f"{2 * seconds:.0f} s: look at what it says"
+            )
+    return str(json.loads(store.get("verdict")))
 
 
 def differences(notes: list[dict[str, Any]], word: str) -> list[str]:
     """Return one sentence for each fact that is not the same in all notes, naming who differs."""
     problems = []
-    for name in sorted(set().union(*notes) - {"host", "node", "pid"}):
+    for name in sorted(set().union(*notes) - {"host", "node", "pid", "bytes"}):
         # What a process leaves out, another one of its node has said.
         said = [(rank, note) for rank, note in enumerate(notes) if note.get(name) is not None]
         first, one = said[0]
@@ -149,30 +180,32 @@ def _short(value: Any) -> str:
     return str(value)[:16]
 
 
-def _wait_for_all(store: dist.Store, world: int, word: str, seconds: float) -> list[dict[str, Any]]:
-    def absent() -> list[int]:
-        return [rank for rank in range(world) if not store.check([f"here/{rank}"])]
-
-    _until(lambda: not absent(), seconds)
-    missing = absent()
-    if missing:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if word == "rank" else 1
-        nodes = ", ".join(str(node) for node in sorted({rank // local for rank in missing}))
-        raise PeerError(
-            f"{word} {', '.join(map(str, missing[:8]))} of {world} (node {nodes}) did not come "
-            f"within {seconds:.0f} s: start that node, or check its machine_rank and that it can "
-            "reach node 0"
-        )
-    return [json.loads(store.get(f"here/{rank}").decode()) for rank in range(world)]
+def _notes(store: dist.Store, ranks: Iterable[int]) -> list[dict[str, Any]]:
+    return [json.loads(note) for note in store.multi_get([f"here/{rank}" for rank in ranks])]
 
 
-def _until(condition: Any, seconds: float) -> None:
-    """Ask again and again until `condition()` holds or the time is over."""
+def _absence(store: dist.Store, world: int, word: str, seconds: float) -> str:
+    """Say who did not come; one process alone looks for each."""
+    missing = [rank for rank in range(world) if not store.check([f"here/{rank}"])]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if word == "rank" else 1
+    nodes = ", ".join(str(node) for node in sorted({rank // local for rank in missing}))
+    return (
+        f"{word} {', '.join(map(str, missing[:8]))} of {world} (node {nodes}) did not come "
+        f"within {seconds:.0f} s: start that node, or check its machine_rank and that it can "
+        "reach node 0"
+    )
+
+
+def _until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Ask again and again until `condition()` holds; False where the time is over before."""
     deadline = time.monotonic() + seconds
     pause = 0.01
-    while not condition() and time.monotonic() < deadline:
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
         time.sleep(pause)
         pause = min(0.5, pause * 1.5)
+    return True
 
 
 _MET: list[dist.Store] = []

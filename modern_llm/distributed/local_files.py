@@ -1,4 +1,4 @@
-"""Digests of the local files that a configuration names, to compare them between nodes."""
+"""Digests of the local files that a configuration reads, to compare them between nodes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ from typing import Any
 import yaml
 
 from modern_llm.config.errors import ConfigError
+from modern_llm.distributed.digests import file_digests
 
-# Of a larger file only its size and both ends are read, because nodes meet within a minute; the
-# tokenised data and the reference's weights are compared whole, later.
+# Of a larger file only its size and both ends are compared; the tokenised data and the reference's
+# weights are compared whole, later.
 WHOLE_BYTES = 256 << 20
 END_BYTES = 8 << 20
-# Written by the run, and different on every node that has a disk of its own.
-NOT_READ = frozenset({"output_dir", "output"})
+INPUTS = frozenset(
+    {
+        "dataset_name", "eval_dataset_name", "tokenizer_name", "sft_checkpoint",
+        "pretrain_checkpoint", "reference_checkpoint", "reference_store",
+    }
+)  # fmt: skip
+"""Options that name what a run reads. The value of any other one may look like a path as well, but
+is written by the run, or text."""
 
 
-def digests_of(config: Path) -> dict[str, str]:
-    """Return the digest of a configuration file and of every local file that it names.
+def content_of(config: Path) -> tuple[str, Any]:
+    """Return the digest of a configuration file and its values.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -30,40 +37,75 @@ def digests_of(config: Path) -> dict[str, str]:
         content = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError([f"--config {config}: cannot be read ({error})"]) from error
-    return {config.name: hashlib.sha256(text.encode()).hexdigest(), **named_in(content)}
+    return hashlib.sha256(text.encode()).hexdigest(), content
 
 
 def named_in(values: Any) -> dict[str, str]:
-    """Return the digest of every local file or folder that stands among nested values."""
-    return {name: _digest(Path(name)) for name in sorted(set(_names(values)))}
+    """Return the digest of every local file or folder that an input among nested values names.
+
+    Raises:
+        ConfigError: one cannot be read.
+    """
+    found = {}
+    for name in _inputs(values):
+        try:
+            found[name] = _digest(Path(name))
+        except OSError as error:
+            raise ConfigError(
+                [f"{error.filename or name}: cannot be read ({error.strerror or error})"]
+            ) from error
+    return found
+
+
+def bytes_in(values: Any) -> int:
+    """Return how much `named_in` would read at most."""
+    sizes = (file.stat().st_size for name in _inputs(values) for file in _files(Path(name)))
+    return sum(size if size <= WHOLE_BYTES else 2 * END_BYTES for size in sizes)
+
+
+def _inputs(values: Any) -> list[str]:
+    return sorted({name for name in _names(values) if _is_local(name)})
 
 
 def _names(values: Any) -> Iterator[str]:
     if isinstance(values, dict):
         for key, value in values.items():
-            if key not in NOT_READ:
+            if isinstance(value, str | Path):
+                if key in INPUTS:
+                    yield str(value)
+            else:
                 yield from _names(value)
     elif isinstance(values, list | tuple):
         for value in values:
             yield from _names(value)
-    elif isinstance(values, str) and 0 < len(values) < 1024 and "\n" not in values:
-        if Path(values).exists():
-            yield values
+
+
+def _is_local(name: str) -> bool:
+    try:
+        return bool(name) and Path(name).exists()
+    except (OSError, ValueError):  # longer than a file's name may be, or with a null byte
+        return False
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
 
 
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    files = _files(path)
+    sizes = {file: file.stat().st_size for file in files}
+    whole = [file for file in files if sizes[file] <= WHOLE_BYTES]
+    known = dict(zip(whole, file_digests(whole), strict=True))
     for file in files:
-        size = file.stat().st_size
-        # A path of its own may differ between nodes; what stands below a named folder may not.
-        digest.update(f"{file.relative_to(path)}:{size}\n".encode())
-        with file.open("rb") as stream:
-            if size <= WHOLE_BYTES:
-                while block := stream.read(1 << 22):
-                    digest.update(block)
-                continue
-            digest.update(stream.read(END_BYTES))
-            stream.seek(-END_BYTES, 2)
-            digest.update(stream.read(END_BYTES))
+        # A path of its own may differ between nodes; the files below a named folder may not.
+        digest.update(f"{file.relative_to(path)}:{sizes[file]}\n".encode())
+        digest.update(known[file].encode() if file in known else _ends(file))
     return digest.hexdigest()
+
+
+def _ends(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        first = stream.read(END_BYTES)
+        stream.seek(-END_BYTES, 2)
+        return first + stream.read(END_BYTES)

@@ -5,7 +5,8 @@
 
 Launchers wait minutes for a node that is missing, and say little of one that claims another's rank.
 This says it in one line within a minute, and what differs: packages, the configuration file, and
-every local file that it names. Called by the scripts in `launch/`.
+every local input that it names, which are read when all have met. Called by the scripts in
+`launch/`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from modern_llm.config.errors import status_of
 from modern_llm.distributed.handshake import MEET_SECONDS, meet, open_store, versions
-from modern_llm.distributed.local_files import digests_of
+from modern_llm.distributed.local_files import bytes_in, content_of, named_in
+from modern_llm.distributed.progress import SLOWEST_DISK
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,16 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         if asked.nodes == 1:
             open_store("127.0.0.1", asked.main_port, serves=True, seconds=asked.seconds)
             return 0
-        facts: dict[str, Any] = {"versions": versions()}
-        if asked.config is not None:
-            facts["files"] = digests_of(asked.config)
-        store = open_store(
-            asked.main_address,
-            asked.main_port,
-            serves=asked.node_rank == 0,
-            seconds=asked.seconds,
-        )
-        notes = meet(store, asked.node_rank, asked.nodes, facts, word="node", seconds=asked.seconds)
+        notes = _meet(asked)
     except Exception as error:
         if status_of(error) == 1:
             raise
@@ -52,6 +47,28 @@ def main(arguments: list[str] | None = None) -> int:
     hosts = ", ".join(note["host"] for note in notes)
     print(f"{asked.nodes} nodes met: {hosts}", file=sys.stderr, flush=True)
     return 0
+
+
+def _meet(asked: argparse.Namespace) -> list[dict[str, Any]]:
+    facts: dict[str, Any] = {"versions": versions()}
+    values: Any = None
+    if asked.config is not None:
+        digest, values = content_of(asked.config)
+        facts |= {"files": {asked.config.name: digest}, "bytes": bytes_in(values)}
+    store = open_store(
+        asked.main_address, asked.main_port, serves=asked.node_rank == 0, seconds=asked.seconds
+    )
+
+    def meeting(name: str, facts: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
+        place = dist.PrefixStore(name, store)
+        return meet(place, asked.node_rank, asked.nodes, facts, word="node", seconds=seconds)
+
+    notes = meeting("nodes", facts, asked.seconds)
+    if asked.config is not None:
+        longest = max(note["bytes"] for note in notes) / SLOWEST_DISK
+        files = {"files": named_in(values)}
+        return meeting("files", files, asked.seconds + longest)
+    return notes
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ separate runs. Called by the stages; nothing else asks about ranks.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import warnings
@@ -30,10 +32,10 @@ from torch import nn
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError, PeerError
-from modern_llm.distributed import deepspeed_config, frozen, leaving
+from modern_llm.distributed import deepspeed_config, frozen, leaving, progress
 from modern_llm.distributed.engine import DeepSpeedEngine, Engine
 from modern_llm.distributed.faults import around
-from modern_llm.distributed.handshake import join
+from modern_llm.distributed.handshake import differences, join, whereabouts
 from modern_llm.distributed.local_files import named_in
 from modern_llm.distributed.peers import MEETING_H, Peers
 from modern_llm.distributed.progress import waiting
@@ -132,8 +134,8 @@ def start(config: TrainingConfig, record: dict[str, Any] | None = None) -> Runti
     """Start the process group, if there is one, and return this process's part in it.
 
     Args:
-        record: the run's whole configuration. It and the local files that it names must be the
-            same on every process, which is looked at before the first collective.
+        record: the run's whole configuration. It must be the same on every process, which is
+            looked at before the first collective; and so must the local inputs that it names.
 
     Raises:
         ConfigError: a precision or sharding that this machine cannot do, or a DeepSpeed JSON that
@@ -174,32 +176,53 @@ def start(config: TrainingConfig, record: dict[str, Any] | None = None) -> Runti
         if dist.is_initialized()
         else [],
     )
+    if plugin is not None:
+        # Transformers shards what it loads while this stands, and the probe needs whole weights.
+        plugin.dschf = None
+    _check_started(accelerator, announced, deepspeed=deepspeed)
+    runtime = Runtime(accelerator, config)
+    if record is not None and runtime.world > 1:
+        _compare_inputs(runtime, record)
+    return runtime
+
+
+def _check_started(accelerator: Accelerator, announced: int, *, deepspeed: bool) -> None:
+    """Raise `PeerError` where Accelerate started something else than was asked for."""
     if deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise PeerError(
             f"DeepSpeed was asked for, but Accelerate started {accelerator.distributed_type}: a "
             "bug of this combination of versions, please report it"
         )
-    if plugin is not None:
-        # Transformers shards what it loads while this stands, and the probe needs whole weights.
-        plugin.dschf = None
     if accelerator.num_processes != announced:
         raise PeerError(
             f"the launcher announced {announced} processes, the process group has "
             f"{accelerator.num_processes}; start with torchrun --nproc_per_node {announced}"
         )
-    return Runtime(accelerator, config)
 
 
 def _facts(record: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what must agree between processes; one process of a node reads the files."""
+    """Return what must agree between processes before they connect; reads no file."""
     if record is None:
         return {}
     places = {"output_dir", "resume"}  # may differ from node to node
     train = {name: value for name, value in record["train"].items() if name not in places}
-    facts: dict[str, Any] = {"configuration": {**record, "train": train}}
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        facts["files"] = named_in(record)
-    return facts
+    return {"configuration": {**record, "train": train}}
+
+
+def _compare_inputs(runtime: Runtime, record: dict[str, Any]) -> None:
+    """Refuse local inputs that differ between nodes; one process of each node reads them, while
+    the others wait in a collective, however long that takes."""
+    progress.enter("comparing the input files")
+    found: dict[str, str] | None = None
+    with runtime.failing_together():
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            found = named_in(record)
+    mark = None if found is None else json.dumps(found, sort_keys=True)
+    # All processes get one short mark of each node; the digests themselves only where they differ.
+    marks = runtime.gather(mark and hashlib.sha256(mark.encode()).hexdigest())
+    if len({mark for mark in marks if mark is not None}) > 1:
+        notes = runtime.gather(whereabouts() | {"files": found})
+        raise PeerError("; ".join(differences(notes, "rank")))
 
 
 def _own_buffers() -> DistributedDataParallelKwargs:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +22,12 @@ from torch import Tensor
 from modern_llm.config.errors import StorageError
 from modern_llm.distributed import progress
 from modern_llm.distributed.commit import write_file
+from modern_llm.distributed.digests import Identity, identity_of, is_settled, place_of
 
 log = logging.getLogger(__name__)
 
 # Changes with the way in which the digest is made.
 VERSION = 1
-# A file system counts time in steps: within one, a file may change and keep its time. Files younger
-# than this when they were read are read again next time.
-SETTLED_S = 2.0
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -70,7 +67,7 @@ def remembered_digest(
         StorageError: the files changed while they were read.
     """
     before = _identities(files)
-    place = memory / f"{hashlib.sha256(str(before[0][0]).encode()).hexdigest()[:24]}.json"
+    place = place_of(memory, before[0][0])
     known = {"version": VERSION, "files": before, "facts": facts}
     with suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads(place.read_text(encoding="utf-8"))
@@ -84,22 +81,18 @@ def remembered_digest(
         )
     size = sum(entry[1] for entry in before) / 1e9
     log.info("reference: digest of %.2f GB in %.1f s", size, time.perf_counter() - began)
-    youngest = max(max(entry[2], entry[3]) for entry in before)
-    if time.time_ns() - youngest > SETTLED_S * 1e9:
+    if is_settled(before):
         with suppress(StorageError, OSError):
             memory.mkdir(parents=True, exist_ok=True)
             write_file(place, json.dumps(known | {"digest": digest}))
     return digest
 
 
-def _identities(files: list[Path]) -> list[tuple[str, int, int, int, int]]:
-    """Path, size, times of content and of inode (ns), and inode of each file."""
+def _identities(files: list[Path]) -> list[Identity]:
     result = []
     for path in files:
         try:
-            state = os.stat(path)
+            result.append(identity_of(path))
         except OSError as error:
             raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
-        place = str(path.resolve())
-        result.append((place, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino))
     return result

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from modern_llm.config.errors import StorageError
@@ -16,15 +15,6 @@ from modern_llm.reference.layout import FORMAT, Identity
 MANIFEST = "MANIFEST.json"
 ATTEMPTS = 20
 """Looks at a folder that other jobs change meanwhile."""
-
-
-def cache_root() -> Path:
-    """Return the folder of all stores: `MODERN_LLM_CACHE`, or a folder beside the Hub's cache."""
-    named = os.environ.get("MODERN_LLM_CACHE")
-    if named:
-        return Path(named)
-    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    return Path(home).expanduser() / "modern_llm"
 
 
 def stores_in(root: Path) -> list[Path]:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modern_llm.config.errors import StorageError
+from modern_llm.distributed.digests import cache_root
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.load import Checkpoint
 from modern_llm.models.weights import stored_tensors, weight_files
 from modern_llm.reference.digest import remembered_digest
 from modern_llm.reference.keys import scoring_recipe
 from modern_llm.reference.layout import Identity
-from modern_llm.reference.places import cache_root, read_manifest, stores_in
+from modern_llm.reference.places import read_manifest, stores_in
 from modern_llm.reference.store import ReferenceStore
 from modern_llm.training.dpo_config import DPOConfig
 

@@ -24,8 +24,8 @@ class DoctorSettings(Settings):
 
 def doctor(settings: DoctorSettings) -> dict[str, Any]:
     """Make every check, show them, and raise the first problem as the one-line error."""
+    from modern_llm.distributed.digests import cache_root
     from modern_llm.distributed.doctor import as_result, examine_machine, problems_of
-    from modern_llm.reference.places import cache_root
     from modern_llm.report.terminal import show_checks
     from modern_llm.verbs.stages import read_stage
 

@@ -115,7 +115,8 @@ def verify(settings: VerifySettings) -> dict[str, Any]:
 
 def info(settings: InfoSettings) -> dict[str, Any]:
     """Describe one store or all; return the same."""
-    from modern_llm.reference.places import cache_root, stores_in
+    from modern_llm.distributed.digests import cache_root
+    from modern_llm.reference.places import stores_in
     from modern_llm.reference.store import ReferenceStore
 
     folders = [settings.store] if settings.store else stores_in(cache_root())
@@ -132,7 +133,7 @@ def info(settings: InfoSettings) -> dict[str, Any]:
 
 def merge(settings: MergeSettings) -> dict[str, Any]:
     """Join stores; return what the joined one holds."""
-    from modern_llm.reference.places import cache_root
+    from modern_llm.distributed.digests import cache_root
     from modern_llm.reference.store import ReferenceStore
 
     sources = [ReferenceStore.open(folder) for folder in settings.sources]
@@ -168,7 +169,8 @@ def merge(settings: MergeSettings) -> dict[str, Any]:
 
 def prune(settings: PruneSettings) -> dict[str, Any]:
     """Clean one store or all; return what each holds after."""
-    from modern_llm.reference.places import cache_root, stores_in
+    from modern_llm.distributed.digests import cache_root
+    from modern_llm.reference.places import stores_in
     from modern_llm.reference.store import ReferenceStore
     from modern_llm.training.reference_stage import keep_needed
 

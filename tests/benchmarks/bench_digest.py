@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from modern_llm.distributed import digests
 from modern_llm.models.load import Checkpoint
 from modern_llm.models.weights import stored_tensors, weight_files
 from modern_llm.reference import digest
@@ -74,7 +75,7 @@ def main() -> None:
         files = weight_files(checkpoint)
         size = sum(path.stat().st_size for path in files) / 1e9
         memory = Path(place) / "memory"
-        digest.SETTLED_S = 0.0
+        digests.SETTLED_S = 0.0
 
         def once() -> str:
             return digest.digest_of(stored_tensors(checkpoint, files))

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -107,3 +108,90 @@ def test_who_waits_in_vain_for_a_connection_ends_with_one_line():
     assert done.returncode == 5
     (line,) = done.stderr.splitlines()
     assert line.startswith("modern-llm: error: rank 3: the processes have met, but one did not")
+
+
+class CountingStore:
+    """A store in this process that counts the requests of each rank, and the keys in them."""
+
+    def __init__(self, content: dict, lock: threading.Condition):
+        self.content, self.lock = content, lock
+        self.requests = self.keys = 0
+
+    def _count(self, keys: int) -> None:
+        self.requests += 1
+        self.keys += keys
+
+    def compare_set(self, key: str, expected: str, value: str) -> bytes:
+        with self.lock:
+            self._count(1)
+            if self.content.get(key, b"") == expected.encode():
+                self.content[key] = value.encode()
+            return self.content[key]
+
+    def set(self, key: str, value: str) -> None:
+        with self.lock:
+            self._count(1)
+            self.content[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        with self.lock:
+            self._count(1)
+            return self.content[key]
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        with self.lock:
+            self._count(len(keys))
+            return [self.content[key] for key in keys]
+
+    def check(self, keys: list[str]) -> bool:
+        with self.lock:
+            self._count(len(keys))
+            return all(key in self.content for key in keys)
+
+    def add(self, key: str, number: int) -> int:
+        with self.lock:
+            self._count(1)
+            self.content[key] = str(int(self.content.get(key, b"0")) + number).encode()
+            return int(self.content[key])
+
+
+def many(world: int, absent: tuple[int, ...] = (), seconds: float = 60.0, **odd: dict):
+    """Let so many simulated ranks meet; return what each got, and their stores."""
+    content, lock = {}, threading.Condition()
+    ranks = [rank for rank in range(world) if rank not in absent]
+    stores = {rank: CountingStore(content, lock) for rank in ranks}
+
+    def one(rank: int):
+        facts = {"configuration": odd.get(f"rank{rank}", {"seed": 0}), "versions": versions_}
+        try:
+            return meet(stores[rank], rank, world, facts, seconds=seconds)
+        except PeerError as error:
+            return str(error)
+
+    versions_ = versions()
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(one, ranks)), stores
+
+
+def test_512_ranks_meet_with_a_few_requests_each():
+    results, stores = many(512)
+    assert results == [[]] * 512
+    # Besides asking again while others come: at most one request in half a second.
+    fixed = 5
+    polls = [store.requests - fixed for store in stores.values()]
+    assert max(polls) < 150
+    keys = [store.keys for store in stores.values()]
+    assert stores[0].keys < 512 + 150 and max(keys[1:]) < 150
+    assert sum(keys) < 512 * 40  # one look of each at each other would be 262,144
+
+
+def test_of_512_ranks_one_that_differs_or_is_missing_is_named_everywhere():
+    results, stores = many(512, rank300={"seed": 1})
+    assert len(set(results)) == 1 and "rank 300 (node 0" in results[0]
+    assert "another configuration than rank 0: seed 1, not 0" in results[0]
+    assert sum(store.keys for store in stores.values()) < 512 * 40
+    for gone in (7, 0):
+        results, stores = many(512, absent=(gone,), seconds=3.0)
+        assert set(results) == {results[0]}
+        assert results[0].startswith(f"rank {gone} of 512 (node {gone}) did not come within 3 s")
+        assert sum(store.keys for store in stores.values()) < 512 * 40

@@ -9,12 +9,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 
-from modern_llm.distributed.local_files import digests_of, named_in
 from modern_llm.distributed.meet_nodes import main
 from tests.helpers.text import make_checkpoint, make_tokenizer, transcripts, write_jsonl
 from tests.helpers.zero import Case, dpo, numbers
@@ -114,7 +114,9 @@ def port() -> int:
         return probe.getsockname()[1]
 
 
-def meeting(*configs: Path, ranks: tuple[int, ...] = (0, 1), seconds: float = 30) -> list:
+def meeting(
+    *configs: Path, ranks: tuple[int, ...] = (0, 1), seconds: float = 30, folders: Sequence = ()
+) -> list:
     """Let two nodes meet as processes; returns (status, stderr) of each."""
     at = str(port())
     processes = [
@@ -124,9 +126,10 @@ def meeting(*configs: Path, ranks: tuple[int, ...] = (0, 1), seconds: float = 30
                 "--node_rank", str(rank), "--main_address", "127.0.0.1", "--main_port", at,
                 "--seconds", str(seconds), "--config", str(config),
             ],
-            cwd=ROOT, text=True, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            cwd=folder, text=True, stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "MODERN_LLM_CACHE": str(config.parent)},
         )
-        for rank, config in zip(ranks, configs, strict=True)
+        for rank, config, folder in zip(ranks, configs, folders or (ROOT, ROOT), strict=True)
     ]  # fmt: skip
     try:
         errors = [process.communicate(timeout=90)[1] for process in processes]
@@ -163,21 +166,21 @@ def test_a_port_in_use_is_one_line(capsys):
     assert f"port {at} is in use on this machine" in capsys.readouterr().err
 
 
-def test_every_local_file_that_a_configuration_names_is_compared(tmp_path):
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "a.jsonl").write_text("1\n")
-    (tmp_path / "run.yaml").write_text(
-        f"data: {{dataset_name: {data}}}\ntrain: {{output_dir: {tmp_path}, run_name: x}}\n"
-    )
-    before = digests_of(tmp_path / "run.yaml")
-    assert set(before) == {"run.yaml", str(data)}
-    (data / "a.jsonl").write_text("2\n")
-    after = digests_of(tmp_path / "run.yaml")
-    assert after[str(data)] != before[str(data)] and after["run.yaml"] == before["run.yaml"]
-    assert named_in({"a": ["no/such", 3, None, {"b": str(data / "a.jsonl")}]}).keys() == {
-        str(data / "a.jsonl")
-    }
+def test_local_inputs_that_differ_are_named_on_every_node(tmp_path):
+    configs = []
+    for node in ("a", "b"):
+        folder = tmp_path / node
+        folder.mkdir()
+        (folder / "run.yaml").write_text("data: {dataset_name: p.jsonl}\n")
+        (folder / "p.jsonl").write_text("1\n")
+        configs.append(folder / "run.yaml")
+    folders = [config.parent for config in configs]
+    for status, errors in meeting(*configs, folders=folders):
+        assert status == 0 and "2 nodes met" in errors
+    (folders[1] / "p.jsonl").write_text("2\n")
+    for status, errors in meeting(*configs, folders=folders):
+        (line,) = [text for text in errors.splitlines() if "modern-llm: error:" in text]
+        assert status == 5 and "has another files than node 0: p.jsonl" in line
 
 
 @pytest.mark.parametrize("name", ["slurm.sbatch", "torchrun.sh", "two_nodes_local.sh"])

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from modern_llm.config import ModernLLMConfig
 from modern_llm.config.errors import StorageError
+from modern_llm.distributed import digests
 from modern_llm.models import pt_files
 from modern_llm.models.build import build_model
 from modern_llm.models.load import inspect_checkpoint
 from modern_llm.models.weights import stored_tensors, weight_files
-from modern_llm.reference import digest
 from modern_llm.reference.digest import digest_of, remembered_digest
 
 SHAPES = {
@@ -110,7 +110,7 @@ def asked(path, memory, facts="x"):
 
 
 def test_the_same_file_is_not_read_twice(tmp_path, weights, monkeypatch):
-    monkeypatch.setattr(digest, "SETTLED_S", 0.0)
+    monkeypatch.setattr(digests, "SETTLED_S", 0.0)
     first, reads = asked(weights, tmp_path / "memory")
     assert reads == 1
     assert asked(weights, tmp_path / "memory") == (first, 0)
@@ -118,7 +118,7 @@ def test_the_same_file_is_not_read_twice(tmp_path, weights, monkeypatch):
 
 
 def test_other_weights_at_the_same_path_are_read(tmp_path, weights, monkeypatch):
-    monkeypatch.setattr(digest, "SETTLED_S", 0.0)
+    monkeypatch.setattr(digests, "SETTLED_S", 0.0)
     first, _ = asked(weights, tmp_path / "memory")
     state = weights.stat()
     weights.write_bytes(b"other")  # as long, and with the time put back
@@ -144,7 +144,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, weights):
 def test_a_memory_that_is_broken_or_cannot_be_written_costs_a_reading(
     tmp_path, weights, monkeypatch
 ):
-    monkeypatch.setattr(digest, "SETTLED_S", 0.0)
+    monkeypatch.setattr(digests, "SETTLED_S", 0.0)
     memory = tmp_path / "memory"
     first, _ = asked(weights, memory)
     (entry,) = memory.iterdir()

@@ -10,11 +10,11 @@ import pytest
 
 from modern_llm.config.errors import StorageError
 from modern_llm.distributed import commit
+from modern_llm.distributed.digests import cache_root
 from modern_llm.reference import joining, store
 from modern_llm.reference.entries import Entries
 from modern_llm.reference.keys import entry_key
 from modern_llm.reference.layout import Identity
-from modern_llm.reference.places import cache_root
 from modern_llm.reference.store import ReferenceStore
 
 RECIPE = '{"compute": "float32", "scoring": 2}'
