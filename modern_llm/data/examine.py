@@ -117,7 +117,7 @@ class _Noting:
 
     def __init__(self, source: Source, recipe: Recipe):
         self._source = source
-        self._record_of = RecordReader(recipe.formats, recipe.name, framed=recipe.framed)
+        self._record_of = RecordReader(recipe.formats, recipe.name, recipe.mode)
         self.format: Format | None = None
         self.found: tuple[str, ...] = ()
         self.ties = 0
@@ -185,20 +185,21 @@ class _Tally:
 
     def _row(self, item: Item, whole: list[Ids], drops: Drops, config: DatasetConfig) -> None:
         try:
-            cells = self._recipe.cells(item, whole)
+            parts = self._recipe.split(item, whole)
+            cells = self._recipe.cells(parts)
         except ContentFault as fault:
             drops.add(Dropped(item.origin, str(fault), str(fault)))
             return
-        columns = self._result.columns
-        ends, fraction = self._recipe.ends, config.eval_fraction
-        appends = getattr(config, "append_end_token", False)
+        columns, whole = self._result.columns, parts.columns
+        closing, fraction = (None, *parts.ends), config.eval_fraction
         for at, name in enumerate(columns):
             self._whole[at].append(len(whole[at]))
             self._kept[at].append(len(cells[at]))
-            ended = len(cells[at]) > 0 and int(cells[at][-1]) in ends
             if len(columns) > 1:
+                ends = {*self._recipe.ends, closing[at]}
+                ended = len(cells[at]) > 0 and int(cells[at][-1]) in ends
                 # An answer of exactly the room there is loses its end token alone.
-                lost = at > 0 and appends and not ended
+                lost = at > 0 and closing[at] is not None and not ended
                 self._cut[name] += lost or len(cells[at]) < len(whole[at])
                 self._unended[name] += at > 0 and not ended
         texts = [_digest(ids) for ids in whole]

@@ -8,26 +8,38 @@ cannot be learnt from. It takes texts as they are. Called by `prepare`.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from modern_llm.data.readers import bad_text
+from modern_llm.data.columns import (
+    Values,
+    answer_of,
+    column,
+    complete,
+    earlier_turns,
+    is_empty,
+    is_trained,
+    messages_in,
+    named,
+    prompt_before,
+    same_turns,
+    system_words,
+    text_in,
+    without_weight,
+)
 from modern_llm.data.records import (
     ContentFault,
-    Conversation,
     Document,
     Instruction,
-    Message,
     PreferencePair,
     Prompt,
+    Response,
     RowFault,
-    Unreadable,
 )
 
-Values = Mapping[str, Any]
 Record = PreferencePair | Instruction | Document
+Mode = Literal["convert", "framed", "talk"]
 
 DOCUMENT = "text"  # name of the one format of documents
 ASSISTANT_TURN = "\n\nAssistant:"
@@ -40,16 +52,6 @@ ALPACA_FRAME_WITH_INPUT = (
     "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-# What a turn may say besides its role and its words; chat templates write them.
-EXTRA = ("tool_calls", "tool_call_id", "name")
-_SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-}
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Format:
     """One way to read rows.
 
     `fits` looks at names and kinds of columns only (a null fits, so that it is reported as a null);
-    `framed` takes the place of `convert` where the user gives no template.
+    `framed` takes the place of `convert` where the user gives no template, `talk` where a chat
+    template writes strings as turns.
     """
 
     name: str
@@ -65,6 +68,11 @@ class Format:
     fits: Callable[[Values], bool]
     convert: Callable[[Values, str], Record]
     framed: Callable[[Values, str], Record] | None = None
+    talk: Callable[[Values, str], Record] | None = None
+
+    def function(self, mode: Mode) -> Callable[[Values, str], Record]:
+        """Return the function that reads rows in a mode."""
+        return {"framed": self.framed, "talk": self.talk, "convert": None}[mode] or self.convert
 
 
 def choose_format(formats: Sequence[Format], name: str, values: Values) -> Format:
@@ -77,132 +85,30 @@ def choose_format(formats: Sequence[Format], name: str, values: Values) -> Forma
         if entry.name == name or (name == "auto" and entry.fits(values)):
             return entry
     wanted = ", ".join(f"{entry.name} ({entry.columns})" for entry in formats)
-    raise RowFault(f"no format for the columns {_named(values)}: known are {wanted}")
-
-
-def _named(values: Values) -> str:
-    """The columns of a row, for a message: what should be names may be a whole line of something
-    else."""
-    found = [column if len(column) <= 40 else f"{column[:40]}..." for column in sorted(values)]
-    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-    return f"{found[:8]}{more}"
-
-
-# Columns
-
-
-def _column(values: Values, name: str) -> Any:
-    if name not in values:
-        raise RowFault(f"column {name!r} is missing; the row has {_named(values)}")
-    if values[name] is None:
-        raise RowFault(f"column {name!r} is null")
-    return values[name]
-
-
-def _text_of(value: Any, place: str) -> str:
-    if not isinstance(value, str):
-        raise RowFault(f"{place} is {_kind(value)}, expected a string")
-    if fault := bad_text(value):
-        raise RowFault(f"{place} holds {fault}")
-    return value
-
-
-def _kind(value: Any) -> str:
-    kinds = {str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    if isinstance(value, Unreadable):
-        return value.reason
-    if isinstance(value, Mapping):
-        return "an object"
-    if isinstance(value, list):
-        return "a list"
-    return "null" if value is None else kinds.get(type(value), type(value).__name__)
-
-
-def _text(values: Values, name: str) -> str:
-    return _text_of(_column(values, name), f"column {name!r}")
-
-
-def _messages(values: Values, name: str) -> list[Message]:
-    """A list of messages, `{"role", "content"}` or, as in ShareGPT, `{"from", "value"}` each."""
-    items = _column(values, name)
-    if not isinstance(items, list):
-        raise RowFault(f"column {name!r} is {_kind(items)}, expected a list of messages")
-    return [_message(item, f"column {name!r}, message {i}") for i, item in enumerate(items)]
-
-
-def _message(item: Any, place: str) -> Message:
-    if not isinstance(item, Mapping):
-        raise RowFault(f"{place} is {_kind(item)}, expected an object")
-    role_key, text_key = ("from", "value") if "from" in item else ("role", "content")
-    for key in (role_key, text_key):
-        if key not in item and not (key == text_key and item.get("tool_calls")):
-            raise RowFault(f"{place} has no {key!r}; it has {sorted(item)}")
-    role = _text_of(item[role_key], f"{place}, {role_key!r}")
-    if role_key == "from":
-        if role not in _SPEAKERS:
-            raise RowFault(f"{place} is from {role!r}, expected one of {sorted(_SPEAKERS)}")
-        role = _SPEAKERS[role]
-    extra = {key: item[key] for key in EXTRA if item.get(key)}
-    text = item.get(text_key)
-    if text is None and "tool_calls" in extra:
-        text = ""  # a turn that only calls
-    return {"role": role, "content": _text_of(text, f"{place}, {text_key!r}"), **extra}
-
-
-def _words(message: Message, place: str) -> str:
-    """The words of a turn that is learnt."""
-    if message.get("tool_calls"):
-        raise RowFault(f"{place} ends with a call of a tool: such turns cannot be trained on")
-    return message["content"]
-
-
-def _with_tools(values: Values, messages: list[Message]) -> list[Message]:
-    """The messages with the tools of the row's column of that name, a list or JSON of one."""
-    tools = values.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools or "null")
-        except ValueError as error:
-            raise RowFault(f"column 'tools' is no JSON: {error}") from error
-    if not tools:
-        return messages
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise RowFault(f"column 'tools' is {_kind(tools)}, expected a list of objects")
-    return Conversation.of(messages, tools)
-
-
-def _answer(values: Values, name: str) -> tuple[list[Message], str]:
-    """What stands before the last message of a column, and the last message, the assistant's."""
-    value = _column(values, name)
-    if isinstance(value, str):
-        return [], _text(values, name)
-    if isinstance(value, Mapping):
-        turns = [_message(value, f"column {name!r}")]
-    else:
-        turns = _messages(values, name)
-    if not turns:
-        raise ContentFault("empty response")
-    role = turns[-1]["role"]
-    if role != "assistant":
-        raise RowFault(f"column {name!r} ends with a turn of the {role!r}, not the assistant")
-    return turns[:-1], _words(turns[-1], f"column {name!r}")
+    raise RowFault(f"no format for the columns {named(values)}: known are {wanted}")
 
 
 # Preferences
 
 
-def _pair(prompt: Prompt, chosen: str, rejected: str, origin: str) -> PreferencePair:
+def _pair(
+    prompt: Prompt,
+    chosen: Response,
+    rejected: Response,
+    origin: str,
+    rejected_prompt: Prompt | None = None,
+) -> PreferencePair:
     # Of white space alone there is nothing to prefer: HH-RLHF has answers of one space.
-    if not chosen.strip() or not rejected.strip():
+    if is_empty(chosen) or is_empty(rejected):
         raise ContentFault("empty response")
     if chosen == rejected:
         raise ContentFault("equal responses")
-    return PreferencePair(prompt, chosen, rejected, origin)
+    return PreferencePair(prompt, chosen, rejected, origin, rejected_prompt)
 
 
 def hh_pair(values: Values, origin: str) -> PreferencePair:
     """Two transcripts, split after the last assistant mark; the answers follow it literally."""
-    chosen, rejected = _text(values, "chosen"), _text(values, "rejected")
+    chosen, rejected = text_in(values, "chosen"), text_in(values, "rejected")
     ends = [side.rfind(ASSISTANT_TURN) + len(ASSISTANT_TURN) for side in (chosen, rejected)]
     if min(ends) < len(ASSISTANT_TURN):
         raise ContentFault("transcript without an assistant turn")
@@ -214,52 +120,44 @@ def hh_pair(values: Values, origin: str) -> PreferencePair:
 
 def shp_pair(values: Values, origin: str) -> PreferencePair:
     """A post and two comments; `labels` 1 says that people preferred comment A, 0 comment B."""
-    label = _column(values, "labels")
+    label = column(values, "labels")
     if isinstance(label, bool) or label not in (0, 1, "0", "1"):  # CSV has strings only
         raise RowFault(f"column 'labels' is {label!r}, expected 1 (A preferred) or 0 (B preferred)")
-    answers = [_text(values, "human_ref_A"), _text(values, "human_ref_B")]
+    answers = [text_in(values, "human_ref_A"), text_in(values, "human_ref_B")]
     chosen, rejected = answers if int(label) else answers[::-1]
-    return _pair(_text(values, "history"), chosen, rejected, origin)
+    return _pair(text_in(values, "history"), chosen, rejected, origin)
 
 
 def string_pair(values: Values, origin: str) -> PreferencePair:
     """`prompt`, `chosen` and `rejected`, literally."""
-    prompt, chosen, rejected = (_text(values, name) for name in ("prompt", "chosen", "rejected"))
+    prompt, chosen, rejected = (text_in(values, name) for name in ("prompt", "chosen", "rejected"))
     return _pair(prompt, chosen, rejected, origin)
+
+
+def string_pair_as_turns(values: Values, origin: str) -> PreferencePair:
+    """The same with the words of a column `system` and with tools, for a chat template."""
+    pair = string_pair(values, origin)
+    return replace(pair, prompt=complete(values, pair.prompt))
 
 
 def message_pair(values: Values, origin: str) -> PreferencePair:
     """Message lists that share all turns but the last; the prompt may have its own column."""
-    lead, chosen = _answer(values, "chosen")
-    other, rejected = _answer(values, "rejected")
-    if lead != other:
+    lead, chosen = answer_of(values, "chosen")
+    other, rejected = answer_of(values, "rejected")
+    if not same_turns(lead, other):
         raise ContentFault("transcripts differ before the last turn")
-    prompt = _with_tools(values, _prompt_before(values, lead))
-    return _pair(prompt, chosen, rejected, origin)
-
-
-def _prompt_before(values: Values, lead: list[Message]) -> list[Message]:
-    """The turns before the answer, from the answer's own list, the column `prompt`, or both."""
-    if values.get("prompt") is None:
-        if not lead:
-            raise RowFault("no turn stands before the answers, and there is no column 'prompt'")
-        return lead
-    if isinstance(values["prompt"], list):
-        prompt = _messages(values, "prompt")
-        if lead and lead[: len(prompt)] != prompt:
-            raise RowFault("'chosen' neither starts with the messages of 'prompt' nor is an answer")
-        return lead or prompt
-    if any(message["role"] == "user" for message in lead):
-        return lead
-    return [*lead, {"role": "user", "content": _text(values, "prompt")}]
+    prompt = complete(values, prompt_before(values, lead))
+    # Messages of the same words may differ in keys that the template writes.
+    second = None if lead == other else complete(values, prompt_before(values, other))
+    return _pair(prompt, chosen, rejected, origin, second)
 
 
 def sharegpt_pair(values: Values, origin: str) -> PreferencePair:
     """`conversations` before the answers, which are one `{"from", "value"}` each."""
-    prompt = _with_tools(values, _messages(values, "conversations"))
+    prompt = complete(values, messages_in(values, "conversations"))
     answers = []
     for name in ("chosen", "rejected"):
-        lead, answer = _answer(values, name)
+        lead, answer = answer_of(values, name)
         if lead:
             raise RowFault(f"column {name!r} has {len(lead) + 1} turns, expected one answer")
         answers.append(answer)
@@ -269,8 +167,8 @@ def sharegpt_pair(values: Values, origin: str) -> PreferencePair:
 # Instructions
 
 
-def _instruction(prompt: Prompt, response: str, origin: str) -> Instruction:
-    if not response.strip():
+def _instruction(prompt: Prompt, response: Response, origin: str) -> Instruction:
+    if is_empty(response):
         raise ContentFault("empty response")
     return Instruction(prompt, response, origin)
 
@@ -279,61 +177,95 @@ def alpaca(values: Values, origin: str) -> Instruction:
     """The instruction and, where there is one, its input after an empty line."""
     instruction, given = _alpaca_fields(values)
     prompt = f"{instruction}\n\n{given}" if given else instruction
-    return _instruction(prompt, _text(values, "output"), origin)
+    return _instruction(prompt, text_in(values, "output"), origin)
+
+
+def alpaca_as_turns(values: Values, origin: str) -> Instruction:
+    """The same after the words of `system` and the earlier turns of `history`, for a chat
+    template."""
+    row = alpaca(values, origin)
+    turns = [
+        {"role": role, "content": text}
+        for pair in earlier_turns(values)
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    prompt = [*turns, {"role": "user", "content": row.prompt}] if turns else row.prompt
+    return replace(row, prompt=complete(values, prompt))
 
 
 def alpaca_framed(values: Values, origin: str) -> Instruction:
-    """The same in the two frames of Stanford Alpaca (Taori et al., 2023)."""
+    """The same in the two frames of Stanford Alpaca (Taori et al., 2023).
+
+    The words of `system` take the place of the frame's first paragraph; earlier turns stand before
+    the instruction, each with its answer.
+    """
     instruction, given = _alpaca_fields(values)
     frame = ALPACA_FRAME_WITH_INPUT if given else ALPACA_FRAME
+    task, _, fields = frame.partition("\n\n")
+    before = "".join(
+        f"### Instruction:\n{asked}\n\n### Response:\n{answer}\n\n"
+        for asked, answer in earlier_turns(values)
+    )
     # One pass: an instruction that holds "{input}" must not be filled in a second time.
-    before, after = frame.split("{instruction}")
-    prompt = before + instruction + after.replace("{input}", given)
-    return _instruction(prompt, _text(values, "output"), origin)
+    head, after = fields.split("{instruction}")
+    head = f"{system_words(values) or task}\n\n{before}{head}"
+    prompt = head + instruction + after.replace("{input}", given)
+    return _instruction(prompt, text_in(values, "output"), origin)
 
 
 def _alpaca_fields(values: Values) -> tuple[str, str]:
-    given = _text(values, "input") if "input" in values else ""
-    return _text(values, "instruction"), given if given.strip() else ""
+    given = text_in(values, "input") if "input" in values else ""
+    return text_in(values, "instruction"), given if given.strip() else ""
 
 
 def message_instruction(values: Values, origin: str) -> Instruction:
-    """The last assistant turn and the turns before it; what follows it is left out."""
+    """The last assistant turn that is trained on and the turns before it; what follows it is left
+    out."""
     if isinstance(values.get("prompt"), list):
-        turns = [*_messages(values, "prompt"), *_messages(values, _response_column(values))]
+        turns = [*messages_in(values, "prompt"), *messages_in(values, _response_column(values))]
     else:
-        turns = _messages(values, "conversations" if "conversations" in values else "messages")
-    last = max((i for i, m in enumerate(turns) if m["role"] == "assistant"), default=None)
-    if last is None:
+        turns = messages_in(values, "conversations" if "conversations" in values else "messages")
+    spoken = [at for at, message in enumerate(turns) if message["role"] == "assistant"]
+    trained = [at for at in spoken if is_trained(turns[at])]
+    if not spoken:
         raise ContentFault("no assistant turn")
-    if last == 0:
+    if not trained:
+        raise ContentFault("no assistant turn with a weight above 0")
+    if trained[-1] == 0:
         raise ContentFault("no turn before the answer")
-    prompt = _with_tools(values, turns[:last])
-    return _instruction(prompt, _words(turns[last], "the conversation"), origin)
+    *prompt, answer = (without_weight(message) for message in turns[: trained[-1] + 1])
+    return _instruction(complete(values, prompt), answer, origin)
 
 
 def string_instruction(values: Values, origin: str) -> Instruction:
     """`prompt` and `response` (or `completion`), literally."""
-    return _instruction(_text(values, "prompt"), _text(values, _response_column(values)), origin)
+    response = text_in(values, _response_column(values))
+    return _instruction(text_in(values, "prompt"), response, origin)
+
+
+def string_instruction_as_turns(values: Values, origin: str) -> Instruction:
+    """The same with the words of a column `system` and with tools, for a chat template."""
+    row = string_instruction(values, origin)
+    return replace(row, prompt=complete(values, row.prompt))
 
 
 def _response_column(values: Values) -> str:
     return "completion" if "completion" in values and "response" not in values else "response"
 
 
-def document(column: str) -> Format:
-    """Return the format of documents in `column`."""
+def document(name: str) -> Format:
+    """Return the format of documents in the column `name`."""
 
     def convert(values: Values, origin: str) -> Document:
-        if column not in values:
-            found = f"column {column!r} is missing; the row has {_named(values)}"
+        if name not in values:
+            found = f"column {name!r} is missing; the row has {named(values)}"
             raise RowFault(f"{found}: name the one that holds the documents as text_column")
-        text = _text(values, column)
+        text = text_in(values, name)
         if not text.strip():
             raise ContentFault("empty document")
         return Document(text, origin)
 
-    return Format(DOCUMENT, column, lambda values: column in values, convert)
+    return Format(DOCUMENT, name, lambda values: name in values, convert)
 
 
 # Tables: a more special format stands before one that would also fit.
@@ -371,6 +303,7 @@ PREFERENCES = (
         "prompt, chosen, rejected",
         _has("prompt", "chosen", "rejected"),
         string_pair,
+        talk=string_pair_as_turns,
     ),
     Format("hh", "chosen and rejected as transcripts", _has("chosen", "rejected"), hh_pair),
 )
@@ -382,6 +315,7 @@ INSTRUCTIONS = (
         _has("instruction", "output"),
         alpaca,
         framed=alpaca_framed,
+        talk=alpaca_as_turns,
     ),
     Format(
         "messages",
@@ -394,5 +328,6 @@ INSTRUCTIONS = (
         "prompt, response or completion",
         lambda v: "prompt" in v and ("response" in v or "completion" in v),
         string_instruction,
+        talk=string_instruction_as_turns,
     ),
 )

@@ -12,7 +12,7 @@ from itertools import islice
 
 from modern_llm.config.data import DatasetConfig, DocumentDatasetConfig
 from modern_llm.config.errors import DataError, UserError
-from modern_llm.data.formats import DOCUMENT, Format, Record, choose_format
+from modern_llm.data.formats import DOCUMENT, Format, Mode, Record, choose_format
 from modern_llm.data.readers import Row
 from modern_llm.data.recipes import Item, Recipe
 from modern_llm.data.records import Broken, ContentFault, Dropped, RowFault
@@ -128,6 +128,10 @@ def read_items(
     report.formats = {reader.format.name: 0} if reader.format else {}
     if recipe.fell_back and reader.saw_chat:
         report.notes.append(FELL_BACK)
+    report.notes += recipe.remarks()
+    if unread := sorted(reader.unread):
+        names = ", ".join(map(repr, unread[:20])) + (", ..." if len(unread) > 20 else "")
+        report.notes.append(f"{report.source}: columns that are not read: {names}")
 
 
 class _RowReader:
@@ -135,8 +139,13 @@ class _RowReader:
 
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
-        self._records = RecordReader(recipe.formats, recipe.name, framed=recipe.framed)
+        self._records = RecordReader(recipe.formats, recipe.name, recipe.mode)
         self.saw_chat = False
+
+    @property
+    def unread(self) -> set[str]:
+        """The columns that no format function asked for."""
+        return self._records.unread
 
     @property
     def format(self) -> Format | None:
@@ -157,15 +166,17 @@ class _RowReader:
 
 
 class RecordReader:
-    """One row to a record; `format` is that of the first row that fits one.
+    """One row to a record; `format` is that of the first row that fits one, `unread` the columns
+    with a value that no format function asked for.
 
     A column that is null is read as an absent one, because Arrow has no absent columns. Where that
     gives no record the row is read with its nulls, so that a fault names them.
     """
 
-    def __init__(self, formats: Sequence[Format], name: str, *, framed: bool = False):
-        self._formats, self._name, self._framed = formats, name, framed
+    def __init__(self, formats: Sequence[Format], name: str, mode: Mode = "convert"):
+        self._formats, self._name, self._mode = formats, name, mode
         self.format: Format | None = None
+        self.unread: set[str] = set()
 
     def __call__(self, row: Row) -> Record:
         first = self.format is None
@@ -185,9 +196,9 @@ class RecordReader:
         values = Columns(row.values, nulls=nulls, literal=self._name == DOCUMENT)
         if self.format is None:
             self.format = choose_format(self._formats, self._name, values)
-        if self._framed and self.format.framed is not None:
-            return self.format.framed(values, row.origin)
-        return self.format.convert(values, row.origin)
+        record = self.format.function(self._mode)(values, row.origin)
+        self.unread |= values.unread()
+        return record
 
 
 def in_batches(items: Iterator[Item]) -> Iterator[list[Item]]:

@@ -42,7 +42,7 @@ from modern_llm.distributed.faults import around
 
 __all__ = ["FELL_BACK", "Prepared", "prepare", "sample_texts"]
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,9 @@ def _texts(record: Any) -> list[str]:
     if isinstance(record, Document):
         return [record.text]
     prompt = record.prompt
-    turns = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    return [*turns, *record.responses]
+    turns = [prompt] if isinstance(prompt, str) else prompt
+    texts = (t if isinstance(t, str) else t.get("content") for t in (*turns, *record.responses))
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _key(
@@ -258,7 +259,7 @@ class _Build:
             for item in batch:
                 mine = [next(ids) for _ in item.texts]
                 try:
-                    yield recipe.cells(item, mine), item.origin
+                    yield recipe.cells(recipe.split(item, mine)), item.origin
                 except ContentFault as fault:
                     drops.add(Dropped(item.origin, str(fault), str(fault)))
 

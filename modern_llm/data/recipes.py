@@ -9,7 +9,7 @@ length.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,16 @@ from modern_llm.config.data import (
     PreferenceDatasetConfig,
 )
 from modern_llm.config.errors import UserError
-from modern_llm.data.formats import DOCUMENT, INSTRUCTIONS, PREFERENCES, Format, Record, document
+from modern_llm.data.boundary import Boundary, Parts
+from modern_llm.data.formats import (
+    DOCUMENT,
+    INSTRUCTIONS,
+    PREFERENCES,
+    Format,
+    Mode,
+    Record,
+    document,
+)
 from modern_llm.data.templates import Template, Tokenizer, end_tokens
 from modern_llm.data.tokenize import Cuts, Encoder, Ids, Truncation, default_limits
 from modern_llm.data.tokens import STARTS, TokenTableWriter
@@ -42,28 +51,33 @@ class Recipe:
 
     Attributes:
         formats, name: the table of formats, and the one that the user named or `auto`.
-        framed: whether formats with a frame of their own use it.
+        mode: which function of a format reads a row: `framed` without a template, `talk` where
+            strings become turns, else `convert`.
         columns: columns of the token table.
         item: record -> its texts.
-        cells: item and the ids of its texts -> the ids of one row, or of one document.
+        split: item and the ids of its texts -> prompt and answers, or a document, untruncated.
+        cells: these -> the ids of one row, or of one document.
         settings: what the result depends on besides the data, the tokenizer and the section.
         row_length: length of the rows that documents are cut into, else None.
         cuts: counts what `cells` takes away.
         fell_back: whether messages are written by the fallback template.
+        remarks: returns what a user should know of the rows since its last call.
         ends: ids that close an answer.
     """
 
     formats: Sequence[Format]
     name: str
-    framed: bool
+    mode: Mode
     columns: tuple[str, ...]
     encoder: Encoder
     item: Callable[[Record], Item]
-    cells: Callable[[Item, Sequence[Ids]], list[Ids]]
+    split: Callable[[Item, Sequence[Ids]], Parts]
+    cells: Callable[[Parts], list[Ids]]
     settings: dict[str, Any]
     row_length: int | None = None
     cuts: Cuts = field(default_factory=Cuts)
     fell_back: bool = False
+    remarks: Callable[[], list[str]] = list
     ends: frozenset[int] = frozenset()
 
 
@@ -93,7 +107,8 @@ def answers_recipe(
     encoder = Encoder(tokenizer)
     template = Template(tokenizer, config.template)
     limits = default_limits(max_length, max_prompt_length, len(encoder.lead))
-    plain_end, chat_end = end_tokens(tokenizer, template)
+    ends = end_tokens(tokenizer, template)
+    plain_end = ends[0]
     if config.append_end_token and plain_end is None:
         raise UserError(
             "the tokenizer has no end token (eos_token) to close answers with: "
@@ -101,31 +116,34 @@ def answers_recipe(
         )
     cuts = Cuts()
     plain = Truncation(limits, plain_end, config.append_end_token, cuts)
-    chat = replace(plain, end=chat_end)
+    boundary = Boundary(encoder, tokenizer, ends, config.append_end_token)
 
     def item(record: Record) -> Item:
-        text, written = template.render(record.prompt)
-        return Item((text, *record.responses), record.origin, written)
+        written = template.compose(record)
+        return Item(boundary.texts(written), record.origin, written.chat)
 
-    def cells(item: Item, ids: Sequence[Ids]) -> list[Ids]:
-        # A chat template writes the leading special tokens of its own model, or none on purpose.
-        prompt = ids[0] if item.chat else encoder.with_lead(ids[0])
-        truncate = chat if item.chat else plain
-        return truncate(prompt, ids[1:], has_lead=encoder.has_lead(prompt))
+    def split(item: Item, ids: Sequence[Ids]) -> Parts:
+        return boundary.split(item.texts, ids, chat=item.chat)
+
+    def cells(parts: Parts) -> list[Ids]:
+        prompt, *answers = parts.columns
+        return plain(prompt, answers, has_lead=encoder.has_lead(prompt), ends=parts.ends)
 
     formats, name = formats_of(config)
     return Recipe(
         formats=formats,
         name=name,
-        framed=config.template is None,
+        mode="framed" if config.template is None else "talk" if template.wraps else "convert",
         columns=columns,
         encoder=encoder,
         item=item,
+        split=split,
         cells=cells,
         settings={"max_length": limits.total, "max_prompt_length": limits.prompt},
         cuts=cuts,
         fell_back=template.fell_back,
-        ends=frozenset({plain_end, chat_end} - {None}),  # type: ignore[arg-type]
+        remarks=template.take_remarks,
+        ends=frozenset(ends) - {None},  # type: ignore[arg-type]
     )
 
 
@@ -150,17 +168,21 @@ def documents_recipe(
     def item(record: Record) -> Item:
         return Item((record.text,), record.origin)
 
-    def cells(_: Item, ids: Sequence[Ids]) -> list[Ids]:
-        return [np.concatenate([encoder.with_lead(ids[0]), end])]
+    def split(_: Item, ids: Sequence[Ids]) -> Parts:
+        return Parts(list(ids))
+
+    def cells(parts: Parts) -> list[Ids]:
+        return [np.concatenate([encoder.with_lead(parts.columns[0]), end])]
 
     formats, name = formats_of(config)
     return Recipe(
         formats=formats,
         name=name,
-        framed=False,
+        mode="convert",
         columns=("text", STARTS),
         encoder=encoder,
         item=item,
+        split=split,
         cells=cells,
         settings={"row_length": row_length},
         row_length=row_length,

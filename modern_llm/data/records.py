@@ -1,7 +1,8 @@
 """What a row becomes before it is tokens: a pair, an instruction, a document, or a dropped row.
 
 Texts are literal: nothing is stripped, joined or trimmed. A prompt is a string or a list of
-messages `{"role": ..., "content": ...}`; a response is always the text of one answer. The two
+messages `{"role": ..., "content": ...}`; a response is a string or one message, with every key that
+a chat template may write (reasoning, tool calls). The two
 faults say what a format function found wrong: `RowFault` is broken structure (an error unless the
 user skips such rows), `ContentFault` is content that cannot be learnt from (dropped and counted).
 `formats` makes these; `tokenize` and `prepare` consume them.
@@ -14,6 +15,7 @@ from typing import Any
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
+Response = str | Message
 
 
 class Conversation(list[Message]):
@@ -30,17 +32,29 @@ class Conversation(list[Message]):
         return conversation
 
 
+def answered(prompt: list[Message], answer: Message) -> list[Message]:
+    """Return the conversation up to and including its answer, with the tools of the prompt."""
+    tools = getattr(prompt, "tools", ())
+    whole = [*prompt, answer]
+    return Conversation.of(whole, list(tools)) if tools else whole
+
+
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """One prompt with the answer that was preferred and the one that was not."""
+    """One prompt with the answer that was preferred and the one that was not.
+
+    `rejected_prompt` is there where the row holds the prompt of the rejected answer with other keys
+    in its messages; both must render to the same text.
+    """
 
     prompt: Prompt
-    chosen: str
-    rejected: str
+    chosen: Response
+    rejected: Response
     origin: str
+    rejected_prompt: Prompt | None = None
 
     @property
-    def responses(self) -> tuple[str, ...]:
+    def responses(self) -> tuple[Response, ...]:
         """(chosen, rejected): the order of the columns of a table of pairs."""
         return (self.chosen, self.rejected)
 
@@ -50,11 +64,11 @@ class Instruction:
     """One prompt with its answer."""
 
     prompt: Prompt
-    response: str
+    response: Response
     origin: str
 
     @property
-    def responses(self) -> tuple[str, ...]:
+    def responses(self) -> tuple[Response, ...]:
         """(response,): the order of the columns of a table of instructions."""
         return (self.response,)
 

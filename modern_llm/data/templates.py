@@ -1,4 +1,4 @@
-"""From a prompt to the one text that is tokenised: literal, framed, or through a chat template.
+"""From a record to the texts that are tokenised: literal, framed, or through a chat template.
 
 Strings are used as they are unless the user gives a template; message lists always go through a
 chat template: the user's, the tokenizer's or, for a tokenizer without one,
@@ -10,10 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any
 
 from modern_llm.config.errors import DataError
-from modern_llm.data.records import Message, Prompt, RowFault
+from modern_llm.data.message_keys import WrittenKeys, arguments_of, with_text_arguments
+from modern_llm.data.records import (
+    ContentFault,
+    Instruction,
+    Message,
+    PreferencePair,
+    Prompt,
+    Response,
+    RowFault,
+    answered,
+)
+from modern_llm.data.vocabulary import Tokenizer, leading_specials, special_ids
 
 # Zephyr's turns in plain words: no token that a base model lacks, no space before the answer.
 FALLBACK_CHAT_TEMPLATE = (
@@ -22,33 +36,21 @@ FALLBACK_CHAT_TEMPLATE = (
 )
 
 
-class Tokenizer(Protocol):
-    """What is used of a `transformers` tokenizer, so that this package part does not import it."""
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One record as the texts that are tokenised.
 
-    is_fast: bool
-    eos_token_id: int | None
-    eos_token: str | None
-    chat_template: Any
-    all_special_ids: list[int]
-    split_special_tokens: bool
-    added_tokens_decoder: dict[int, Any]
-    backend_tokenizer: Any
+    `head` is the prompt. With `chat` each of `wholes` is the conversation up to the end of its
+    answer and begins with `head`; without, it is the text of an answer.
+    """
 
-    def __call__(self, text: str | list[str], **options: Any) -> Any:
-        """Return an encoding with `input_ids`."""
-
-    def apply_chat_template(self, conversation: list[Message], **options: Any) -> Any:
-        """Return the text of a conversation."""
-
-    def decode(self, token_ids: list[int], **options: Any) -> str:
-        """Return the text of ids."""
-
-    def get_vocab(self) -> dict[str, int]:
-        """Return token -> id."""
+    head: str
+    wholes: tuple[str, ...]
+    chat: bool
 
 
 class Template:
-    """How prompts become text.
+    """How prompts and answers become text.
 
     Args:
         tokenizer: gives the chat template where `template` does not.
@@ -60,11 +62,15 @@ class Template:
         self.frame = template if template is not None and _is_frame(template) else None
         self.wraps = template is not None and self.frame is None
         self.chat = chat_template_of(tokenizer, template)
+        self._openings: set[str] = set()
+        source = str(self.chat or tokenizer.chat_template)
+        self._keys = WrittenKeys(source, lambda talk: self.turns(talk, open_answer=False))
+        self._end, self._footer = self._probe_footer()
 
     @property
     def fell_back(self) -> bool:
         """Whether message lists are written by `FALLBACK_CHAT_TEMPLATE`."""
-        return self.chat == FALLBACK_CHAT_TEMPLATE
+        return self.chat is not None and self.chat.endswith(FALLBACK_CHAT_TEMPLATE)
 
     def describe(self) -> str:
         """Return in a few words how prompts are written, with a digest of the template."""
@@ -91,43 +97,183 @@ class Template:
                 return before + prompt + after, False
             if not self.wraps:
                 return prompt, False
-            prompt = [{"role": "user", "content": prompt}]
         elif self.frame is not None:
             raise DataError(
                 f"template {self.frame!r} frames strings, and the prompts here are message "
                 "lists: leave it out, or give a Jinja chat template"
             )
-        return self.turns(prompt, open_answer=True), True
+        return self.turns(_as_messages(prompt), open_answer=True), True
+
+    def compose(self, record: PreferencePair | Instruction) -> Written:
+        """Return the texts of a record: what training tokenises.
+
+        The prompt of a conversation is the rendered prompt, as at inference. Where a template does
+        not write it at the start of the conversation (it opens a thought and then removes it), the
+        longest common part is the prompt.
+
+        Raises:
+            RowFault: the chat template refuses the messages, or does not write the turns before the
+                answer in the same way when the answer follows, or does not write the answer.
+            ContentFault: the answers, or the two prompts of a pair, differ as they should not.
+        """
+        text, chat = self.render(record.prompt)
+        if not chat:
+            return Written(text, tuple(map(_words, record.responses)), False)
+        other = getattr(record, "rejected_prompt", None)
+        if other is not None and self.render(other)[0] != text:
+            raise ContentFault("transcripts differ before the last turn")
+        prompt = _as_messages(record.prompt)
+        answers = [_as_answer(response) for response in record.responses]
+        wholes = [self._closed(answered(prompt, answer)) for answer in answers]
+        head = self._head(text, wholes, prompt)
+        if any(not whole[len(head) :].strip() for whole in wholes):
+            raise RowFault("the chat template writes nothing for the answer")
+        if len(wholes) > 1 and wholes[0] == wholes[1]:
+            raise ContentFault(f"equal responses{self._unwritten(*answers)}")
+        return Written(head, tuple(wholes), True)
+
+    def _closed(self, messages: list[Message]) -> str:
+        """The conversation without the text that the template writes after its end marker."""
+        text = self.turns(messages, open_answer=False)
+        self._keys.see(messages, text)
+        ended = self._footer and text.endswith(self._end + self._footer)
+        return text[: -len(self._footer)] if ended else text
+
+    def _head(self, text: str, wholes: Sequence[str], prompt: list[Message]) -> str:
+        """The part of the rendered prompt with which every conversation begins."""
+        if all(whole.startswith(text) for whole in wholes):
+            return text
+        head = commonprefix([text, *wholes])
+        closed = self.turns(prompt, open_answer=False).rstrip()
+        words = prompt[-1].get("content")
+        words = words.strip() if isinstance(words, str) else ""
+        at = text.rfind(words, 0, len(closed)) if words else -1
+        last = at + len(words) if at >= 0 else len(closed)
+        if not head.startswith(closed) and len(head) < last:
+            at = len(head)
+            raise RowFault(
+                "the chat template writes the turns before the answer in another way when the "
+                f"answer follows (from character {at + 1} on {text[at : at + 20]!r} and "
+                f"{wholes[0][at : at + 20]!r}), so that no prompt can be told from the answer: "
+                "give another template"
+            )
+        opened = text[len(head) :]
+        if opened.strip():
+            self._openings.add(opened[:40])
+        return head
+
+    def _unwritten(self, first: Message, second: Message) -> str:
+        """Why two different answers have one text, for a message."""
+        keys = sorted(k for k in first.keys() | second.keys() if first.get(k) != second.get(k))
+        keys = [key for key in keys if key != "content"]
+        return f" (the chat template does not write {', '.join(keys)})" if keys else ""
 
     def turns(self, messages: list[Message], *, open_answer: bool) -> str:
         """Return the text of messages; `open_answer` adds the head of the assistant's next turn."""
-        tools = list(getattr(messages, "tools", ()))
-        written = str(self.chat or self._tokenizer.chat_template)
+        self._refuse_tools(messages)
+        try:
+            text = self._apply(messages, open_answer)
+            # A template that joins the arguments of a call to its text wants them as text.
+            if not any(str(arguments) in text for arguments in arguments_of(messages)):
+                return text
+        except Exception as error:  # a template may raise what it likes
+            if not arguments_of(messages):
+                raise _refusal(error) from error
+        try:
+            return self._apply(with_text_arguments(messages), open_answer)
+        except Exception as error:
+            raise _refusal(error) from error
+
+    def _apply(self, messages: list[Message], open_answer: bool) -> str:
+        """Render a conversation: the only call of the renderer."""
+        return self._tokenizer.apply_chat_template(
+            list(messages),
+            tools=list(getattr(messages, "tools", ())) or None,
+            chat_template=self.chat,
+            tokenize=False,
+            add_generation_prompt=open_answer,
+        )
+
+    def _refuse_tools(self, messages: list[Message]) -> None:
+        """Refuse tools and calls that the template does not write."""
         calls = any(message.get("tool_calls") for message in messages)
-        for name, there in (("tools", bool(tools)), ("tool_calls", calls)):
-            if there and name not in written:
+        for name, there in (("tools", bool(getattr(messages, "tools", ()))), ("tool_calls", calls)):
+            if there and not self._keys.mentions(name):
                 raise RowFault(
                     f"the row has {name} and the chat template does not write them: "
                     "give a template that does, or leave them out"
                 )
-        try:
-            return self._tokenizer.apply_chat_template(
-                messages,
-                tools=tools or None,
-                chat_template=self.chat,
-                tokenize=False,
-                add_generation_prompt=open_answer,
-            )
-        except Exception as error:  # a template may raise what it likes
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise RowFault(f"the chat template refuses the messages: {reason}") from error
+
+    def _probe_footer(self) -> tuple[str, str]:
+        """The end marker of a last answer, and the text that the template writes after it."""
+        tail, end = _tail_and_end(self._tokenizer, self, _ANSWER)
+        if end is None:
+            return "", ""
+        mark = self._tokenizer.convert_ids_to_tokens(end)
+        return mark, tail.partition(mark)[2]
+
+    def take_remarks(self) -> list[str]:
+        """Return what a user should know of the rows written since the last call, a line each."""
+        lines = [
+            f"the chat template does not write the key {key!r} of messages: it is not trained on"
+            for key in self._keys.take_unwritten()
+        ]
+        lines += [
+            f"the chat template opens an answer with {opened!r} and does not write that where the "
+            "answer follows: such rows are trained without it"
+            for opened in sorted(self._openings)
+        ]
+        self._openings.clear()
+        return lines
+
+
+def _as_messages(prompt: Prompt) -> list[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _as_answer(response: Response) -> Message:
+    if isinstance(response, str):
+        return {"role": "assistant", "content": response}
+    return response
+
+
+def _words(response: Response) -> str:
+    assert isinstance(response, str), "messages are answered by messages"
+    return response
+
+
+def _refusal(error: Exception) -> RowFault:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return RowFault(f"the chat template refuses the messages: {reason}")
 
 
 def chat_template_of(tokenizer: Tokenizer, template: str | None) -> str | None:
-    """Return the user's chat template, None for the tokenizer's own, or the fallback."""
+    """Return the user's chat template, None for the tokenizer's own, or the fallback.
+
+    A template that is not the model's own begins with the leading special tokens of the tokenizer
+    (a BOS), unless it writes them itself: the model saw them at the start of every text.
+    """
+    own = tokenizer.chat_template
     if template is not None and "{%" in template:
+        return None if template == own else _with_lead(tokenizer, template)
+    return None if own else _with_lead(tokenizer, FALLBACK_CHAT_TEMPLATE)
+
+
+def _with_lead(tokenizer: Tokenizer, template: str) -> str:
+    lead = leading_specials(tokenizer)
+    if not lead:
         return template
-    return None if tokenizer.chat_template else FALLBACK_CHAT_TEMPLATE
+    text = "".join(tokenizer.convert_ids_to_tokens(lead))
+    try:
+        written = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "QUESTION"}], chat_template=template, tokenize=False
+        )
+    except Exception:  # what it refuses is shown by the rows
+        written = ""
+    if written.startswith(text):
+        return template
+    name = "bos_token" if text == tokenizer.bos_token else json.dumps(text)
+    return "{{ " + name + " }}" + template
 
 
 def _digest(template: Any) -> str:
@@ -140,23 +286,52 @@ def _is_frame(template: str) -> bool:
     return template != "chat" and "{%" not in template
 
 
-def end_tokens(tokenizer: Tokenizer, template: Template) -> tuple[int | None, int | None]:
-    """Return the ids that end an answer: after a plain prompt, and after one of a chat template.
+def end_tokens(tokenizer: Tokenizer, template: Template) -> tuple[int | None, ...]:
+    """Return the ids that end an answer: after a plain prompt, after one of a chat template, and
+    after a call of a tool where that is another.
 
     The second is the first special token that the template writes after an assistant's words: some
     models end a turn with another token than a document (`<end_of_turn>`, not `<eos>`).
     """
     plain = tokenizer.eos_token_id
-    mark = "ANSWER"
-    talk = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": mark}]
+    _, end = _tail_and_end(tokenizer, template, _ANSWER)
+    ends = [plain, plain if end is None else end]
+    _, called = _tail_and_end(tokenizer, template, _CALL)
+    return tuple(ends if called is None or called in ends else [*ends, called])
+
+
+_MARK = "ANSWER"
+_ANSWER: Message = {"role": "assistant", "content": _MARK}
+_CALL: Message = {
+    "role": "assistant",
+    "tool_calls": [
+        {
+            "type": "function",
+            "id": "call00001",
+            "function": {"name": "tool", "arguments": {"name": _MARK}},
+        }
+    ],
+}
+
+
+def _tail_and_end(
+    tokenizer: Tokenizer, template: Template, answer: Message
+) -> tuple[str, int | None]:
+    """The text that the template writes after the words of a last answer, and the token in it that
+    ends the answer: the first special one, else the first added one."""
     try:
-        text = template.turns(talk, open_answer=False)
+        text = template.turns([{"role": "user", "content": "QUESTION"}, answer], open_answer=False)
     except RowFault:
-        return plain, plain
-    _, found, tail = text.rpartition(mark)
+        return "", None
+    _, found, tail = text.rpartition(_MARK)
     if not found:
-        return plain, plain
-    special = {*tokenizer.all_special_ids}
-    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        return "", None
     ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
-    return plain, next((i for i in ids if i in special), plain)
+    special, added = special_ids(tokenizer), tokenizer.added_tokens_decoder
+    # Of a call an added token may be the close of the call itself (`</tool_call>`).
+    for kind in (special, added) if answer is _ANSWER else (special,):
+        for token in ids:
+            # Tokens of single bytes may be special too: only one that is written as itself ends.
+            if token in kind and tokenizer.convert_ids_to_tokens(token) in tail:
+                return tail, token
+    return tail, None

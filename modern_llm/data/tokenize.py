@@ -1,9 +1,8 @@
 """From texts to token ids: batched encoding, leading special tokens, end token, truncation.
 
-Prompt and answer are tokenised apart and joined as ids, so that no token spans the boundary and
-both answers of a pair see the same prompt. A prompt gets the special tokens that the tokenizer
-itself puts in front (usually none, or one that begins a text); an answer gets none but its end
-token. Called by `prepare`; `check_tokenizers_agree` by the stages.
+A prompt gets the special tokens that the tokenizer itself puts in front (usually none, or one that
+begins a text); an answer gets none but its end token. Where the prompt ends and the answer begins
+is found by `boundary`. Called by `recipes`; `check_tokenizers_agree` by the stages.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from modern_llm.config.errors import UserError
 from modern_llm.data.records import ContentFault
-from modern_llm.data.templates import Tokenizer
+from modern_llm.data.vocabulary import Tokenizer, leading_specials
 
 Ids = NDArray[np.int32]
 
@@ -36,7 +35,7 @@ class Encoder:
             slow = self(probe)
             self._fast = True
             self._fast = all(map(np.array_equal, self(probe), slow))
-        self.lead = self._leading_specials()
+        self.lead = np.array(leading_specials(tokenizer), dtype=np.int32)
 
     def __call__(self, texts: Sequence[str]) -> list[Ids]:
         """Return one int32 array of ids for each text."""
@@ -52,15 +51,6 @@ class Encoder:
             return []
         found = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [np.array(ids, dtype=np.int32) for ids in found]
-
-    def _leading_specials(self) -> Ids:
-        """What the tokenizer puts before a text (and not what it puts after)."""
-        bare = self._tokenizer("a", add_special_tokens=False)["input_ids"]
-        full = self._tokenizer("a", add_special_tokens=True)["input_ids"]
-        for at in range(len(full) - len(bare) + 1):
-            if bare and full[at : at + len(bare)] == bare:
-                return np.array(full[:at], dtype=np.int32)
-        return np.zeros(0, dtype=np.int32)
 
     def with_lead(self, ids: Ids) -> Ids:
         """Return `ids` after the leading special tokens, unless they are there already."""
@@ -128,24 +118,38 @@ class Truncation:
     append: bool = True
     cuts: Cuts = field(default_factory=Cuts)
 
-    def __call__(self, prompt: Ids, responses: Sequence[Ids], *, has_lead: bool) -> list[Ids]:
+    def __call__(
+        self,
+        prompt: Ids,
+        responses: Sequence[Ids],
+        *,
+        has_lead: bool,
+        ends: Sequence[int | None] | None = None,
+    ) -> list[Ids]:
         """Return [prompt, response, ...] within the limits.
 
         Args:
             prompt: ids with leading special tokens.
             responses: ids without an end token, or with it.
             has_lead: whether the prompt begins with the leading special tokens.
+            ends: for each response the id that closes it, None for none; by default the end token,
+                where one is to be appended.
 
         Raises:
             ContentFault: a response without a target token, or equal responses.
         """
+        if ends is None:
+            ends = [self.end if self.append else None] * len(responses)
         if any(len(self._without_end(ids)) == 0 for ids in responses):
             raise ContentFault("empty response")
-        whole = [self._with_end(ids) for ids in responses]
+        whole = [self._with_end(ids, end) for ids, end in zip(responses, ends, strict=True)]
         longest = max(map(len, whole))
         kept = self._cut_prompt(prompt, longest, self.limits.lead if has_lead else 0)
         room = self.limits.total - len(kept)
-        cut = [ids if len(ids) <= room else self._without_end(ids[:room]) for ids in whole]
+        cut = [
+            ids if len(ids) <= room else self._without_end(ids[:room], end)
+            for ids, end in zip(whole, ends, strict=True)
+        ]
         # Without a prompt the first token has nothing that predicts it.
         if any(len(ids) < (1 if len(kept) else 2) for ids in cut):
             raise ContentFault("empty response after truncation")
@@ -161,15 +165,16 @@ class Truncation:
             return prompt
         return np.concatenate([prompt[:lead], prompt[lead + body - keep :]])
 
-    def _with_end(self, ids: Ids) -> Ids:
-        if not self.append or (len(ids) and ids[-1] == self.end):
+    def _with_end(self, ids: Ids, end: int | None) -> Ids:
+        if end is None or (len(ids) and ids[-1] == end):
             return ids
-        return np.append(ids, np.int32(self.end))
+        return np.append(ids, np.int32(end))
 
-    def _without_end(self, ids: Ids) -> Ids:
+    def _without_end(self, ids: Ids, end: int | None = None) -> Ids:
         """Without end tokens at its end: a cut answer must not be trained as a finished one."""
+        ends = {self.end, end} - {None}
         size = len(ids)
-        while size and self.end is not None and ids[size - 1] == self.end:
+        while size and int(ids[size - 1]) in ends:
             size -= 1
         return ids[:size]
 

@@ -57,6 +57,11 @@ class Columns(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._raw)
 
+    def unread(self) -> set[str]:
+        """Return the columns with a value that nobody has read."""
+        left = (name for name in self._raw if name not in self._converted)
+        return {name for name in left if not _is_null(self._raw, name)}
+
 
 def _is_null(raw: Mapping[str, Any], name: Any) -> bool:
     # An Arrow row answers without converting the value.

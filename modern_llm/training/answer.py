@@ -194,6 +194,5 @@ def prompt_ids(
         # A chat template writes the leading special tokens of its own model.
         rows.append((ids if chat else encoder.with_lead(ids)).tolist())
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    plain, chat_end = end_tokens(tokenizer, writer)
     # Generation needs something to go on from, an empty prompt too.
-    return [row or [start] for row in rows], (plain, chat_end)
+    return [row or [start] for row in rows], end_tokens(tokenizer, writer)

@@ -24,6 +24,10 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
+def call(arguments):
+    return {"type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
 def convert(kind: str, values: dict, name: str = "auto", framed: bool = False):
     entry = choose_format(TABLES[kind], name, values)
     function = entry.framed if framed else entry.convert
@@ -53,7 +57,9 @@ GOOD = {
             "chosen": [user("q"), assistant("a"), user("p"), assistant(" c")],
             "rejected": [user("q"), assistant("a"), user("p"), assistant("r")],
         },
-        PreferencePair([user("q"), assistant("a"), user("p")], " c", "r", "f:1"),
+        PreferencePair(
+            [user("q"), assistant("a"), user("p")], assistant(" c"), assistant("r"), "f:1"
+        ),
     ),
     "messages, prompt repeated as a string": (
         {
@@ -61,11 +67,11 @@ GOOD = {
             "chosen": [user("q"), assistant("c")],
             "rejected": [user("q"), assistant("r")],
         },
-        PreferencePair([user("q")], "c", "r", "f:1"),
+        PreferencePair([user("q")], assistant("c"), assistant("r"), "f:1"),
     ),
     "messages, prompt as a string only": (
         {"prompt": "q", "chosen": [assistant("c")], "rejected": [assistant("r")]},
-        PreferencePair([user("q")], "c", "r", "f:1"),
+        PreferencePair([user("q")], assistant("c"), assistant("r"), "f:1"),
     ),
     "messages, prompt after a system turn": (
         {
@@ -73,11 +79,13 @@ GOOD = {
             "chosen": [{"role": "system", "content": "s"}, assistant("c")],
             "rejected": [{"role": "system", "content": "s"}, assistant("r")],
         },
-        PreferencePair([{"role": "system", "content": "s"}, user("q")], "c", "r", "f:1"),
+        PreferencePair(
+            [{"role": "system", "content": "s"}, user("q")], assistant("c"), assistant("r"), "f:1"
+        ),
     ),
     "messages, prompt as messages": (
         {"prompt": [user("q")], "chosen": [assistant("c")], "rejected": [assistant("r")]},
-        PreferencePair([user("q")], "c", "r", "f:1"),
+        PreferencePair([user("q")], assistant("c"), assistant("r"), "f:1"),
     ),
     "messages, prompt as messages and in the lists": (
         {
@@ -85,20 +93,26 @@ GOOD = {
             "chosen": [user("q"), assistant("c")],
             "rejected": [user("q"), assistant("r")],
         },
-        PreferencePair([user("q")], "c", "r", "f:1"),
+        PreferencePair([user("q")], assistant("c"), assistant("r"), "f:1"),
     ),
     "messages, answers as strings": (
         {"prompt": [user("q")], "chosen": "c", "rejected": "r"},
-        PreferencePair([user("q")], "c", "r", "f:1"),
+        PreferencePair([user("q")], assistant("c"), assistant("r"), "f:1"),
     ),
-    "messages, with keys that do not matter": (
+    "messages, with keys of their own": (
         {
             "prompt_id": "x",
             "messages": [],
             "chosen": [{**user("q"), "id": 1}, {**assistant("c"), "tool_calls": None}],
             "rejected": [{**user("q"), "id": 2}, assistant("r")],
         },
-        PreferencePair([user("q")], "c", "r", "f:1"),
+        PreferencePair(
+            [{**user("q"), "id": 1}],
+            assistant("c"),
+            assistant("r"),
+            "f:1",
+            rejected_prompt=[{**user("q"), "id": 2}],
+        ),
     ),
     "sharegpt": (
         {
@@ -113,8 +127,8 @@ GOOD = {
         },
         PreferencePair(
             [{"role": "system", "content": "s"}, user("q"), assistant("a"), user("p")],
-            "c ",
-            "r",
+            assistant("c "),
+            assistant("r"),
             "f:1",
         ),
     ),
@@ -125,18 +139,37 @@ GOOD = {
     "alpaca, no input": ({"instruction": "Hi.", "output": "Ho."}, Instruction("Hi.", "Ho.", "f:1")),
     "messages, instruction": (
         {"messages": [user("q"), assistant("a"), user("p"), assistant(" b "), user("left out")]},
-        Instruction([user("q"), assistant("a"), user("p")], " b ", "f:1"),
+        Instruction([user("q"), assistant("a"), user("p")], assistant(" b "), "f:1"),
     ),
     "messages, ShareGPT instruction": (
         {
             "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
             "id": "1",
         },
-        Instruction([user("q")], "a", "f:1"),
+        Instruction([user("q")], assistant("a"), "f:1"),
     ),
     "messages, prompt and completion": (
         {"prompt": [user("q")], "completion": [assistant("a")]},
-        Instruction([user("q")], "a", "f:1"),
+        Instruction([user("q")], assistant("a"), "f:1"),
+    ),
+    "messages, call with arguments as text": (
+        {"messages": [user("q"), {"role": "assistant", "tool_calls": [call('{"a": [1]}')]}]},
+        Instruction([user("q")], {"role": "assistant", "tool_calls": [call({"a": [1]})]}, "f:1"),
+    ),
+    "messages, every key of a message": (
+        {
+            "messages": [
+                {**user("q"), "name": "Ann", "weight": 0},
+                {**assistant("a"), "reasoning": "t", "weight": 1, "train": True, "id": None},
+                {**assistant("not this"), "weight": 0},
+                {**assistant("nor this"), "train": False},
+            ]
+        },
+        Instruction([{**user("q"), "name": "Ann"}], {**assistant("a"), "reasoning": "t"}, "f:1"),
+    ),
+    "messages, system words in a column": (
+        {"system": "s", "messages": [user("q"), assistant("a")]},
+        Instruction([{"role": "system", "content": "s"}, user("q")], assistant("a"), "f:1"),
     ),
     "strings, response": (
         {"prompt": "p ", "response": " r", "completion": "x"},
@@ -218,10 +251,33 @@ BROKEN = {
         {**LISTS, "chosen": [user("q"), {"role": "assistant", "content": [{"text": "c"}]}]},
         "column 'chosen', message 1, 'content' is a list",
     ),
-    "tool call": (
+    "tool calls": (
         "pairs",
-        {**LISTS, "chosen": [user("q"), {**assistant("c"), "tool_calls": [{}]}]},
-        "column 'chosen' ends with a call of a tool",
+        {**LISTS, "chosen": [user("q"), {**assistant("c"), "tool_calls": "f()"}]},
+        "column 'chosen', message 1, 'tool_calls' is a string, expected a list of objects",
+    ),
+    "arguments of a call": (
+        "answers",
+        {"messages": [user("q"), {"role": "assistant", "tool_calls": [call("{a")]}]},
+        "column 'messages', message 1, 'tool_calls': arguments '{a' are no JSON",
+    ),
+    "weight": (
+        "answers",
+        {"messages": [user("q"), {**assistant("a"), "weight": 0.5}]},
+        "a message has weight 0.5: only 0 (not trained on) and 1",
+    ),
+    "two system words": (
+        "answers",
+        {
+            "system": "s",
+            "messages": [{"role": "system", "content": "t"}, user("q"), assistant("a")],
+        },
+        "the column 'system' and the first message say different system words",
+    ),
+    "history": (
+        "answers framed",
+        {**ALPACA, "history": [["q"]]},
+        "column 'history' holds a list, expected pairs",
     ),
     "ends with the user": ("pairs", {**LISTS, "chosen": [user("q")]}, "turn of the 'user'"),
     "no prompt": (
@@ -268,8 +324,9 @@ BROKEN = {
 def test_broken_structure_names_the_column_and_the_type(name: str):
     kind, values, message = BROKEN[name]
     kind, _, named = kind.partition(" ")
+    framed = named == "framed"
     with pytest.raises(RowFault) as caught:
-        convert(kind, values, named or "auto")
+        convert(kind, values, "auto" if framed else named or "auto", framed)
     assert message in str(caught.value)
 
 
@@ -309,6 +366,16 @@ CONTENT = {
     ),
     "empty list": ("pairs", {**LISTS, "chosen": []}, "empty response"),
     "sharegpt equal": ("pairs", {**SHARE, "chosen": SHARE["rejected"]}, "equal responses"),
+    "weight 0": (
+        "answers",
+        {"messages": [user("q"), {**assistant("a"), "weight": 0}]},
+        "no assistant turn with a weight above 0",
+    ),
+    "weight 0 of a pair": (
+        "pairs",
+        {**LISTS, "chosen": [user("q"), {**assistant("c"), "weight": 0}]},
+        "an answer of weight 0",
+    ),
     "no answer": ("answers", {"messages": [user("q")]}, "no assistant turn"),
     "no question": ("answers", {"messages": [assistant("a")]}, "no turn before the answer"),
     "empty output": ("answers", {**ALPACA, "output": " "}, "empty response"),

@@ -52,8 +52,8 @@ def test_message_lists_end_with_the_last_answer(jsonl, tokenizer):
     template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
     rows = [row, {"messages": row["messages"][:2]}]
     assert words(jsonl(rows), tokenizer, template=template) == [
-        ["[a][b][c]", "d<|end|>"],
-        ["[a]", "b<|end|>"],
+        ["[a][b][c]", "[d]<|end|>"],
+        ["[a]", "[b]<|end|>"],
     ]
 
 

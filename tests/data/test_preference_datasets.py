@@ -16,7 +16,10 @@ PLAIN_CHAT = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 CHAT = "{{ bos_token }}" + PLAIN_CHAT
-STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}x"
+STRICT = (
+    PLAIN_CHAT
+    + "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+)
 USER = {"role": "user", "content": " Hi "}
 
 
@@ -84,7 +87,7 @@ def test_templates_for_strings(jsonl, make_tokenizer):
     chat = build(path, tokenizer, template="chat")
     assert words(chat, tokenizer) == [["<|user|>p<|done|><|assistant|>", "c<|done|>", "r<|done|>"]]
     jinja = build(path, tokenizer, template="{% for m in messages %}({{ m.content }}){% endfor %}")
-    assert words(jinja, tokenizer) == [["(p)", "c<|end|>", "r<|end|>"]]
+    assert words(jinja, tokenizer) == [["(p)", "(c)<|end|>", "(r)<|end|>"]]
 
 
 def test_what_a_chat_template_refuses_is_placed(jsonl, make_tokenizer):
@@ -192,10 +195,11 @@ def test_sharegpt_pairs_of_the_sample(shared: Path, tmp_path: Path):
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
     for i, row in enumerate(rows):
         turns = (f"<|{roles[m['from']]}|>{m['value']}<|done|>" for m in row["conversations"])
-        assert tokenizer.decode(prepared.train.ids(i, "prompt")) == (
-            "<|endoftext|>" + "".join(turns) + "<|assistant|>"
-        )
-        answer = tokenizer.decode(prepared.train.ids(i, "rejected"))
-        assert answer == row["rejected"]["value"] + "<|endoftext|>"
+        head = "<|endoftext|>" + "".join(turns) + "<|assistant|>"
+        prompt, rejected = (prepared.train.ids(i, name).tolist() for name in ("prompt", "rejected"))
+        whole = head + row["rejected"]["value"] + "<|done|>" + "<|endoftext|>"
+        assert prompt + rejected == tokenizer(whole)["input_ids"]
+        # A token of the words that begins in the prompt's text is the answer's.
+        assert head.startswith(tokenizer.decode(prompt)) and len(prompt) > len(head) / 8
         line = prepared.train.origin(i).removeprefix(f"{source}:").partition("[")[0]
         assert source.read_text(encoding="utf-8").split("\n")[int(line) - 1] == "{"
