@@ -91,6 +91,10 @@ class TokenTable:
         file = self._meta["files"][self._arrays["origin_files"][row]]
         return file + self._arrays["origins"][start:end].tobytes().decode()
 
+    def stored_row(self, index: int) -> int:
+        """Return the place of a row in the files, which a view of some rows leaves as they are."""
+        return self._row(index)
+
     def _row(self, index: int) -> int:
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of a table of {len(self)} rows")
@@ -128,6 +132,17 @@ class TokenTable:
         columns = [name for name in self.columns if name != STARTS]
         cells = (self.ids(i, name) for i in range(len(self)) for name in columns)
         return max((int(ids.max()) for ids in cells if len(ids)), default=-1)
+
+    def first_with_id(self, least: int) -> tuple[int, int] | None:
+        """Return the first row with a token id of at least `least`, and its largest id."""
+        if self.max_id < least:
+            return None
+        columns = [name for name in self.columns if name != STARTS]
+        for row in range(len(self)):
+            highest = max(int(self.ids(row, name).max(initial=-1)) for name in columns)
+            if highest >= least:
+                return row, highest
+        return None
 
     def select(self, indices: Sequence[int] | NDArray[np.int64]) -> TokenTable:
         """Return a view of the rows at `indices`, in that order."""

@@ -25,6 +25,7 @@ from transformers import (
 
 from modern_llm.config.errors import ConfigError, UserError
 from modern_llm.models.attention import TREE_ATTENTION
+from modern_llm.models.load import check_id
 
 
 def read_prompts(prompt: str | None, file: Path | None) -> list[str | list[dict[str, Any]]]:
@@ -121,7 +122,7 @@ def generate_ids(
     """
     model.eval()
     torch.manual_seed(seed)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = _padding(model, tokenizer, prompts)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
@@ -130,7 +131,7 @@ def generate_ids(
         top_k=0 if temperature > 0 else None,
         repetition_penalty=1.0,
         eos_token_id=end_ids(model, (tokenizer.eos_token_id, *ends)),
-        pad_token_id=pad if pad is not None else 0,
+        pad_token_id=pad,
     )
     answers: list[list[int]] = [[]] * len(prompts)
     last = {*settings.eos_token_id, settings.pad_token_id}
@@ -158,6 +159,18 @@ def generate_ids(
                 row.pop()
             answers[i] = row
     return answers
+
+
+def _padding(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]
+) -> int:
+    """Return the id to fill rows with; refuse prompts with ids that the model has no row for."""
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    for number, row in enumerate(prompts, 1):
+        check_id(max(row), vocabulary, tokenizer, f"prompt {number}")
+    # A padding token may have been added beside the embedding. Padding is masked: any id will do.
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(at for at in known if at is not None and at < vocabulary)
 
 
 class _Checked(StoppingCriteria):

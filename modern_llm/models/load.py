@@ -234,14 +234,32 @@ def _load_tokenizer(place: str) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
-def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, vocabulary: int, where: str) -> None:
-    """Refuse a tokenizer that can make an id outside an embedding of `vocabulary` rows."""
-    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+def outside_note(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> str | None:
+    """Return what to say of a tokenizer with ids outside an embedding of `vocabulary` rows.
+
+    Text models with the tokenizer of a larger family have such ids for images, or for padding.
+    """
+    outside = {at: token for token, at in tokenizer.get_vocab().items() if at >= vocabulary}
+    if not outside:
+        return None
+    return (
+        f"{len(outside)} of the tokenizer's ids are outside the embedding, which has {vocabulary} "
+        f"rows (first: {outside[min(outside)]!r}); a row that holds one is refused"
+    )
+
+
+def check_id(highest: int, vocabulary: int, tokenizer: PreTrainedTokenizerBase, place: str) -> None:
+    """Refuse a token id outside an embedding of `vocabulary` rows.
+
+    Args:
+        highest: the largest id of a row.
+        place: the row, as `file:line`.
+    """
     if highest >= vocabulary:
+        token = tokenizer.convert_ids_to_tokens(highest)
         raise UserError(
-            f"tokenizer {where}: token id {highest} ({token!r}) but embedding has {vocabulary} "
-            "rows; "
-            "use the tokenizer that the model was trained with"
+            f"{place}: token id {highest} ({token!r}) but embedding has {vocabulary} rows; use the "
+            "tokenizer that the model was trained with, or remove such rows"
         )
 
 

@@ -22,7 +22,6 @@ from modern_llm.distributed import progress
 from modern_llm.distributed.signals import stop_here
 from modern_llm.models.generate import generate, generate_ids
 from modern_llm.models.load import (
-    check_tokenizer_fits,
     inspect_checkpoint,
     load_model,
     load_tokenizer,
@@ -82,7 +81,6 @@ class Answerer:
             raise ConfigError([f"tokenizer_name: {place} holds no tokenizer; name one"])
         self.options = options
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(tokenizer_name or place)
-        check_tokenizer_fits(self.tokenizer, checkpoint.vocabulary, tokenizer_name or place)
         self.model: PreTrainedModel = load_model(checkpoint)
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -75,11 +75,15 @@ def name_special_ids(
 ) -> None:
     """Write the tokenizer's special ids into a model's configurations where they have none."""
     generation = model.generation_config
+    vocabulary = model.config.get_text_config().vocab_size
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        own = getattr(tokenizer, name)
+        if own is None or own >= vocabulary:
+            continue  # padding that was added beside the embedding: no model loads with such an id
         if getattr(model.config, name, None) is None:
-            setattr(model.config, name, getattr(tokenizer, name))
+            setattr(model.config, name, own)
         if getattr(generation, name, None) is None:
-            setattr(generation, name, getattr(tokenizer, name))
+            setattr(generation, name, own)
     known = end_ids(model, ends)
     if len(known) > 1:
         generation.eos_token_id = known

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from modern_llm.config.errors import DataError, UserError
 from modern_llm.data.prepare import Prepared
+from modern_llm.data.report import DataReport
 from modern_llm.data.tokens import TokenTable
 from modern_llm.distributed.commit import write_file
 from modern_llm.distributed.runtime import Runtime
@@ -61,14 +63,7 @@ def leave_out(
     origins = {name: _origins(tables[name], rows) for name, rows in found.items() if len(rows)}
     if not origins:
         return
-    own = prepared.evaluation_report
-    for report, names in (
-        (prepared.report, ("train", "evaluation") if own is None else ("train",)),
-        (own, ("evaluation",)),
-    ):
-        bad = sorted({origin for name in names for origin in origins.get(name, [])})
-        if report is None or not bad:
-            continue
+    for report, bad in _by_source(prepared, found):
         content = report.dropped_for_content + len(bad)
         first = "; ".join(bad[:_SHOWN])
         what = (
@@ -122,6 +117,29 @@ def leave_out_of_run(
             "output_dir"
         )
     return tuple(found["train"].tolist()), tuple(found["evaluation"].tolist())
+
+
+def _by_source(
+    prepared: Prepared, found: dict[str, Indices]
+) -> Iterator[tuple[DataReport, list[str]]]:
+    """Yield the report of each source that has rows among the found, and their origins."""
+    own = prepared.evaluation_report
+    parts = prepared.parts or (prepared.report,)
+    bad: list[set[str]] = [set() for _ in (*parts, own)]
+    for name, table, counts in (
+        ("train", prepared.train, [part.examples for part in parts]),
+        ("evaluation", prepared.evaluation, [part.evaluation_examples for part in parts]),
+    ):
+        # The rows of a table stand source by source.
+        ends = np.cumsum(counts)
+        for row in found.get(name, ()):
+            assert table is not None
+            another = name == "evaluation" and own is not None
+            at = -1 if another else np.searchsorted(ends, table.stored_row(int(row)), "right")
+            bad[at].add(table.origin(int(row)))
+    for report, places in zip((*parts, own), bad, strict=True):
+        if report is not None and places:
+            yield report, sorted(places)
 
 
 def _origins(table: TokenTable | None, rows: Indices) -> list[str]:

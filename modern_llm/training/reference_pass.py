@@ -99,6 +99,11 @@ class ReferencePass:
         return self._checkpoint
 
     @property
+    def vocabulary(self) -> int | None:
+        """Rows of the reference's embedding; None where only its values are known."""
+        return None if self._checkpoint is None else self._checkpoint.vocabulary
+
+    @property
     def precision(self) -> str:
         """Precision of the forward, in Accelerate's words."""
         return self._config.precision

@@ -22,7 +22,7 @@ from modern_llm.data.preference_datasets import build_preference_tables
 from modern_llm.data.prepare import Prepared
 from modern_llm.distributed.runtime import Runtime, start
 from modern_llm.distributed.watchdog import Watchdog
-from modern_llm.models.load import Checkpoint, inspect_checkpoint
+from modern_llm.models.load import inspect_checkpoint
 from modern_llm.training import setup, tables
 from modern_llm.training.dpo_config import DPOConfig
 from modern_llm.training.left_out import leave_out
@@ -162,15 +162,9 @@ def _looked_up(
     with watched, tables.passing_folder(runtime, "reference") as folder:
         prepared = tables.read_tables(runtime, folder, build)
         references = ReferencePass(runtime, checkpoint, request.train, request.dpo, part=part)
-        _check_ids(references.checkpoint, prepared)
+        tables.check_ids_fit(prepared, tokenizer, references.vocabulary)
         references.want(training_pairs=prepared.train, evaluation_pairs=prepared.evaluation)
         yield runtime, references, prepared
-
-
-def _check_ids(reference: Checkpoint | None, prepared: Prepared) -> None:
-    for table in (prepared.train, prepared.evaluation):
-        if reference is not None and table is not None:
-            tables.check_ids_fit(table, reference.vocabulary)
 
 
 def _rescore(

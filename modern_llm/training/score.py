@@ -107,6 +107,7 @@ def scored_pairs(
             models = {"policy": policy}
             if reference is not None:
                 models["reference"] = inspect_checkpoint(reference)
+            tables.check_ids_fit(prepared, tokenizer, *(m.vocabulary for m in models.values()))
             yield _scored(runtime, prepared, models, config, data.max_dropped)
 
 
@@ -200,7 +201,6 @@ def _sums(
     runtime: distributed.Runtime, checkpoint: Checkpoint, table: TokenTable, config: TrainingConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums and target counts (P, 2) of every pair under one model."""
-    tables.check_ids_fit(table, checkpoint.vocabulary)
     progress.enter("preparing the model")
     scorer = setup.set_up_frozen(runtime, checkpoint, config)
     module = runtime.freeze(scorer)

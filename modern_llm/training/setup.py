@@ -25,10 +25,10 @@ from modern_llm.distributed.runtime import Runtime, start
 from modern_llm.models.flops import peak_flops
 from modern_llm.models.load import (
     Checkpoint,
-    check_tokenizer_fits,
     load_model,
     load_tokenizer,
     make_scorer,
+    outside_note,
 )
 from modern_llm.models.prepare import compile_layers, disable_dropout, recompute_activations
 from modern_llm.models.scorer import TokenScorer
@@ -137,7 +137,9 @@ def choose_tokenizer(
     tokenizer = load_tokenizer(place)
     log.info("tokenizer: %s (%s)", place, origin)
     if checkpoint is not None:
-        check_tokenizer_fits(tokenizer, checkpoint.vocabulary, place)
+        note = outside_note(tokenizer, checkpoint.vocabulary)
+        if note is not None:
+            log.info("tokenizer: %s", note)
     loaded = [(other, load_tokenizer(other)) for _, other in others if other != place]
     return tokenizer, loaded
 

@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import UserError
 from modern_llm.data.prepare import Prepared
-from modern_llm.data.tokens import TokenTable
 from modern_llm.distributed import progress, temporary
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.signals import stop_here
+from modern_llm.models.load import check_id
 from modern_llm.training.data_change import look_back, settle
 from modern_llm.training.notes import data_notes
 from modern_llm.training.run_folder import RunFolder
@@ -84,10 +86,15 @@ def read_tables(runtime: Runtime, folder: Path, build: Callable[..., Prepared]) 
     return prepared
 
 
-def check_ids_fit(table: TokenTable, vocabulary: int) -> None:
-    """Refuse token ids outside an embedding of `vocabulary` rows."""
-    if table.max_id >= vocabulary:
-        raise UserError(
-            f"token id {table.max_id} but embedding has {vocabulary} rows; use the model's "
-            "tokenizer"
-        )
+def check_ids_fit(
+    prepared: Prepared, tokenizer: PreTrainedTokenizerBase, *vocabularies: int | None
+) -> None:
+    """Refuse rows with token ids outside embeddings of so many rows; None is not checked."""
+    least = min((rows for rows in vocabularies if rows is not None), default=None)
+    for table in (prepared.train, prepared.evaluation):
+        if table is None or least is None:
+            continue
+        found = table.first_with_id(least)
+        if found is not None:
+            row, highest = found
+            check_id(highest, least, tokenizer, table.origin(row))

@@ -76,8 +76,8 @@ def run_dpo(
     with outcome_recorded(runtime, run):
         build = _builder(data, tokenizer, dpo_config)
         prepared = tables.build_tables(runtime, run, build, train_config)
-        tables.check_ids_fit(prepared.train, checkpoint.vocabulary)
         reference = reference_for(runtime, checkpoint, train_config, dpo_config, prepared)
+        tables.check_ids_fit(prepared, tokenizer, checkpoint.vocabulary, reference.vocabulary)
         scorer = lora.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=False)
         task = _task(runtime, run, scorer, dpo_config, data, prepared, reference)
         facts = {"reference": reference.digest}

@@ -8,7 +8,6 @@ from pathlib import Path
 from modern_llm.config import DocumentDatasetConfig, ModernLLMConfig, TrainingConfig
 from modern_llm.data.document_datasets import build_document_tables
 from modern_llm.models.build import build_model
-from modern_llm.models.load import check_tokenizer_fits
 from modern_llm.training import setup, tables
 from modern_llm.training.dry_run import DryRun
 from modern_llm.training.language_task import LanguageTask
@@ -44,7 +43,6 @@ def run_training(
         return run.final
     tokenizer, others = setup.choose_tokenizer(tokenizer_name, None, train_config)
     setup.check_agreement(tokenizer, others, data)
-    check_tokenizer_fits(tokenizer, model_config.vocab_size, str(tokenizer.name_or_path))
     with outcome_recorded(runtime, run):
         prepared = tables.build_tables(
             runtime,
@@ -52,6 +50,7 @@ def run_training(
             partial(build_document_tables, data, tokenizer, row_length=model_config.max_seq_len),
             train_config,
         )
+        tables.check_ids_fit(prepared, tokenizer, model_config.vocab_size)
         model = build_model(model_config, seed=train_config.seed)
         scorer = setup.set_up_scorer(runtime, model, train_config, dropout=True)
         source, evaluation = make_sources(runtime, train_config, prepared, "documents", scorer)

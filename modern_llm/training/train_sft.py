@@ -68,7 +68,7 @@ def run_sft(
             max_prompt_length=data.max_prompt_length,
         )
         prepared = tables.build_tables(runtime, run, build, train_config)
-        tables.check_ids_fit(prepared.train, checkpoint.vocabulary)
+        tables.check_ids_fit(prepared, tokenizer, checkpoint.vocabulary)
         scorer = lora.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=True)
         source, evaluation = make_sources(runtime, train_config, prepared, "answers", scorer)
         task = LanguageTask(source, evaluation, scorer.aux_coefficient)

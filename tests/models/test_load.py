@@ -16,10 +16,11 @@ from modern_llm.config.errors import StorageError, UserError
 from modern_llm.models import pt_files
 from modern_llm.models.build import build_model, to_transformers_config
 from modern_llm.models.load import (
-    check_tokenizer_fits,
+    check_id,
     inspect_checkpoint,
     load_model,
     load_tokenizer,
+    outside_note,
 )
 from tests.helpers.text import make_checkpoint, make_tokenizer
 
@@ -158,11 +159,14 @@ def test_remote_code_is_not_run(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_tokenizer_must_fit_the_embedding(tmp_path):
+def test_ids_outside_the_embedding_are_named(tmp_path):
     tokenizer = load_tokenizer(make_tokenizer(tmp_path / "tokenizer"))
-    check_tokenizer_fits(tokenizer, len(tokenizer), "here")
-    with pytest.raises(UserError, match="token id 299 .* but embedding has 299 rows"):
-        check_tokenizer_fits(tokenizer, 299, "here")
+    assert outside_note(tokenizer, len(tokenizer)) is None
+    note = outside_note(tokenizer, 298)
+    assert note is not None and note.startswith("2 of the tokenizer's ids are outside")
+    check_id(299, 300, tokenizer, "a.jsonl:3")
+    with pytest.raises(UserError, match=r"a.jsonl:3: token id 299 \('.*'\) but embedding has 299"):
+        check_id(299, 299, tokenizer, "a.jsonl:3")
 
 
 @pytest.mark.parametrize(

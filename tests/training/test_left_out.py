@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
+from modern_llm.config.data import MixtureSource
 from modern_llm.config.errors import DataError
 from modern_llm.training import loop
 from modern_llm.training.evaluate import evaluate_pairs
@@ -187,3 +188,26 @@ def test_score_and_evaluate_leave_them_out(tmp_path, tiny_checkpoint, bad):
         assert one["policy_chosen"] == pytest.approx(other["policy_chosen"], abs=1e-4)
     judged = evaluate_pairs(str(tiny_checkpoint), section, reference=str(bad), max_length=96)
     assert judged["dropped"] == 2 and judged["pairs"] == 43
+
+
+def test_a_source_of_a_mixture_is_judged_by_itself(tmp_path, tiny_checkpoint, bad):
+    """2 of 12 rows of the second source are 2 of 99 of both; weights and held-out rows count."""
+    (tmp_path / "a").mkdir()
+    clean = write_jsonl(tmp_path / "a" / "clean.jsonl", transcripts(87, seed=5))
+    rows = transcripts(12, seed=6)
+    short = sorted(range(12), key=lambda at: len(rows[at]["rejected"]))  # nothing is cut
+    for at in short[:2]:
+        rows[at]["rejected"] += "~"
+    small = write_jsonl(tmp_path / "small.jsonl", rows)
+    sources = [
+        MixtureSource(dataset_name=str(clean), weight=2.0),
+        MixtureSource(dataset_name=str(small)),
+    ]
+    for order in (sources, sources[::-1]):
+        section = PreferenceDatasetConfig(sources=order, eval_fraction=0.3)
+        call = arguments(tmp_path / "fill", tiny_checkpoint, bad, small)
+        with pytest.raises(DataError, match=rf"^{small}: 2 of 12 rows .*16\.7%, more than max"):
+            fill_reference(**call | {"preference_config": section})
+    section = PreferenceDatasetConfig(sources=sources, max_dropped=0.2)
+    result = score_pairs(str(bad), section, tmp_path / "out.jsonl", max_length=96)
+    assert result["dropped"] == 2 and result["pairs"] == 2 * 87 + 10
