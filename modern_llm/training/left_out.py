@@ -47,13 +47,16 @@ def leave_out(
     max_dropped: float,
     listed: Path | None,
     whose: str = "the reference",
-) -> None:
+) -> int:
     """Judge and list the pairs that are left out; a collective where there are some.
 
     Args:
         found: "train" and "evaluation" -> rows of that table.
         listed: `dropped_rows.jsonl`, to which they are added once; None only tells them.
         whose: model that gives these values.
+
+    Returns:
+        How many rows of the sources they are.
 
     Raises:
         DataError: with the rows that were dropped before they are more than `max_dropped` of a
@@ -62,8 +65,10 @@ def leave_out(
     tables = {"train": prepared.train, "evaluation": prepared.evaluation}
     origins = {name: _origins(tables[name], rows) for name, rows in found.items() if len(rows)}
     if not origins:
-        return
+        return 0
+    count = 0
     for report, bad in _by_source(prepared, found):
+        count += len(bad)
         content = report.dropped_for_content + len(bad)
         first = "; ".join(bad[:_SHOWN])
         what = (
@@ -81,6 +86,7 @@ def leave_out(
     if listed is not None:
         every = [origin for names in origins.values() for origin in names]
         runtime.on_main(lambda: _list(listed, every, f"{REASON} under {whose}"))
+    return count
 
 
 def leave_out_of_run(

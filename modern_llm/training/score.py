@@ -47,17 +47,14 @@ class Scored:
     Attributes:
         columns: `policy` and, where one was given, `reference` -> sums and target counts, (P, 2).
         rows: (P,) rows of the table; pairs with a sum that is not finite are left out.
+        dropped: rows of the data that are not among the pairs for their content or such a sum.
     """
 
     runtime: distributed.Runtime
     prepared: Prepared
     columns: dict[str, tuple[torch.Tensor, torch.Tensor]]
     rows: NDArray[np.int64]
-
-    @property
-    def dropped(self) -> int:
-        """Rows of the data that are not among the pairs."""
-        return self.prepared.report.rows - len(self.rows)
+    dropped: int
 
     def sums(self, name: str) -> NDArray[np.float64]:
         """Return (P, 2) log-prob sums in nats."""
@@ -143,10 +140,10 @@ def _scored(
     bad = not_finite(np.concatenate([sums.numpy() for sums, _ in columns.values()], axis=1))
     whose = " or ".join(model.place for model in models.values())
     listed = table.folder.parent / LIST
-    leave_out(runtime, prepared, {"train": bad}, max_dropped, listed, whose)
+    out = leave_out(runtime, prepared, {"train": bad}, max_dropped, listed, whose)
     rows = np.setdiff1d(np.arange(len(table)), bad)
     kept = {name: (sums[rows], counts[rows]) for name, (sums, counts) in columns.items()}
-    return Scored(runtime, prepared, kept, rows)
+    return Scored(runtime, prepared, kept, rows, prepared.report.dropped + out)
 
 
 def score_pairs(
