@@ -13,11 +13,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from modern_llm.data.records import Conversation, Message
+from modern_llm.data.records import Conversation, Message, RowFault
 
 # Names of the thoughts of a message: `transformers` passes each under the others too.
 REASONING = ("reasoning_content", "reasoning", "thinking")
-_TRIALS = 32
+_TRIALS, _MOST_KEYS = 32, 1000
 
 
 class WrittenKeys:
@@ -47,6 +47,8 @@ class WrittenKeys:
         """Take note of the keys of a conversation that was rendered to `text`."""
         keys = {key for message in messages for key in message} - {"role", "content"}
         for key in keys - self._written:
+            if key not in self._trials and len(self._trials) >= _MOST_KEYS:
+                continue
             self._trials[key] += 1
             # A template may name a key for another purpose, so that it is left out once to see.
             if not self.mentions(key) or self._trials[key] > _TRIALS:
@@ -55,7 +57,7 @@ class WrittenKeys:
             tools = list(getattr(messages, "tools", ()))
             try:
                 changed = self._render(Conversation.of(without, tools)) != text
-            except Exception:  # a template that needs the key writes it
+            except RowFault:  # a template that needs the key writes it
                 changed = True
             if changed:
                 self._written.add(key)

@@ -23,6 +23,7 @@ from modern_llm.data.values import Columns
 
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 2**23
 _COUNTED_AFTER_BROKEN = 100_000
+_MOST_COLUMNS = 1000
 FELL_BACK = (
     "the tokenizer has no chat template: messages are written as <|user|> and <|assistant|> turns "
     "(set template to change that)"
@@ -197,7 +198,8 @@ class RecordReader:
         if self.format is None:
             self.format = choose_format(self._formats, self._name, values)
         record = self.format.function(self._mode)(values, row.origin)
-        self.unread |= values.unread()
+        if len(self.unread) < _MOST_COLUMNS:
+            self.unread |= values.unread()
         return record
 
 

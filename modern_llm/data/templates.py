@@ -35,6 +35,8 @@ FALLBACK_CHAT_TEMPLATE = (
     "{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 
+_MOST_OPENINGS = 10
+
 
 @dataclass(frozen=True, slots=True)
 class Written:
@@ -158,7 +160,7 @@ class Template:
                 "give another template"
             )
         opened = text[len(head) :]
-        if opened.strip():
+        if opened.strip() and len(self._openings) < _MOST_OPENINGS:
             self._openings.add(opened[:40])
         return head
 
@@ -166,7 +168,9 @@ class Template:
         """Why two different answers have one text, for a message."""
         keys = sorted(k for k in first.keys() | second.keys() if first.get(k) != second.get(k))
         keys = [key for key in keys if key != "content"]
-        return f" (the chat template does not write {', '.join(keys)})" if keys else ""
+        return (
+            f" (the chat template does not write {', '.join(map(repr, keys[:3]))})" if keys else ""
+        )
 
     def turns(self, messages: list[Message], *, open_answer: bool) -> str:
         """Return the text of messages; `open_answer` adds the head of the assistant's next turn."""
@@ -176,22 +180,22 @@ class Template:
             # A template that joins the arguments of a call to its text wants them as text.
             if not any(str(arguments) in text for arguments in arguments_of(messages)):
                 return text
+        except DataError:
+            raise
         except Exception as error:  # a template may raise what it likes
             if not arguments_of(messages):
                 raise _refusal(error) from error
         try:
             return self._apply(with_text_arguments(messages), open_answer)
+        except DataError:
+            raise
         except Exception as error:
             raise _refusal(error) from error
 
     def _apply(self, messages: list[Message], open_answer: bool) -> str:
-        """Render a conversation: the only call of the renderer."""
-        return self._tokenizer.apply_chat_template(
-            list(messages),
-            tools=list(getattr(messages, "tools", ())) or None,
-            chat_template=self.chat,
-            tokenize=False,
-            add_generation_prompt=open_answer,
+        tools = list(getattr(messages, "tools", ()))
+        return _rendered(
+            self._tokenizer, list(messages), self.chat, tools=tools, open_answer=open_answer
         )
 
     def _refuse_tools(self, messages: list[Message]) -> None:
@@ -214,10 +218,10 @@ class Template:
 
     def take_remarks(self) -> list[str]:
         """Return what a user should know of the rows written since the last call, a line each."""
-        lines = [
-            f"the chat template does not write the key {key!r} of messages: it is not trained on"
-            for key in self._keys.take_unwritten()
-        ]
+        lines = []
+        if keys := self._keys.take_unwritten():
+            names = ", ".join(map(repr, keys[:20])) + (", ..." if len(keys) > 20 else "")
+            lines.append(f"keys of messages that the chat template does not write: {names}")
         lines += [
             f"the chat template opens an answer with {opened!r} and does not write that where the "
             "answer follows: such rows are trained without it"
@@ -240,6 +244,24 @@ def _as_answer(response: Response) -> Message:
 def _words(response: Response) -> str:
     assert isinstance(response, str), "messages are answered by messages"
     return response
+
+
+def _rendered(
+    tokenizer: Tokenizer,
+    messages: list[Message],
+    template: str | None,
+    *,
+    tools: Sequence[Any] = (),
+    open_answer: bool = False,
+) -> str:
+    """Return the text of a conversation: the only call of the renderer."""
+    return tokenizer.apply_chat_template(
+        messages,
+        tools=list(tools) or None,
+        chat_template=template,
+        tokenize=False,
+        add_generation_prompt=open_answer,
+    )
 
 
 def _refusal(error: Exception) -> RowFault:
@@ -265,9 +287,9 @@ def _with_lead(tokenizer: Tokenizer, template: str) -> str:
         return template
     text = "".join(tokenizer.convert_ids_to_tokens(lead))
     try:
-        written = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "QUESTION"}], chat_template=template, tokenize=False
-        )
+        written = _rendered(tokenizer, [{"role": "user", "content": "QUESTION"}], template)
+    except DataError:
+        raise
     except Exception:  # what it refuses is shown by the rows
         written = ""
     if written.startswith(text):

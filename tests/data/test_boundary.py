@@ -194,7 +194,7 @@ def test_answers_that_differ_in_what_is_not_written_are_equal():
     with pytest.raises(ContentFault, match="^equal responses$"):
         trained_ids(recipe, row)
     row = {"prompt": [user("a")], "chosen": [answer("b", reasoning="x")], "rejected": [answer("b")]}
-    with pytest.raises(ContentFault, match="does not write reasoning"):
+    with pytest.raises(ContentFault, match="does not write 'reasoning'"):
         trained_ids(recipe, row)
 
 
