@@ -120,6 +120,17 @@ class Claims:
             "size": size,
         }
 
+    def is_mine(self, name: str) -> bool:
+        """Whether this job still owns a claim that it took. A disk that cannot be asked at the
+        moment says nothing against it."""
+        try:
+            with (self.folder / name).open("rb") as file:
+                return self._me.encode() in file.readline()
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+
     def is_held(self, name: str) -> bool:
         """Whether a process of this machine holds the claim; nothing is waited for or changed."""
         owner = self.owner(name)

@@ -36,6 +36,8 @@ class Peers:
 
     def __init__(self, rank: int, world: int, group: dist.ProcessGroup | None = None):
         self.rank, self.world, self.group = rank, world, group
+        # Called by rank 0 before it writes for all; raises where it may no longer do so.
+        self.may_write: Callable[[], None] = lambda: None
 
     @property
     def is_main(self) -> bool:
@@ -133,6 +135,7 @@ class Peers:
                 return commit.begin(target)
 
         def finish() -> None:
+            self.may_write()
             with commit.refusals(target):
                 commit.finish(place, target, files, facts)
 

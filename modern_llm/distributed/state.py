@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from modern_llm.distributed import progress
 from modern_llm.distributed.engine import DeepSpeedEngine, Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -91,6 +92,7 @@ def full_parameters(engine: Engine, *, trained: bool = False) -> Iterator[tuple[
     names = {id(p): name for name, p in engine.inner.named_parameters()}
     sharded = isinstance(engine, DeepSpeedEngine) and engine.stage > 0
     for parameter in engine.inner.parameters():
+        progress.tick()
         name = names[id(parameter)]
         if trained and not parameter.requires_grad:
             continue

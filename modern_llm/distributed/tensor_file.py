@@ -59,6 +59,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             flushes.append(flushing.submit(flush_file, path))
             for part in waiting:
                 digest.update(part)
+                progress.tick()
             for name, tensor in held.items():
                 _look(name, tensor)
             waiting = []

@@ -44,11 +44,16 @@ _ROUNDS = 0
 Verdict = dict[str, Any]
 
 
+def nowhere() -> Path | None:
+    """Return no folder: stacks go to stderr."""
+    return None
+
+
 class Watchdog:
     """Context in which this process and the others are watched.
 
     Args:
-        folder: where `stacks/` is written; None writes the stacks to stderr alone.
+        folder: returns where `stacks/` is written; None writes the stacks to stderr.
         least: seconds of silence that any phase is given; None watches nothing.
         close: called with status and reason by the one process that reports the end.
         then: returns what the user does after an end, for the line that tells of it.
@@ -57,7 +62,7 @@ class Watchdog:
     def __init__(
         self,
         runtime: Peers,
-        folder: Path | None,
+        folder: Callable[[], Path | None],
         least: float | None,
         close: Callable[[int, str], None] | None = None,
         then: Callable[[], str] = lambda: "run the same command again",
@@ -232,7 +237,8 @@ class Watchdog:
 
     def _sentence(self, found: Hung) -> Verdict:
         who = ", ".join(_named(rank, beat) for rank, beat in found.beats.items())
-        stacks = f"{self._folder / 'stacks'}" if self._folder is not None else "the log"
+        folder = self._folder()
+        stacks = f"{folder / 'stacks'}" if folder is not None else "the log"
         phase = next(iter(found.beats.values()))["phase"]
         text = f"no progress for {found.seconds:.0f} s in the phase {phase}"
         if found.silent:
@@ -261,7 +267,8 @@ class Watchdog:
             return
         self._warned = here.count, 2 * age
         within(5.0, self._write_stacks)
-        stacks = f"in {self._folder / 'stacks'}" if self._folder is not None else "above"
+        folder = self._folder()
+        stacks = f"in {folder / 'stacks'}" if folder is not None else "above"
         say(
             f"warning: no progress for {age:.0f} s in the phase {here.name}; the stacks are "
             f"{stacks}; the run continues: a process that runs alone is never ended for being slow"
@@ -339,10 +346,11 @@ class Watchdog:
         os._exit(PeerError.status)
 
     def _write_stacks(self) -> None:
-        if self._folder is None:
+        folder = self._folder()
+        if folder is None:
             faulthandler.dump_traceback(2, all_threads=True)
             return
-        place = self._folder / "stacks"
+        place = folder / "stacks"
         place.mkdir(parents=True, exist_ok=True)
         with around("stacks.write"), (place / f"rank-{self._rank:05d}.txt").open("w") as file:
             file.write(f"phase {progress.here.name}, process {os.getpid()}\n")

@@ -176,6 +176,7 @@ def load_state(place: Path, engine: Engine) -> None:
         piece.make_moments(optimizer, float(stored.read(f"step/{piece.name}", 0, 1)))
         for key in MOMENTS:
             moment = piece.moment(optimizer, key)
+            progress.tick()
             moment.copy_(stored.read(f"{key}/{piece.name}", piece.start, end, of=of))
     try:
         state = json.loads((place / STATE).read_text(encoding="utf-8"))

@@ -49,7 +49,12 @@ def settle(runtime: Runtime, run: RunFolder, prepared: Prepared) -> Prepared:
     Raises:
         UserError: other rows, or rows appended without consent.
     """
-    history = runtime.on_main(lambda: _history(run, prepared.train))
+
+    def look() -> list[list[int]]:
+        run.lock.check()
+        return _history(run, prepared.train)
+
+    history = runtime.on_main(look)
     if runtime.accelerator.is_local_main_process:
         shutil.rmtree(run.path / KEPT, ignore_errors=True)
     run.recorded = {"data": prepared.train.digest, "rows": history}

@@ -85,7 +85,12 @@ def leave_out(
             log.warning("warning: %s; left out", what)
     if listed is not None:
         every = [origin for names in origins.values() for origin in names]
-        runtime.on_main(lambda: _list(listed, every, f"{REASON} under {whose}"))
+
+        def write() -> None:
+            runtime.may_write()
+            _list(listed, every, f"{REASON} under {whose}")
+
+        runtime.on_main(write)
     return count
 
 

@@ -25,7 +25,7 @@ from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.stopping import begin_asking, check, stop_asked
 from modern_llm.training import checkpoint, nonfinite, spikes
 from modern_llm.training.ahead import Ahead
-from modern_llm.training.metrics import MetricsLog, console_line, peak_memory_gb
+from modern_llm.training.metrics import console_line, peak_memory_gb
 from modern_llm.training.optim import is_due, learning_rate, make_optimizer, set_learning_rate
 from modern_llm.training.run_folder import RunFolder
 from modern_llm.training.saving import OWED, Saver
@@ -112,7 +112,7 @@ def train(
     total = total_steps(config, task)
     engine, start, owed = _start_engine(runtime, scorer, config, run, facts, total)
     engine.model.train()
-    clock = Clock(MetricsLog(run.metrics).elapsed() if start else 0.0, time.perf_counter(), peak)
+    clock = Clock(run.log().elapsed() if start else 0.0, time.perf_counter(), peak)
     task.budget.begin(runtime, run)
     saver = _saver(runtime, run, engine, facts, start, total)
     check(runtime, f"after step {start}" if start else "before the first step")
@@ -355,7 +355,7 @@ def _start_engine(
         raise UserError(f"resume: {run.checkpoints} holds no checkpoint to go on from")
     if found is None:
         if runtime.is_main:
-            MetricsLog(run.metrics).truncate(0)
+            run.log().truncate(0)
         return _prepared(runtime, scorer, config), 0, False
     place, before = found
     changed = [
@@ -383,6 +383,6 @@ def _start_engine(
     with progress.phase("loading the checkpoint", None, reading):
         checkpoint.load_state(place, engine)
     if runtime.is_main:
-        MetricsLog(run.metrics).truncate(step)
+        run.log().truncate(step)
         log.info("going on from %s", place)
     return engine, step, bool(before.get(OWED))

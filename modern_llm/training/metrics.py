@@ -9,7 +9,7 @@ import json
 import logging
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +63,18 @@ def status_line(metrics: Mapping[str, float]) -> str:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one object a logged step, each step once."""
+    """`metrics.jsonl`: one object a logged step, each step once.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Args:
+        check: called before each write; raises where this process may no longer write here.
+    """
+
+    def __init__(self, path: Path, check: Callable[[], None] = lambda: None):
+        self.path, self._check = path, check
 
     def truncate(self, step: int) -> None:
         """Forget what was logged after `step`: those steps will be made again."""
+        self._check()
         if self.path.exists():
             kept = [record for record in self.records() if record["step"] <= step]
             write_file(self.path, "".join(json.dumps(record) + "\n" for record in kept))
@@ -81,6 +86,7 @@ class MetricsLog:
 
     def append(self, record: Mapping[str, float]) -> None:
         """Append one object; `nan` and `inf` become null, which JSON can say."""
+        self._check()
         finite = {k: v if v == v and abs(v) != float("inf") else None for k, v in record.items()}
         with around("metrics.append"), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")

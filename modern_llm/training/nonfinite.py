@@ -103,6 +103,7 @@ def _write_down(
             "micro_batches": [{**part, "loss": str(part["loss"])} for part in parts],
         }
         try:
+            runtime.may_write()
             write_file(path, json.dumps(content, indent=1) + "\n")
         except StorageError as error:  # what is wrong is told all the same
             log.warning("warning: %s", error)

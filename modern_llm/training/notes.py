@@ -60,6 +60,7 @@ def environment(runtime: Runtime) -> dict[str, Any]:
 
 def write_summary(runtime: Runtime, run: RunFolder) -> None:
     """Write `summary.json`; rank 0 only."""
+    run.lock.check()
     summary = {"environment": environment(runtime), **run.notes}
     write_file(run.path / "summary.json", json.dumps(summary, indent=1) + "\n")
 
@@ -67,6 +68,7 @@ def write_summary(runtime: Runtime, run: RunFolder) -> None:
 def write_report(run: RunFolder) -> None:
     """Write `report.html` beside the metrics."""
     try:
+        run.lock.check()
         if run.metrics.is_file():
             write_page([run.path], run.path / "report.html")
     except Exception as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from modern_llm.config.errors import Stopped, status_of
 from modern_llm.distributed import stopping
@@ -34,12 +35,17 @@ def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
     if runtime.accelerator.is_local_main_process:
         _warn_of_stale_locks()
 
-    def close(status: int, reason: str) -> None:
-        run.close(status, reason, run.last_step())
+    runtime.may_write = run.lock.check
 
-    # A dry run keeps nothing: its stacks go to stderr.
-    place = run.path if run.dry_run is None else None
-    watchdog = Watchdog(runtime, place, run.config.hang_timeout, close, run.what_next)
+    def close(status: int, reason: str) -> None:
+        if not run.lock.is_lost():
+            run.close(status, reason, run.last_step())
+
+    def stacks() -> Path | None:
+        # A dry run keeps nothing, and who has lost the lock writes nothing: to stderr.
+        return run.path if run.dry_run is None and not run.lock.is_lost() else None
+
+    watchdog = Watchdog(runtime, stacks, run.config.hang_timeout, close, run.what_next)
     try:
         with StopRequest(run.stop_file), watchdog:
             stopping.check(runtime, "before it began")
@@ -47,7 +53,9 @@ def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
     except BaseException as failure:
         error = as_peer_error(failure, run.what_next)
         stopped = isinstance(error, Stopped)
-        if runtime.is_main and (run.is_open() or stopped):
+        if run.lock.is_lost():
+            pass  # what stands there is another trainer's
+        elif runtime.is_main and (run.is_open() or stopped):
             run.close(status_of(error), f"{type(error).__name__}: {error}", run.last_step())
             write_report(run)
         elif runtime.accelerator.is_local_main_process and not stopped:

@@ -21,7 +21,7 @@ from modern_llm.config.errors import ConfigError, StorageError
 from modern_llm.data.preference_datasets import build_preference_tables
 from modern_llm.data.prepare import Prepared
 from modern_llm.distributed.runtime import Runtime, start
-from modern_llm.distributed.watchdog import Watchdog
+from modern_llm.distributed.watchdog import Watchdog, nowhere
 from modern_llm.models.load import inspect_checkpoint
 from modern_llm.training import setup, tables
 from modern_llm.training.dpo_config import DPOConfig
@@ -158,7 +158,7 @@ def _looked_up(
         max_prompt_length=request.dpo.max_prompt_length,
     )
     then = "what was committed is stored: the same command scores only what is missing"
-    watched = Watchdog(runtime, None, request.train.hang_timeout, then=lambda: then)
+    watched = Watchdog(runtime, nowhere, request.train.hang_timeout, then=lambda: then)
     with watched, tables.passing_folder(runtime, "reference") as folder:
         prepared = tables.read_tables(runtime, folder, build)
         references = ReferencePass(runtime, checkpoint, request.train, request.dpo, part=part)

@@ -105,6 +105,7 @@ class RunFolder:
 
     def open(self) -> None:
         """Create the folder and write the configuration; rank 0 only."""
+        self.lock.check()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         (self.path / "outcome.json").unlink(missing_ok=True)
         # Consent holds for one start: whoever runs this file again is asked again.
@@ -133,19 +134,28 @@ class RunFolder:
     def leave_nothing(self) -> None:
         """Remove the tables of a run that was refused before it began, and the folder if empty; the
         lock is given back."""
-        if not self.is_open():
+        if not self.is_open() and not self.lock.is_lost():
             shutil.rmtree(self.data, ignore_errors=True)
             self.lock.release()
             with suppress(OSError):
                 self.path.rmdir()
 
+    def log(self) -> MetricsLog:
+        """Return the metrics of this run; who has lost the lock writes none."""
+        return MetricsLog(self.metrics, self.lock.check)
+
     def last_step(self) -> int:
         """Return the last step that was logged, 0 before the first."""
-        records = MetricsLog(self.metrics).records()
+        records = self.log().records()
         return records[-1]["step"] if records else 0
 
     def close(self, status: int, reason: str, last_step: int) -> None:
-        """Write `outcome.json`; rank 0 only."""
+        """Write `outcome.json`; rank 0 only.
+
+        Raises:
+            StorageError: the folder is another trainer's by now, and so is its outcome.
+        """
+        self.lock.check()
         self.path.mkdir(parents=True, exist_ok=True)  # stopped before it was opened
         outcome = {"status": status, "reason": reason, "last_step": last_step}
         write_file(self.path / "outcome.json", json.dumps(outcome) + "\n")

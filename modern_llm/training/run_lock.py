@@ -86,13 +86,19 @@ class RunLock:
             f"{owner['host']}): wait for it or stop it, or name another output_dir"
         )
 
-    def check(self) -> None:
-        """Raise `StorageError` where the lock was lost: nothing more may be written here.
+    def is_lost(self) -> bool:
+        """Whether the lock was taken over: nothing more may be written here.
 
-        A machine that is cut off from the disk for longer than another one's patience loses it.
+        A process that is stopped, or cut off from the disk, for longer than another one's patience
+        loses it. False where this process never held it.
         """
-        owner = self._claims.owner(NAME) if self._held else None
-        if self._held and not (owner and owner["me"]):
+        return self._held and not self._claims.is_mine(NAME)
+
+    def check(self) -> None:
+        """Raise `StorageError` where the lock was lost. Called before every write into the run
+        folder."""
+        if self.is_lost():
+            owner = self._claims.owner(NAME)
             by = f"process {owner['pid']} on {owner['host']}" if owner else "somebody"
             raise StorageError(
                 f"{self._folder / NAME}: taken over by {by} while this process gave no sign of "

@@ -54,6 +54,7 @@ class Sampler:
         self._config, self._rows, self._ends = config, rows, ends
         self.path = run.path / "samples.jsonl"
         self._before: dict[int, dict[str, Any]] = {}
+        self._check = run.lock.check
 
     def start(self, step: int) -> None:
         """Answer before the first step, or read those answers again where a run goes on."""
@@ -61,6 +62,7 @@ class Sampler:
             kept = [sample for sample in _read(self.path) if sample["step"] <= step]
             self._before = {s["number"]: s for s in kept if s["step"] == 0} if step else {}
             text = "".join(f"{json.dumps(sample)}\n" for sample in kept if step)
+            self._check()
             write_file(self.path, text)
         if step == 0:
             self(0)
@@ -87,6 +89,7 @@ class Sampler:
         if not self._runtime.is_main:
             return {}
         samples = [self._sample(step, n, answer) for n, answer in enumerate(answers)]
+        self._check()
         with around("samples.append"), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(f"{json.dumps(sample)}\n" for sample in samples))
         if step == 0:

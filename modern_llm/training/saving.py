@@ -127,6 +127,7 @@ class Saver:
         runtime = self._runtime
         group = own_group("saving") if runtime.world > 1 else None
         peers = Peers(runtime.rank, runtime.world, group)
+        peers.may_write = runtime.may_write
         with runtime.failing_together():
             taken = checkpoint.snapshot(runtime, step, self._engine, copied=True)
 
@@ -171,7 +172,7 @@ class Saver:
     def _saved(self, step: int) -> None:
         """Retire what is older than is kept, now that the checkpoint of `step` is committed."""
         self._good.add(f"step-{step:08d}")
-        if self._runtime.is_main:
+        if self._runtime.is_main and not self._run.lock.is_lost():
             self._retire()
 
     def _retire(self) -> None:

@@ -30,7 +30,7 @@ from modern_llm.distributed import runtime as distributed
 from modern_llm.distributed.commit import write_file
 from modern_llm.distributed.signals import stop_here
 from modern_llm.distributed.temporary import temporary_folder
-from modern_llm.distributed.watchdog import Watchdog
+from modern_llm.distributed.watchdog import Watchdog, nowhere
 from modern_llm.models.load import Checkpoint, inspect_checkpoint
 from modern_llm.training import setup, tables
 from modern_llm.training.left_out import LIST, leave_out, not_finite
@@ -95,7 +95,7 @@ def scored_pairs(
         )
         runtime = distributed.start(config)
         then = "nothing was written: run the same command again"
-        with Watchdog(runtime, None, hang_timeout, then=lambda: then):
+        with Watchdog(runtime, nowhere, hang_timeout, then=lambda: then):
             policy = inspect_checkpoint(model)
             tokenizer, _ = setup.choose_tokenizer(tokenizer_name, policy, config)
             setup.check_positions(max_length, policy, "max_length")

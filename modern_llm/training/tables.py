@@ -71,6 +71,7 @@ def read_tables(runtime: Runtime, folder: Path, build: Callable[..., Prepared]) 
 
     def check() -> None:
         progress.tick()
+        runtime.may_write()
         stop_here("while it read the data", main=runtime.is_main)
 
     progress.enter("reading the data")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -81,6 +81,7 @@ class TokenBudget:
         self.halved = False
         self._steps_left = 0
         self._found_under = ""
+        self._may_write: Callable[[], None] = lambda: None
 
     @property
     def tokens(self) -> int | None:
@@ -95,6 +96,7 @@ class TokenBudget:
     def begin(self, runtime: Runtime, run: RunFolder) -> None:
         """Take over what an earlier part of this run has found, on the same device under the same
         settings; a collective."""
+        self._may_write = runtime.may_write
         if not self.auto:
             return
         self._found_under = _circumstances(runtime, run)
@@ -144,6 +146,7 @@ class TokenBudget:
                 tokens,
             )
             note = {"tokens_per_micro_batch": tokens, "step": step + 1, "under": self._found_under}
+            self._may_write()
             write_file(folder / FILE, json.dumps(note) + "\n")
         return tokens
 

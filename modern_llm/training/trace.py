@@ -6,6 +6,7 @@ chrome://tracing), and the costs that are largest, told in lines. Called by `wat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,10 +25,12 @@ class Trace:
         folder: of the run; the trace is written into it.
         steps: how many to trace; 0 for none.
         first: steps that are done before: the first one of a process warms up and is left out.
+        check: called before the file is written; raises where this process may not write there.
     """
 
-    def __init__(self, folder: Path, steps: int, first: int):
+    def __init__(self, folder: Path, steps: int, first: int, check: Callable[[], None]):
         self._folder, self._steps, self._first = folder, steps, first + 1
+        self._check = check
         self._profile: profile | None = None
         self._began = self._first
 
@@ -57,6 +60,7 @@ class Trace:
         if not count:
             return []
         place = self._folder / f"trace-{self._began + 1:08d}-{done:08d}.json"
+        self._check()
         with refusals(place):
             traced.export_chrome_trace(str(place))
         return [f"profile: {count} steps in {place}", *_costs(traced, count)]

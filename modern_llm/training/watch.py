@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from modern_llm.config import TrainingConfig
 from modern_llm.distributed import progress
 from modern_llm.distributed.display import Display
-from modern_llm.training.metrics import MetricsLog, status_line
+from modern_llm.training.metrics import status_line
 from modern_llm.training.run_folder import RunFolder
 from modern_llm.training.teacher import Teacher
 from modern_llm.training.trace import Trace
@@ -31,11 +31,11 @@ class Watch:
 
     def __init__(self, config: TrainingConfig, run: RunFolder, total: int, done: int, shown: bool):
         self._shown = shown
-        self._metrics = MetricsLog(run.metrics)
+        self._run, self._metrics = run, run.log()
         self._display = Display(config.run_name, total, done, shown=shown)
         self._trackers = Trackers(config, run, shown=shown)
         self._teacher = Teacher(total)
-        self._trace = Trace(run.path, config.profile_steps if shown else 0, done)
+        self._trace = Trace(run.path, config.profile_steps if shown else 0, done, run.lock.check)
         self._done = done
 
     def __enter__(self) -> Watch:
@@ -44,10 +44,12 @@ class Watch:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for text in self._trace.close(self._done):
+        mine = not self._run.lock.is_lost()
+        for text in self._trace.close(self._done) if mine else ():
             self._display.line(text)
         self._display.__exit__(*error)
-        self._trackers.finish()
+        if mine:
+            self._trackers.finish()
 
     def advance(self, step: int) -> None:
         """Show that `step` is done."""

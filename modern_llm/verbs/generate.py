@@ -57,9 +57,9 @@ def generate(settings: GenerateSettings) -> dict[str, Any]:
     # In a talk an interrupt ends the program, as in any shell.
     with nullcontext() if settings.interactive else StopRequest():
         from modern_llm.distributed.peers import Peers
-        from modern_llm.distributed.watchdog import Watchdog
+        from modern_llm.distributed.watchdog import Watchdog, nowhere
 
-        with Watchdog(Peers(0, 1), None, settings.hang_timeout):
+        with Watchdog(Peers(0, 1), nowhere, settings.hang_timeout):
             return _generate(settings)
 
 

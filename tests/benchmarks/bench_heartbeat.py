@@ -62,7 +62,7 @@ def measure(folder: Path) -> dict[str, float]:
 
     found = {}
     for name in ("nothing", "threads and marks", "and the stop flag"):
-        watched = Watchdog(runtime, folder, None if name == "nothing" else 60.0)
+        watched = Watchdog(runtime, lambda: folder, None if name == "nothing" else 60.0)
         with StopRequest(folder / "STOP"), watched:
             runtime.barrier()
             before, costs, at_once = time.process_time(), [], []

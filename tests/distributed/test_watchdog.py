@@ -12,7 +12,7 @@ from modern_llm.distributed import progress
 from modern_llm.distributed.hung import Heard, hung
 from modern_llm.distributed.peers import Peers
 from modern_llm.distributed.progress import LONG_S, Measure, Place
-from modern_llm.distributed.watchdog import Watchdog
+from modern_llm.distributed.watchdog import Watchdog, nowhere
 
 WORLD, LEAST = 512, 10.0
 
@@ -80,7 +80,7 @@ class CountingStore:
 def world(monkeypatch):
     """The watchdogs of 512 ranks that share a store, none of them started."""
     store = CountingStore()
-    dogs = [Watchdog(Peers(rank, WORLD), None, LEAST) for rank in range(WORLD)]
+    dogs = [Watchdog(Peers(rank, WORLD), nowhere, LEAST) for rank in range(WORLD)]
     places = [Place(quick=True, phase="forward", count=8) for _ in range(WORLD)]
     for dog, place in zip(dogs, places, strict=True):
         dog._store = store

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import signal
 import time
 
 import pytest
 import yaml
 
-from modern_llm.config.errors import StorageError, UserError
+from modern_llm.config.errors import NotFiniteError, StorageError, UserError
 from modern_llm.training.run_lock import NAME, RunLock
+from tests.helpers import small
 from tests.helpers.forks import fork_server
 
 
@@ -165,3 +168,86 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write"):
         RunLock(tmp_path / "file" / "run").take()
+
+
+def take_over(folder) -> dict[str, bytes]:
+    """Let another machine take the lock of a run; return every file that stands there then."""
+    (folder / NAME).unlink()
+    other = elsewhere(folder)
+    other.take()
+    other._claims._stop.set()  # it lives no longer than it has to
+    return standing(folder)
+
+
+def standing(folder) -> dict[str, bytes]:
+    """The content of every file, the lock aside, which grows while its owner lives."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
+    return {str(path): path.read_bytes() for path in files}
+
+
+# Where a run is when it loses its lock: after which function, and which call of it.
+PLACES = {
+    "before the first step": ("loop._start_engine", 1),
+    "before the metrics": ("loop._optimizer_step", 3),
+    "within a save": ("checkpoint.snapshot", 2),
+    "before the end": ("run_folder.RunFolder.last_step", 1),
+    "in a step that is not finite": ("small.Fit.origins", 1),
+}
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("where", PLACES)
+def test_a_run_that_lost_its_lock_writes_nothing_more(tmp_path, monkeypatch, where, background):
+    from modern_llm.training import checkpoint, loop, run_folder
+
+    modules = {"checkpoint": checkpoint, "loop": loop, "run_folder": run_folder, "small": small}
+    name, number = PLACES[where]
+    module, *path, last = name.split(".")
+    of = getattr(modules[module], path[0]) if path else modules[module]
+    real, calls, kept = getattr(of, last), [], {}
+
+    def lost(*args, **options):
+        calls.append(1)
+        found = real(*args, **options)
+        if len(calls) == number:
+            kept.update(take_over(tmp_path))
+        return found
+
+    monkeypatch.setattr(of, last, lost)
+    if "not finite" in where:
+        forward = small.Scorer.forward
+        monkeypatch.setattr(small.Scorer, "forward", lambda self, x: forward(self, x) * math.nan)
+    with pytest.raises((StorageError, NotFiniteError)) as caught:
+        small.run_small(tmp_path, background_saving=background)
+    assert kept and standing(tmp_path) == kept
+    assert "not finite" in where or "taken over by process" in str(caught.value)
+
+
+def slow_steps(folder: str) -> None:
+    """A small run whose steps mostly wait for their batch."""
+    batches = small.Fit.micro_batches
+
+    def slow(self, step):
+        time.sleep(0.2)
+        return batches(self, step)
+
+    small.Fit.micro_batches = slow
+    small.child(folder, "", None, "", {"max_steps": 5000, "save_every": 4000})
+
+
+def test_a_stopped_process_whose_lock_was_taken_over_ends_with_3_and_writes_nothing(tmp_path):
+    folder = tmp_path / "run"
+    with fork_server(tmp_path, *small.MODULES, __name__) as forks:
+        run = forks.start(slow_steps, str(folder))
+        until(lambda: (folder / "metrics.jsonl").exists() or run.status is not None)
+        time.sleep(0.05)
+        os.kill(run.pid, signal.SIGSTOP)
+        other = elsewhere(folder)
+        other.take()
+        kept = standing(folder)
+        assert b'"step": 1' in kept[str(folder / "metrics.jsonl")]
+        os.kill(run.pid, signal.SIGCONT)
+        assert run.wait(60), run.text
+        assert run.status == 3 and "taken over by process" in run.text, run.text
+        assert standing(folder) == kept
+        other.release()
