@@ -151,8 +151,8 @@ def _check() -> None:
 
 def _awaited(read: Callable[[], str | None]) -> str | None:
     """Return the next line, for which nobody is blamed however long it takes."""
-    progress.enter("waiting for a line", allowance=math.inf)
-    return read()
+    with progress.phase("waiting for a line", None, math.inf):
+        return read()
 
 
 def answer_prompts(

@@ -180,9 +180,10 @@ def take_over(folder) -> dict[str, bytes]:
 
 
 def standing(folder) -> dict[str, bytes]:
-    """The content of every file, the lock aside, which grows while its owner lives."""
+    """The content of every file that has its name: not the lock, which grows while its owner lives,
+    and not what a save beside the training has not committed."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
-    return {str(path): path.read_bytes() for path in files}
+    return {str(p): p.read_bytes() for p in files if ".tmp-" not in str(p.relative_to(folder))}
 
 
 # Where a run is when it loses its lock: after which function, and which call of it.
