@@ -64,7 +64,10 @@ TABLE = {
         f"{BELOW} report", "torch transformers numpy safetensors pydantic peft huggingface_hub"
     ),
     # Pages from plain numbers: a template, a drawing, a terminal; nothing that computes.
-    "report": row("distributed.commit", "jinja2 matplotlib numpy rich yaml huggingface_hub"),
+    "report": row(
+        "config.regular_files distributed.commit",
+        "jinja2 matplotlib numpy rich yaml huggingface_hub",
+    ),
     "demo": row(f"{BELOW} stages report", "tokenizers transformers rich numpy torch"),
     # One module a verb or a family of them; the command line itself only chooses among these.
     "verbs": row(f"{BELOW} stages report demo", "pydantic pydantic_settings yaml shtab"),

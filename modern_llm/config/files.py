@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 from pydantic_settings.exceptions import SettingsError
 
 from modern_llm.config.errors import ConfigError
+from modern_llm.config.regular_files import read_text
 
 S = TypeVar("S", bound=BaseSettings)
 
@@ -138,7 +139,7 @@ def _command_line(schema: type[BaseSettings], arguments: list[str], verb: str) -
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """Return the content of a file and the line of every dotted key in it."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, "utf-8-sig")
     except OSError as error:
         raise ConfigError([f"--config {path}: {error.strerror}; check the path"]) from error
     except UnicodeDecodeError as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from pathlib import Path
 from typing import BinaryIO
 
 _KINDS = (
@@ -36,8 +35,24 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     Raises:
         OSError: it is something else, or cannot be opened.
     """
+    return os.fdopen(open_descriptor(path), "rb")
+
+
+def open_descriptor(path: str | os.PathLike[str]) -> int:
+    """Open a regular file for reading at places of it.
+
+    Raises:
+        OSError: it is something else, or cannot be opened.
+    """
     check_regular(path)  # opening a device can have effects
-    return open(path, "rb", opener=_descriptor)
+    # A pipe that took the place of the file since is opened without waiting.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check(path, os.fstat(descriptor).st_mode)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
@@ -52,17 +67,6 @@ def read_text(path: str | os.PathLike[str], encoding: str = "utf-8") -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _descriptor(path: str, flags: int) -> int:
-    # A pipe that took the place of the file since it was checked is opened without waiting.
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        _check(path, os.fstat(descriptor).st_mode)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
 def _check(path: str | os.PathLike[str], mode: int) -> None:
     if stat.S_ISREG(mode):
         return
@@ -70,12 +74,3 @@ def _check(path: str | os.PathLike[str], mode: int) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     kind = next((name for test, name in _KINDS if test(mode)), "something else")
     raise OSError(errno.EINVAL, f"{kind}, not a regular file", str(path))
-
-
-def is_regular(path: Path) -> bool:
-    """Whether a regular file is there."""
-    try:
-        check_regular(path)
-    except OSError:
-        return False
-    return True

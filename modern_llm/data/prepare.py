@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.errors import DataError, StorageError
+from modern_llm.config.regular_files import read_text
 from modern_llm.data.passes import (
     FELL_BACK,
     Part,
@@ -162,7 +163,7 @@ def _key(
 def _reuse(folder: Path, key: str) -> Prepared | None:
     """The tables in `folder` if they are whole and have this key."""
     try:
-        summary = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+        summary = json.loads(read_text(folder / "prepared.json"))
         if summary["key"] != key:
             return None
         parts = [DataReport.from_dict(values) for values in summary["reports"]]

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modern_llm.config.errors import StorageError
+from modern_llm.config.regular_files import read_text
 from modern_llm.data.storage import new_folder
 from modern_llm.distributed.faults import around
 
@@ -67,7 +68,7 @@ class TokenTable:
             StorageError: the folder holds no whole table of this version.
         """
         try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            meta = json.loads(read_text(folder / "meta.json"))
             if meta["version"] != VERSION:
                 raise ValueError(f"version {meta['version']}, not {VERSION}")
             arrays = {name: _map(folder, name, meta["sizes"][name]) for name in _FILES}

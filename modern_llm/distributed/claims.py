@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from modern_llm.config.regular_files import open_regular, read_text
 from modern_llm.distributed.faults import around
 
 PATIENCE = 60.0
@@ -205,7 +206,7 @@ class Claims:
     def _dead_head(self, path: Path) -> bytes | None:
         """Return the first line of a claim whose owner is dead, None while it may be alive."""
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 state, head = os.fstat(file.fileno()), file.readline()
         except OSError:
             return None  # given back just now: the next round takes it
@@ -248,7 +249,7 @@ def _unsigned(owner: str) -> str:
 
 def _head(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.readline()
     except OSError:
         return b""
@@ -273,5 +274,5 @@ def _machine() -> str:
     parts = [platform.node()]
     for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         with suppress(OSError):
-            parts.append(os.readlink(path) if "ns" in path else Path(path).read_text().strip())
+            parts.append(os.readlink(path) if "ns" in path else read_text(path).strip())
     return " ".join(parts)

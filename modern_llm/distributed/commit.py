@@ -28,6 +28,7 @@ from typing import Any
 import xxhash
 
 from modern_llm.config.errors import StorageError
+from modern_llm.config.regular_files import open_regular, read_text
 from modern_llm.distributed import progress
 from modern_llm.distributed.faults import around
 
@@ -245,7 +246,7 @@ def new_digest() -> Any:
 def digest_file(path: Path, version: int = VERSION) -> str:
     """Return the digest of a file's bytes, in hex, as manifests of `version` hold it."""
     digest = DIGESTS[version][1]()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
             progress.tick()
@@ -257,7 +258,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         if path.is_symlink():
             raise ValueError("a link")
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(read_text(path))
         version = manifest["version"]
         well_formed = (
             version in DIGESTS
@@ -293,7 +294,7 @@ def _write_manifest(place: Path, files: dict[str, Any], facts: dict[str, Any]) -
 
 def flush_file(path: Path) -> None:
     """Put a file's bytes on disk."""
-    with path.open("rb") as file, around("file.flush"):
+    with open_regular(path) as file, around("file.flush"):
         os.fsync(file.fileno())
 
 

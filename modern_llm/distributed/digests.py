@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from modern_llm.config.errors import StorageError
-from modern_llm.config.regular_files import open_regular
+from modern_llm.config.regular_files import open_regular, read_text
 from modern_llm.distributed import progress
 from modern_llm.distributed.commit import write_file
 
@@ -96,7 +96,7 @@ def file_digests(files: Sequence[Path], memory: Path | None = None) -> list[str]
 def _known(place: Path) -> dict[str, object]:
     """What was remembered of the files of a folder; nothing where that is damaged."""
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        content = json.loads(place.read_text(encoding="utf-8"))
+        content = json.loads(read_text(place))
         if content["version"] == VERSION:
             return dict(content["files"])
     return {}

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from modern_llm.config.regular_files import read_text
 from modern_llm.distributed.faults import around
 
 PACKAGES = (
@@ -177,11 +178,11 @@ def oldest_compiler() -> float | None:
     if not Path("/proc/self/stat").exists():
         return 3600.0
     ticks = os.sysconf("SC_CLK_TCK")
-    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    uptime = float(read_text("/proc/uptime").split()[0])
     ages = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            head, _, tail = stat.read_text().rpartition(")")
+            head, _, tail = read_text(stat).rpartition(")")
         except OSError:
             continue
         if head.partition("(")[2] in COMPILERS:

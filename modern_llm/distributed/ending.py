@@ -11,9 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from modern_llm.config.regular_files import read_bytes
 from modern_llm.distributed.faults import around
 
 LAUNCHERS = {
@@ -62,7 +62,7 @@ def end_other(pid: int, patience: float) -> None:
 def is_launcher(pid: int) -> bool:
     """Whether a process is one that starts and ends others, as far as the system tells."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        words = read_bytes(f"/proc/{pid}/cmdline").decode(errors="replace").split("\0")
     except OSError:
         return "TORCHELASTIC_RUN_ID" in os.environ
     return any(os.path.basename(word) in LAUNCHERS for word in words[:4])

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from modern_llm.config.errors import ConfigError
+from modern_llm.config.regular_files import open_regular, read_text
 from modern_llm.distributed.digests import file_digests
 
 # Of a larger file only its size and both ends are compared; the tokenised data and the reference's
@@ -33,7 +34,7 @@ def content_of(config: Path) -> tuple[str, Any]:
         ConfigError: the file cannot be read.
     """
     try:
-        text = config.read_text(encoding="utf-8")
+        text = read_text(config)
         content = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError([f"--config {config}: cannot be read ({error})"]) from error
@@ -105,7 +106,7 @@ def _digest(path: Path) -> str:
 
 
 def _ends(file: Path) -> bytes:
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         first = stream.read(END_BYTES)
         stream.seek(-END_BYTES, 2)
         return first + stream.read(END_BYTES)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from modern_llm.config.errors import ConfigError, UserError
 from modern_llm.config.lora import LoraConfig
+from modern_llm.config.regular_files import read_text
 
 NAME = "default"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -88,7 +89,7 @@ def write_adapters(model: PreTrainedModel, state: dict[str, Tensor], place: Path
 def base_of(folder: Path) -> str | None:
     """Return the checkpoint that the adapters in `folder` stand on; None where there are none."""
     try:
-        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        content = json.loads(read_text(folder / CONFIG))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

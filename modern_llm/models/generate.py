@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from modern_llm.config.errors import ConfigError, UserError
+from modern_llm.config.regular_files import read_text
 from modern_llm.models.attention import TREE_ATTENTION
 from modern_llm.models.load import check_id
 
@@ -36,7 +37,7 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str | list[dict[
     if prompt is not None:
         return [prompt]
     try:
-        lines = (file.read_text(encoding="utf-8") if file else sys.stdin.read()).splitlines()
+        lines = (read_text(file) if file else sys.stdin.read()).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"prompts {file}: cannot be read ({error}); check the path and that it is UTF-8"

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from modern_llm.config.errors import StorageError, UserError
+from modern_llm.config.regular_files import check_regular, read_text
 from modern_llm.models import pt_files
 from modern_llm.models.adapters import base_of, merged
 from modern_llm.models.probe import probe
@@ -82,6 +83,7 @@ def inspect_checkpoint(place: str | Path) -> Checkpoint:
             f"checkpoint {place}: no config.json in it; give a transformers folder, a .pt file or "
             "a Hub id"
         )
+    check_folder(place, "checkpoint")
     for index in sorted(path.glob("*.index.json")) if path.is_dir() else ():
         parts_of(index, place)
     try:
@@ -102,7 +104,7 @@ def inspect_checkpoint(place: str | Path) -> Checkpoint:
 def parts_of(index: Path, place: str) -> list[str]:
     """Return the names of the weight files that an index lists; all must lie beside it."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(read_text(index))["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name or name == ".."]
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(
@@ -211,8 +213,22 @@ def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_folder(place: str, kind: str) -> None:
+    """Refuse a local folder with files that `transformers` would wait for, such as pipes."""
+    folder = Path(place)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        try:
+            if path.exists() and not path.is_dir():
+                check_regular(path)
+        except OSError as error:
+            raise UserError(
+                f"{kind} {place}: {path.name} is {error.strerror}; fetch it again"
+            ) from error
+
+
 def _load_tokenizer(place: str) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer at `place`, None where there is none; one that is broken is refused."""
+    check_folder(place, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         # A folder without tokenizer files yields an empty tokenizer of the model's class.

@@ -14,6 +14,7 @@ from typing import Any
 
 from modern_llm.config import ModernLLMConfig
 from modern_llm.config.errors import UserError
+from modern_llm.config.regular_files import read_text
 
 # model type -> (a bias on queries, keys and values always, norms on queries and keys)
 DENSE = {
@@ -98,7 +99,7 @@ def _read(place: str) -> dict[str, Any]:
             from huggingface_hub import hf_hub_download
 
             file = Path(hf_hub_download(place, "config.json"))
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(read_text(file))
     except (OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from modern_llm.config import ModernLLMConfig
 from modern_llm.config.errors import UserError
+from modern_llm.config.regular_files import check_regular
 from modern_llm.models.build import build_model, to_transformers_config
 
 # Wrappers leave their names in state dictionaries; they say nothing about the weights.
@@ -71,6 +72,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         # Mapped, so that the configuration costs no reading of weights; files in the format before
         # torch 1.6, which is no zip archive, cannot be.
+        check_regular(path)
         content = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )

@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils.hub import cached_file
 
 from modern_llm.config.errors import StorageError, UserError
+from modern_llm.config.regular_files import check_regular
 from modern_llm.models import adapters, pt_files
 from modern_llm.models.load import Checkpoint, first_line, inspect_checkpoint, parts_of
 
@@ -115,6 +116,7 @@ def _without_weights(checkpoint: Checkpoint) -> PreTrainedModel:
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     if path.suffix == ".bin":
         try:
+            check_regular(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
             tensors = sorted((name, tensor) for name, tensor in state.items())
         except Exception as error:  # the unpickler's own kinds among them
@@ -125,6 +127,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         yield from tensors
         return
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             for name in sorted(file.keys()):
                 yield name, file.get_tensor(name)

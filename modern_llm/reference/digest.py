@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from modern_llm.config.errors import StorageError
+from modern_llm.config.regular_files import read_text
 from modern_llm.distributed import progress
 from modern_llm.distributed.commit import write_file
 from modern_llm.distributed.digests import Identity, identity_of, is_settled, place_of
@@ -70,7 +71,7 @@ def remembered_digest(
     place = place_of(memory, before[0][0])
     known = {"version": VERSION, "files": before, "facts": facts}
     with suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads(place.read_text(encoding="utf-8"))
+        found = json.loads(read_text(place))
         if {name: found[name] for name in known} == json.loads(json.dumps(known)):
             return str(found["digest"])
     began = time.perf_counter()

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from modern_llm.config.regular_files import read_text
 from modern_llm.distributed.commit import write_file
 from modern_llm.reference.keys import KEY_BYTES
 
@@ -33,7 +34,7 @@ class Marks:
         found: set[bytes] = set()
         for path in sorted(self._folder.glob(f"{PREFIX}*.json")):
             try:
-                names = [bytes.fromhex(name) for name in json.loads(path.read_text("utf-8"))]
+                names = [bytes.fromhex(name) for name in json.loads(read_text(path))]
                 if any(len(name) != KEY_BYTES for name in names):
                     raise ValueError("another length")
             except (OSError, ValueError, TypeError, RecursionError) as error:

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from modern_llm.config.errors import StorageError
+from modern_llm.config.regular_files import read_bytes
 from modern_llm.reference.layout import FORMAT, Identity
 
 MANIFEST = "MANIFEST.json"
@@ -38,7 +39,7 @@ def manifest_text(identity: Identity) -> str:
 def read_manifest(folder: Path) -> Identity | None:
     """Return what a manifest says, None where it is missing or not byte for byte as written."""
     try:
-        text = (folder / MANIFEST).read_bytes()
+        text = read_bytes(folder / MANIFEST)
         content = json.loads(text)
         identity = Identity(content["reference"], content["recipe"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

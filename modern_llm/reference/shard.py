@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from modern_llm.config.regular_files import open_descriptor
 from modern_llm.reference.entries import Entries, concatenate, ends_of
 from modern_llm.reference.keys import KEY_BYTES
 from modern_llm.reference.layout import (
@@ -258,7 +259,7 @@ class _Reader:
         self._path = path
 
     def __enter__(self) -> _Reader:
-        self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptor = open_descriptor(self._path)
         self.size = os.fstat(self._descriptor).st_size
         return self
 

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from modern_llm.config.errors import StorageError
+from modern_llm.config.regular_files import check_regular, read_text
 from modern_llm.distributed import progress
 from modern_llm.distributed.commit import TEMPORARY, verified_manifest
 from modern_llm.distributed.engine import Engine
@@ -179,7 +180,7 @@ def load_state(place: Path, engine: Engine) -> None:
             progress.tick()
             moment.copy_(stored.read(f"{key}/{piece.name}", piece.start, end, of=of))
     try:
-        state = json.loads((place / STATE).read_text(encoding="utf-8"))
+        state = json.loads(read_text(place / STATE))
         engine.passed_over = {k: int(state["passed_over"][k]) for k in engine.passed_over}
         engine.spikes |= {
             k: type(v)(state["spikes"][k]) for k, v in engine.spikes.items() if state["spikes"]
@@ -236,6 +237,7 @@ class Shards:
         self._parts: dict[str, list[tuple[int, int, Any]]] = {}
         try:
             for path in sorted(place.glob(f"{kind}*.safetensors")):
+                check_regular(path)
                 self._index(safe_open(path, framework="pt"))
         except (SafetensorError, OSError, ValueError) as error:
             raise StorageError(f"{place}: {kind} cannot be read ({error})") from error

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modern_llm.config.errors import DataError, UserError
+from modern_llm.config.regular_files import read_text
 from modern_llm.data.prepare import Prepared
 from modern_llm.data.report import DataReport
 from modern_llm.data.tokens import TokenTable
@@ -160,7 +161,7 @@ def _origins(table: TokenTable | None, rows: Indices) -> list[str]:
 
 def _list(path: Path, origins: list[str], reason: str) -> None:
     """Add lines to a list; one that stands there is not added again."""
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    before = read_text(path) if path.exists() else ""
     lines = [json.dumps({"origin": origin, "reason": reason}) for origin in origins]
     standing = set(before.splitlines())
     new = [line for line in lines if line not in standing]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from modern_llm.config.regular_files import read_bytes
 from modern_llm.distributed.commit import write_file
 from modern_llm.distributed.faults import around
 
@@ -97,7 +98,7 @@ class MetricsLog:
         The last line may be cut: the process was killed while it wrote, or is writing it.
         """
         try:
-            lines = self.path.read_bytes().split(b"\n")[:-1]
+            lines = read_bytes(self.path).split(b"\n")[:-1]
         except FileNotFoundError:
             return []
         found = []

@@ -15,6 +15,7 @@ from typing import Any
 
 from modern_llm.config import LoraConfig
 from modern_llm.config.errors import ConfigError, UserError
+from modern_llm.config.regular_files import read_text
 from modern_llm.distributed.memory import Memory, Parameter, Setting, Sizes, plan_memory
 
 USABLE = 0.9
@@ -123,7 +124,7 @@ def measured_throughput(run: Path) -> float:
     import json
 
     try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = read_text(run / "metrics.jsonl").splitlines()
         records = [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
         raise UserError(f"measured {run}: no metrics of a run there ({error})") from error

@@ -18,6 +18,7 @@ import yaml
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import UserError
+from modern_llm.config.regular_files import read_text
 from modern_llm.distributed.commit import write_file
 from modern_llm.training.changes import ACCEPTED, CONTENT, FREE, Change, changes
 from modern_llm.training.metrics import MetricsLog
@@ -62,7 +63,7 @@ class RunFolder:
         if not any(self.checkpoints.glob("step-*")) and not self.final.exists():
             return  # nothing was learnt yet: other settings may start here
         try:
-            before = yaml.safe_load(standing.read_text(encoding="utf-8"))
+            before = yaml.safe_load(read_text(standing))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{standing}: cannot be read ({error}); remove the folder") from error
         if not isinstance(before, dict):
@@ -97,7 +98,7 @@ class RunFolder:
         if self._reopened:
             return False
         try:
-            outcome = json.loads((self.path / "outcome.json").read_text(encoding="utf-8"))
+            outcome = json.loads(read_text(self.path / "outcome.json"))
         except (OSError, ValueError):
             return False
         models = ("config.json", "adapter_config.json")

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from modern_llm.config import TrainingConfig
+from modern_llm.config.regular_files import read_text
 from modern_llm.data.prepare import Prepared
 from modern_llm.distributed.commit import write_file
 from modern_llm.distributed.faults import around
@@ -133,7 +134,7 @@ def prompt_rows(prepared: Prepared) -> list[list[int]]:
 def _read(path: Path) -> list[dict[str, Any]]:
     """The samples on disk; a kill may have cut the last line."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        lines = read_text(path).split("\n")[:-1]
     except OSError:
         return []
     return [json.loads(line) for line in lines if line.endswith("}")]

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.errors import UserError
+from modern_llm.config.regular_files import read_text
 from modern_llm.data.preference_datasets import build_preference_tables
 from modern_llm.data.prepare import Prepared
 from modern_llm.data.tokens import TokenTable
@@ -189,7 +190,7 @@ def _dropped(scored: Scored, output: Path) -> dict[str, Any]:
             log.info("data: %s", line)
         if missing:
             beside = output.with_suffix(".dropped_rows.jsonl")
-            write_file(beside, listed.read_text(encoding="utf-8"))
+            write_file(beside, read_text(listed))
             log.info("rows that were left out: %s", beside)
     return {"dropped": missing}
 

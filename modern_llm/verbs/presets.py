@@ -8,6 +8,7 @@ from typing import Any
 
 from modern_llm.config.errors import StorageError, UserError
 from modern_llm.config.files import Settings
+from modern_llm.config.regular_files import read_bytes
 from modern_llm.distributed.commit import new_file
 from modern_llm.distributed.faults import around
 
@@ -56,7 +57,7 @@ def _copy(root: Path, names: list[str], target: Path) -> None:
     changed = [
         name
         for name in names
-        if (target / name).exists() and (target / name).read_bytes() != (root / name).read_bytes()
+        if (target / name).exists() and read_bytes(target / name) != read_bytes(root / name)
     ]
     if changed:
         raise UserError(

@@ -224,3 +224,23 @@ def test_the_place_is_named_by_the_environment_or_beside_the_hub(monkeypatch, tm
 
 def test_free_room_is_that_of_the_nearest_folder_that_exists(tmp_path):
     assert commit.free_bytes(tmp_path / "not" / "there") > 0
+
+
+@pytest.mark.parametrize("name", ["shard", "mark", "manifest"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, name, caplog):
+    stored = make(tmp_path)
+    stored.append(entries(range(5)))
+    stored.marks.add(entries(range(9, 10)).keys)
+    patterns = {"shard": "*.safetensors", "mark": "not-finite-*.json", "manifest": "MANIFEST.json"}
+    found_files = [p for p in stored.folder.iterdir() if p.match(patterns[name])]
+    assert found_files, sorted(p.name for p in stored.folder.iterdir())
+    for path in found_files:
+        path.unlink()
+        os.mkfifo(path)
+    again = make(tmp_path)
+    if name == "shard":
+        assert len(again) == 0 and "a named pipe, not a regular file" in caplog.text
+    elif name == "mark":
+        assert len(again.marks.keys()) == 0 and "cannot be read" in caplog.text
+    else:
+        ReferenceStore.open(stored.folder)
