@@ -125,7 +125,7 @@ class Claims:
         """Whether this job still owns a claim that it took. A disk that cannot be asked at the
         moment says nothing against it."""
         try:
-            with (self.folder / name).open("rb") as file:
+            with open_regular(self.folder / name) as file:
                 return self._me.encode() in file.readline()
         except FileNotFoundError:
             return False
