@@ -1,0 +1,143 @@
+"""Nothing piles up in a process that lives long: many runs in it, and many steps in one run."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
+from modern_llm.training import loop
+from modern_llm.training.train_dpo import DPOConfig, run_dpo
+from tests.helpers.ranks import run_ranks
+from tests.helpers.text import make_checkpoint, make_tokenizer, transcripts, write_jsonl
+from tests.helpers.zero import stage, use_deepspeed
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/task").is_dir(), reason="threads and memory are listed by Linux alone"
+)
+WARM = 3
+"""Runs after which everything that is made once has been made."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a process holds."""
+
+    threads: int
+    descriptors: int
+    temporary: int
+    objects: int
+    megabytes: float
+
+    @classmethod
+    def now(cls) -> Held:
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return cls(
+            threads=len(os.listdir("/proc/self/task")),
+            descriptors=len(os.listdir("/proc/self/fd")),
+            temporary=len(os.listdir(tempfile.gettempdir())),
+            objects=len(gc.get_objects()),
+            megabytes=pages * os.sysconf("SC_PAGE_SIZE") / 1e6,
+        )
+
+
+def check_flat(held: list[Held], megabytes: float, objects: int) -> None:
+    """The last is as the first, but for so many megabytes and objects."""
+    first, last = held[0], held[-1]
+    assert last.threads <= first.threads, held
+    assert last.descriptors <= first.descriptors, held
+    assert last.temporary <= first.temporary, held
+    assert last.objects - first.objects <= objects, held
+    assert last.megabytes - first.megabytes <= megabytes, held
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    shape = {"n_layers": 1, "d_model": 16, "n_heads": 2, "gqa_groups": 1}
+    checkpoint = make_checkpoint(folder / "model", make_tokenizer(folder / "tokenizer"), **shape)
+    return checkpoint, write_jsonl(folder / "pairs.jsonl", transcripts(12))
+
+
+def train(inputs: tuple[Path, Path], folder: Path, **changes: Any) -> None:
+    checkpoint, pairs = inputs
+    fields = {
+        "run_name": "x", "output_dir": folder, "batch_size": 4, "max_steps": 2, "log_every": 1,
+        "learning_rate": 1e-4, "tokens_per_micro_batch": 300, "save_every": 1, "eval_every": 1,
+        "background_saving": True,
+    }  # fmt: skip
+    run_dpo(
+        checkpoint,
+        TrainingConfig(**(fields | changes)),
+        DPOConfig(max_length=64),
+        PreferenceDatasetConfig(dataset_name=str(pairs), eval_fraction=0.2),
+    )
+
+
+def many_runs(inputs: tuple[Path, Path], folder: Path, count: int, zero: int | None) -> list[Held]:
+    """What one rank holds after each run but the first few."""
+    place = folder / f"temporary{os.environ['RANK']}"
+    place.mkdir()
+    tempfile.tempdir = str(place)
+    use_deepspeed(None if zero is None else stage(zero), folder)
+    held = []
+    for number in range(count):
+        train(inputs, folder / str(number))
+        if number >= WARM:
+            held.append(Held.now())
+    return held
+
+
+def many_steps(inputs: tuple[Path, Path], folder: Path, count: int) -> list[Held]:
+    """What a process holds after each tenth of a run's steps, from the second tenth on."""
+    held = []
+    real = loop._optimizer_step
+
+    def noted(*arguments: Any) -> Any:
+        step = arguments[4]
+        if step % (count // 10) == 0 and step > count // 10:
+            held.append(Held.now())
+        return real(*arguments)
+
+    loop._optimizer_step = noted
+    fields = {"save_every": count // 5, "eval_every": count // 5, "log_every": 5}
+    train(inputs, folder / "run", max_steps=count, **fields)
+    return held
+
+
+def test_runs_in_one_process_leave_nothing(tmp_path, inputs):
+    (held,) = run_ranks(many_runs, 1, inputs, tmp_path, 7, None, timeout=300)
+    check_flat(held, megabytes=4, objects=200)
+
+
+def test_steps_of_one_run_leave_nothing(tmp_path, inputs):
+    (held,) = run_ranks(many_steps, 1, inputs, tmp_path, 200, timeout=300)
+    check_flat(held, megabytes=4, objects=2000)
+
+
+@pytest.mark.long
+def test_thirty_runs_in_one_process_leave_nothing(tmp_path, inputs):
+    (held,) = run_ranks(many_runs, 1, inputs, tmp_path, 30, None, timeout=1200)
+    check_flat(held, megabytes=5, objects=500)
+
+
+@pytest.mark.long
+def test_three_thousand_steps_of_one_run_leave_nothing(tmp_path, inputs):
+    (held,) = run_ranks(many_steps, 1, inputs, tmp_path, 3000, timeout=1800)
+    check_flat(held, megabytes=5, objects=2000)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("zero", [None, 2, 3])
+def test_runs_in_two_processes_leave_nothing(tmp_path, inputs, zero):
+    if zero is not None:
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
+    for held in run_ranks(many_runs, 2, inputs, tmp_path, 10, zero, timeout=1800):
+        check_flat(held, megabytes=8, objects=2000)
