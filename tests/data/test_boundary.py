@@ -6,12 +6,13 @@ import json
 
 import pytest
 from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer
 
 from modern_llm.data.boundary import Boundary
 from modern_llm.data.records import ContentFault, RowFault
 from modern_llm.data.tokenize import Encoder
 from modern_llm.training.answer import prompt_ids
-from tests.helpers.chat_templates import CHATS
+from tests.helpers.chat_templates import CHATS, Chat
 from tests.helpers.encoding import byte_level, recipe_of, sentence_piece, trained_ids
 
 TOKENIZERS = {
@@ -286,3 +287,18 @@ def test_a_bos_stands_once_whoever_writes_it():
     for other in (plain.replace("<|user|>", "<|head|>"), "<s>" + plain, "{{ bos_token }}" + plain):
         ids = trained_ids(recipe_of(tokenizer, "answers", template=other), row)[0]
         assert ids[0] == bos and ids.count(bos) == 1
+
+
+@pytest.mark.real_model
+def test_a_real_chat_tokenizer(real_model):
+    tokenizer = AutoTokenizer.from_pretrained(real_model)
+    chat = Chat(tokenizer.chat_template, "<|im_end|>")
+    pairs, answers = recipe_of(tokenizer, "pairs"), recipe_of(tokenizer, "answers")
+    for prompt in TALKS.values():
+        for good, bad in zip(ANSWERS, ANSWERS[1:], strict=False):
+            wholes = [whole_ids(tokenizer, chat, [*prompt, answer(words)]) for words in (good, bad)]
+            row = {"prompt": prompt, "chosen": [answer(good)], "rejected": [answer(bad)]}
+            head, *responses = trained_ids(pairs, row)
+            assert [head + ids for ids in responses] == wholes
+            row = {"messages": [*prompt, answer(good)]}
+            assert sum(trained_ids(answers, row), []) == wholes[0]
