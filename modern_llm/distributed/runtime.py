@@ -86,6 +86,11 @@ class Runtime(Peers):
         return "float32" if precision == "no" else precision
 
     @property
+    def shards_weights(self) -> bool:
+        """Whether a forward gathers weights from other processes: ZeRO-3 and FSDP."""
+        return self.stage == 3 or self.accelerator.distributed_type == DistributedType.FSDP
+
+    @property
     def rounds_weights(self) -> bool:
         """Whether the engine keeps weights in 16 bits for forwards, however they were loaded."""
         return self.forward_dtype.endswith("-weights")

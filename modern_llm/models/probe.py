@@ -1,52 +1,170 @@
-"""What we claim of a foreign model is measured at load: trees, restarted positions and the fused
-head.
+"""What we claim of a foreign model is measured at load: trees, padded rows, the fused head, lean
+layers.
 
-A few random tokens are scored by the model's own plain forward, one sequence at a time, and again
-as
-trees through the fused head. A model that disagrees runs with separate rows or plain logits, and
-the
-log says so in one line. Called once by `load_scorer`, before the model is prepared for training.
+Two models are asked: the one that was loaded, in short rows, and its `twin`, a small one of the
+same architecture in rows longer than all its windows and other special lengths, with gradients.
+Both are asked by their own plain forward, one unpadded sequence at a time, and again as training
+asks. A feature in which either disagrees is turned off, and the log says so in one line. Called
+once by `make_scorer`, before the model is prepared for training.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from modern_llm.config.errors import UserError
 from modern_llm.models.attention import (
     TREE_ATTENTION,
     Backend,
     backends,
     register_tree_attention,
 )
+from modern_llm.models.attention_blocks import MERGE_BELOW
 from modern_llm.models.head import LogitTransform, fuse_head
 from modern_llm.models.lean import slim, unslim
 from modern_llm.models.narrow import narrow_last_layer
 from modern_llm.models.routers import without_router_loss
 from modern_llm.models.scorer import Abilities, TokenScorer
+from modern_llm.models.twin import one_thread, twin_of
 
 log = logging.getLogger(__name__)
 
 # Largest difference of one token's log-prob between two orders of the same sums, by weight dtype.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-# Layer kinds whose masks the tree attention reproduces. The probe's rows are shorter than any real
-# window or chunk, so other kinds (chunked, linear) cannot be judged by it and are not tried.
-KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+# The twin's logits are some ten times as large as a model's, and so is their rounding.
+TWIN_TOLERANCE = 1e-2
+# Largest distance of the twin's gradient from that of its plain forward, as a share of its norm.
+GRADIENT_TOLERANCE = 2e-3
+# Tokens of [prompt, answer, answer] of two trees. Long ones exceed the twin's special lengths and
+# the blocks of every backend.
+SHORT = ((5, 4, 7), (3, 6, 2))
+# Names under which architectures keep a cap of their logits; the probe sees which one acts.
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "logit_softcapping", "output_soft_cap")
+LONG = ((70, 60, 75), (40, 50, 30))
 
 
-def logit_transform(model: PreTrainedModel) -> LogitTransform:
-    """Read from the configuration what the model does to its logits; the probe checks the
-    reading."""
-    config = model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    return LogitTransform(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
+class Subject:
+    """A model that is measured, and what its own plain forward gives.
+
+    Args:
+        model: set up by `probe` as it goes.
+        sizes: of its trees.
+        gradients: compare gradients too.
+        tolerance: largest difference of a token's log-prob.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sizes: tuple[tuple[int, ...], ...],
+        tolerance: float,
+        *,
+        gradients: bool = False,
+    ):
+        self.model, self.tolerance, self.gradients = model, tolerance, gradients
+        self.native = model.config._attn_implementation
+        self.pairs = _random_pairs(model, sizes)
+        self._expected = self._measured(lambda: _plain_all(model, self.pairs))
+        self.windows: tuple[int | None, ...] = ()
+
+    def _measured(self, forward: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Log-probs of all answers, and the gradient of a weighted sum of them by parameter."""
+        if not self.gradients:
+            with torch.no_grad():
+                return forward(), {}
+        with torch.enable_grad(), one_thread():
+            logprobs = forward()
+            logprobs.mul(torch.linspace(-1, 1, len(logprobs))).sum().backward()
+        found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        self.model.zero_grad(set_to_none=True)
+        return logprobs.detach(), found
+
+    def differs_plainly(self) -> str:
+        """Say how the plain forward differs from what it gave at first, or ""."""
+        return self._difference(lambda: _plain_all(self.model, self.pairs))
+
+    def shares(self, abilities: Abilities) -> str:
+        """Switch to the tree attention; say why the model does not do with it, or ""."""
+        if self.gradients and abilities.backend == "flex":
+            # FlexAttention has a backward on a GPU only: the twin shows what is visible to whom.
+            abilities = replace(abilities, backend="mask")
+        try:
+            self.model.set_attn_implementation(TREE_ATTENTION)
+        except Exception as error:  # foreign code
+            return f"the tree attention is refused ({' '.join(str(error).split())[:120]})"
+        if self.model.config._attn_implementation != TREE_ATTENTION:
+            return "the architecture has an attention of its own"
+        why = self.differs(abilities)
+        return f"the tree attention {why}" if why else ""
+
+    def differs(self, abilities: Abilities) -> str:
+        """Say how the answers of a scorer with `abilities` differ, or ""."""
+        for merge_below in (0, MERGE_BELOW) if abilities.trees else (0,):
+            scorer = TokenScorer(self.model, abilities)
+            # The few tokens of the probe must take the way of long trees, and that of short ones.
+            scorer.merge_below = merge_below
+            rows = _rows(self.pairs, self.model.device, abilities.trees)
+            why = self._difference(lambda s=scorer, r=rows: s(*r).logprobs)
+            why = why or (self._leak(scorer) if abilities.trees else "")
+            if why:
+                return why
+        if abilities.trees:
+            self.windows = tuple(scorer.asked)
+        return ""
+
+    def _difference(self, forward: Callable[[], Tensor]) -> str:
+        try:
+            logprobs, gradients = self._measured(forward)
+        except Exception as error:  # foreign code: whatever it raises, it does not do
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            return f"does not run in it ({reason})"
+        expected, others = self._expected
+        worst = float((logprobs - expected).abs().max())
+        if not worst <= self.tolerance:
+            return f"{self._where} by {worst:.2g} nats a token"
+        off = _distance(gradients, others)
+        if not off <= GRADIENT_TOLERANCE:
+            return f"{self._where} by {off:.1%} of the gradient"
+        return ""
+
+    @property
+    def _where(self) -> str:
+        longest = max(prompt.numel() + max(a.numel(), b.numel()) for prompt, a, b in self.pairs)
+        place = "of a small model of this architecture, " if self.gradients else ""
+        return f"differs from plain sequences ({place}up to {longest} tokens)"
+
+    @torch.no_grad()
+    def _leak(self, scorer: TokenScorer) -> str:
+        """Say whether another chosen answer in the first tree moves its rejected answer or the
+        second tree.
+
+        Same shapes, same kernels: without experts nothing may move by a single bit, in any dtype.
+        Experts compute their tokens in groups, so other tokens move the rounding.
+        """
+        (prompt, chosen, rejected), other = self.pairs
+        changed = [[prompt, chosen.roll(1), rejected], other]
+        before, after = (
+            scorer(*_rows(p, self.model.device, True)).logprobs[len(chosen) :]
+            for p in (self.pairs, changed)
+        )
+        limit = self.tolerance if scorer.has_experts else 0.0
+        return "lets a token see across branches" if (before - after).abs().max() > limit else ""
+
+    @torch.no_grad()
+    def looks_ahead(self) -> bool:
+        """Whether a token's log-prob depends on a later token."""
+        (prompt, answer, _), _ = self.pairs
+        other = torch.cat([answer[:-1], prompt[:1] if prompt[0] != answer[-1] else prompt[1:2]])
+        before, after = (_plain(self.model, prompt, a)[:-1] for a in (answer, other))
+        return float((before - after).abs().max()) > self.tolerance
 
 
-@torch.no_grad()
 def probe(
     model: PreTrainedModel,
     *,
@@ -64,114 +182,160 @@ def probe(
 
     Side effects: the head becomes a `FusedHead` where that is exact, and the attention
     implementation the tree attention where that is.
+
+    Raises:
+        UserError: a token's log-prob depends on later tokens; that is no causal language model.
     """
     training = model.training
     model.eval()
-    notes: list[str] = []
-    pairs = _random_pairs(model)
-    native = model.config._attn_implementation
-    plain = [_plain(model, prompt, answer) for prompt, *answers in pairs for answer in answers]
-    tolerance = TOLERANCE[model.dtype]
-    if lean and model.device.type == "cpu":
-        _slim(model, pairs, plain, tolerance)
-
-    head = model.get_output_embeddings()
-    fused = head is not None and fuse_head(head, logit_transform(model))
-    if fused:
-        fused = _fused_is_exact(model, pairs, plain, tolerance)
-    if not fused:
-        notes.append(
-            "plain logits: the head is not a linear layer, or differs from the model's own forward"
+    twin = twin_of(model)
+    # On a GPU long rows cost nothing; without a twin they are the only evidence.
+    long = twin is None or model.device.type == "cuda"
+    subjects = [Subject(model, LONG if long else SHORT, TOLERANCE[model.dtype])]
+    if subjects[0].looks_ahead():
+        raise UserError(
+            f"{type(model).__name__}: a token's log-prob depends on later tokens (an encoder, or a "
+            "configuration without is_decoder: true); give a decoder"
         )
-    backend: Backend = "mask"
-    windows: tuple[int | None, ...] = ()
+    if twin is not None:
+        subjects.append(Subject(twin, LONG, TWIN_TOLERANCE, gradients=True))
+    trial = _Trial(subjects)
+    trial.slim(lean and model.device.type == "cpu")
+    trial.pad()
+    trial.fuse()
     if trees:
-        for backend in tried or backends(model.device):
-            why, windows = _try_trees(model, fused, backend, pairs, plain, tolerance)
-            if not why:
-                break
-            log.debug("%s: attention %s: %s", type(model).__name__, backend, why)
-        if why:
-            notes.append(f"separate rows: {why}")
-            model.set_attn_implementation(native)
-            trees = False
+        trial.share(tried or backends(model.device))
     model.train(training)
-    for note in notes:
+    for note in trial.notes:
         log.info("%s: %s", type(model).__name__, note)
-    return Abilities(trees=trees, fused=fused, backend=backend, windows=windows, notes=tuple(notes))
+    return replace(trial.abilities, windows=subjects[0].windows, notes=tuple(trial.notes))
 
 
-def _slim(
-    model: PreTrainedModel, pairs: list[list[Tensor]], plain: list[Tensor], tolerance: float
-) -> None:
-    counts = slim(model)
-    again = [_plain(model, prompt, answer) for prompt, *answers in pairs for answer in answers]
-    worst = float((torch.cat(again) - torch.cat(plain)).abs().max())
-    log.debug("%s: %s in fewer passes, %.2g nats off", type(model).__name__, counts, worst)
-    if not worst <= tolerance:
-        unslim(model)
-    narrow_last_layer(model)
+class _Trial:
+    """Features tried one after the other on all subjects; what one refuses is off for all."""
+
+    def __init__(self, subjects: list[Subject]):
+        self.subjects = subjects
+        self.abilities = Abilities(trees=False, fused=False)
+        self.notes: list[str] = []
+        self._slim = False
+
+    def _why_not(self, ask: Callable[[Subject], str]) -> str:
+        return next(filter(None, map(ask, self.subjects)), "")
+
+    def slim(self, wanted: bool) -> None:
+        """Put the functions of `lean` into the layers."""
+        if not wanted:
+            return
+        for subject in self.subjects:
+            slim(subject.model)
+        why = self._why_not(Subject.differs_plainly)
+        if why:
+            self._unslim(f"their version for a CPU {why}")
+            return
+        self._slim = True
+        for subject in self.subjects:
+            narrow_last_layer(subject.model)
+
+    def _unslim(self, reason: str) -> None:
+        self._slim = False
+        for subject in self.subjects:
+            unslim(subject.model)
+        self.notes.append(f"the model's own layers: {reason}")
+
+    def pad(self) -> None:
+        """Put rows of several lengths into one forward."""
+        why = self._why_not(lambda subject: subject.differs(self.abilities))
+        if why:
+            self.abilities = replace(self.abilities, padded=False)
+            self.notes.append(f"one row at a time: a padded row {why}")
+
+    def fuse(self) -> None:
+        """Compute the head on target positions in chunks."""
+        fused = replace(self.abilities, fused=True)
+        why = "the head is not a linear layer"
+        for number in range(len(transforms(self.subjects[0].model))):
+            if all(_fuse(subject.model, number) for subject in self.subjects):
+                reason = self._why_not(lambda subject: subject.differs(fused))
+                if not reason:
+                    self.abilities = fused
+                    return
+                why = f"the fused head {reason}"
+        self.notes.append(f"plain logits: {why}")
+
+    def share(self, tried: tuple[Backend, ...]) -> None:
+        """Let answers share their prompt, by the first backend that is exact."""
+        register_tree_attention()
+        why = self._first_of(tried)
+        if why and self._slim:
+            kept = list(self.notes)
+            self._unslim(f"with their version for a CPU {why}")
+            why = self._first_of(tried)
+            if why:  # it was not they: they come back
+                self.notes = kept
+                self.slim(True)
+        if why:
+            self.notes.append(f"separate rows: {why}")
+
+    def _first_of(self, tried: tuple[Backend, ...]) -> str:
+        why = ""
+        for backend in tried:
+            abilities = replace(self.abilities, trees=True, padded=True, backend=backend)
+            why = self._why_not(lambda subject, a=abilities: subject.shares(a))
+            if not why:
+                self.abilities = abilities
+                return ""
+            log.debug("attention %s: %s", backend, why)
+        for subject in self.subjects:
+            subject.model.set_attn_implementation(subject.native)
+        return why
 
 
-def _fused_is_exact(
-    model: PreTrainedModel, pairs: list[list[Tensor]], plain: list[Tensor], tolerance: float
-) -> bool:
-    scorer = TokenScorer(model, Abilities(trees=False, fused=True))
-    try:
-        return _disagreement(scorer, pairs, plain) <= tolerance
-    except Exception as error:  # foreign code: whatever it raises, it does not do
-        log.debug("fused head in %s: %s", type(model).__name__, error)
-        return False
+def transforms(model: PreTrainedModel) -> list[LogitTransform]:
+    """Return what the model may do to its logits, as its configuration reads; the probe chooses."""
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    caps = [getattr(config, name, None) for name in CAPS]
+    found = [float(cap) for cap in caps if isinstance(cap, int | float) and cap > 0]
+    return [LogitTransform(scale=scale, softcap=cap) for cap in dict.fromkeys([*found, None])]
 
 
-def _try_trees(
-    model: PreTrainedModel,
-    fused: bool,
-    backend: Backend,
-    pairs: list[list[Tensor]],
-    plain: list[Tensor],
-    tolerance: float,
-) -> tuple[str, tuple[int | None, ...]]:
-    """Switch `model` to the tree attention.
-
-    Returns:
-        Why it does not do, or "" where it does; and the sliding windows that its layers ask for.
-    """
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    if kinds - KNOWN_LAYERS:
-        return f"layers of kind {', '.join(sorted(kinds - KNOWN_LAYERS))}", ()
-    register_tree_attention()
-    scorer = TokenScorer(model, Abilities(trees=True, fused=fused, backend=backend))
-    # The few tokens of the probe must go the way that long trees go.
-    scorer.merge_below = 0
-    try:
-        model.set_attn_implementation(TREE_ATTENTION)
-        if model.config._attn_implementation != TREE_ATTENTION:
-            return "the architecture has an attention of its own", ()
-        worst = _disagreement(scorer, pairs, plain)
-    except Exception as error:  # foreign code: whatever it raises, it does not do
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        return f"the tree attention does not run in it ({reason})", ()
-    if not worst <= tolerance:
-        return f"trees differ from plain sequences by {worst:.2g} nats a token", ()
-    # Experts compute their tokens in groups, so other tokens move the rounding; dense layers don't.
-    if _leak(scorer, pairs) > (tolerance if scorer.has_experts else 0.0):
-        return "a token sees across branches", ()
-    return "", tuple(scorer.asked)
+def _fuse(model: PreTrainedModel, number: int) -> bool:
+    """Fuse the head by one of its `transforms`."""
+    head, found = model.get_output_embeddings(), transforms(model)
+    return head is not None and number < len(found) and fuse_head(head, found[number])
 
 
-def _random_pairs(model: PreTrainedModel) -> list[list[Tensor]]:
+def _distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Return the norm of the difference of two gradients as a share of the second's."""
+    if not expected:
+        return 0.0
+    zero = torch.zeros(())
+    off = sum(float((found.get(n, zero) - g).square().sum()) for n, g in expected.items())
+    return (off / max(sum(float(g.square().sum()) for g in expected.values()), 1e-30)) ** 0.5
+
+
+def _random_pairs(model: PreTrainedModel, sizes: tuple[tuple[int, ...], ...]) -> list[list[Tensor]]:
     """Two trees [prompt, chosen, rejected] of unequal lengths, from ids that no tokenizer makes
     special."""
     generator = torch.Generator().manual_seed(0)
+    config = model.config.get_text_config()
     rows = model.get_input_embeddings().weight.shape[0]
-    special = {getattr(model.config.get_text_config(), "pad_token_id", None)}
-    usable = torch.tensor([i for i in range(min(rows, 1000)) if i not in special])
+    rows = min(rows, getattr(config, "vocab_size", None) or rows, 1000)
+    special = {getattr(config, "pad_token_id", None)}
+    usable = torch.tensor([i for i in range(rows) if i not in special])
 
     def draw(length: int) -> Tensor:
         return usable[torch.randint(len(usable), (length,), generator=generator)]
 
-    return [[draw(n) for n in lengths] for lengths in ((5, 4, 7), (3, 6, 2))]
+    return [[draw(n) for n in lengths] for lengths in sizes]
+
+
+def _plain_all(model: PreTrainedModel, pairs: list[list[Tensor]]) -> Tensor:
+    """Log-probs of all answers one after the other."""
+    parts = [_plain(model, prompt, answer) for prompt, *answers in pairs for answer in answers]
+    return torch.cat(parts)
 
 
 def _plain(model: PreTrainedModel, prompt: Tensor, answer: Tensor) -> Tensor:
@@ -214,24 +378,3 @@ def _rows(pairs: list[list[Tensor]], device: torch.device, trees: bool) -> tuple
             at += len(tokens)
     packed = (ids, positions, segments, torch.tensor(targets).t())
     return tuple(tensor.to(device) for tensor in packed)
-
-
-def _disagreement(scorer: TokenScorer, pairs: list[list[Tensor]], plain: list[Tensor]) -> float:
-    """Largest difference of a token's log-prob between the scorer's rows and the plain forward."""
-    rows = _rows(pairs, scorer.model.device, scorer.abilities.trees)
-    return float((scorer(*rows).logprobs - torch.cat(plain)).abs().max())
-
-
-def _leak(scorer: TokenScorer, pairs: list[list[Tensor]]) -> float:
-    """How far another chosen answer in the first tree moves its rejected answer or the second
-    tree, in nats.
-
-    Same shapes, same kernels: without experts nothing may move by a single bit, in any dtype.
-    """
-    (prompt, chosen, rejected), other = pairs
-    changed = [[prompt, chosen.roll(1), rejected], other]
-    before, after = (
-        scorer(*_rows(p, scorer.model.device, True)).logprobs[len(chosen) :]
-        for p in (pairs, changed)
-    )
-    return float((before - after).abs().max())

@@ -43,6 +43,8 @@ class Abilities:
     """Rows may hold several trees, answers may share their prompt."""
     fused: bool
     """The head may be computed on target positions in chunks."""
+    padded: bool = True
+    """Rows of several lengths may share a forward; otherwise each row has one of its own."""
     backend: Backend = "mask"
     """How attention within trees is computed."""
     windows: tuple[int | None, ...] = ()
@@ -106,17 +108,39 @@ class TokenScorer(nn.Module):
                 f"ids and positions must be (R, L), segments (R, L, 2), got {tuple(ids.shape)}, "
                 f"{tuple(positions.shape)}, {tuple(segments.shape)}"
             )
-        inputs: dict[str, object] = {
-            "input_ids": ids,
-            "position_ids": positions,
-            "use_cache": False,
-        }
         real = segments[..., 0] >= 0
-        sources, labels = targets.unbind(0)
         if self.abilities.trees:
-            inputs["tree"] = self._masks(segments, positions, sources)
-        else:
-            inputs["attention_mask"] = real.long()
+            tree = self._masks(segments, positions, targets[0])
+            return self._ask(ids, real, targets, position_ids=positions, tree=tree)
+        if self.abilities.padded:
+            # Positions are the model's own: some begin at another number than 0.
+            return self._ask(ids, real, targets, attention_mask=real.long())
+        return self._ask_row_by_row(ids, real, targets)
+
+    def _ask_row_by_row(self, ids: Tensor, real: Tensor, targets: Tensor) -> ScorerOutput:
+        """Run a forward for each row alone, without padding, as plain `transformers` would."""
+        width = ids.shape[1]
+        sizes = real.sum(1).tolist()
+        order, logprobs, losses = [], [], []
+        for row, size in enumerate(sizes):
+            here = (targets[0] // width == row).nonzero().flatten()
+            sources, labels = targets[:, here].unbind(0)
+            one = slice(row, row + 1)
+            part = torch.stack([sources - row * width, labels])
+            output = self._ask(ids[one, :size], real[one, :size], part)
+            order.append(here)
+            logprobs.append(output.logprobs)
+            losses.append(output.aux_loss)
+        found = torch.cat(logprobs)[torch.cat(order).argsort()]
+        if self._router_loss is None:
+            return ScorerOutput(found, None)
+        weighted = [loss * size for loss, size in zip(losses, sizes, strict=True)]
+        return ScorerOutput(found, torch.stack(weighted).sum() / sum(sizes))
+
+    def _ask(self, ids: Tensor, real: Tensor, targets: Tensor, **more: object) -> ScorerOutput:
+        """Run one forward of the model."""
+        inputs: dict[str, object] = {"input_ids": ids, "use_cache": False, **more}
+        sources, labels = targets.unbind(0)
         if self._router_loss is not None:
             inputs["output_router_logits"] = True
         else:

@@ -184,6 +184,7 @@ def set_up_scorer(
         lean=_lean(runtime, config),
         router_loss=config.router_loss_coefficient,
     )
+    _refuse_rows_alone(runtime, scorer)
     if runtime.is_main:
         rows = "one row an answer"
         if scorer.abilities.trees:
@@ -201,6 +202,17 @@ def set_up_scorer(
     if config.compile:
         compile_layers(model)
     return scorer
+
+
+def _refuse_rows_alone(runtime: Runtime, scorer: TokenScorer) -> None:
+    """Refuse weights sharded over processes for a model that takes a forward for each row: ranks
+    with other numbers of rows would wait for each other."""
+    if runtime.shards_weights and not scorer.abilities.padded:
+        raise UserError(
+            f"{type(scorer.model).__name__}: padding changes what this architecture computes, so "
+            "each row has a forward of its own, which ZeRO-3 and FSDP cannot do; use "
+            "accelerate_configs/zero2.yaml or ddp.yaml"
+        )
 
 
 def _lean(runtime: Runtime, config: TrainingConfig) -> bool:
@@ -222,6 +234,7 @@ def set_up_frozen(runtime: Runtime, checkpoint: Checkpoint, config: TrainingConf
         model.to(runtime.device)
     disable_dropout(model)
     scorer = make_scorer(model, _attention(runtime, model, config), lean=_lean(runtime, config))
+    _refuse_rows_alone(runtime, scorer)
     return scorer.eval().requires_grad_(False)
 
 

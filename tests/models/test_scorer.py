@@ -101,7 +101,7 @@ def test_gradients_of_trees_equal_gradients_of_plain_sequences(name):
     for n, parameter in scorer.model.named_parameters():
         # RoPE tables and some norms are float32 in transformers whatever the weights are.
         torch.testing.assert_close(
-            parameter.grad, expected[n], rtol=1e-4, atol=2e-5, msg=lambda m, n=n: f"{n}: {m}"
+            parameter.grad, expected[n], rtol=1e-4, atol=5e-5, msg=lambda m, n=n: f"{n}: {m}"
         )
 
 
