@@ -39,9 +39,9 @@ def measure(folder: Path) -> dict[str, float]:
     assert runtime.world == 2
 
     def marks(step: int) -> None:
-        for phase in ("loading the batch", "forward and backward", "optimizer"):
-            progress.enter(phase, step)
-        progress.tick()
+        for name in ("loading the batch", "forward and backward", "optimizer", "deciding"):
+            with progress.quick(name, step):
+                progress.tick()
         progress.step_done(STEP_S, STEP_S)
 
     def compute(seconds: float) -> None:
