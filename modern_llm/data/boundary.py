@@ -4,7 +4,7 @@ A conversation is tokenised as one text, and the answer is what follows the ids 
 that prompt and answer together are the ids of the whole. A token that spans the boundary belongs to
 the answer; both answers of a pair have the same prompt. Strings are tokenised apart, as a prompt is
 at inference; a marker that the tokenizer puts before each separate text (SentencePiece's space) is
-kept out of the answer unless the joined text has it. Called by `recipes`.
+kept out of the answer unless the joined text has it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from modern_llm.data.templates import Written
 from modern_llm.data.tokenize import Encoder, Ids
 from modern_llm.data.vocabulary import Tokenizer, special_ids
 
-# A text after one of these is tokenised as if it stood inside a longer text.
+# A text after one of these is tokenised as inside a longer text.
 _ANCHORS = ("\n", "\t", ".", "(", "a")
 _PROBES = ("b", "5", "Word", " b")
 
@@ -91,7 +91,7 @@ class Boundary:
     def _closed(self, answer: Ids) -> tuple[Ids, int | None]:
         """An answer without its end token and what follows that, and the end token.
 
-        The end token stands among the special and blank tokens with which the answer ends.
+        The end token is among the special and blank tokens with which the answer ends.
         """
         start = len(answer)
         while start and self._closes(int(answer[start - 1])):

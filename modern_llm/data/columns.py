@@ -1,7 +1,6 @@
 """What the formats read from the columns of a row: texts, messages, tools, system words.
 
-Every function takes texts as they are, and raises `RowFault` for broken structure. Called by
-`formats`.
+Every function takes texts as they are, and raises `RowFault` for broken structure.
 """
 
 from __future__ import annotations
@@ -144,7 +143,7 @@ def same_turns(first: list[Message], second: list[Message]) -> bool:
 
 
 def answer_of(values: Values, name: str) -> tuple[list[Message], Message]:
-    """Return what stands before the last message of a column, and the last message, the
+    """Return the messages before the last one of a column, and the last message, the
     assistant's."""
     value = column(values, name)
     if isinstance(value, str):

@@ -1,7 +1,6 @@
 """The keys of messages: which of them a chat template writes, and the arguments of tool calls.
 
-A key that changes nothing in the rendered text is reported, never dropped silently. Called by
-`templates`.
+A key that changes nothing in the rendered text is reported, never dropped silently.
 """
 
 from __future__ import annotations

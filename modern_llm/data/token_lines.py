@@ -1,8 +1,8 @@
 """The token ids that would be trained on, as JSON lines: `inspect --tokens OUT.jsonl`.
 
 One object for each kept training row: `origin`, the ids of each column as `<column>_ids` and,
-for a column of which not every id is a target, a mask of 0 and 1 as `<column>_targets`. Called by
-`examine`, which gets the rows from the same code as training does.
+for a column of which not every id is a target, a mask of 0 and 1 as `<column>_targets`. The
+rows come from the same code as training's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What is used of a tokenizer, and which of its tokens are special.
-
-Called by `templates`, `tokenize` and `boundary`.
-"""
+"""What is used of a tokenizer, and which of its tokens are special."""
 
 from __future__ import annotations
 

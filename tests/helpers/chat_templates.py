@@ -1,4 +1,4 @@
-"""Chat templates in the manner of well-known families, written anew and shortened.
+"""Chat templates in the manner of well-known families, rewritten and shortened.
 
 `end` is the token that closes an answer, None where the template writes none. `system` and
 `thoughts` say what a template takes. All special tokens are in `TOKENS`.
