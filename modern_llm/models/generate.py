@@ -7,10 +7,13 @@ the model's native one.
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,13 @@ from modern_llm.config.errors import ConfigError, UserError
 from modern_llm.config.regular_files import read_text
 from modern_llm.models.attention import TREE_ATTENTION
 from modern_llm.models.load import check_id
+
+log = logging.getLogger(__name__)
+
+# Tokens for which padding is tried, and the largest difference of a log-prob that rounding makes,
+# with float32 and with 16 bits.
+TRIED = 4
+NEAR, NEAR_16_BITS = 5e-3, 0.5
 
 
 def read_prompts(prompt: str | None, file: Path | None) -> list[str | list[dict[str, Any]]]:
@@ -136,17 +146,10 @@ def generate_ids(
     )
     answers: list[list[int]] = [[]] * len(prompts)
     last = {*settings.eos_token_id, settings.pad_token_id}
-    # Prompts of similar length together: padding on the left costs time.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
+    for part in _batches(model, prompts, settings, batch_size):
         rows = [prompts[i] for i in part]
         width = max(map(len, rows))
-        ids = torch.full((len(rows), width), settings.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(rows):
-            ids[row, width - len(tokens) :] = torch.tensor(list(tokens))
-            mask[row, width - len(tokens) :] = 1
+        ids, mask = _padded(rows, settings.pad_token_id)
         device = model.device
         output = model.generate(
             ids.to(device),
@@ -172,6 +175,80 @@ def _padding(
     # A padding token may have been added beside the embedding. Padding is masked: any id will do.
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(at for at in known if at is not None and at < vocabulary)
+
+
+def _batches(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationConfig,
+    batch_size: int,
+) -> Iterator[list[int]]:
+    """Yield the prompts that are answered together: those of similar length, as padding on the
+    left costs time; of equal length where padding would change the answers."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    groups = [order]
+    if batch_size > 1 and not _as_alone(model, prompts, order, settings):
+        groups = [list(g) for _, g in groupby(order, key=lambda i: len(prompts[i]))]
+        crowd = max(groups, key=len)
+        alone = len(crowd) == len(order) or not _as_alone(model, prompts, crowd, settings)
+        groups = [[i] for i in order] if alone else groups
+        log.info(
+            "%s: a prompt gets another answer beside %s: answered %s",
+            type(model).__name__,
+            "others" if alone else "prompts of other lengths",
+            "one by one" if alone else "with those of its length",
+        )
+    for group in groups:
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and mask (R, L) of prompts padded on the left."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        ids[row, width - len(tokens) :] = torch.tensor(list(tokens))
+        mask[row, width - len(tokens) :] = 1
+    return ids, mask
+
+
+def _as_alone(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    group: Sequence[int],
+    settings: GenerationConfig,
+) -> bool:
+    """Whether the first of a group, sorted by length, gets the logits beside the last that it gets
+    alone, for a few tokens. States, convolutions and positions may run through the padding."""
+    if len(group) < 2:
+        return True
+    rows = [prompts[group[0]], prompts[group[-1]]]
+    few = copy.deepcopy(settings)
+    few.update(
+        max_new_tokens=min(TRIED, settings.max_new_tokens), do_sample=False, temperature=None,
+        top_p=None, top_k=None, eos_token_id=None, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    found = []
+    for part in (rows[:1], rows):
+        ids, mask = (tensor.to(model.device) for tensor in _padded(part, settings.pad_token_id))
+        try:
+            output = model.generate(ids, attention_mask=mask, generation_config=few)
+        except Exception as error:  # foreign code
+            log.debug("%s with padding: %s", type(model).__name__, error)
+            return False
+        logits = torch.stack([step[0].float() for step in output.logits])
+        found.append((output.sequences[0, ids.shape[1] :], logits.log_softmax(-1)))
+    (alone, expected), (beside, logprobs) = found
+    worst = 0.0
+    for at in range(len(alone)):
+        worst = max(worst, float((logprobs[at] - expected[at]).abs().max()))
+        if alone[at] != beside[at]:
+            break
+    narrow = model.dtype != torch.float32 or torch.is_autocast_enabled(model.device.type)
+    return worst <= (NEAR_16_BITS if narrow else NEAR)
 
 
 class _Checked(StoppingCriteria):
