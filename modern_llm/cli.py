@@ -6,7 +6,6 @@ Nothing heavy is imported before a verb runs, so that `--help` answers at once. 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 
 from modern_llm.config.errors import UserError, status_of
 from modern_llm.config.files import Settings, read_settings
+from modern_llm.config.printable import PrintableFormatter, json_line
 from modern_llm.distributed.signals import StopRequest
 from modern_llm.verbs import (
     completion,
@@ -148,7 +148,7 @@ def _run(verb: str, rest: list[str]) -> int:
     with _logging(settings.debug):
         result = run(settings)
     if os.environ.get("RANK", "0") == "0" and settings.json_output:
-        print(json.dumps(result, ensure_ascii=False), flush=True)
+        print(json_line(result), flush=True)
     return 0
 
 
@@ -200,7 +200,7 @@ def _logging(debug: bool) -> Iterator[None]:
     """Our lines on stderr, rank 0 only; other packages speak up from warnings on."""
     main_process = os.environ.get("RANK", "0") == "0"
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(PrintableFormatter("%(message)s"))
     ours = logging.getLogger("modern_llm")
     before = ours.level, ours.propagate
     ours.addHandler(handler)
@@ -208,6 +208,8 @@ def _logging(debug: bool) -> Iterator[None]:
     ours.propagate = False
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Kernels of the Hub are code that nobody here chose.
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

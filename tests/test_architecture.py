@@ -65,7 +65,8 @@ TABLE = {
     ),
     # Pages from plain numbers: a template, a drawing, a terminal; nothing that computes.
     "report": row(
-        "config.regular_files distributed.commit",
+        # Files that others may have written, and text for a terminal.
+        "config.foreign config.printable distributed.commit",
         "jinja2 matplotlib numpy rich yaml huggingface_hub",
     ),
     "demo": row(f"{BELOW} stages report", "tokenizers transformers rich numpy torch"),

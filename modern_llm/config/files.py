@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 from pydantic_settings.exceptions import SettingsError
 
 from modern_llm.config.errors import ConfigError
-from modern_llm.config.regular_files import read_text
+from modern_llm.config.foreign import LARGEST_YAML, parse_yaml, read_text
 
 S = TypeVar("S", bound=BaseSettings)
 
@@ -139,20 +139,21 @@ def _command_line(schema: type[BaseSettings], arguments: list[str], verb: str) -
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """Return the content of a file and the line of every dotted key in it."""
     try:
-        text = read_text(path, "utf-8-sig")
+        text = read_text(path, LARGEST_YAML, encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError([f"--config {path}: {error.strerror}; check the path"]) from error
     except UnicodeDecodeError as error:
         raise ConfigError(
             [f"--config {path}: byte {error.start} is no UTF-8; save the file as UTF-8"]
         ) from error
+    except ValueError as error:
+        raise ConfigError([f"--config {path}: {error}; a configuration has fewer"]) from error
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        content, root = parse_yaml(text)
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or type(error).__name__
+        reason = getattr(error, "problem", None) or str(error)
         raise ConfigError([f"{path}{place}: not YAML or JSON: {reason}"]) from error
     if not isinstance(content, dict):
         raise ConfigError([f"{path}:1: must be a mapping of sections (train: ..., data: ...)"])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from modern_llm.config.base import section
+from modern_llm.config.printable import one_line
 
 Positive = Annotated[int, Field(gt=0)]
 Tracker = Literal[
@@ -23,13 +24,33 @@ Tracker = Literal[
 ]
 
 
+LONGEST_NAME = 200
+"""Bytes of a run's name: a file's name has 255, and the ending and temporary marks need some."""
+
+
+def _file_name(name: str) -> str:
+    """Return a run's name, or refuse one that cannot be part of a file's name everywhere."""
+    size = len(name.encode("utf-8", "surrogatepass"))
+    if size > LONGEST_NAME:
+        raise ValueError(f"has {size} bytes and names a folder: use at most {LONGEST_NAME}")
+    if "/" in name or "\\" in name:
+        raise ValueError("names a folder and holds / or \\: use a name without")
+    if one_line(name) != name:
+        raise ValueError(
+            f"holds a control character or space that does not show ({one_line(name)!r}): "
+            "use plain text"
+        )
+    return name
+
+
 @section
 class TrainingConfig:
     """One run of one stage. `batch_size` counts examples of one optimizer step over all
     processes."""
 
-    run_name: Annotated[str, Field(min_length=1, pattern=r"^[^/\\]+$")]
-    """Names the final folder: `output_dir/{run_name}_final`."""
+    run_name: Annotated[str, Field(min_length=1), AfterValidator(_file_name)]
+    """Names the final folder: `output_dir/{run_name}_final`. At most 200 bytes of UTF-8, without
+    separators and control characters."""
     dataset_name: str | None = None
     """Training data of pretraining, and of SFT and DPO where their data section names none."""
     tokenizer_name: str | None = None

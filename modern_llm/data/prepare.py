@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.errors import DataError, StorageError
-from modern_llm.config.regular_files import read_text
+from modern_llm.config.foreign import parse_json, read_text
 from modern_llm.data.passes import (
     FELL_BACK,
     Part,
@@ -163,7 +163,7 @@ def _key(
 def _reuse(folder: Path, key: str) -> Prepared | None:
     """The tables in `folder` if they are whole and have this key."""
     try:
-        summary = json.loads(read_text(folder / "prepared.json"))
+        summary = parse_json(read_text(folder / "prepared.json", 100_000_000, follow=False))
         if summary["key"] != key:
             return None
         parts = [DataReport.from_dict(values) for values in summary["reports"]]
@@ -177,7 +177,7 @@ def _reuse(folder: Path, key: str) -> Prepared | None:
             evaluation_report=other and DataReport.from_dict(other),
             parts=tuple(parts),
         )
-    except (OSError, ValueError, KeyError, TypeError, StorageError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StorageError):
         return None
 
 

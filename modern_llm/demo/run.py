@@ -28,6 +28,7 @@ from modern_llm.config import (
     TrainingConfig,
 )
 from modern_llm.config.errors import UserError
+from modern_llm.config.printable import one_line, printable
 from modern_llm.demo.corpus import CorpusPaths, write_corpus
 from modern_llm.demo.evaluate import StageScore, evaluate_stages
 from modern_llm.demo.tokenizer import build_tokenizer
@@ -186,7 +187,8 @@ def _print(
         highlight=False,
     )
     for question in shown:
-        console.print(question["prompt"].replace("\n", " "), style="bold", markup=False)
+        console.print(one_line(question["prompt"]), style="bold", markup=False)
         for score in scores:
-            console.print(f"  {score.stage:<9}{question[score.stage].strip()}", markup=False)
+            answer = printable(question[score.stage].strip())
+            console.print(f"  {score.stage:<9}{answer}", markup=False)
     console.print(f"\n{seconds:.0f} s in all. Models, metrics and data: {output_dir}", markup=False)

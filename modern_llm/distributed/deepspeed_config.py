@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError
-from modern_llm.config.regular_files import read_text
+from modern_llm.config.foreign import read_json
 
 # Sections that DeepSpeed reads and that leave the meaning of a run as it is. Left out on purpose:
 # its pipelines, curricula, sparse attention, autotuning and batch-size elasticity.
@@ -34,7 +33,7 @@ COUNTED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accum
 def read_file(path: str) -> dict[str, Any]:
     """Return the content of a DeepSpeed JSON, or raise `ConfigError` naming file and place."""
     try:
-        content = json.loads(read_text(path))
+        content = read_json(path)
     except OSError as error:
         raise ConfigError(
             [f"deepspeed_config_file {path}: {error.strerror}; give its path from where you start"]

@@ -10,6 +10,8 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from modern_llm.config.printable import printable
+
 
 class Display:
     """Lines and, on a terminal, a bar. Silent on every rank but 0."""
@@ -51,12 +53,13 @@ class Display:
     def status(self, text: str) -> None:
         """Show the newest metrics beside the bar."""
         if self._bar:
-            self._bar.update(self._task, status=text)
+            self._bar.update(self._task, status=printable(text))
 
     def line(self, text: str) -> None:
         """Print one line on stdout, where the documented console line is looked for."""
         if not self._shown:
             return
+        text = printable(text)
         if self._bar and sys.stdout.isatty():
             self._bar.print(text, markup=False, highlight=False, soft_wrap=True)
         else:

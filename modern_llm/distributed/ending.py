@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from modern_llm.config.printable import one_line
 from modern_llm.config.regular_files import read_bytes
 from modern_llm.distributed.faults import around
 
@@ -25,7 +26,7 @@ LAUNCHERS = {
 def say(line: str) -> None:
     """Write a line to stderr past every lock that the main thread may hold."""
     with around("line.write"):
-        os.write(2, f"{line}\n".encode())
+        os.write(2, f"{one_line(line)}\n".encode())
 
 
 def within(seconds: float, work: Callable[[], Any]) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from modern_llm.config.errors import ConfigError
-from modern_llm.config.regular_files import open_regular, read_text
+from modern_llm.config.foreign import LARGEST_YAML, parse_yaml, read_text
+from modern_llm.config.regular_files import open_regular
 from modern_llm.distributed.digests import file_digests
 
 # Of a larger file only its size and both ends are compared; the tokenised data and the reference's
@@ -34,8 +35,8 @@ def content_of(config: Path) -> tuple[str, Any]:
         ConfigError: the file cannot be read.
     """
     try:
-        text = read_text(config)
-        content = yaml.safe_load(text)
+        text = read_text(config, LARGEST_YAML)
+        content = parse_yaml(text)[0]
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError([f"--config {config}: cannot be read ({error})"]) from error
     return hashlib.sha256(text.encode()).hexdigest(), content

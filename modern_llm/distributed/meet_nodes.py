@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from modern_llm.config.errors import status_of
+from modern_llm.config.printable import one_line
 from modern_llm.distributed.handshake import MEET_SECONDS, meet, open_store, versions
 from modern_llm.distributed.local_files import bytes_in, content_of, named_in
 from modern_llm.distributed.progress import SLOWEST_DISK
@@ -42,10 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if status_of(error) == 1:
             raise
-        print(f"modern-llm: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"modern-llm: error: {one_line(error)}", file=sys.stderr, flush=True)
         return status_of(error)
     hosts = ", ".join(note["host"] for note in notes)
-    print(f"{asked.nodes} nodes met: {hosts}", file=sys.stderr, flush=True)
+    print(f"{asked.nodes} nodes met: {one_line(hosts)}", file=sys.stderr, flush=True)
     return 0
 
 

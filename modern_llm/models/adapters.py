@@ -6,7 +6,6 @@ when adapters are asked for. Called by the stages, by `load` and by export.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modern_llm.config.errors import ConfigError, UserError
+from modern_llm.config.foreign import read_json
 from modern_llm.config.lora import LoraConfig
-from modern_llm.config.regular_files import read_text
 
 NAME = "default"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -89,7 +88,7 @@ def write_adapters(model: PreTrainedModel, state: dict[str, Tensor], place: Path
 def base_of(folder: Path) -> str | None:
     """Return the checkpoint that the adapters in `folder` stand on; None where there are none."""
     try:
-        content = json.loads(read_text(folder / CONFIG))
+        content = read_json(folder / CONFIG)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

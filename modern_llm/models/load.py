@@ -7,7 +7,7 @@ No remote code is run. Called by the stages and by `score` and `generate`.
 
 from __future__ import annotations
 
-import json
+import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from modern_llm.config.errors import StorageError, UserError
-from modern_llm.config.regular_files import check_regular, read_text
+from modern_llm.config.foreign import read_json
+from modern_llm.config.regular_files import check_regular
 from modern_llm.models import pt_files
 from modern_llm.models.adapters import base_of, merged
 from modern_llm.models.probe import probe
@@ -33,6 +34,9 @@ from modern_llm.models.routers import router_loss_of
 from modern_llm.models.scorer import TokenScorer
 
 log = logging.getLogger(__name__)
+
+LARGEST_INDEX = 100_000_000
+"""Bytes of an index of weight files."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ def inspect_checkpoint(place: str | Path) -> Checkpoint:
         parts_of(index, place)
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        _forget_implementations(config)
     except Exception as error:  # a broken config.json raises whatever its reader stumbles over
         raise UserError(
             f"checkpoint {place}: neither a folder here nor a model that the Hub gives "
@@ -101,10 +106,21 @@ def inspect_checkpoint(place: str | Path) -> Checkpoint:
     return Checkpoint(place, config, has_tokenizer=_load_tokenizer(place) is not None)
 
 
+def _forget_implementations(config: PretrainedConfig) -> None:
+    """Leave the choice of attention and experts to `transformers`: a configuration may name a
+    kernel of the Hub, which is somebody's code."""
+    for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)
+    for value in vars(config).values():
+        if isinstance(value, PretrainedConfig):
+            _forget_implementations(value)
+
+
 def parts_of(index: Path, place: str) -> list[str]:
     """Return the names of the weight files that an index lists; all must lie beside it."""
     try:
-        names = sorted(set(json.loads(read_text(index))["weight_map"].values()))
+        names = sorted(set(read_json(index, LARGEST_INDEX)["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name or name == ".."]
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(
@@ -138,6 +154,7 @@ def load_model(
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint.place,
+            config=copy.deepcopy(checkpoint.config),  # read once, and without foreign code
             dtype="auto" if as_stored else torch.float32,
             output_loading_info=True,
             trust_remote_code=False,

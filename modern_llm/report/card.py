@@ -5,12 +5,16 @@ Only what the run folder says; written by `export`, beside the weights.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from modern_llm.config.printable import one_line, printable
 from modern_llm.report.page import HEADLINES, cell, duration
 from modern_llm.report.runs import Run, read_runs
 
+_HUB_ID = re.compile(r"\w[\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
 STAGES = {"sft_checkpoint": "dpo", "pretrain_checkpoint": "sft"}
 
 
@@ -32,34 +36,57 @@ def model_card(folder: Path) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["modern-llm", stage],
-        model_name=run.label,
+        model_name=one_line(run.label),
     )
     text = "\n".join(_lines(run, stage, mark))
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
 
 
 def _lines(run: Run, stage: str, mark: str | None) -> list[str]:
-    lines = [f"# {run.label}", "", f"Trained by modern-llm: {stage}, {_steps(run)}."]
+    lines = [f"# {words(run.label)}", "", f"Trained by modern-llm: {stage}, {_steps(run)}."]
     if mark:
-        lines.append(f"It started from `{run.config[mark]}`.")
+        lines.append(f"It started from {code(run.config[mark])}.")
     lines += ["", "## Data", ""]
     for source in run.summary.get("data", []):
-        formats = ", ".join(source["formats"])
+        formats = words(", ".join(source["formats"]))
         kept = f"{source['rows']:,} rows, {source['kept']:,} kept ({formats})"
-        lines.append(f"- `{source['source']}`: {kept}, {source['tokens']:,} tokens")
+        lines.append(f"- {code(source['source'])}: {kept}, {source['tokens']:,} tokens")
     if not run.summary.get("data"):
-        lines += [f"- `{name}`" for name in _data_names(run)] or ["not recorded"]
+        lines += [f"- {code(name)}" for name in _data_names(run)] or ["not recorded"]
     lines += ["", "## Results", "", "| metric | last value |", "|---|---|"]
     for title, metric, form in HEADLINES:
         if (value := run.last(metric)) is not None:
             shown = duration(value) if metric == "elapsed_s" else form.format(value)
             lines.append(f"| {title} | {shown} |")
-    lines += ["", "## Configuration", "", "```yaml"]
-    lines += [f"{name}: {cell(value)}" for name, value in run.config.items() if value is not None]
-    lines += ["```", "", "## Versions", ""]
+    settings = [f"{n}: {cell(value)}" for n, value in run.config.items() if value is not None]
+    lines += ["", "## Configuration", "", *block(settings, "yaml"), "", "## Versions", ""]
     environment = run.summary.get("environment", {})
-    lines += [f"- {name}: {cell(value)}" for name, value in environment.items()] or ["not recorded"]
+    lines += [f"- {words(n)}: {words(cell(v))}" for n, v in environment.items()] or ["not recorded"]
     return lines
+
+
+def words(text: object) -> str:
+    """Return text as one line of Markdown that shows exactly this text."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$])", r"\\\1", one_line(text))
+
+
+def code(text: object) -> str:
+    """Return text as an inline code span, whose marks are longer than any in the text."""
+    shown = one_line(text) or " "
+    mark = "`" * (_longest_run(shown) + 1)
+    room = " " if shown.startswith("`") or shown.endswith("`") else ""
+    return f"{mark}{room}{shown}{room}{mark}"
+
+
+def block(lines: Sequence[str], language: str) -> list[str]:
+    """Return lines as a fenced block, whose fence is longer than any in the lines."""
+    shown = [printable(line) for line in lines]
+    fence = "`" * max(3, _longest_run("\n".join(shown)) + 1)
+    return [f"{fence}{language}", *shown, fence]
+
+
+def _longest_run(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)
 
 
 def _steps(run: Run) -> str:
@@ -69,7 +96,11 @@ def _steps(run: Run) -> str:
 
 def _data_names(run: Run) -> list[str]:
     sources = run.config.get("data.sources") or []
-    names = [source["dataset_name"] for source in sources if isinstance(source, dict)]
+    names = [
+        str(source["dataset_name"])
+        for source in (sources if isinstance(sources, list) else [])
+        if isinstance(source, dict) and source.get("dataset_name")
+    ]
     if not names and (name := run.config.get("data.dataset_name")):
         names = [str(name)]
     return names
@@ -79,5 +110,5 @@ def _hub_id(name: Any) -> str | None:
     """The name where it can be one of the Hub: a local path says nothing to others."""
     text = str(name or "")
     local = not text or Path(text).suffix in (".jsonl", ".json", ".csv", ".parquet", ".txt", ".pt")
-    local = local or text.startswith((".", "/")) or text.count("/") > 1 or Path(text).exists()
+    local = local or not _HUB_ID.fullmatch(text) or Path(text).exists()
     return None if local else text

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from modern_llm.config.printable import printable
 from modern_llm.distributed.commit import write_file
 from modern_llm.report.figures import COLOURS, drawings
 from modern_llm.report.runs import ReportError, Run, differences, read_runs
@@ -67,6 +68,7 @@ def render(runs: Sequence[Run], panels: Sequence[Any]) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_shown,
     )
     environment.filters["cell"] = cell
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
@@ -75,15 +77,20 @@ def render(runs: Sequence[Run], panels: Sequence[Any]) -> str:
         runs=runs,
         colours=COLOURS,
         panels=panels,
-        # "</" would close the script that holds it.
+        # "</script" would close the script that holds it, "<!--<script" would keep it open.
         data=json.dumps({p.name: p.data for p in panels}, separators=(",", ":")).replace(
-            "</", "<\\/"
+            "<", "\\u003c"
         ),
         headlines=_headlines(runs),
         differences=differences(runs) if len(runs) > 1 else {},
         samples=_samples(runs),
         sources=_sources(runs),
     )
+
+
+def _shown(value: Any) -> Any:
+    """Return what the page shows of a value: controls and overrides of direction as escapes."""
+    return printable(value) if type(value) is str else value
 
 
 def cell(value: Any) -> str:

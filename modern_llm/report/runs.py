@@ -7,7 +7,8 @@ and environment) and `samples.jsonl` (answers by step). Called by `page`.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,13 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from modern_llm.config.regular_files import read_text
+from modern_llm.config.foreign import finite, json_lines, read_json, read_yaml, whole_number
+from modern_llm.config.printable import one_line
 
+log = logging.getLogger(__name__)
+
+METRICS = 1000
+"""Most metrics that are read; a run logs a few dozen."""
 Floats = NDArray[np.float64]
 
 
@@ -63,7 +69,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     problems = [
         f"{place}: is no run folder (no metrics.jsonl in it); give the output_dir of a run"
         for place in places
-        if not (place / "metrics.jsonl").is_file()
+        if (place / "metrics.jsonl").is_symlink() or not (place / "metrics.jsonl").is_file()
     ]
     whole = [place.resolve() for place in places]
     problems += [
@@ -88,51 +94,110 @@ def _read(place: Path) -> Run:
         label=name,
         config=config,
         series=_series(_lines(place / "metrics.jsonl")),
-        outcome=_json(place / "outcome.json"),
-        summary=_json(place / "summary.json"),
-        samples=_lines(place / "samples.jsonl"),
+        outcome=_outcome(_json(place / "outcome.json")),
+        summary=_summary(_json(place / "summary.json")),
+        samples=list(_lines(place / "samples.jsonl")),
     )
 
 
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(read_text(path))
-    except (OSError, ValueError, yaml.YAMLError):
+        found = read_yaml(path, follow=False)
+    except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) else {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        return _left_out(path, error)
+    return _plain(found) if isinstance(found, dict) else _left_out(path, "is no mapping")
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(read_text(path))
-    except (OSError, ValueError):
+        found = read_json(path, follow=False)
+    except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) else {}
+    except (OSError, ValueError) as error:
+        return _left_out(path, error)
+    return found if isinstance(found, dict) else _left_out(path, "is no JSON object")
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; a kill may have cut the last one."""
+def _left_out(path: Path, why: object) -> dict[str, Any]:
+    reason = getattr(why, "strerror", None) or one_line(why)[:200]
+    log.warning("%s: cannot be read and is left out of the report (%s)", path, reason)
+    return {}
+
+
+def _plain(value: Any) -> Any:
+    """Return nested values as JSON can say them: YAML also has dates, bytes, sets and odd keys."""
+    if isinstance(value, dict):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def _outcome(found: dict[str, Any]) -> dict[str, Any]:
+    """Return status, reason and last step, each None where it is not what a run writes."""
+    if not found:
+        return {}
+    return {
+        "status": whole_number(found.get("status")),
+        "reason": str(found.get("reason")),
+        "last_step": whole_number(found.get("last_step")),
+    }
+
+
+_COUNTS = ("rows", "kept", "tokens", "prompts_cut", "responses_cut")
+
+
+def _summary(found: dict[str, Any]) -> dict[str, Any]:
+    """Return `data` and `environment` with the fields that the page and the card read."""
+    data, environment = found.get("data"), found.get("environment")
+    sources = [source for source in data if isinstance(source, dict)] if _is_list(data) else []
+    return {
+        "data": [_source(source) for source in sources],
+        "environment": environment if isinstance(environment, dict) else {},
+    }
+
+
+def _source(found: dict[str, Any]) -> dict[str, Any]:
+    formats, notes, means = (found.get(name) for name in ("formats", "notes", "mean_tokens"))
+    return {
+        "source": str(found.get("source")),
+        "formats": [str(name) for name in formats] if isinstance(formats, dict | list) else [],
+        "notes": [str(note) for note in notes] if _is_list(notes) else [],
+        "drops": found.get("drops"),
+        "mean_tokens": means if isinstance(means, dict) else {},
+    } | {name: whole_number(found.get(name)) or 0 for name in _COUNTS}
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects with a step of a file of JSON lines."""
+    damaged = 0
     try:
-        text = read_text(path)
-    except (OSError, ValueError):
-        return []
-    found = []
-    for line in text.split("\n"):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and isinstance(value.get("step"), int):
-            found.append(value)
-    return found
+        for _, value in json_lines(path, follow=False):
+            step = whole_number(value.get("step")) if isinstance(value, dict) else None
+            damaged += step is None
+            if step is not None:
+                yield value | {"step": step}
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        _left_out(path, error)
+    if damaged:
+        log.warning("%s: %d damaged lines are left out of the report", path, damaged)
 
 
-def _series(records: list[dict[str, Any]]) -> dict[str, tuple[Floats, Floats]]:
+def _series(records: Iterable[dict[str, Any]]) -> dict[str, tuple[Floats, Floats]]:
     points: dict[str, dict[int, float]] = {}
     for record in records:
         for name, value in record.items():
-            if name != "step" and isinstance(value, int | float) and np.isfinite(value):
-                points.setdefault(name, {})[record["step"]] = float(value)
+            number = finite(value)
+            if name != "step" and number is not None and (name in points or len(points) < METRICS):
+                points.setdefault(name, {})[record["step"]] = number
     return {
         name: (np.array(sorted(at), np.float64), np.array([at[s] for s in sorted(at)]))
         for name, at in points.items()

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from modern_llm.config.printable import printable_values
 from modern_llm.report.page import duration
 
 PARTS = ("parameters", "gradients", "optimizer", "reference", "activations", "head", "buffers")
@@ -15,7 +16,8 @@ PARTS = ("parameters", "gradients", "optimizer", "reference", "activations", "he
 
 def show_plan(result: dict[str, Any], console: Console | None = None) -> None:
     """Print what `plan` found."""
-    console = console or Console()
+    result = printable_values(result)
+    console = console or Console(markup=False, emoji=False)
     console.print(
         f"{result['model']}: {result['parameters']:,} parameters, {result['trained']:,} trained, "
         f"{result['precision']}, "

@@ -13,6 +13,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from modern_llm.config.printable import printable_values
+
 BARS = " ▁▂▃▄▅▆▇█"
 COLOURS = {"prompt": "cyan", "chosen": "green", "rejected": "red"}
 
@@ -27,7 +29,8 @@ def sparkline(counts: list[int]) -> str:
 
 def show_inspection(result: dict[str, Any], console: Console | None = None) -> None:
     """Print the result of `inspect`."""
-    console = console or Console(soft_wrap=False)
+    result = printable_values(result)
+    console = console or Console(soft_wrap=False, markup=False, emoji=False)
     for source in result["sources"]:
         _source(console, source, result)
     shared = result["leakage"]
@@ -150,7 +153,8 @@ def _warnings(console: Console, warnings: list[dict[str, str]]) -> None:
 
 def show_dry_run(result: dict[str, Any], console: Console | None = None) -> None:
     """Print what `--dry-run` found."""
-    console = console or Console(soft_wrap=True)
+    result = printable_values(result)
+    console = console or Console(soft_wrap=True, markup=False, emoji=False)
     console.rule(Text("configuration, resolved", style="bold"))
     console.print(Text(yaml.safe_dump(result["configuration"], sort_keys=False).rstrip()))
     console.rule(Text("first step", style="bold"))
@@ -178,7 +182,8 @@ MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "problem": ("PROBLEM
 
 def show_checks(result: dict[str, Any], console: Console | None = None) -> None:
     """Print what `doctor` found."""
-    console = console or Console()
+    result = printable_values(result)
+    console = console or Console(markup=False, emoji=False)
     table = Table(show_edge=False, show_header=False, pad_edge=False, box=None)
     for check in result["checks"]:
         word, style = MARKS[check["state"]]
@@ -191,7 +196,8 @@ def show_checks(result: dict[str, Any], console: Console | None = None) -> None:
 
 def show_judgement(result: dict[str, Any], console: Console | None = None) -> None:
     """Print what `evaluate` found."""
-    console = console or Console()
+    result = printable_values(result)
+    console = console or Console(markup=False, emoji=False)
     against = f" against {result['reference']}" if result["reference"] else ", no reference"
     console.print(Text(f"{result['model']}{against}, beta {result['beta']:g}", style="bold"))
     table = Table(show_edge=False, pad_edge=False)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from modern_llm.config.data import known_template
 from modern_llm.config.errors import ConfigError, UserError
+from modern_llm.config.printable import printable
 from modern_llm.data.records import Prompt, RowFault
 from modern_llm.data.templates import Template, end_tokens
 from modern_llm.data.tokenize import Encoder
@@ -102,7 +103,7 @@ class Answerer:
         """Print the answer to one prompt on stdout while it is made, and return it."""
         rows, ends = prompt_ids(self.tokenizer, [prompt], self.options.template)
         progress.enter("answering")
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = _Printed(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         (ids,) = generate_ids(
             self.model,
             self.tokenizer,
@@ -141,6 +142,14 @@ class Answerer:
             answer = self.stream(turns if chat else line)
             turns.append({"role": "assistant", "content": answer})
             yield line, answer
+
+
+class _Printed(TextStreamer):
+    """Prints an answer while it is made, without what would control the terminal."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print the next piece of text."""
+        super().on_finalized_text(printable(text), stream_end)
 
 
 def _check() -> None:

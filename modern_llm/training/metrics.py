@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from modern_llm.config.regular_files import read_bytes
+from modern_llm.config.foreign import finite, json_lines, whole_number
 from modern_llm.distributed.commit import write_file
 from modern_llm.distributed.faults import around
 
@@ -83,32 +83,32 @@ class MetricsLog:
     def elapsed(self) -> float:
         """Return the seconds that earlier parts of this run took."""
         records = self.records()
-        return float(records[-1].get("elapsed_s") or 0.0) if records else 0.0
+        return finite(records[-1].get("elapsed_s")) or 0.0 if records else 0.0
 
     def append(self, record: Mapping[str, float]) -> None:
         """Append one object; `nan` and `inf` become null, which JSON can say."""
         self._check()
-        finite = {k: v if v == v and abs(v) != float("inf") else None for k, v in record.items()}
+        known = {k: v if v == v and abs(v) != float("inf") else None for k, v in record.items()}
         with around("metrics.append"), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+            file.write(json.dumps(known) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
         """Return what was logged, in order; a line that is damaged is left out with a warning.
 
         The last line may be cut: the process was killed while it wrote, or is writing it.
         """
+        found, damaged = [], []
         try:
-            lines = read_bytes(self.path).split(b"\n")[:-1]
+            for number, record in json_lines(self.path, follow=False):
+                step = whole_number(record.get("step")) if isinstance(record, dict) else None
+                if step is None:
+                    damaged.append(number)
+                else:
+                    found.append(record | {"step": step})
         except FileNotFoundError:
             return []
-        found = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-                record["step"] = int(record["step"])
-                found.append(record)
-            except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
-                log.warning("%s:%d: a damaged line is left out", self.path, number)
+        if damaged:
+            log.warning("%s:%d: %d damaged lines are left out", self.path, damaged[0], len(damaged))
         return found
 
 

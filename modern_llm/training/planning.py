@@ -15,7 +15,7 @@ from typing import Any
 
 from modern_llm.config import LoraConfig
 from modern_llm.config.errors import ConfigError, UserError
-from modern_llm.config.regular_files import read_text
+from modern_llm.config.foreign import finite, json_lines
 from modern_llm.distributed.memory import Memory, Parameter, Setting, Sizes, plan_memory
 
 USABLE = 0.9
@@ -121,14 +121,11 @@ def measured_throughput(run: Path) -> float:
     Raises:
         UserError: nothing was logged there.
     """
-    import json
-
     try:
-        lines = read_text(run / "metrics.jsonl").splitlines()
-        records = [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
+        values = [v for _, v in json_lines(run / "metrics.jsonl") if isinstance(v, dict)]
+    except OSError as error:
         raise UserError(f"measured {run}: no metrics of a run there ({error})") from error
-    rates = [r["tokens_per_second"] for r in records if r.get("tokens_per_second")]
+    rates = [rate for v in values if (rate := finite(v.get("tokens_per_second")))]
     if not rates:
         raise UserError(f"measured {run}: no tokens_per_second was logged there")
     return float(statistics.median(rates))

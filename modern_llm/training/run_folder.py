@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,25 @@ import yaml
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import UserError
-from modern_llm.config.regular_files import read_text
+from modern_llm.config.foreign import read_json, read_yaml
+from modern_llm.config.printable import one_line
 from modern_llm.distributed.commit import write_file
 from modern_llm.training.changes import ACCEPTED, CONTENT, FREE, Change, changes
 from modern_llm.training.metrics import MetricsLog
 from modern_llm.training.run_lock import RunLock
 
 log = logging.getLogger(__name__)
+
+
+FILES = (
+    "config.yaml", "metrics.jsonl", "samples.jsonl", "outcome.json", "summary.json", "report.html",
+    "token_budget.json", ".lock",
+)  # fmt: skip
+
+
+def _kind_of(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a FIFO"}
+    return kinds.get(stat.S_IFMT(mode), "no plain file")
 
 
 class RunFolder:
@@ -63,12 +76,31 @@ class RunFolder:
         if not any(self.checkpoints.glob("step-*")) and not self.final.exists():
             return  # nothing was learnt yet: other settings may start here
         try:
-            before = yaml.safe_load(read_text(standing))
+            before = read_yaml(standing, follow=False)
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"{standing}: cannot be read ({error}); remove the folder") from error
+            reason = one_line(getattr(error, "strerror", None) or error)
+            raise UserError(f"{standing}: cannot be read ({reason}); remove the folder") from error
         if not isinstance(before, dict):
             raise UserError(f"{standing}: is not the configuration of a run; remove the folder")
         self._judge(list(changes(before, self.record)))
+
+    def refuse_odd_files(self) -> None:
+        """Refuse a FIFO, a device, a link or a folder where a run writes a file: it would wait for
+        a reader, or write elsewhere."""
+        for name in FILES:
+            path = self.path / name
+            try:
+                kind = path.lstat().st_mode
+            except FileNotFoundError:
+                continue
+            if not stat.S_ISREG(kind):
+                raise UserError(
+                    f"{path}: a run writes a plain file of this name, and this is "
+                    f"{_kind_of(kind)}; remove it or name another output_dir"
+                )
+        for path in (self.checkpoints, self.data, self.final):
+            if path.exists() and not path.is_dir():
+                raise UserError(f"{path}: is no folder; remove it or name another output_dir")
 
     def _judge(self, found: list[Change]) -> None:
         """Print what differs from the run that stands here, and refuse what may not."""
@@ -98,8 +130,10 @@ class RunFolder:
         if self._reopened:
             return False
         try:
-            outcome = json.loads(read_text(self.path / "outcome.json"))
+            outcome = read_json(self.path / "outcome.json", follow=False)
         except (OSError, ValueError):
+            return False
+        if not isinstance(outcome, dict):
             return False
         models = ("config.json", "adapter_config.json")
         return outcome.get("status") == 0 and any((self.final / m).is_file() for m in models)

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from modern_llm.config import TrainingConfig
-from modern_llm.config.regular_files import read_text
+from modern_llm.config.foreign import json_lines, whole_number
 from modern_llm.data.prepare import Prepared
 from modern_llm.distributed.commit import write_file
 from modern_llm.distributed.faults import around
@@ -132,12 +132,18 @@ def prompt_rows(prepared: Prepared) -> list[list[int]]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The samples on disk; a kill may have cut the last line."""
+    """The samples on disk that are whole; a kill may have cut the last line."""
     try:
-        lines = read_text(path).split("\n")[:-1]
+        values = [value for _, value in json_lines(path, follow=False)]
     except OSError:
         return []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return [value for value in values if _is_sample(value)]
+
+
+def _is_sample(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        whole_number(value.get(name)) is not None for name in ("step", "number", "policy_tokens")
+    )
 
 
 def _mean(values: Sequence[int]) -> float:

@@ -104,6 +104,7 @@ def open_run(
             f"{config.batch_size} processes"
         )
     run = RunFolder(config, record)
+    run.refuse_odd_files()
     if dry_run is None:
         runtime.on_main(lambda: run.finished() or run.lock.refuse_if_held())
     run.refuse_foreign()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from modern_llm.config.errors import UserError
-from modern_llm.config.regular_files import read_text
+from modern_llm.config.foreign import read_json
 from modern_llm.distributed.commit import write_file
 from modern_llm.training.run_folder import RunFolder
 
@@ -158,7 +158,7 @@ class TokenBudget:
 
     def _read(self, file: Path) -> int | None:
         try:
-            note = json.loads(read_text(file))
+            note = read_json(file, follow=False)
             tokens = int(note["tokens_per_micro_batch"])
             return tokens if tokens > 0 and note["under"] == self._found_under else None
         except FileNotFoundError:

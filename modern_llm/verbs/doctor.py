@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
 from modern_llm.config.errors import StorageError, UserError
 from modern_llm.config.files import Settings
+from modern_llm.config.printable import json_line
 
 
 class DoctorSettings(Settings):
@@ -38,7 +38,7 @@ def doctor(settings: DoctorSettings) -> dict[str, Any]:
         show_checks(result)
     if problems := problems_of(checks):
         if settings.json_output:  # an error leaves no result to print
-            print(json.dumps(result), flush=True)
+            print(json_line(result), flush=True)
         text = "; ".join(f"{check.name}: {check.found}: {check.cure}" for check in problems)
         storage = any(check.name.startswith("write ") for check in problems)
         raise (StorageError if storage else UserError)(text)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from modern_llm.config.errors import ConfigError
 from modern_llm.config.files import Settings
+from modern_llm.config.printable import one_line
 
 
 class ExportSettings(Settings):
@@ -48,7 +49,8 @@ def export(settings: ExportSettings) -> dict[str, Any]:
         url = push(settings.output, settings.push_to_hub, private=not settings.public)
         result["pushed_to"] = url
     if not settings.json_output:
-        print(f"{result['output']}: {result['parameters']:,} parameters in {result['dtype']}")
+        place = one_line(result["output"])
+        print(f"{place}: {result['parameters']:,} parameters in {result['dtype']}")
         if "pushed_to" in result:
-            print(result["pushed_to"])
+            print(one_line(result["pushed_to"]))
     return result

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from modern_llm.config.errors import ConfigError
 from modern_llm.config.files import Settings
+from modern_llm.config.printable import printable
 from modern_llm.distributed.signals import StopRequest
 
 
@@ -87,7 +88,7 @@ def _generate(settings: GenerateSettings) -> dict[str, Any]:
         answers = answerer.answer(written)
         if not settings.json_output:
             for answer in answers:
-                print(answer)
+                print(printable(answer))
     return {"answers": [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]}
 
 

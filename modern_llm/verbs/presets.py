@@ -8,6 +8,7 @@ from typing import Any
 
 from modern_llm.config.errors import StorageError, UserError
 from modern_llm.config.files import Settings
+from modern_llm.config.printable import one_line
 from modern_llm.config.regular_files import read_bytes
 from modern_llm.distributed.commit import new_file
 from modern_llm.distributed.faults import around
@@ -49,11 +50,18 @@ def presets(settings: PresetsSettings) -> dict[str, Any]:
         _copy(root, names, settings.copy_to)
     if not settings.json_output:
         for name in names:
-            print(settings.copy_to / name if settings.copy_to else name)
+            print(one_line(settings.copy_to / name if settings.copy_to else name))
     return {"root": str(root), "presets": names, "copied_to": str(settings.copy_to or "")}
 
 
 def _copy(root: Path, names: list[str], target: Path) -> None:
+    for path in sorted({target / folder for folder in FOLDERS} | {target / n for n in names}):
+        if path.is_symlink() or (path.exists() and path.is_dir() != (path.name in FOLDERS)):
+            kind = "is a symbolic link" if path.is_symlink() else "is in the way"
+            raise UserError(
+                f"copy {target}: {path.relative_to(target)} {kind}: remove it or name another "
+                "folder"
+            )
     changed = [
         name
         for name in names

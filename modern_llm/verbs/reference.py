@@ -11,6 +11,7 @@ from pydantic import Field, StringConstraints
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.errors import ConfigError, StorageError
 from modern_llm.config.files import Settings
+from modern_llm.config.printable import one_line
 from modern_llm.training.dpo_config import DPOConfig
 from modern_llm.verbs.stages import DpoSettings, training_config
 
@@ -124,10 +125,11 @@ def info(settings: InfoSettings) -> dict[str, Any]:
     if not settings.json_output:
         for store in stores:
             for name, value in store.items():
-                print(f"{name:<10} {value:,}" if isinstance(value, int) else f"{name:<10} {value}")
+                shown = f"{value:,}" if isinstance(value, int) else one_line(value)
+                print(f"{name:<10} {shown}")
             print()
         if not stores:
-            print(f"no store under {cache_root()}")
+            print(f"no store under {one_line(cache_root())}")
     return {"stores": stores}
 
 

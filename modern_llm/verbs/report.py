@@ -9,6 +9,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from modern_llm.config.files import Settings
+from modern_llm.config.printable import one_line
 
 
 class ReportSettings(Settings):
@@ -31,5 +32,5 @@ def report(settings: ReportSettings) -> dict[str, Any]:
             output = settings.runs[0] / output
     result = write_report(settings.runs, output)
     if not settings.json_output:
-        print(f"{result['report']}: {result['runs']} runs, {result['bytes']:,} bytes")
+        print(f"{one_line(result['report'])}: {result['runs']} runs, {result['bytes']:,} bytes")
     return result
