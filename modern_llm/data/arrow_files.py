@@ -1,7 +1,7 @@
 """Rows of Parquet and Arrow files, with columns that are read when a format asks for them.
 
 A column that no format asks for is never decoded. The memory of a batch is bounded by bytes, not
-by rows: a Parquet file of 300 bytes can stand for gigabytes of text. Called by `sources`.
+by rows: a Parquet file of 300 bytes can stand for gigabytes of text.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Knows folders as the Hub and the `datasets` library leave them: snapshots of repositories, shards,
 `save_to_disk`. A split is found by any word of a file's name or of its folders' names. Where names
-leave more than one reading, the folder is refused with the choices. Called by `sources`.
+leave more than one reading, the folder is refused with the choices.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def files_of(folder: Path, suffixes: Sequence[str], split: str | None, every: bo
     Args:
         suffixes: types that can be read.
         split: its name; None is "train".
-        every: all files are wanted where no split is given and the names tell of one at most.
+        every: all files are wanted where no split is given and the names hold one at most.
 
     Raises:
         DataError: there is none, one cannot be read, or the names leave a choice.
@@ -138,7 +138,7 @@ def _refuse_two_splits(folder: Path, names: Sequence[_Name]) -> None:
     for name in names:
         if "train" in name.splits and len(name.splits) > 1:
             raise DataError(
-                f"{folder / name.path}: its name tells of the splits {sorted(name.splits)}: rename "
+                f"{folder / name.path}: its name holds the splits {sorted(name.splits)}: rename "
                 "it, or give the files of the split in a folder of their own"
             )
 

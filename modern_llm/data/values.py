@@ -1,9 +1,9 @@
 """Values of a row: the same record from every type of file.
 
-Formats see a row through `Columns`. It converts a column when it is asked for, so that a column
+Formats see a row through `Columns`. It converts a column on first use, so that a column
 that no format reads cannot stop a run. Nulls inside a value are removed: Arrow fills the keys that
 one row has and another lacks with nulls, so that a key that is null and a key that is absent are
-the same. Called by `passes`.
+the same.
 """
 
 from __future__ import annotations

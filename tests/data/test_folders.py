@@ -127,7 +127,7 @@ def test_parts_and_shards_of_one_split_are_read_together(tmp_path: Path):
 @pytest.mark.parametrize("name", ["train_test.jsonl", "test/train.jsonl", "dev-train-3.jsonl"])
 def test_a_name_of_two_splits_is_refused(name: str, tmp_path: Path):
     put(tmp_path, name, "a.jsonl")
-    with pytest.raises(DataError, match=f"{name}: its name tells of the splits"):
+    with pytest.raises(DataError, match=f"{name}: its name holds the splits"):
         open_source(str(tmp_path))
 
 
