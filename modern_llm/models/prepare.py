@@ -4,6 +4,7 @@ stages."""
 from __future__ import annotations
 
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -13,17 +14,28 @@ from transformers import PreTrainedModel
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout and router jitter to zero, so that two forwards of one policy agree.
+    """Switch off every dropout, skipped layer and router noise, so that two forwards of one policy
+    agree.
 
     The model can then stay in training mode, which recomputation of activations needs. Attention
-    keeps its probability as a number on the module, not as a `Dropout`.
+    keeps its probability as a number on the module, not as a `Dropout`. Routers with noise stay in
+    evaluation mode: some sample their experts in training, and some use the number in both modes.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or "jitter" in name):
+        floats = [name for name, value in vars(module).items() if isinstance(value, float)]
+        for name in floats:
+            if "dropout" in name or name == "layerdrop":
                 setattr(module, name, 0.0)
+        if any("jitter" in name for name in floats):
+            module.eval()
+            module.train = MethodType(_stays, module)
+
+
+def _stays(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Stand in for `train` of a module that stays in evaluation mode."""
+    return module
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -1,0 +1,91 @@
+"""Log-probs and gradients of every family by every way of rows, against plain float64 sequences."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES
+
+from modern_llm.config.errors import UserError
+from modern_llm.data.batches import collate
+from modern_llm.data.plan import Sharing
+from modern_llm.data.rows import Examples
+from modern_llm.models.load import make_scorer
+from modern_llm.models.prepare import disable_dropout
+from tests.helpers.families import build_family
+from tests.helpers.models import random_pairs
+
+SIZES = [(120, 60, 75), (40, 90, 20), (7, 30, 130), (1, 5, 100)]
+WEIGHTS = torch.tensor([[1.0, -0.5], [0.25, 2.0], [-1.0, 0.75], [0.5, -0.25]], dtype=torch.float64)
+SHORT = ["llama", "qwen2_moe", "phimoe", "gemma2", "recurrent_gemma", "mamba", "falcon_mamba",
+         "deepseek_v32", "doge", "camembert", "gpt_oss"]  # fmt: skip
+
+
+def plain(model, table):
+    """Sums and gradients in float64, one unpadded sequence at a time."""
+    wide = copy.deepcopy(model).double()
+    wide.set_experts_implementation("eager")
+    sums = torch.zeros(len(table), 2, dtype=torch.float64)
+    for i in range(len(table)):
+        prompt = table.ids(i, "prompt").tolist()
+        for side, column in enumerate(("chosen", "rejected")):
+            ids = torch.tensor([prompt + table.ids(i, column).tolist()])
+            logits = wide(input_ids=ids, use_cache=False).logits[0].double()
+            logprobs = logits[:-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+            total = logprobs[len(prompt) - 1 :].sum()
+            (total * WEIGHTS[i, side]).backward()
+            sums[i, side] = total.detach()
+    return sums, {n: p.grad for n, p in wide.named_parameters() if p.grad is not None}
+
+
+def asked(scorer, table, shared, groups):
+    """The same by the scorer, in forwards of the given groups."""
+    scorer.zero_grad()
+    examples = Examples(table, "pairs", trees=scorer.abilities.trees)
+    sums = torch.zeros(len(table), 2, dtype=torch.float64)
+    for group in groups:
+        batch = collate(examples, np.array(group), shared=shared)
+        output = scorer(batch.ids, batch.positions, batch.segments, batch.targets)
+        found = batch.sums(output.logprobs)
+        (found.double() * WEIGHTS[batch.examples]).sum().backward()
+        sums[batch.examples] = found.detach().double()
+    return sums, {n: p.grad for n, p in scorer.model.named_parameters() if p.grad is not None}
+
+
+def check(name):
+    model, table = build_family(name), random_pairs(SIZES)
+    expected, gradients = plain(model, table)
+    scorer = make_scorer(model)
+    disable_dropout(model)
+    model.train()
+    ways = [Sharing.ALONE]
+    if scorer.abilities.trees:
+        ways = [Sharing.ROWS] + [Sharing.LINE] * (scorer.abilities.backend != "mask")
+    norm = sum(float(g.square().sum()) for g in gradients.values()) ** 0.5
+    for way in ways:
+        for groups in ([[0, 1, 2, 3]], [[0], [1, 2], [3]]):
+            sums, ours = asked(scorer, table, way, groups)
+            torch.testing.assert_close(sums, expected, rtol=0, atol=1e-3)
+            off = sum(float((ours[n] - g).square().sum()) for n, g in gradients.items()) ** 0.5
+            assert off <= 1e-3 * norm, f"{way}: gradient is {off / norm:.1e} of its norm off"
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_family_is_scored_and_trained_as_its_plain_forward(name):
+    check(name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(SHORT)))
+def test_every_other_family_too(name):
+    try:
+        build_family(name)(input_ids=torch.arange(3, 43)[None], use_cache=False)
+    except Exception as error:
+        pytest.skip(f"no tiny model of it: {' '.join(str(error).split())[:150]}")
+    try:
+        check(name)
+    except UserError as error:
+        pytest.skip(f"refused: {error}")
