@@ -49,7 +49,12 @@ TABLE = {
         "config distributed.commit distributed.digests distributed.faults",
         # huggingface_hub: the commit that a streamed data set is read at.
         "numpy datasets tokenizers pyarrow huggingface_hub",
-        only_in={"torch": frozenset({"data.batches"})},
+        only_in={
+            "torch": frozenset({"data.batches"}),
+            # Chat templates are rendered in the environment that transformers makes.
+            "transformers": frozenset({"data.chat_rendering"}),
+            "jinja2": frozenset({"data.chat_sandbox"}),
+        },
     ),
     # huggingface_hub: whether the Hub answers. yaml: nodes compare the configuration file.
     "distributed": row(

@@ -16,6 +16,7 @@ from os.path import commonprefix
 from typing import Any
 
 from modern_llm.config.errors import DataError
+from modern_llm.data.chat_rendering import render_chat
 from modern_llm.data.message_keys import WrittenKeys, arguments_of, with_text_arguments
 from modern_llm.data.records import (
     ContentFault,
@@ -255,12 +256,8 @@ def _rendered(
     open_answer: bool = False,
 ) -> str:
     """Return the text of a conversation: the only call of the renderer."""
-    return tokenizer.apply_chat_template(
-        messages,
-        tools=list(tools) or None,
-        chat_template=template,
-        tokenize=False,
-        add_generation_prompt=open_answer,
+    return render_chat(
+        tokenizer, messages, template=template, tools=tools, add_generation_prompt=open_answer
     )
 
 
