@@ -85,9 +85,24 @@ def read_json(path: str | Path, most: int = LARGEST, *, follow: bool = True) -> 
 def parse_json(text: str) -> Any:
     """Return the value of a JSON text, or raise `ValueError`."""
     try:
-        return json.loads(text)
+        return _of_bounded_depth(json.loads(text))
     except RecursionError as error:
         raise ValueError("is nested too deeply") from error
+
+
+def _of_bounded_depth(value: Any) -> Any:
+    """Return a value, or raise `ValueError`: what is parsed at once may be too deep to write."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(DEEPEST):
+        if not level:
+            return value
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+    raise ValueError("is nested too deeply")
 
 
 def read_yaml(path: str | Path, *, follow: bool = True) -> Any:
@@ -114,7 +129,10 @@ def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
             return None, None
         _size(root, {})
         return loader.construct_document(root), root
-    except (ValueError, ArithmeticError, RecursionError) as error:
+    # A value that is none of its explicit tag (!!bool x) raises what its reader stumbles over.
+    except (
+        ValueError, ArithmeticError, RecursionError, LookupError, AttributeError, TypeError
+    ) as error:  # fmt: skip
         raise yaml.YAMLError(f"holds a value that cannot be read ({error})") from error
     finally:
         loader.dispose()
@@ -190,7 +208,7 @@ def json_lines(path: str | Path, *, follow: bool = True) -> Iterator[tuple[int, 
 
 def _value(line: bytes) -> Any:
     try:
-        return json.loads(line, parse_constant=lambda _: None)
+        return _of_bounded_depth(json.loads(line, parse_constant=lambda _: None))
     except (ValueError, RecursionError):
         return None
 

@@ -13,11 +13,11 @@ import re
 from typing import Any
 
 # C0 and C1 controls but tab and newline; bidirectional marks, overrides and isolates; line and
-# paragraph separators; lone surrogates; invisible marks and tags. Joiners and wide spaces are
-# ordinary text in many scripts.
+# paragraph separators; lone surrogates; invisible marks, fillers and tags. Joiners and wide spaces
+# are ordinary text in many scripts.
 _UNSAFE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f"
-    "\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b\u200e\u200f"
+    "\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
 

@@ -35,6 +35,8 @@ def _file_name(name: str) -> str:
         raise ValueError(f"has {size} bytes and names a folder: use at most {LONGEST_NAME}")
     if "/" in name or "\\" in name:
         raise ValueError("names a folder and holds / or \\: use a name without")
+    if name.startswith("."):
+        raise ValueError("names a folder and begins with a dot, as temporary ones do: leave it out")
     if one_line(name) != name:
         raise ValueError(
             f"holds a control character or space that does not show ({one_line(name)!r}): "
@@ -50,7 +52,7 @@ class TrainingConfig:
 
     run_name: Annotated[str, Field(min_length=1), AfterValidator(_file_name)]
     """Names the final folder: `output_dir/{run_name}_final`. At most 200 bytes of UTF-8, without
-    separators and control characters."""
+    separators, control characters and a dot at its start."""
     dataset_name: str | None = None
     """Training data of pretraining, and of SFT and DPO where their data section names none."""
     tokenizer_name: str | None = None

@@ -37,6 +37,9 @@ BOMBS = {
     "base 60": ("a: " + ":".join(["1"] * 100_000), "digits"),
     "digits": ("a: " + "9" * 100_000, "digits"),
     "object": ("a: !!python/object/apply:os.system [true]\n", "constructor"),
+    "no truth": ("a: !!bool x\n", "cannot be read"),
+    "no time": ("a: !!timestamp x\n", "cannot be read"),
+    "no number": ("a: !!int ''\n", "cannot be read"),
     "date": ("a: 2020-99-99\n", "cannot be read"),
 }
 
@@ -97,6 +100,16 @@ def test_damaged_lines_are_null_and_the_rest_is_read(tmp_path):
     ]  # fmt: skip
     with pytest.raises(ValueError, match="deeply"):
         parse_json("[" * 200_000)
+
+
+@pytest.mark.parametrize("depth", [100, 500, 900])
+def test_json_that_is_parsed_and_could_not_be_written_is_refused(depth, tmp_path):
+    text = '{"step": 1, "a": ' + "[" * depth + "]" * depth + "}"
+    with pytest.raises(ValueError, match="deeply"):
+        parse_json(text)
+    (tmp_path / "f").write_text(text + "\n")
+    assert [value for _, value in json_lines(tmp_path / "f")] == [None]
+    assert parse_json("[" * 20 + "]" * 20) and parse_json("7") == 7
 
 
 def test_numbers_of_a_file_are_numbers():

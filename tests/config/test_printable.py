@@ -24,6 +24,7 @@ ATTACKS = {
     "abc\u202egnp.exe": "abc\\u202egnp.exe",
     "\u2066x\u2069": "\\u2066x\\u2069",
     "\ud800": "\\ud800",
+    "pass\u200bword\u3164": "pass\\u200bword\\u3164",
     "\U000e0041": "\\U000e0041",
     "a\b\x7f\x00": "a\\x08\\x7f\\x00",
 }
@@ -65,6 +66,9 @@ def test_one_line_has_no_line_breaks():
         ("é" * 101, "202 bytes"),
         ("a/b", "holds / or"),
         ("a\\b", "holds / or"),
+        (".tmp-a", "begins with a dot"),
+        ("..", "begins with a dot"),
+        ("a\u200bb", "control character"),
         ("a\nb", "control character"),
         ("a\x1b[2J", "control character"),
         ("a\u202eb", "control character"),
