@@ -32,7 +32,7 @@ from torch import nn
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError, PeerError
-from modern_llm.distributed import deepspeed_config, frozen, leaving, progress
+from modern_llm.distributed import deepspeed_config, frozen, launcher, leaving, progress
 from modern_llm.distributed.engine import DeepSpeedEngine, Engine
 from modern_llm.distributed.faults import around
 from modern_llm.distributed.handshake import differences, join, whereabouts
@@ -73,7 +73,8 @@ class Runtime(Peers):
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Engine:
         """Return `model` and its optimizer in the hands of DDP, DeepSpeed or nobody."""
         kind = Engine if self.stage is None else DeepSpeedEngine
-        return kind(self.accelerator, model, optimizer)
+        with launcher.hidden():
+            return kind(self.accelerator, model, optimizer)
 
     @property
     def forward_dtype(self) -> str:
@@ -150,9 +151,9 @@ def start(config: TrainingConfig, record: dict[str, Any] | None = None) -> Runti
     on_cpu = not torch.cuda.is_available()
     if on_cpu:  # else DeepSpeed warns; Accelerate imports it at export though nobody asked for it
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    deepspeed = _asked("ACCELERATE_USE_DEEPSPEED")
+    deepspeed = launcher.asked("ACCELERATE_USE_DEEPSPEED")
     announced = int(os.environ.get("WORLD_SIZE", "1"))
-    _refuse_what_cannot_be(config, on_cpu=on_cpu, deepspeed=deepspeed)
+    launcher.refuse_contradictions(config, on_cpu=on_cpu, world=announced)
     plugin = _deepspeed_plugin(config) if deepspeed else None
     if (announced > 1 or deepspeed) and not dist.is_initialized():
         if not on_cpu:
@@ -166,21 +167,7 @@ def start(config: TrainingConfig, record: dict[str, Any] | None = None) -> Runti
     AcceleratorState._reset_state(
         reset_partial_state=(before == DistributedType.DEEPSPEED) != deepspeed
     )
-    accelerator = Accelerator(
-        mixed_precision=config.precision,
-        # cpu=True under DeepSpeed would switch DeepSpeed off without a word; without it, processes
-        # on a CPU would each believe to be alone.
-        cpu=on_cpu and not deepspeed,
-        gradient_accumulation_steps=1,
-        deepspeed_plugins=plugin,
-        # Given to a single process, a backend makes it look for a group that does not exist.
-        kwargs_handlers=[
-            InitProcessGroupKwargs(backend="gloo" if on_cpu else None),
-            _own_buffers(),
-        ]
-        if dist.is_initialized()
-        else [],
-    )
+    accelerator = _accelerator(config, plugin, on_cpu=on_cpu)
     if plugin is not None:
         # Transformers shards what it loads while this stands, and the probe needs whole weights.
         plugin.dschf = None
@@ -202,6 +189,24 @@ def _check_started(accelerator: Accelerator, announced: int, *, deepspeed: bool)
         raise PeerError(
             f"the launcher announced {announced} processes, the process group has "
             f"{accelerator.num_processes}; start with torchrun --nproc_per_node {announced}"
+        )
+
+
+def _accelerator(
+    config: TrainingConfig, plugin: DeepSpeedPlugin | None, *, on_cpu: bool
+) -> Accelerator:
+    """Start Accelerate with what the run says, whatever its variables say."""
+    # Given to a single process, a backend makes it look for a group that does not exist.
+    handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else None), _own_buffers()]
+    with launcher.hidden():
+        return Accelerator(
+            mixed_precision=config.precision,
+            # cpu=True under DeepSpeed would switch DeepSpeed off without a word; without it,
+            # processes on a CPU would each believe to be alone.
+            cpu=on_cpu and plugin is None,
+            gradient_accumulation_steps=1,
+            deepspeed_plugins=plugin,
+            kwargs_handlers=handlers if dist.is_initialized() else [],
         )
 
 
@@ -237,41 +242,6 @@ def _own_buffers() -> DistributedDataParallelKwargs:
     return DistributedDataParallelKwargs(broadcast_buffers=False)
 
 
-def _asked(name: str) -> bool:
-    return os.environ.get(name, "false").lower() in ("true", "1", "yes")
-
-
-def _refuse_what_cannot_be(config: TrainingConfig, *, on_cpu: bool, deepspeed: bool) -> None:
-    """Raise `ConfigError` for what a launcher or this machine would quietly do otherwise."""
-    # Only what accelerate launch itself was told: its own default is "no".
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    wanted = config.precision
-    rules = [
-        (
-            wanted == "fp16" and on_cpu,
-            "train.mixed_precision fp16 needs a GPU: use bf16 or no on this machine",
-        ),
-        (
-            launched not in (wanted, "no"),
-            f"accelerate launch says mixed precision {launched}, train.mixed_precision says "
-            f"{config.mixed_precision}: say the same in both",
-        ),
-        (
-            on_cpu and _asked("ACCELERATE_USE_FSDP"),
-            "FSDP needs a GPU: without one Accelerate leaves gradients unsynchronised without a "
-            "word; use accelerate_configs/ddp.yaml or a ZeRO stage on a CPU",
-        ),
-        (
-            deepspeed and _asked("ACCELERATE_USE_CPU"),
-            "use_cpu switches DeepSpeed off without a word: leave it out (use_cpu: false); on a "
-            "machine without a GPU DeepSpeed then runs on the CPU",
-        ),
-    ]
-    problems = [text for broken, text in rules if broken]
-    if problems:
-        raise ConfigError(problems)
-
-
 def _deepspeed_plugin(config: TrainingConfig) -> DeepSpeedPlugin:
     """Return Accelerate's plugin for the JSON or the fields that `accelerate launch` was given."""
     try:
@@ -288,15 +258,17 @@ def _deepspeed_plugin(config: TrainingConfig) -> DeepSpeedPlugin:
     if named != "none":
         content, place = deepspeed_config.read_file(named), named
     else:
-        content, place = DeepSpeedPlugin().deepspeed_config, "deepspeed_config of accelerate"
-        content = {"zero_optimization": content["zero_optimization"]} | {
-            name: content[name] for name in ("gradient_clipping",) if name in content
-        }
+        place = "deepspeed_config of accelerate"
+        try:
+            fields = DeepSpeedPlugin(gradient_clipping=0.0).deepspeed_config
+        except ValueError as error:
+            raise ConfigError([f"{place}: {' '.join(str(error).split())}"]) from error
+        content = {"zero_optimization": fields["zero_optimization"]}
+    if problems := list(launcher.fields_beside(content, place, config)):
+        raise ConfigError(problems)
     content = deepspeed_config.resolve(content, config, place)
-    try:
+    with launcher.hidden():
         return DeepSpeedPlugin(hf_ds_config=content, zero3_init_flag=False)
-    except ValueError as error:  # fields beside a file that says the same things
-        raise ConfigError([f"{place}: {' '.join(str(error).split())}"]) from error
 
 
 def _leave_out_shared_memory_collectives(deepspeed: Any) -> None:

@@ -1,0 +1,168 @@
+"""The launcher's environment next to the run's configuration: the run decides what is computed.
+
+Accelerate reads a variable wherever an argument is left out. While it starts and prepares a model,
+it sees only those in `KEPT`; every other one is compared here with the run's configuration and
+refused where it differs. Called by `Runtime` and `runtime.start`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from modern_llm.config import TrainingConfig
+from modern_llm.config.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+PREFIXES = ("ACCELERATE_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
+# Where a process runs, who shards, and which modules ZeRO-3 gathers whole (MOE_LAYER_CLS_NAMES).
+# The variables FSDP_* say how FSDP shards.
+KEPT = frozenset(
+    "ACCELERATE_USE_CPU ACCELERATE_USE_DEEPSPEED ACCELERATE_USE_FSDP ACCELERATE_TORCH_DEVICE "
+    "ACCELERATE_DEBUG_MODE ACCELERATE_CPU_AFFINITY ACCELERATE_LOG_LEVEL "
+    "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES "
+    "ACCELERATE_USE_SAGEMAKER ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE".split()
+)
+# Fields of deepspeed_config in Accelerate's YAML -> where a DeepSpeed JSON says the same.
+ZERO = "ACCELERATE_DEEPSPEED_"
+FIELDS = {
+    f"{ZERO}ZERO_STAGE": "zero_optimization.stage",
+    f"{ZERO}OFFLOAD_OPTIMIZER_DEVICE": "zero_optimization.offload_optimizer.device",
+    f"{ZERO}OFFLOAD_PARAM_DEVICE": "zero_optimization.offload_param.device",
+}
+NOTHING = ("", "no", "none", "auto", "false")
+
+
+def asked(name: str) -> bool:
+    """Whether a variable is set to yes."""
+    return os.environ.get(name, "false").lower() in ("true", "1", "yes")
+
+
+def value_of(name: str) -> str | None:
+    """Return what a variable says, or None where it is unset or says nothing."""
+    value = os.environ.get(name, "").strip()
+    return None if value.lower() in NOTHING else value
+
+
+@contextmanager
+def hidden() -> Iterator[None]:
+    """Hide all variables that Accelerate reads, except `KEPT`, while the body runs."""
+    names = [n for n in os.environ if n.startswith(PREFIXES) and n not in KEPT]
+    before = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def refuse_contradictions(config: TrainingConfig, *, on_cpu: bool, world: int) -> None:
+    """Raise `ConfigError` for what a launcher or this machine would silently do differently."""
+    problems = [
+        *_machine(config, on_cpu=on_cpu),
+        *_computation(config),
+        *(_fsdp(world) if asked("ACCELERATE_USE_FSDP") else ()),
+    ]
+    if problems:
+        raise ConfigError(problems)
+    steps = value_of("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    if steps not in (None, "1", str(config.gradient_accumulation_steps)):
+        log.warning(
+            "warning: gradient_accumulation_steps %s of accelerate has no effect: "
+            "train.batch_size %d counts the examples of one optimizer step; set "
+            "train.gradient_accumulation_steps to choose the size of a forward",
+            steps,
+            config.batch_size,
+        )
+
+
+def _machine(config: TrainingConfig, *, on_cpu: bool) -> Iterator[str]:
+    if config.precision == "fp16" and on_cpu:
+        yield "train.mixed_precision fp16 needs a GPU: use bf16 or no on this machine"
+    if on_cpu and asked("ACCELERATE_USE_FSDP"):
+        yield (
+            "FSDP needs a GPU: without one Accelerate leaves gradients unsynchronised without a "
+            "word; use accelerate_configs/ddp.yaml or a ZeRO stage on a CPU"
+        )
+    if asked("ACCELERATE_USE_DEEPSPEED") and asked("ACCELERATE_USE_CPU"):
+        yield (
+            "use_cpu switches DeepSpeed off without a word: leave it out (use_cpu: false); on a "
+            "machine without a GPU DeepSpeed then runs on the CPU"
+        )
+
+
+def _computation(config: TrainingConfig) -> Iterator[str]:
+    """What the launcher asks to be computed otherwise than the run says."""
+    # Only what accelerate launch itself was told: its own default is "no".
+    precision = value_of("ACCELERATE_MIXED_PRECISION")
+    if precision not in (None, config.precision, config.mixed_precision):
+        yield (
+            f"accelerate launch says mixed precision {precision}, train.mixed_precision says "
+            f"{config.mixed_precision}: say the same in both"
+        )
+    compiler = value_of("ACCELERATE_DYNAMO_BACKEND")
+    if compiler is not None and not config.compile:
+        yield (
+            f"dynamo_backend {compiler} of accelerate has no effect: set train.compile true, or "
+            "remove it"
+        )
+    if asked("ACCELERATE_USE_MEGATRON_LM"):
+        yield "Megatron-LM is not supported: use a ZeRO stage (accelerate_configs/zero3.yaml)"
+    sizes = [f"PARALLELISM_CONFIG_{kind}_SIZE" for kind in ("TP", "CP", "SP")]
+    sizes += ["PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "PARALLELISM_CONFIG_DP_SHARD_SIZE"]
+    split = [name for name in sizes if os.environ.get(name, "1") != "1"]
+    if asked("ACCELERATE_USE_PARALLELISM_CONFIG") and split:
+        shown = ", ".join(f"{name.lower()} {os.environ[name]}" for name in split)
+        yield (
+            f"{shown} of accelerate is not supported: remove parallelism_config, and shard with a "
+            "ZeRO stage or FSDP2"
+        )
+
+
+def _fsdp(world: int) -> Iterator[str]:
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        yield f"fsdp_version {version} is not supported: use fsdp_version: 2"
+    if world > 1 and asked("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        yield (
+            "fsdp_cpu_ram_efficient_loading leaves the weights of all processes but the first "
+            "empty until the training starts, and they are needed before: set it to false"
+        )
+
+
+def fields_beside(content: dict[str, Any], place: str, config: TrainingConfig) -> Iterator[str]:
+    """Yield each field of `deepspeed_config` that contradicts the DeepSpeed JSON or the run.
+
+    Args:
+        content: the JSON as read.
+        place: its file, for messages.
+    """
+    for name, path in FIELDS.items():
+        value = value_of(name)
+        if value is None:
+            continue
+        found: Any = content
+        for part in path.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        if str(found) != value:
+            field = name.removeprefix(ZERO).lower()
+            yield (
+                f"{field} {value} of accelerate contradicts {path} {found!r} of {place}: the file "
+                "decides; remove the field"
+            )
+    clipping = value_of("ACCELERATE_GRADIENT_CLIPPING")
+    if clipping is not None and not _equal(clipping, config.max_grad_norm or 0.0):
+        yield (
+            f"gradient_clipping {clipping} of accelerate contradicts train.max_grad_norm "
+            f"{config.max_grad_norm}: the run's configuration decides; remove the field"
+        )
+
+
+def _equal(text: str, number: float) -> bool:
+    try:
+        return float(text) == number
+    except ValueError:
+        return False
