@@ -84,7 +84,8 @@ class TrainingConfig:
     min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Rate at the end of the decay as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Decoupled decay, on matrices only (not on norms and biases)."""
+    """Decoupled decay of the weights of matrix products, convolutions and embeddings; biases, norms
+    and parameters of state spaces have none, whatever their shape."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of AdamW's first moment."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 
 from modern_llm.config import TrainingConfig
-from modern_llm.training.optim import is_due, learning_rate, make_optimizer, set_learning_rate
+from modern_llm.training.optim import (
+    decayed,
+    is_due,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
 
 
 def config(**changes):
@@ -67,6 +75,62 @@ def test_decay_is_on_matrices_alone_and_the_step_is_adamws():
             o.step()
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+# Families and what of them is no operand of a product though it has two dimensions or more.
+SHAPE = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+FAMILIES = {
+    "llama": (lambda: tf.LlamaConfig(**SHAPE), 0),
+    "gpt2": (lambda: tf.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4), 0),
+    "cohere": (lambda: tf.CohereConfig(**SHAPE, use_qk_norm=True), 4),
+    "gpt_oss": (lambda: tf.GptOssConfig(**SHAPE, **ROPE, num_local_experts=4), 4),
+    "mixtral": (lambda: tf.MixtralConfig(**SHAPE, num_local_experts=4), 0),
+    "mamba": (lambda: tf.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2), 2),
+    "rwkv": (lambda: tf.RwkvConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2), 10),
+    "jamba": (lambda: tf.JambaConfig(**SHAPE, num_experts=4, use_mamba_kernels=False), None),
+    "recurrent_gemma": (lambda: tf.RecurrentGemmaConfig(**SHAPE, attention_window_size=8), None),
+    "zamba": (
+        lambda: tf.ZambaConfig(
+            **SHAPE | {"num_hidden_layers": 4},
+            layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+            use_mamba_kernels=False,
+        ),
+        None,
+    ),
+    "qwen3_next": (lambda: tf.Qwen3NextConfig(**SHAPE, num_experts=4), None),
+}
+NEVER = re.compile(r"bias|norm|ln_|A_log|\.D$|sinks|time_|recurrent_param|dt_bias", re.IGNORECASE)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decay_is_on_what_a_parameter_is_and_not_on_its_dimensions(name):
+    make, several = FAMILIES[name]
+    with torch.device("meta"):
+        model = tf.AutoModelForCausalLM.from_config(make())
+    names = decayed(model)
+    others = {n: p for n, p in model.named_parameters() if n not in names}
+    assert not [n for n in names if NEVER.search(n)]
+    assert all(p.ndim < 2 or NEVER.search(n) for n, p in others.items()), others.keys()
+    if several is not None:
+        assert sum(p.ndim >= 2 for p in others.values()) == several
+    assert {n for n, p in model.named_parameters() if p.ndim >= 2} - set(others) == names
+
+
+def test_adapters_decay_and_what_is_tied_counts_once():
+    import peft
+
+    model = tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(**SHAPE, tie_word_embeddings=True))
+    assert "model.embed_tokens.weight" in decayed(model)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"])
+    )
+    optimizer = make_optimizer(config(weight_decay=0.1), adapted)
+    (group,) = optimizer.param_groups
+    assert group["weight_decay"] == 0.1 and len(group["params"]) == 2 + 2 * 2
 
 
 def test_is_due():
