@@ -7,16 +7,20 @@ unknown name is refused, and the docstring below each field is its help text on 
 
 from __future__ import annotations
 
-from typing import TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 T = TypeVar("T")
+SECTIONS: list[Any] = []
+"""All sections that were defined, for who looks one up by its options."""
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(Field,))
 def section(cls: type[T]) -> type[T]:
     """Return `cls` as a keyword-only pydantic dataclass that refuses unknown fields."""
     config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
-    return dataclass(kw_only=True, config=config)(cls)
+    made = dataclass(kw_only=True, config=config)(cls)
+    SECTIONS.append(made)
+    return made

@@ -81,13 +81,21 @@ class Engine:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.skipped_in_a_row = 0
         self.passed_over = {"total": 0, "in_a_row": 0}
-        """Steps whose gradient was not finite, without a scaler; part of the state."""
+        """Steps whose gradient was not finite: all of them, and those in a row without a scaler;
+        part of the state."""
         self.spikes: dict[str, Any] = {}
         """Running statistics of the loss, where spikes are passed over; part of the state."""
         self.judged: tuple[int, bool] = (-1, False)
         """The last step whose loss was judged by them, and whether it is passed over."""
+        self.skips_logged = 0
+        """How many of `skips` the log knows of."""
         self.unsettled: Callable[[], None] | None = None
         """What is to be done once it is known what became of the last step."""
+
+    @property
+    def skips(self) -> int:
+        """Steps that are known not to have been applied, for whatever reason."""
+        return self.passed_over["total"] + self.spikes.get("skipped", 0)
 
     @property
     def decides_on_device(self) -> bool:
@@ -132,7 +140,10 @@ class Engine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of `loss`."""
-        self.accelerator.backward(loss)
+        # Accelerate's own backward would divide by its gradient accumulation, which a script or a
+        # variable may have set; the loop alone divides.
+        scaler = self.accelerator.scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
 
     def clear(self) -> None:
         """Forget the gradients."""

@@ -6,6 +6,7 @@ Padding, recomputation and masked-out scores count as time, not as work. Called 
 
 from __future__ import annotations
 
+import re
 import time
 from functools import lru_cache
 
@@ -16,22 +17,29 @@ from transformers import PreTrainedModel
 from modern_llm.models.prepare import decoder_layers
 from modern_llm.models.shapes import attention_widths
 
-# Dense matrix products in bfloat16, operations a second, as the maker states them; part of the
-# device's name. The longest name that fits counts.
+# Dense matrix products in bfloat16, operations a second, as the maker states them; the words of the
+# device's name after the maker's. The longest entry that the name begins with counts.
 BF16_PEAKS = {
     "H200": 989e12,
+    "H200 NVL": 835e12,
     "H100 80GB HBM3": 989e12,
     "H100 SXM": 989e12,
+    "H100 SXM5": 989e12,
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "B200": 2250e12,
     "A100": 312e12,
+    "A10": 125e12,
     "A10G": 70e12,
+    "L40": 181e12,
     "L40S": 362e12,
     "L4": 121e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+# What may follow an entry: the memory and the form of the card. Another word (Ti, Laptop, MIG)
+# names another device.
+SAME_DEVICE = re.compile(r"\d+GB|HBM\d\w*|SXM\d*|PCIE", re.IGNORECASE)
 SIDE, REPEATS = 1024, 6
 
 
@@ -120,8 +128,13 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
 def looked_up(name: str, precision: str) -> float:
     """Return the peak of a GPU by its name; 0 where it is not known (nor float32 on tensor
     cores)."""
-    fitting = [known for known in BF16_PEAKS if known in name]
-    return BF16_PEAKS[max(fitting, key=len)] if fitting and precision != "no" else 0.0
+    words = [word for word in re.split(r"[ -]", name) if word not in ("NVIDIA", "GeForce")]
+    for length in range(len(words), 0, -1):
+        peak = BF16_PEAKS.get(" ".join(words[:length]))
+        if peak is not None:
+            same = all(SAME_DEVICE.fullmatch(word) for word in words[length:])
+            return peak if same and precision != "no" else 0.0
+    return 0.0
 
 
 @lru_cache

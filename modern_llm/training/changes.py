@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from modern_llm.config.base import SECTIONS
+
 FREE = "free"
 """Changes nothing that is learnt, but by rounding."""
 ACCEPTED = "allowed with --accept-change"
@@ -87,14 +89,32 @@ def class_of(name: str) -> str:
 def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[Change]:
     """Yield every setting that differs between two configurations in plain values.
 
-    Sections are compared field by field; one that is there on one side alone differs as a whole.
+    Sections are compared field by field; one that is there on one side alone differs as a whole. An
+    option that `before` lacks had its default: a version without the option wrote it.
     """
+    defaults = _defaults(now)
     for key in sorted(set(before) | set(now)):
-        old, new, name = before.get(key), now.get(key), f"{prefix}{key}"
+        name = f"{prefix}{key}"
+        old, new = before.get(key, defaults.get(key)), now.get(key)
+        if name == "data.sources" and old and new:
+            old = [_defaults(new[0]) | item for item in old]
         if isinstance(old, dict) and isinstance(new, dict) and name in _SECTIONS:
             yield from changes(old, new, f"{name}.")
         elif old != new:
             yield Change(name, old, new, class_of(name))
+
+
+def _defaults(section: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults of the options of a section, which its names tell; else nothing."""
+    for kind in SECTIONS:
+        known = kind.__pydantic_fields__
+        if set(known) == set(section):
+            return {
+                name: field.get_default(call_default_factory=True)
+                for name, field in known.items()
+                if not field.is_required()
+            }
+    return {}
 
 
 _SECTIONS = frozenset(section for sections in _TABLE.values() for section in sections)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,7 +32,7 @@ from modern_llm.distributed.faults import around
 from modern_llm.distributed.peers import Peers
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.state import MOMENTS, base_optimizer, pieces, replicated
-from modern_llm.distributed.tensor_file import write_tensors
+from modern_llm.distributed.tensor_file import NAMES, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -139,8 +139,8 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for place in found:
         try:
             return place, verified_manifest(place)
-        except StorageError as error:
-            log.warning("checkpoint %s is damaged and passed over: %s", place.name, error)
+        except (StorageError, OSError) as error:  # OSError: the disk cannot read it (EIO)
+            log.warning("checkpoint %s is damaged and skipped: %s", place.name, error)
     if found:
         raise StorageError(
             f"{folder}: none of {len(found)} checkpoints is intact; remove them to start over"
@@ -157,7 +157,8 @@ def load_weights(place: Path, model: nn.Module) -> None:
             f"{place}: holds other tensors than the model: {sorted(stored.names() ^ set(into))[:4]}"
         )
     for name, tensor in into.items():
-        tensor.copy_(stored.read(name, 0, tensor.numel(), of=tensor).view_as(tensor))
+        whole = stored.read(name, 0, tensor.numel(), _shape(tensor), tensor.dtype)
+        tensor.copy_(whole.view_as(tensor))
         progress.tick()
 
 
@@ -165,20 +166,22 @@ def load_state(place: Path, engine: Engine) -> None:
     """Read what this rank holds of the optimizer's state, after `load_weights`."""
     optimizer = base_optimizer(engine)
     stored, weights = Shards(place, OPTIMIZER), Shards(place, WEIGHTS)
-    sizes = {name: parameter for name, parameter in engine.inner.named_parameters()}
+    parameters = dict(engine.inner.named_parameters())
     for piece in pieces(engine):
         progress.tick()
         end = piece.start + piece.weight.numel()
-        of = sizes[piece.name]
+        shape, dtype = _shape(parameters[piece.name]), piece.weight.dtype
         # Under bfloat16 the weights that were given to DeepSpeed have lost bits by now.
-        piece.weight.copy_(weights.read(piece.name, piece.start, end, of=of))
+        piece.weight.copy_(weights.read(piece.name, piece.start, end, shape, dtype))
         if f"step/{piece.name}" not in stored.names():
             continue  # it never had a gradient: AdamW keeps nothing for such a parameter
-        piece.make_moments(optimizer, float(stored.read(f"step/{piece.name}", 0, 1)))
+        count = stored.read(f"step/{piece.name}", 0, 1, torch.Size(()), torch.float32)
+        piece.make_moments(optimizer, float(count))
         for key in MOMENTS:
             moment = piece.moment(optimizer, key)
             progress.tick()
-            moment.copy_(stored.read(f"{key}/{piece.name}", piece.start, end, of=of))
+            part = stored.read(f"{key}/{piece.name}", piece.start, end, shape, moment.dtype)
+            moment.copy_(part)
     try:
         state = json.loads(read_text(place / STATE))
         engine.passed_over = {k: int(state["passed_over"][k]) for k in engine.passed_over}
@@ -223,10 +226,29 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(place, ignore_errors=True)
 
 
+def _shape(tensor: Tensor) -> torch.Size:
+    """Return the shape of a whole parameter, also where this rank holds a part of it."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
 def buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return the buffers that belong to the state."""
     persistent = model.state_dict(keep_vars=True)
     return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+class _Part(NamedTuple):
+    """One stored tensor, or the piece of it that one rank wrote."""
+
+    start: int
+    """First element, counted in the flattened whole."""
+    stop: int
+    file: Any
+    shape: torch.Size
+    dtype: str
+    """As safetensors names it."""
+    whole: bool
+    """Whether it is no piece, so that its shape is the tensor's own."""
 
 
 class Shards:
@@ -234,48 +256,73 @@ class Shards:
 
     def __init__(self, place: Path, kind: str):
         self._place = place
-        self._parts: dict[str, list[tuple[int, int, Any]]] = {}
+        self._parts: dict[str, list[_Part]] = {}
         try:
             for path in sorted(place.glob(f"{kind}*.safetensors")):
                 check_regular(path)
-                self._index(safe_open(path, framework="pt"))
+                self._index(safe_open(path, framework="pt"), whole=path.stem == kind)
         except (SafetensorError, OSError, ValueError) as error:
             raise StorageError(f"{place}: {kind} cannot be read ({error})") from error
 
-    def _index(self, file: Any) -> None:
+    def _index(self, file: Any, *, whole: bool) -> None:
         starts = json.loads((file.metadata() or {}).get("starts", "{}"))
         for key in file.keys():  # noqa: SIM118
-            start = starts.get(key.rpartition("/")[2], 0)
-            numel = int(torch.Size(file.get_slice(key).get_shape()).numel())
-            self._parts.setdefault(key, []).append((start, start + numel, file))
+            part = file.get_slice(key)
+            shape = torch.Size(part.get_shape())
+            # Of the count of steps, a scalar, each rank that holds a piece writes the whole.
+            start = starts.get(key.rpartition("/")[2], 0) if shape else 0
+            found = _Part(start, start + shape.numel(), file, shape, part.get_dtype(), whole)
+            self._parts.setdefault(key, []).append(found)
 
     def names(self) -> set[str]:
         """Names of all tensors."""
         return set(self._parts)
 
-    def read(self, name: str, start: int, end: int, of: Tensor | None = None) -> Tensor:
-        """Return elements `start` to `end` of a flattened tensor, as float32 if `of` is a trained
-        parameter.
+    def read(
+        self, name: str, start: int, end: int, shape: torch.Size, dtype: torch.dtype
+    ) -> Tensor:
+        """Return elements `start` to `end` of a flattened tensor.
+
+        Args:
+            shape: of the whole tensor that takes them.
+            dtype: of that tensor.
 
         Raises:
-            StorageError: it is not there, not whole, or of another size or dtype than `of`.
+            StorageError: it is not there, not whole, or of another shape or dtype.
         """
-        parts = sorted(self._parts.get(name, []), key=lambda part: part[0])
-        size = max((part[1] for part in parts), default=0)
-        shape = getattr(of, "ds_shape", None if of is None else of.shape)
-        if not parts or (shape is not None and size != torch.Size(shape).numel()):
-            seen = f"{size} elements" if parts else "nothing"
-            raise StorageError(f"{self._place}: {name} is {seen}, expected {tuple(shape or ())}")
+        parts = sorted(self._parts.get(name, []), key=lambda part: part.start)
+        self._must_fit(name, parts, shape, dtype)
         found = []
         at = start
-        for low, high, file in parts:
-            if low <= at < min(high, end):
-                stop = min(high, end)
-                found.append(self._elements(file, name, at - low, stop - low))
+        for part in parts:
+            if part.start <= at < min(part.stop, end):
+                stop = min(part.stop, end)
+                found.append(self._elements(part.file, name, at - part.start, stop - part.start))
                 at = stop
         if at != end:
             raise StorageError(f"{self._place}: elements {at} to {end} of {name} are missing")
         return torch.cat(found) if len(found) > 1 else found[0]
+
+    def _must_fit(
+        self, name: str, parts: list[_Part], shape: torch.Size, dtype: torch.dtype
+    ) -> None:
+        """Refuse a tensor of another shape or dtype than the one that takes its values."""
+        kind = NAMES[str(dtype).removeprefix("torch.")]
+        expected = f"{kind} {tuple(shape)}"
+        if not parts:
+            raise StorageError(f"{self._place}: {name} is missing, expected {expected}")
+        for part in parts:
+            # Of pieces that ranks wrote only the number of elements is known.
+            fits = part.shape == shape or (not part.whole and len(part.shape) == 1)
+            if not fits or part.dtype != kind:
+                raise StorageError(
+                    f"{self._place}: {name} is {part.dtype} {tuple(part.shape)}, expected "
+                    f"{expected}: it is another model's, or was written by other code; remove "
+                    "this checkpoint to resume from an older one"
+                )
+        size = max(part.stop for part in parts)
+        if size != shape.numel():
+            raise StorageError(f"{self._place}: {name} is {size} elements, expected {expected}")
 
     @staticmethod
     def _elements(file: Any, name: str, start: int, stop: int) -> Tensor:

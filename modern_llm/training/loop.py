@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from modern_llm.config import TrainingConfig
-from modern_llm.config.errors import ConfigError, NotFiniteError, Stopped, UserError
+from modern_llm.config.errors import ConfigError, Stopped, UserError
 from modern_llm.distributed import progress
-from modern_llm.distributed.engine import Engine, Update
+from modern_llm.distributed.engine import Engine
 from modern_llm.distributed.faults import around
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.stopping import begin_asking, check, stop_asked
@@ -34,10 +34,6 @@ from modern_llm.training.task import Task
 from modern_llm.training.watch import Watch
 
 log = logging.getLogger(__name__)
-
-# A loss scaler halves its scale at each skip, from 65,536 down: more skips than this in a row are
-# no search for the right scale any more.
-MOST_SKIPPED = 20
 
 
 class Sample(Protocol):
@@ -111,6 +107,7 @@ def train(
     """
     total = total_steps(config, task)
     engine, start, owed = _start_engine(runtime, scorer, config, run, facts, total)
+    run.done, engine.skips_logged = start, engine.skips
     engine.model.train()
     clock = Clock(run.log().elapsed() if start else 0.0, time.perf_counter(), peak)
     task.budget.begin(runtime, run)
@@ -130,8 +127,7 @@ def train(
             began = time.perf_counter()
             rate = learning_rate(config, done - 1, total)
             sums, grad_norm = _optimizer_step(runtime, engine, task, config, done - 1, rate)
-            if _is_read(engine, config, sample, done, total):
-                engine.settle()
+            _settle_if_read(engine, config, sample, run, done, total)
             clock.add(time.perf_counter() - began, sums)
             watch.advance(done)
             record: dict[str, float] = {}
@@ -200,7 +196,7 @@ def _optimizer_step(
         # The norm is of the averaged gradient, so every rank sees the same and decides the same.
         update = engine.step(config.max_grad_norm)
     if engine.scales_loss:
-        _count_skipped(engine, update, step)
+        nonfinite.count_overflow(engine, update, step)
     elif not spiked:  # of a spike it is known what was done, and why
         engine.unsettled = partial(
             nonfinite.settle, runtime, engine, task, config, step, losses, update
@@ -211,21 +207,28 @@ def _optimizer_step(
     return sums, update.norm
 
 
-def _count_skipped(engine: Engine, update: Update, step: int) -> None:
-    """Stop a float16 run whose loss scaler skips one step after the other: it learns nothing."""
-    engine.skipped_in_a_row = 0 if update.applied else engine.skipped_in_a_row + 1
-    if engine.skipped_in_a_row > MOST_SKIPPED:
-        raise NotFiniteError(
-            f"step {step + 1}: float16 overflowed in {engine.skipped_in_a_row} steps one after "
-            "the other and none was applied; use train.mixed_precision bf16 or no"
-        )
+def _settle_if_read(
+    engine: Engine,
+    config: TrainingConfig,
+    sample: Sample | None,
+    run: RunFolder,
+    done: int,
+    total: int,
+) -> None:
+    """Learn what became of a step before anything looks at the state after it."""
+    if _is_read(engine, config, sample, done, total):
+        engine.settle()
+    # A step whose gradient may still turn out not to be finite is not done yet.
+    run.done = done if engine.unsettled is None else done - 1
 
 
 def _is_logged(engine: Engine, config: TrainingConfig, step: int, total: int) -> bool:
-    """Whether a step is logged: the first, the last, every `log_every`th, and what was skipped."""
+    """Whether a step is logged: the first, the last, every `log_every`th, and one that was skipped.
+
+    A device that refuses a step by itself is asked about it in the next one, which is logged then.
+    """
     due = is_due(config.log_every, step, total, at_end=True)
-    skipped = engine.passed_over["in_a_row"] > 0 or engine.spikes.get("in_a_row", 0) > 0
-    return due or step == 1 or skipped
+    return due or step == 1 or engine.skips > engine.skips_logged
 
 
 def _is_read(
@@ -252,6 +255,7 @@ def _measured(
 ) -> dict[str, float]:
     """What is logged of a step; how many were not finite and not applied, where there were any, and
     the token budget where memory had run out."""
+    engine.skips_logged = engine.skips
     found = _measure(runtime, task, sums, clock)
     found |= {"grad_norm": float(grad_norm), "lr": rate}
     if skipped := engine.passed_over["total"]:
@@ -361,7 +365,7 @@ def _start_engine(
     changed = [
         f"{name}: {str(before.get(name))[:12]} -> {str(value)[:12]}"
         for name, value in facts.items()
-        if before.get(name) != value
+        if name in before and before[name] != value  # absent: a later version records it
     ]
     if changed:
         raise UserError(

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 MOST_PASSED_OVER = 2
 """Steps that `on_nonfinite: skip` passes over one after the other; the next one ends the run."""
+# A loss scaler halves its scale at each skip, from 65,536 down: more skips than this in a row are
+# no search for the right scale any more.
+MOST_SKIPPED = 20
 _NAMED = 3
 
 
@@ -77,6 +80,20 @@ def settle(
         )
     if runtime.is_main:
         log.warning("warning: %s; passed over, as train.on_nonfinite: skip asks", what)
+
+
+def count_overflow(engine: Engine, update: Update, step: int) -> None:
+    """Stop a float16 run whose loss scaler skips one step after the other: it learns nothing."""
+    if update.applied:
+        engine.skipped_in_a_row = 0
+        return
+    engine.skipped_in_a_row += 1
+    engine.passed_over["total"] += 1
+    if engine.skipped_in_a_row > MOST_SKIPPED:
+        raise NotFiniteError(
+            f"step {step + 1}: float16 overflowed in {engine.skipped_in_a_row} steps one after "
+            "the other and none was applied; use train.mixed_precision bf16 or no"
+        )
 
 
 def _write_down(

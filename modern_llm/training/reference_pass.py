@@ -8,21 +8,19 @@ stage and by the verbs `reference fill` and `reference verify`.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn.functional import logsigmoid
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import StorageError
 from modern_llm.data.prepare import Prepared
 from modern_llm.data.tokens import TokenTable
+from modern_llm.distributed import progress
 from modern_llm.distributed.freed import give_back_freed
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.adapters import has_adapters
@@ -32,18 +30,15 @@ from modern_llm.reference.entries import Entries
 from modern_llm.reference.fill import FillReport, fill, values_of
 from modern_llm.reference.store import ReferenceStore
 from modern_llm.training import setup
+from modern_llm.training.agreement import BOUND, must_agree
 from modern_llm.training.dpo_config import DPOConfig
 from modern_llm.training.lora import Base
 from modern_llm.training.reference_place import find_store
-from modern_llm.training.scoring import Answers, Scoring, score_everywhere
-from modern_llm.training.sources import sharing
+from modern_llm.training.scoring import Answers, Scoring
+from modern_llm.training.sources import make_source, sharing
 
 log = logging.getLogger(__name__)
 
-# How far the loss of a pair may be from ln 2 when policy and reference are the same weights: what
-# other micro-batches do to the rounding of sums over some hundred tokens, by precision of the
-# forward. For beta up to 0.1: above, the same rounding moves the loss in proportion.
-LN2_BOUND = {"no": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
 SELF_CHECK_PAIRS = 16
 
 # (P, 2) float32 sums for every pair of a table.
@@ -82,6 +77,7 @@ class ReferencePass:
         self._checkpoint: Checkpoint | None = policy
         self._is_policy = dpo.reference_checkpoint is None
         self._wanted: list[Wanted] = []
+        self._scorer: TokenScorer | None = None  # of the frozen module, while there is one
         if not dpo.needs_reference:
             if runtime.is_main:
                 log.info("reference: loss_type %s uses none", dpo.loss_type)
@@ -257,6 +253,7 @@ class ReferencePass:
         else:
             scorer = setup.set_up_frozen(self._runtime, self._checkpoint, self._config)
             module = self._runtime.freeze(scorer)
+        self._scorer = scorer
         try:
             yield Scoring(
                 self._runtime,
@@ -266,6 +263,7 @@ class ReferencePass:
                 tokens=self._dpo.per_token,
             )
         finally:
+            self._scorer = None
             if module is not policy:
                 self._runtime.release(module)
             give_back_freed()
@@ -282,10 +280,11 @@ class ReferencePass:
         return np.where(np.isfinite(sums).all(1, keepdims=True), weighted, np.float32(np.nan))
 
     def _check(self, wanted: Wanted, scoring: Scoring | None) -> None:
-        """Score a sample of the stored values again: the loss of each of these pairs must be ln 2.
+        """Score a sample of pairs again as training lays them out: both answers of each must be as
+        stored, whatever the loss makes of them.
 
         Raises:
-            StorageError: a stored value is not what these weights give; names the worst pair.
+            StorageError: a stored value is not what these weights give; names the worst answer.
         """
         if scoring is None:
             return
@@ -298,29 +297,47 @@ class ReferencePass:
             return  # what is left out is judged by whoever reads the values
         count = min(self._dpo.self_check_pairs or SELF_CHECK_PAIRS, len(good))
         sample = good[np.unique(np.linspace(0, len(good) - 1, count).astype(np.int64))]
-        entries = np.unique(pairs[sample])
-        stored = values_of(self._runtime, answers.keys[entries], self.store)
-        fresh = score_everywhere(self._runtime, scoring, answers, entries)
-        log_ratios = fresh.sums.astype(np.float64) - stored.sums
-        chosen, rejected = log_ratios[np.searchsorted(entries, pairs[sample])].T
-        losses = -logsigmoid(self._dpo.beta * torch.from_numpy(chosen - rejected))
-        off = (losses - math.log(2)).abs().nan_to_num(nan=math.inf)
-        worst = int(off.argmax())
-        bound = LN2_BOUND[self._config.precision] * max(1.0, self._dpo.beta / 0.1)
-        if not float(off[worst]) <= bound:
-            raise StorageError(
-                f"{answers.table.origin(int(sample[worst]))}: the stored values should be those of "
-                f"these weights, but the loss of this pair is off ln 2 by {float(off[worst]):.3g} "
-                f"(bound {bound:g}): they are not this model's; remove {self.store.folder} and "
-                "run again"
-            )
+        rows, fresh = self._scored_as_trained(wanted, scoring, sample)
+        entries = pairs[rows].ravel()
+        chosen = np.unique(entries)
+        stored = values_of(self._runtime, answers.keys[chosen], self.store)
+        worst = must_agree(
+            fresh.ravel(),
+            stored.sums[np.searchsorted(chosen, entries)],
+            answers.targets[entries],
+            self._config.precision,
+            lambda at: answers.table.origin(int(rows[at // 2])),
+            f"remove {self.store.folder} and run again",
+        )
         if self._runtime.is_main:
             log.info(
-                "reference check: %d pairs within %.1e of ln 2 (bound %g)",
-                len(sample),
-                float(off[worst]),
-                bound,
+                "reference check: %d pairs scored again as in training, within %.1e nats a token "
+                "(bound %g)",
+                len(rows),
+                worst,
+                BOUND[self._config.precision],
             )
+
+    def _scored_as_trained(
+        self, wanted: Wanted, scoring: Scoring, sample: Indices
+    ) -> tuple[Indices, Values]:
+        """Return pairs and their sums (P, 2), from micro-batches as training makes them; a
+        collective."""
+        assert self._scorer is not None
+        table = wanted.answers.table
+        source = make_source(self._runtime, self._config, table, "pairs", self._scorer)
+        mine = [source.collate(part) for part in source.parts(sample)[self._runtime.rank]]
+        failure: Exception | None = None
+        found: list[tuple[Indices, Values]] = []
+        progress.enter("scoring answers")
+        try:
+            found = [(pairs, sums) for pairs, sums in scoring.pairs(mine) if len(pairs)]
+        except Exception as error:
+            failure = error
+        self._runtime.raise_together(failure)
+        everyone = [part for parts in self._runtime.gather(found) for part in parts]
+        rows, sums = zip(*everyone, strict=True)
+        return np.concatenate(rows), np.concatenate(sums)
 
 
 def reference_for(

@@ -24,16 +24,13 @@ from modern_llm.distributed.runtime import Runtime, start
 from modern_llm.distributed.watchdog import Watchdog, nowhere
 from modern_llm.models.load import inspect_checkpoint
 from modern_llm.training import setup, tables
+from modern_llm.training.agreement import must_agree
 from modern_llm.training.dpo_config import DPOConfig
 from modern_llm.training.left_out import leave_out
 from modern_llm.training.reference_pass import ReferencePass, Wanted
 from modern_llm.training.scoring import score_everywhere
 
 log = logging.getLogger(__name__)
-
-# How far a log-prob may be from the stored one when it is scored again among other answers, in nats
-# a token, by precision of the forward.
-RESCORE_BOUND = {"no": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -180,15 +177,20 @@ def _rescore(
         if scoring is None:
             return 0, 0.0
         fresh = score_everywhere(runtime, scoring, answers, entries)
-    off = np.abs(fresh.sums.astype(np.float64) - stored.sums) / np.maximum(stored.counts, 1)
-    worst = int(off.argmax())
-    bound = RESCORE_BOUND[references.precision]
-    if not off[worst] <= bound or (fresh.counts != stored.counts).any():
+    if (fresh.counts != stored.counts).any():
+        at = int(np.flatnonzero(fresh.counts != stored.counts)[0])
         raise StorageError(
-            f"{answers.origin(int(entries[worst]))}: the stored value is off by {off[worst]:.3g} "
-            f"nats a token when it is scored again (bound {bound:g}): it is not of these weights; "
-            "remove the store and fill it again"
+            f"{answers.origin(int(entries[at]))}: the stored value counts {stored.counts[at]} "
+            f"tokens, the answer has {fresh.counts[at]}; remove the store and fill it again"
         )
+    worst = must_agree(
+        fresh.sums,
+        stored.sums,
+        stored.counts,
+        references.precision,
+        lambda at: answers.origin(int(entries[at])),
+        "remove the store and fill it again",
+    )
     if runtime.is_main:
-        log.info("reference: %d answers scored again, within %.1e a token", len(stored), off[worst])
-    return len(stored), float(off[worst])
+        log.info("reference: %d answers scored again, within %.1e a token", len(stored), worst)
+    return len(stored), worst

@@ -53,6 +53,7 @@ class RunFolder:
         self.data = self.path / "data"
         self.lock = RunLock(self.path)
         self._reopened = False
+        self.done: int | None = None  # optimizer steps of the run; None before the loop knows
         # The checkpoint to go on from and its facts, once they were looked for.
         self.standing: tuple[Path, dict[str, Any]] | None = None
         self.recorded: dict[str, Any] = {}  # what each manifest says of the data besides
@@ -180,7 +181,9 @@ class RunFolder:
         return MetricsLog(self.metrics, self.lock.check)
 
     def last_step(self) -> int:
-        """Return the last step that was logged, 0 before the first."""
+        """Return the last optimizer step that was done, or logged where the loop has not begun."""
+        if self.done is not None:
+            return self.done
         records = self.log().records()
         return records[-1]["step"] if records else 0
 

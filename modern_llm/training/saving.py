@@ -91,6 +91,7 @@ class Saver:
                 trainer has taken over the folder.
         """
         self._finish()
+        self._run.done = step  # settled by now, see the loop
         with progress.phase("saving", step, self._allowance):
             self._save(step, examples, must=must, owed=owed)
 

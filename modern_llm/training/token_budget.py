@@ -35,6 +35,18 @@ log = logging.getLogger(__name__)
 AUTO_TOKENS = {"cpu": 768, "cuda": 16_384}
 SEARCH_STEPS = {"cuda": 8}
 """Steps in which several processes look for what fits. The moments exist from the second on."""
+MEMORY = {
+    "sft_checkpoint": "",
+    "pretrain_checkpoint": "",
+    "model": "",
+    "lora": "",
+    "train": "attention batch_size compile gradient_accumulation_steps gradient_checkpointing "
+    "micro_batch_size mixed_precision",
+    "data": "max_length max_prompt_length",
+    "dpo": "group_by_prompt loss_type max_length max_prompt_length reference reference_checkpoint",
+}
+"""The settings that the memory of a forward depends on, by section; all of one where none is
+named. A change of another setting keeps what was found."""
 FILE = "token_budget.json"
 CURES = (
     "set train.gradient_checkpointing, lower max_length, or shard the model "
@@ -176,11 +188,16 @@ class TokenBudget:
 
 
 def _circumstances(runtime: Runtime, run: RunFolder) -> str:
-    """Digest of what the memory of a forward depends on: every setting, and the device."""
+    """Digest of what the memory of a forward depends on: `MEMORY`, and the device."""
     device: Any = runtime.device.type
     if runtime.device.type == "cuda":
         properties = torch.cuda.get_device_properties(runtime.device)
         device = [properties.name, properties.total_memory]
-    train = {k: v for k, v in run.record["train"].items() if k not in ("accept_change", "resume")}
-    facts = json.dumps([device, {**run.record, "train": train}], sort_keys=True, default=str)
+    said = {}
+    for section, names in MEMORY.items():
+        values = run.record.get(section)
+        if isinstance(values, dict) and names:
+            values = {name: values.get(name) for name in names.split()}
+        said[section] = values
+    facts = json.dumps([device, said], sort_keys=True, default=str)
     return hashlib.sha256(facts.encode()).hexdigest()

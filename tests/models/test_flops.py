@@ -115,5 +115,16 @@ def test_peaks_are_measured_looked_up_or_zero():
     assert looked_up("NVIDIA H100 PCIe", "bf16") == 756e12
     assert looked_up("NVIDIA L4", "bf16") == 121e12
     assert looked_up("NVIDIA L40S", "bf16") == 362e12
+    assert looked_up("NVIDIA L40", "bf16") == 181e12
+    assert looked_up("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
+    assert looked_up("NVIDIA A100 80GB PCIe", "bf16") == 312e12
+    assert looked_up("NVIDIA A10", "bf16") == 125e12
+    assert looked_up("NVIDIA H200 NVL", "bf16") == 835e12
+    assert looked_up("NVIDIA GeForce RTX 4090", "bf16") == 165e12
     assert looked_up("A card of tomorrow", "bf16") == 0
+    for other in (
+        "NVIDIA GB200", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 3090 Ti", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA L400", "L", "",
+    ):  # fmt: skip
+        assert looked_up(other, "bf16") == 0, other
     assert looked_up("NVIDIA H100 80GB HBM3", "no") == 0

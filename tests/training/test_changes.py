@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -122,6 +123,34 @@ def test_a_section_that_comes_or_goes_is_forbidden(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**now, "lora": None}))
     with pytest.raises(UserError, match=r"lora: None -> .* \(forbidden\)"):
         RunFolder(config, now).refuse_foreign()
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_an_option_that_an_older_configuration_lacks_had_its_default(tmp_path, data, caplog):
+    config = TrainingConfig(run_name="r", output_dir=tmp_path)
+    now = record_of(train=config, model=MODEL, data=DATA[data], dpo=DPOConfig(), lora=LoraConfig())
+    older = copy.deepcopy(now)
+    lacked = {
+        "train": ["adam_epsilon", "skip_loss_spikes", "trackers"], "dpo": ["nll_coefficient"],
+        "model": ["rope_scaling"], "lora": ["alpha"], "data": ["on_bad_row", "eval_fraction"],
+    }  # fmt: skip
+    for section, names in lacked.items():
+        for name in names:
+            del older[section][name]
+    del older["model"]["moe_config"]["top_k"]
+    if data == "mixture":
+        del older["data"]["sources"][0]["weight"]
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(older))
+    with caplog.at_level(logging.INFO):
+        RunFolder(config, now).refuse_foreign()
+    assert "another setting" not in caplog.text
+
+    config = dataclasses.replace(config, adam_epsilon=1e-6, accept_change=True)
+    now["train"] = record_of(train=config)["train"]
+    with caplog.at_level(logging.INFO):
+        RunFolder(config, now).refuse_foreign()
+    assert "train.adam_epsilon: 1e-08 -> 1e-06 (allowed with --accept-change)" in caplog.text
 
 
 def test_consent_is_of_one_start(tmp_path):

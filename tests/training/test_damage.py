@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modern_llm.config import ModernLLMConfig, TrainingConfig
@@ -18,15 +21,21 @@ from modern_llm.models.build import build_model
 from modern_llm.training import checkpoint
 
 
+def made(folder: Path):
+    """A very small model, and a process for it."""
+    runtime = start(TrainingConfig(run_name="d", output_dir=folder))
+    shape = ModernLLMConfig(
+        vocab_size=16, d_model=4, n_layers=1, n_heads=1, ffn_hidden_size=4, max_seq_len=8,
+        tie_embeddings=False,
+    )  # fmt: skip
+    return runtime, nn.ModuleDict({"model": build_model(shape, seed=0)})
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> Path:
     """A folder with the checkpoints of steps 1 and 2 of a very small model."""
     folder = tmp_path_factory.mktemp("run")
-    runtime = start(TrainingConfig(run_name="d", output_dir=folder))
-    shape = ModernLLMConfig(
-        vocab_size=16, d_model=4, n_layers=1, n_heads=1, ffn_hidden_size=4, max_seq_len=8
-    )
-    model = nn.ModuleDict({"model": build_model(shape, seed=0)})
+    runtime, model = made(folder)
     engine = runtime.prepare(model, torch.optim.AdamW(model.parameters()))
     place = folder / "checkpoints"
     place.mkdir()
@@ -67,6 +76,47 @@ def test_every_changed_byte_and_every_length_is_refused(checkpoints):
         file.write_bytes(intact)
     assert verified_manifest(place) == facts
     assert checkpoint.newest(checkpoints)[0] == place
+
+
+def test_a_checkpoint_that_the_disk_cannot_read_is_skipped(checkpoints, monkeypatch, caplog):
+    real = Path.stat
+
+    def fails(self, **options):
+        if self.parent.name == "step-00000002" and self.name == "model.safetensors":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return real(self, **options)
+
+    monkeypatch.setattr(Path, "stat", fails)
+    assert checkpoint.newest(checkpoints)[0].name == "step-00000001"
+    assert "step-00000002 is damaged and skipped: [Errno 5]" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "change", "found"),
+    [
+        ("model", "model.norm.weight", lambda t: t.double(), r"is F64 \(4,\), expected F32"),
+        ("model", "model.norm.weight", lambda t: t[:, None], r"is F32 \(4, 1\), .* F32 \(4,\)"),
+        ("model", "lm_head.weight", lambda t: t.T, r"is F32 \(4, 16\), expected F32 \(16, 4\)"),
+        ("model", "lm_head.weight", lambda t: t.half(), r"is F16 \(16, 4\), expected F32"),
+        ("optimizer", "exp_avg/lm_head.weight", lambda t: t.T, r"is F32 \(4, 16\), expected"),
+        ("optimizer", "exp_avg/lm_head.weight", lambda t: t.double(), r"is F64 \(16, 4\)"),
+        ("optimizer", "step/lm_head.weight", lambda t: t.double(), r"is F64 \(\), expected F32"),
+    ],
+)
+def test_a_tensor_of_another_shape_or_dtype_is_refused(
+    checkpoints, tmp_path, file, name, change, found
+):
+    place = tmp_path / "step-00000001"
+    shutil.copytree(checkpoints / "step-00000001", place)
+    path = place / f"{file}.safetensors"
+    tensors = load_file(path)
+    assert name in tensors, tensors.keys()
+    save_file(tensors | {name: change(tensors[name]).contiguous()}, path, {"starts": "{}"})
+    runtime, model = made(tmp_path)
+    with pytest.raises(StorageError, match=rf"{name} {found}"):
+        checkpoint.load_weights(place, model["model"])
+        engine = runtime.prepare(model, torch.optim.AdamW(model.parameters()))
+        checkpoint.load_state(place, engine)
 
 
 def test_where_none_is_intact_nothing_starts_over(checkpoints):

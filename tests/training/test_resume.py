@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import Stopped, StorageError, UserError
 from modern_llm.data.preference_datasets import PreferenceDatasetConfig
+from modern_llm.distributed import commit
 from modern_llm.training import loop
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
 
@@ -91,6 +93,28 @@ def test_a_damaged_checkpoint_is_passed_over(
     (tmp_path / "run" / "outcome.json").unlink()
     with pytest.raises(StorageError, match="none of .* is intact"):
         call(tmp_path / "run", tiny_checkpoint, tiny_pairs)
+
+
+def test_a_checkpoint_that_the_disk_cannot_read_is_skipped(
+    tmp_path, tiny_checkpoint, tiny_pairs, undisturbed, monkeypatch, caplog
+):
+    folder, final = undisturbed
+    call(tmp_path / "run", tiny_checkpoint, tiny_pairs)
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    for path in (tmp_path / "run" / "r_final").iterdir():
+        path.unlink()
+    (tmp_path / "run" / "outcome.json").unlink()
+    real = commit.digest_file
+
+    def fails(path, *args):
+        if path.parent == newest and path.name.startswith("optimizer"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path, *args)
+
+    monkeypatch.setattr(commit, "digest_file", fails)
+    assert same(call(tmp_path / "run", tiny_checkpoint, tiny_pairs), final)
+    assert f"{newest.name} is damaged and skipped: [Errno 5]" in caplog.text
+    assert numbers(tmp_path / "run") == numbers(folder)
 
 
 def test_a_finished_run_is_not_made_again_and_another_is_not_mixed_in(

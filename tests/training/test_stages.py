@@ -319,14 +319,17 @@ def test_values_that_are_not_these_weights_stop_the_run(
 
     def append_wrong(self, entries):
         sums = entries.sums.copy()
-        sums[:1] += 3.0
+        sums[:1] += 0.01
         append(self, dataclasses.replace(entries, sums=sums))
 
     data = PreferenceDatasetConfig(dataset_name=str(tiny_pairs))
-    options = DPOConfig(max_length=96, self_check_pairs=30)
+    # The rule looks at log-probs: the loss of so small a beta would move by 3e-4 only.
+    options = DPOConfig(max_length=96, self_check_pairs=30, beta=1e-4)
     monkeypatch.setattr(store.ReferenceStore, "append", append_wrong)
     for name in "ab":  # in the launch that scored them, and in a later one that found them
-        with pytest.raises(StorageError, match=r"pairs.jsonl:\d+: .* off ln 2 by .*; remove "):
+        with pytest.raises(
+            StorageError, match=r"pairs.jsonl:\d+: .* nats a token apart .*; remove "
+        ):
             run_dpo(tiny_checkpoint, config(tmp_path / name), options, data)
         assert not (tmp_path / name).exists()
 
