@@ -145,6 +145,9 @@ class Engine:
         scaler = self.accelerator.scaler
         (loss if scaler is None else scaler.scale(loss)).backward()
 
+    def release(self) -> None:
+        """Give up what would keep a finished run's weights in memory; nothing is trained after."""
+
     def clear(self) -> None:
         """Forget the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -202,6 +205,10 @@ class DeepSpeedEngine(Engine):
         self.stage = int(self.model.zero_optimization_stage())
         # Accelerate's wrapper hides the groups of the partitioned optimizer.
         self.optimizer = self.model.optimizer
+
+    def release(self) -> None:
+        """Remove DeepSpeed's hooks on gradients: the cycle through them is never collected."""
+        self.model.destroy()
 
     @cached_property
     def recovers(self) -> bool:

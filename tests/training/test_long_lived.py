@@ -123,18 +123,21 @@ def test_steps_of_one_run_leave_nothing(tmp_path, inputs):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1900)
 def test_thirty_runs_in_one_process_leave_nothing(tmp_path, inputs):
     (held,) = run_ranks(many_runs, 1, inputs, tmp_path, 30, None, timeout=1200)
     check_flat(held, megabytes=5, objects=500)
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1900)
 def test_three_thousand_steps_of_one_run_leave_nothing(tmp_path, inputs):
     (held,) = run_ranks(many_steps, 1, inputs, tmp_path, 3000, timeout=1800)
     check_flat(held, megabytes=5, objects=2000)
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1900)
 @pytest.mark.parametrize("zero", [None, 2, 3])
 def test_runs_in_two_processes_leave_nothing(tmp_path, inputs, zero):
     if zero is not None:
