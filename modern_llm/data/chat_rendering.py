@@ -111,6 +111,13 @@ def _warn_of_date() -> None:
     )
 
 
+def date_hint() -> str:
+    """Return what to say of the date where values are missing, if a template wrote one."""
+    if not _warn_of_date.cache_info().currsize:
+        return ""
+    return f"; the chat template writes the date, {day().date()} here: set {DATE} to the other day"
+
+
 def _strftime_now(form: str) -> str:
     _check_widths(form)
     _warn_of_date()

@@ -18,6 +18,7 @@ from torch import nn
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import StorageError
+from modern_llm.data.chat_rendering import date_hint
 from modern_llm.data.prepare import Prepared
 from modern_llm.data.tokens import TokenTable
 from modern_llm.distributed import progress
@@ -142,7 +143,7 @@ class ReferencePass:
                     f"dpo.reference: store: {self.store.folder} lacks {int(lacking.sum())} of "
                     f"{len(answers)} answers of the {wanted.what}{kind}, the first at {first}; "
                     "fill it with `modern-llm reference fill` (same tokenizer, template and "
-                    "lengths), or use dpo.reference: cache"
+                    f"lengths{date_hint()}), or use dpo.reference: cache"
                 )
         if rows:
             self.store.make_room(rows, targets, tokens=tokens)

@@ -110,10 +110,12 @@ def test_a_date_is_that_of_one_day_and_told(tokenizer, monkeypatch, caplog):
     monkeypatch.setenv(chat_rendering.DATE, "2024-02-29")
     chat_rendering.day.cache_clear()
     chat_rendering._warn_of_date.cache_clear()
+    assert chat_rendering.date_hint() == ""
     with caplog.at_level(logging.WARNING):
         assert render_chat(tokenizer, TALK, template=template) == "29 Feb 2024"
         assert render_chat(tokenizer, TALK, template=template) == "29 Feb 2024"
     assert caplog.text.count("2024-02-29 is used") == 1
+    assert "writes the date, 2024-02-29 here" in chat_rendering.date_hint()
     monkeypatch.setenv(chat_rendering.DATE, "tomorrow")
     chat_rendering.day.cache_clear()
     with pytest.raises(ConfigError, match="is no date"):
