@@ -67,7 +67,8 @@ def _lines(run: Run, stage: str, mark: str | None) -> list[str]:
 
 def words(text: object) -> str:
     """Return text as one line of Markdown that shows exactly this text."""
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$])", r"\\\1", one_line(text))
+    # A plus begins a list at the start of a line alone; brackets without [] are words.
+    return re.sub(r"^\+|[\\`*_{}\[\]<>#!|~&$]", r"\\\g<0>", one_line(text))
 
 
 def code(text: object) -> str:

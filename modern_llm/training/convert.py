@@ -88,9 +88,11 @@ def _write_folder(
 
 
 def run_of(folder: Path) -> Path | None:
-    """Return the run folder that a final model stands in, where it does."""
+    """Return the run folder that a final model stands in, where it does; a folder above may hold a
+    configuration of something else."""
     parent = folder.resolve().parent
-    return parent if (parent / "config.yaml").is_file() else None
+    own = (parent / "config.yaml", parent / "metrics.jsonl")
+    return parent if all(p.is_file() and not p.is_symlink() for p in own) else None
 
 
 def modern_config(model: PreTrainedModel, place: str) -> ModernLLMConfig:

@@ -4,6 +4,8 @@ unasked."""
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -80,6 +82,24 @@ def trained(run_file, tmp_path) -> Path:
     file = run_file(data={"eval_fraction": 0.2})
     assert main(["dpo", "--config", str(file)]) == 0
     return tmp_path / "out" / "a_final"
+
+
+@pytest.mark.parametrize("kind", ["none", "pipe", "folder", "link"])
+def test_a_model_beside_what_is_no_run_is_exported_without_a_card(kind, place, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "other" / "model")
+    (tmp_path / "other" / "config.yaml").write_text("a: 1")
+    log = tmp_path / "other" / "metrics.jsonl"
+    if kind == "pipe":
+        os.mkfifo(log)
+    elif kind == "folder":
+        log.mkdir()
+    elif kind == "link":
+        (tmp_path / "log").write_text('{"step": 1}\n')
+        log.symlink_to(tmp_path / "log")
+    assert run_export("--model", tmp_path / "other" / "model", "--output", tmp_path / "x") == 0
+    assert (tmp_path / "x" / "config.json").is_file() and not (
+        tmp_path / "x" / "README.md"
+    ).exists()
 
 
 def test_the_card_states_data_configuration_metrics_and_versions(trained, tmp_path):
