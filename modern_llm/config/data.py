@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
@@ -19,7 +20,18 @@ def known_template(template: str | None) -> str | None:
     )
 
 
+def known_day(day: str | None) -> str | None:
+    """Return `day` if it is a day as YYYY-MM-DD, else raise ValueError."""
+    try:
+        if day is None or date.fromisoformat(day).isoformat() == day:
+            return day
+    except ValueError:
+        pass
+    raise ValueError(f"template_date {day!r} is not a day: write it as YYYY-MM-DD")
+
+
 Template = Annotated[str, AfterValidator(known_template)]
+Day = Annotated[str, AfterValidator(known_day)]
 
 
 @section
@@ -146,6 +158,10 @@ class InstructionDatasetConfig(DatasetConfig):
     template is used in place of the tokenizer's own, for strings and message lists. None uses
     strings literally (Alpaca fields get the Alpaca frame) and the tokenizer's chat template for
     messages."""
+    template_date: Day | None = None
+    """Day (YYYY-MM-DD) that a chat template reads as today's date. By default the day of the run's
+    start: it is recorded in config.yaml and kept on resume; where the reference's stored values
+    were made with another day, that day."""
     append_end_token: bool = True
     """Append the end token to an answer that lacks it (never to one that truncation cut)."""
     max_length: Annotated[int, Field(ge=2)] | None = None
@@ -175,5 +191,9 @@ class PreferenceDatasetConfig(DatasetConfig):
     """`chat` wraps string prompts as a user turn; a text with `{prompt}` frames them; a Jinja chat
     template is used in place of the tokenizer's own, for strings and message lists. None uses
     strings literally and the tokenizer's chat template for messages."""
+    template_date: Day | None = None
+    """Day (YYYY-MM-DD) that a chat template reads as today's date. By default the day of the run's
+    start: it is recorded in config.yaml and kept on resume; where the reference's stored values
+    were made with another day, that day."""
     append_end_token: bool = True
     """Append the end token to an answer that lacks it (never to one that truncation cut)."""

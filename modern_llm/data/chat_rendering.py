@@ -2,27 +2,23 @@
 
 A template comes with a checkpoint and is somebody's program. It runs in the sandbox that
 `transformers` makes for it, and besides may neither run long nor make long texts. What it writes
-as today's date is the day on which this process first rendered one, or the day that
-`MODERN_LLM_TEMPLATE_DATE` names. Called by `templates`.
+as today's date is a day of the caller's. Called by `templates`.
 """
 
 from __future__ import annotations
 
-import datetime
 import functools
 import hashlib
-import logging
-import os
 import re
 import threading
 import time
 from collections.abc import Sequence
+from datetime import date, datetime
+from datetime import time as clock
 from typing import Any
 
-from modern_llm.config.errors import ConfigError, DataError
+from modern_llm.config.errors import DataError
 from modern_llm.config.printable import one_line
-
-log = logging.getLogger(__name__)
 
 SECONDS = 10.0
 """Processor time for one conversation; templates in use take milliseconds."""
@@ -31,7 +27,6 @@ LONGEST = 32_000_000
 LONGEST_SOURCE = 1_000_000
 LARGEST_NUMBER = 1_000_000
 """Largest count that a template may give to a function: a width, an indentation, repetitions."""
-DATE = "MODERN_LLM_TEMPLATE_DATE"
 _WIDTH = re.compile(r"[%:][^a-zA-Z%]*\d{5,}|%[^a-zA-Z%]*\*")
 
 
@@ -46,11 +41,13 @@ def render_chat(
     template: str | None,
     tools: Sequence[Any] = (),
     add_generation_prompt: bool = False,
+    day: date | None = None,
 ) -> str:
     """Return the text of a conversation, as `tokenizer.apply_chat_template` writes it.
 
     Args:
         template: comes before the tokenizer's own.
+        day: what the template reads as today's date, at midnight; by default today.
 
     Raises:
         DataError: the template runs too long, or makes too much.
@@ -59,7 +56,7 @@ def render_chat(
 
     with _lock():
         before = utils._compile_jinja_template
-        utils._compile_jinja_template = _compiled
+        utils._compile_jinja_template = functools.partial(_compiled_on, day or date.today())
         try:
             return tokenizer.apply_chat_template(
                 messages,
@@ -85,43 +82,9 @@ def _lock() -> threading.RLock:
     return threading.RLock()
 
 
-@functools.cache
-def day() -> datetime.datetime:
-    """Return the day that templates write, at midnight: decided once in a process.
-
-    Raises:
-        ConfigError: `MODERN_LLM_TEMPLATE_DATE` is no ISO date.
-    """
-    from transformers.utils import chat_template_utils as utils
-
-    given = os.environ.get(DATE)
-    try:
-        found = datetime.date.fromisoformat(given) if given else utils.datetime.now().date()
-    except ValueError as error:
-        raise ConfigError([f"{DATE} {given!r} is no date: write e.g. 2026-01-31"]) from error
-    return datetime.datetime.combine(found, datetime.time())
-
-
-@functools.cache
-def _warn_of_date() -> None:
-    log.warning(
-        "the chat template writes the date: %s is used; token ids, and so the keys of a reference "
-        "store, differ on another day: to use this day again set %s=%s",
-        *(day().date(), DATE, day().date()),
-    )
-
-
-def date_hint() -> str:
-    """Return what to say of the date where values are missing, if a template wrote one."""
-    if not _warn_of_date.cache_info().currsize:
-        return ""
-    return f"; the chat template writes the date, {day().date()} here: set {DATE} to the other day"
-
-
-def _strftime_now(form: str) -> str:
-    _check_widths(form)
-    _warn_of_date()
-    return day().strftime(form)
+def reads_date(template: str) -> bool:
+    """Whether a template can ask for today's date: the sandbox has it under one name only."""
+    return "strftime_now" in template
 
 
 def _check_widths(form: Any) -> None:
@@ -134,6 +97,12 @@ class _Rendering:
 
     def __init__(self, template: Any):
         self._template, self.environment = template, template.environment
+        self.day = date.today()
+
+    def strftime_now(self, form: str) -> str:
+        """Return the day as text; templates know this function by its name."""
+        _check_widths(form)
+        return datetime.combine(self.day, clock()).strftime(form)
 
     def render(self, **values: Any) -> str:
         """Return the text."""
@@ -158,8 +127,15 @@ def _compiled(source: str) -> _Rendering:
         raise TemplateLimit(f"it has more than {LONGEST_SOURCE:,} characters")
     made = utils._cached_compile_jinja_template("").environment
     environment = bounded(made, limit)
-    environment.globals["strftime_now"] = _strftime_now
-    return _Rendering(environment.from_string(source))
+    made_of = _Rendering(environment.from_string(source))
+    environment.globals["strftime_now"] = made_of.strftime_now
+    return made_of
+
+
+def _compiled_on(day: date, source: str) -> _Rendering:
+    rendering = _compiled(source)
+    rendering.day = day
+    return rendering
 
 
 def limit(began: float) -> None:

@@ -20,11 +20,12 @@ class Generator(CodeGenerator):
 
     def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
         """Write the code of one `~`."""
-        self.write("environment.joined((")
+        emit = self.write  # lines of code, to no file
+        emit("environment.joined((")
         for arg in node.nodes:
             self.visit(arg, frame)
-            self.write(", ")
-        self.write("))")
+            emit(", ")
+        emit("))")
 
 
 class Bounded(ImmutableSandboxedEnvironment):

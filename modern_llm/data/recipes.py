@@ -105,7 +105,7 @@ def answers_recipe(
         UserError: the lengths leave no room, or an end token is wanted and there is none.
     """
     encoder = Encoder(tokenizer)
-    template = Template(tokenizer, config.template)
+    template = Template(tokenizer, config.template, config.template_date)
     limits = default_limits(max_length, max_prompt_length, len(encoder.lead))
     ends = end_tokens(tokenizer, template)
     plain_end = ends[0]

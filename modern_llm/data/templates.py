@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from os.path import commonprefix
 from typing import Any
 
@@ -58,10 +59,12 @@ class Template:
     Args:
         tokenizer: gives the chat template where `template` does not.
         template: as in `PreferenceDatasetConfig.template`.
+        day: what a chat template reads as today's date (YYYY-MM-DD); by default today.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None):
+    def __init__(self, tokenizer: Tokenizer, template: str | None, day: str | None = None):
         self._tokenizer = tokenizer
+        self._day = date.today() if day is None else date.fromisoformat(day)
         self.frame = template if template is not None and _is_frame(template) else None
         self.wraps = template is not None and self.frame is None
         self.chat = chat_template_of(tokenizer, template)
@@ -195,8 +198,13 @@ class Template:
 
     def _apply(self, messages: list[Message], open_answer: bool) -> str:
         tools = list(getattr(messages, "tools", ()))
-        return _rendered(
-            self._tokenizer, list(messages), self.chat, tools=tools, open_answer=open_answer
+        return render_chat(
+            self._tokenizer,
+            list(messages),
+            template=self.chat,
+            tools=tools,
+            add_generation_prompt=open_answer,
+            day=self._day,
         )
 
     def _refuse_tools(self, messages: list[Message]) -> None:
@@ -247,20 +255,6 @@ def _words(response: Response) -> str:
     return response
 
 
-def _rendered(
-    tokenizer: Tokenizer,
-    messages: list[Message],
-    template: str | None,
-    *,
-    tools: Sequence[Any] = (),
-    open_answer: bool = False,
-) -> str:
-    """Return the text of a conversation: the only call of the renderer."""
-    return render_chat(
-        tokenizer, messages, template=template, tools=tools, add_generation_prompt=open_answer
-    )
-
-
 def _refusal(error: Exception) -> RowFault:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return RowFault(f"the chat template refuses the messages: {reason}")
@@ -278,13 +272,20 @@ def chat_template_of(tokenizer: Tokenizer, template: str | None) -> str | None:
     return None if own else _with_lead(tokenizer, FALLBACK_CHAT_TEMPLATE)
 
 
+def template_source(tokenizer: Tokenizer, template: str | None) -> str:
+    """Return the text of the chat template that messages are written by."""
+    source = chat_template_of(tokenizer, template) or tokenizer.chat_template
+    return source if isinstance(source, str) else json.dumps(source, sort_keys=True)
+
+
 def _with_lead(tokenizer: Tokenizer, template: str) -> str:
     lead = leading_specials(tokenizer)
     if not lead:
         return template
     text = "".join(tokenizer.convert_ids_to_tokens(lead))
     try:
-        written = _rendered(tokenizer, [{"role": "user", "content": "QUESTION"}], template)
+        question = [{"role": "user", "content": "QUESTION"}]
+        written = render_chat(tokenizer, question, template=template)
     except DataError:
         raise
     except Exception:  # what it refuses is shown by the rows

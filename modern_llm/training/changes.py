@@ -50,7 +50,7 @@ _TABLE = {
     FORBIDDEN: {
         "train": "batch_size run_name seed",
         "data": "append_end_token eval_fraction format max_length max_prompt_length split subset "
-        "template text_column",
+        "template template_date text_column",
         "dpo": "beta discopop_tau dpop_lambda group_by_prompt label_smoothing ld_alpha loss_type "
         "max_length max_prompt_length nll_coefficient simpo_gamma",
         "lora": "alpha modules_to_save quantize rank targets",

@@ -18,7 +18,6 @@ from torch import nn
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import StorageError
-from modern_llm.data.chat_rendering import date_hint
 from modern_llm.data.prepare import Prepared
 from modern_llm.data.tokens import TokenTable
 from modern_llm.distributed import progress
@@ -119,6 +118,15 @@ class ReferencePass:
                 if table is not None
             ]
 
+    def look_up(self, prepared: Prepared) -> None:
+        """Look a run's pairs up in the store, and refuse now what could not be done later.
+
+        Raises:
+            StorageError: values are missing and may not be scored, or could not be written.
+        """
+        self.want(training_pairs=prepared.train, evaluation_pairs=prepared.evaluation)
+        self._runtime.on_main(self.make_room)
+
     def make_room(self) -> None:
         """Refuse now what could not be done later; rank 0 only.
 
@@ -143,7 +151,7 @@ class ReferencePass:
                     f"dpo.reference: store: {self.store.folder} lacks {int(lacking.sum())} of "
                     f"{len(answers)} answers of the {wanted.what}{kind}, the first at {first}; "
                     "fill it with `modern-llm reference fill` (same tokenizer, template and "
-                    f"lengths{date_hint()}), or use dpo.reference: cache"
+                    "lengths), or use dpo.reference: cache"
                 )
         if rows:
             self.store.make_room(rows, targets, tokens=tokens)
@@ -339,24 +347,6 @@ class ReferencePass:
         everyone = [part for parts in self._runtime.gather(found) for part in parts]
         rows, sums = zip(*everyone, strict=True)
         return np.concatenate(rows), np.concatenate(sums)
-
-
-def reference_for(
-    runtime: Runtime,
-    policy: Checkpoint,
-    config: TrainingConfig,
-    dpo: DPOConfig,
-    prepared: Prepared,
-) -> ReferencePass:
-    """Find the store of a run's reference, and refuse now what could not be done later.
-
-    Raises:
-        StorageError: values are missing and may not be scored, or could not be written.
-    """
-    references = ReferencePass(runtime, policy, config, dpo)
-    references.want(training_pairs=prepared.train, evaluation_pairs=prepared.evaluation)
-    runtime.on_main(references.make_room)
-    return references
 
 
 def desensitised(found: Entries, pairs: NDArray[np.int64], alpha: float) -> Values:

@@ -7,7 +7,7 @@ never talk to each other. Called by the verbs `reference fill`, `verify` and `pr
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,7 @@ from modern_llm.training.dpo_config import DPOConfig
 from modern_llm.training.left_out import leave_out
 from modern_llm.training.reference_pass import ReferencePass, Wanted
 from modern_llm.training.scoring import score_everywhere
+from modern_llm.training.template_day import remember_day, with_template_day
 
 log = logging.getLogger(__name__)
 
@@ -82,10 +83,11 @@ def fill_reference(
         problems.append(f"part {part[0]}/{part[1]}: the first number must be in 1..{part[1]}")
     if problems:
         raise ConfigError(problems)
-    with _looked_up(request, part) as (runtime, references, prepared):
+    with _looked_up(request, part) as (runtime, references, prepared, remember):
         runtime.on_main(references.make_room)
         reports = references.fill_all()
         assert references.store is not None
+        runtime.on_main(remember)
         bad = dict(zip(("train", "evaluation"), references.not_finite(), strict=False))
         leave_out(runtime, prepared, bad, request.data.max_dropped, None)
         totals = {
@@ -109,7 +111,7 @@ def verify_reference(request: Request, sample: int) -> dict[str, Any]:
     Raises:
         StorageError: something is damaged, or a value is not what the reference's weights give.
     """
-    with _looked_up(request, (1, 1)) as (runtime, references, _):
+    with _looked_up(request, (1, 1)) as (runtime, references, *_):
         store = references.store
         if store is None:
             raise ConfigError(["dpo: this run reads no store (loss_type or reference: model)"])
@@ -127,7 +129,7 @@ def verify_reference(request: Request, sample: int) -> dict[str, Any]:
 
 def keep_needed(request: Request) -> dict[str, Any]:
     """Forget every entry of the store that the training and evaluation pairs do not use."""
-    with _looked_up(request, (1, 1)) as (runtime, references, _):
+    with _looked_up(request, (1, 1)) as (runtime, references, *_):
         store = references.store
         if store is None:
             raise ConfigError(["dpo: this run reads no store (loss_type or reference: model)"])
@@ -139,29 +141,38 @@ def keep_needed(request: Request) -> dict[str, Any]:
 @contextmanager
 def _looked_up(
     request: Request, part: tuple[int, int]
-) -> Iterator[tuple[Runtime, ReferencePass, Prepared]]:
-    """Read the data and find the store, as a run would, without a run folder."""
+) -> Iterator[tuple[Runtime, ReferencePass, Prepared, Callable[[], None]]]:
+    """Read the data and find the store, as a run would, without a run folder.
+
+    The last item notes the day of the chat template in the store once it is filled.
+    """
     data = setup.with_dataset_name(request.data, request.train)
     runtime = start(request.train)
     checkpoint = inspect_checkpoint(request.sft_checkpoint)
     tokenizer, others = setup.choose_tokenizer(request.tokenizer_name, checkpoint, request.train)
     setup.check_positions(request.dpo.max_length, checkpoint, "dpo.max_length")
     setup.check_agreement(tokenizer, others, data)
-    build = partial(
-        build_preference_tables,
-        data,
-        tokenizer,
-        max_length=request.dpo.max_length,
-        max_prompt_length=request.dpo.max_prompt_length,
-    )
     then = "what was committed is stored: the same command scores only what is missing"
     watched = Watchdog(runtime, nowhere, request.train.hang_timeout, then=lambda: then)
     with watched, tables.passing_folder(runtime, "reference") as folder:
-        prepared = tables.read_tables(runtime, folder, build)
         references = ReferencePass(runtime, checkpoint, request.train, request.dpo, part=part)
+        data = with_template_day(runtime, tokenizer, data, store=references.store)
+        build = partial(
+            build_preference_tables,
+            data,
+            tokenizer,
+            max_length=request.dpo.max_length,
+            max_prompt_length=request.dpo.max_prompt_length,
+        )
+        prepared = tables.read_tables(runtime, folder, build)
         tables.check_ids_fit(prepared, tokenizer, references.vocabulary)
         references.want(training_pairs=prepared.train, evaluation_pairs=prepared.evaluation)
-        yield runtime, references, prepared
+        yield (
+            runtime,
+            references,
+            prepared,
+            partial(remember_day, tokenizer, data, references.store),
+        )
 
 
 def _rescore(

@@ -83,6 +83,7 @@ class RunFolder:
             raise UserError(f"{standing}: cannot be read ({reason}); remove the folder") from error
         if not isinstance(before, dict):
             raise UserError(f"{standing}: is not the configuration of a run; remove the folder")
+        self._keep_day(before)
         self._judge(list(changes(before, self.record)))
 
     def refuse_odd_files(self) -> None:
@@ -102,6 +103,12 @@ class RunFolder:
         for path in (self.checkpoints, self.data, self.final):
             if path.exists() and not path.is_dir():
                 raise UserError(f"{path}: is no folder; remove it or name another output_dir")
+
+    def _keep_day(self, before: dict[str, Any]) -> None:
+        """Take over the day of chat templates from the run in this folder, unless one is set."""
+        now, then = self.record.get("data"), before.get("data")
+        if isinstance(now, dict) and isinstance(then, dict) and not now.get("template_date", ""):
+            now["template_date"] = then.get("template_date")
 
     def _judge(self, found: list[Change]) -> None:
         """Print what differs from the run that stands here, and refuse what may not."""

@@ -301,4 +301,4 @@ def answer_ends(
         tokenizer.chat_template = chat_template_of(tokenizer, template) or tokenizer.chat_template
     if not tokenizer.chat_template:
         return (tokenizer.eos_token_id,)
-    return end_tokens(tokenizer, Template(tokenizer, template))
+    return end_tokens(tokenizer, Template(tokenizer, template, data.template_date))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -20,9 +19,10 @@ from modern_llm.training.dry_run import DryRun
 from modern_llm.training.left_out import leave_out_of_run
 from modern_llm.training.outcome import outcome_recorded
 from modern_llm.training.preference_task import PreferenceTask
-from modern_llm.training.reference_pass import ReferencePass, reference_for
+from modern_llm.training.reference_pass import ReferencePass
 from modern_llm.training.run_folder import RunFolder
 from modern_llm.training.sources import make_sources
+from modern_llm.training.template_day import remember_day, with_template_day
 
 __all__ = ["DPOConfig", "run_dpo"]
 
@@ -38,9 +38,8 @@ def run_dpo(
 ) -> Path:
     """Train a policy on preference pairs and return its folder, `output_dir/{run_name}_final`.
 
-    The checkpoint is the policy's start and, unless `dpo_config` names another, the reference. The
-    reference scores every answer once, before step 1; the values are kept under `MODERN_LLM_CACHE`
-    and found again by content.
+    The checkpoint is the policy's start and, by default, the reference. The reference scores every
+    answer once, before step 1; its values are kept under `MODERN_LLM_CACHE`, found by content.
 
     Args:
         sft_checkpoint: Hub id, `transformers` folder or `.pt` file.
@@ -74,32 +73,38 @@ def run_dpo(
     setup.check_positions(dpo_config.max_length, checkpoint, "dpo.max_length")
     setup.check_agreement(tokenizer, others, data)
     with outcome_recorded(runtime, run):
-        build = _builder(data, tokenizer, dpo_config)
-        prepared = tables.build_tables(runtime, run, build, train_config)
-        reference = reference_for(runtime, checkpoint, train_config, dpo_config, prepared)
+        reference = ReferencePass(runtime, checkpoint, train_config, dpo_config)
+        data = with_template_day(runtime, tokenizer, data, record=run.record, store=reference.store)
+        prepared = _prepare(runtime, run, data, tokenizer, dpo_config)
         tables.check_ids_fit(prepared, tokenizer, checkpoint.vocabulary, reference.vocabulary)
+        reference.look_up(prepared)
+        runtime.on_main(lambda: remember_day(tokenizer, data, reference.store))
         scorer = lora.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=False)
         task = _task(runtime, run, scorer, dpo_config, data, prepared, reference)
-        facts = {"reference": reference.digest}
+        facts = {"reference": reference.digest, "plan": task.plan}
         facts |= lora.base_facts(runtime, checkpoint, lora_config)
         ends = setup.answer_ends(tokenizer, data, prepared)
-        facts["plan"] = task.plan
         return setup.train_and_export(
             runtime, scorer, task, train_config, run, tokenizer, facts, ends
         )
 
 
-def _builder(
-    data: PreferenceDatasetConfig, tokenizer: PreTrainedTokenizerBase, config: DPOConfig
-) -> Callable[[Path], Prepared]:
-    """What turns the section into tables in a folder."""
-    return partial(
+def _prepare(
+    runtime: Runtime,
+    run: RunFolder,
+    data: PreferenceDatasetConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DPOConfig,
+) -> Prepared:
+    """Return the token tables of the section."""
+    build = partial(
         build_preference_tables,
         data,
         tokenizer,
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
     )
+    return tables.build_tables(runtime, run, build, run.config)
 
 
 def _task(

@@ -13,6 +13,7 @@ from modern_llm.training.dry_run import DryRun
 from modern_llm.training.language_task import LanguageTask
 from modern_llm.training.outcome import outcome_recorded
 from modern_llm.training.sources import make_sources
+from modern_llm.training.template_day import with_template_day
 
 # Longest answers with their prompts where the user says nothing and the model has more positions.
 DEFAULT_MAX_LENGTH = 1024
@@ -60,6 +61,7 @@ def run_sft(
     setup.check_positions(max_length, checkpoint, "data.max_length")
     setup.check_agreement(tokenizer, others, data)
     with outcome_recorded(runtime, run):
+        data = with_template_day(runtime, tokenizer, data, run.record)
         build = partial(
             build_instruction_tables,
             data,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
-import logging
 import time
+from datetime import date
 
 import pytest
 
-from modern_llm.config.errors import ConfigError, DataError
+from modern_llm.config.errors import DataError
 from modern_llm.data import chat_rendering
-from modern_llm.data.chat_rendering import render_chat
+from modern_llm.data.chat_rendering import reads_date, render_chat
 from modern_llm.data.templates import FALLBACK_CHAT_TEMPLATE
 from tests.helpers.text import make_tokenizer
 
@@ -105,23 +104,11 @@ def test_an_endless_or_huge_template_is_one_line(name, tokenizer, monkeypatch):
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
 
 
-def test_a_date_is_that_of_one_day_and_told(tokenizer, monkeypatch, caplog):
-    template = "{{ strftime_now('%d %b %Y') }}"
-    monkeypatch.setenv(chat_rendering.DATE, "2024-02-29")
-    chat_rendering.day.cache_clear()
-    chat_rendering._warn_of_date.cache_clear()
-    assert chat_rendering.date_hint() == ""
-    with caplog.at_level(logging.WARNING):
-        assert render_chat(tokenizer, TALK, template=template) == "29 Feb 2024"
-        assert render_chat(tokenizer, TALK, template=template) == "29 Feb 2024"
-    assert caplog.text.count("2024-02-29 is used") == 1
-    assert "writes the date, 2024-02-29 here" in chat_rendering.date_hint()
-    monkeypatch.setenv(chat_rendering.DATE, "tomorrow")
-    chat_rendering.day.cache_clear()
-    with pytest.raises(ConfigError, match="is no date"):
-        chat_rendering.day()
-    monkeypatch.delenv(chat_rendering.DATE)
-    chat_rendering.day.cache_clear()
-    assert chat_rendering.day().date() <= datetime.date.today()
-    chat_rendering.day.cache_clear()
-    chat_rendering._warn_of_date.cache_clear()
+def test_the_date_is_the_callers(tokenizer):
+    template = "{{ strftime_now('%d %b %Y %H:%M') }}"
+    for day, text in ((date(2024, 2, 29), "29 Feb 2024 00:00"), (date(1999, 1, 2), "02 Jan 1999 ")):
+        assert render_chat(tokenizer, TALK, template=template, day=day).startswith(text)
+    today = date.today()
+    written = render_chat(tokenizer, TALK, template=template)
+    assert written.startswith((f"{today:%d %b %Y}", f"{date.today():%d %b %Y}"))
+    assert reads_date(template) and not reads_date(PLAIN["macros"])
