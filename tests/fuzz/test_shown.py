@@ -59,7 +59,7 @@ def test_a_card_holds_no_markup_or_front_matter_of_a_run(run):
 def test_marks_are_longer_than_what_they_hold():
     assert code("a``b") == "```a``b```" and code("`a") == "`` `a ``"
     assert block(["````"], "yaml") == ["`````yaml", "````", "`````"]
-    assert words("[a](b)\n# c") == "\\[a\\]\\(b\\) \\# c"
+    assert words("[a](b)\n# c") == "\\[a\\](b) \\# c"
 
 
 def test_the_attention_that_a_configuration_names_is_not_followed(tmp_path, monkeypatch):

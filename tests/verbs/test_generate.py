@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modern_llm.cli import main
+from modern_llm.config.printable import printable
 from modern_llm.data.templates import FALLBACK_CHAT_TEMPLATE
 
 
@@ -43,7 +44,7 @@ def test_streams_print_what_batches_answer(place, capsys):
     whole = capsys.readouterr().out
     assert main([*words(place), "--prompt", "the red river", "--stream"]) == 0
     assert capsys.readouterr().out == whole
-    assert whole.rstrip("\n") == plain(place, "the red river").rstrip("\n")
+    assert whole.rstrip("\n") == printable(plain(place, "the red river")).rstrip("\n")
 
 
 def test_message_lists_go_through_the_chat_template(place, tmp_path, capsys):
