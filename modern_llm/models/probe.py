@@ -165,6 +165,8 @@ class Subject:
         return float((before - after).abs().max()) > self.tolerance
 
 
+# The twin's gradients are measured, also where the caller is in inference mode.
+@torch.inference_mode(False)
 def probe(
     model: PreTrainedModel,
     *,

@@ -96,8 +96,9 @@ def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> It
     for key in sorted(set(before) | set(now)):
         name = f"{prefix}{key}"
         old, new = before.get(key, defaults.get(key)), now.get(key)
-        if name == "data.sources" and old and new:
-            old = [_defaults(new[0]) | item for item in old]
+        if name == "data.sources" and new and isinstance(old, list):
+            filled = _defaults(new[0])
+            old = [filled | item if isinstance(item, dict) else item for item in old]
         if isinstance(old, dict) and isinstance(new, dict) and name in _SECTIONS:
             yield from changes(old, new, f"{name}.")
         elif old != new:

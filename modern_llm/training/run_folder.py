@@ -107,8 +107,8 @@ class RunFolder:
     def _keep_day(self, before: dict[str, Any]) -> None:
         """Take over the day of chat templates from the run in this folder, unless one is set."""
         now, then = self.record.get("data"), before.get("data")
-        if isinstance(now, dict) and isinstance(then, dict) and not now.get("template_date", ""):
-            now["template_date"] = then.get("template_date")
+        if isinstance(now, dict) and isinstance(then, dict) and "template_date" in now:
+            now["template_date"] = now["template_date"] or then.get("template_date")
 
     def _judge(self, found: list[Change]) -> None:
         """Print what differs from the run that stands here, and refuse what may not."""

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modern_llm.config import InstructionDatasetConfig, PreferenceDatasetConfig
 from modern_llm.config.errors import ConfigError
+from modern_llm.config.regular_files import read_text
 from modern_llm.data.chat_rendering import reads_date
 from modern_llm.data.templates import template_source
 from modern_llm.distributed.commit import write_file
@@ -122,7 +123,7 @@ def _name(template: str) -> str:
 def _days(folder: Path) -> dict[str, str]:
     """The days of a store; none where the file is missing or damaged."""
     try:
-        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        found = json.loads(read_text(folder / FILE))
         return {str(k): date.fromisoformat(v).isoformat() for k, v in found.items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}

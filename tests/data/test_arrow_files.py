@@ -166,7 +166,7 @@ def bomb(path: Path, rows: int, size: int, nested: bool = False) -> Path:
 
 
 READ = """
-import resource, sys
+import re, sys
 import pyarrow
 from modern_llm.data.arrow_files import read_parquet
 from modern_llm.data.records import Unreadable
@@ -177,7 +177,10 @@ try:
     print("read", *kinds)
 except ValueError as error:
     print(error)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# Not ru_maxrss: a child inherits that of the process that started it.
+status = Path("/proc/self/status")
+peak = re.search(r"VmHWM:\\s*(\\d+) kB", status.read_text()) if status.exists() else None
+print(peak[1] if peak else 0)
 """
 
 

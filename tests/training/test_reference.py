@@ -249,7 +249,7 @@ def test_a_loss_without_reference_computes_nothing(
 ):
     monkeypatch.setattr(Scoring, "__call__", None)
     run(tmp_path / "run", tiny_checkpoint, tiny_pairs, {"loss_type": "simpo"})
-    assert not own_reference_cache.exists()
+    assert not (own_reference_cache / "references").exists()
     with pytest.raises(UserError, match="reads no reference: there is nothing to fill"):
         call = arguments(tmp_path / "x", tiny_checkpoint, tiny_pairs, {"loss_type": "simpo"})
         fill_reference(**call)

@@ -47,6 +47,7 @@ FIELDS = {
         "adam_beta2": (FREE, 0.9, {}),
         "adam_epsilon": (FREE, 1e-6, {}),
         "max_grad_norm": (FREE, None, {}),
+        "router_loss_coefficient": (FREE, 0.0, {}),
         "on_nonfinite": (FREE, "skip", {}),
         "skip_loss_spikes": (FREE, 6.0, {}),
         "mixed_precision": (KEY, "bf16", {}),
@@ -102,6 +103,7 @@ FIELDS = {
         "max_examples": (FREE, 11, {}),
         "format": (FREE, "hh", {}),
         "template": (KEY, "Q: {{prompt}}", {}),
+        "template_date": (ELSEWHERE, None, {}),
         "append_end_token": (KEY, False, {}),
     },
 }
@@ -167,7 +169,7 @@ def given(request: Request) -> dict:
 def lacking(request: Request) -> tuple[int, int]:
     """How many answers would be scored, of how many."""
     missing = needed = 0
-    with reference_stage._looked_up(request, (1, 1)) as (_, references, _):
+    with reference_stage._looked_up(request, (1, 1)) as (_, references, *_):
         for wanted in references.wanted:
             found = references.store.find(wanted.answers.keys, tokens=request.dpo.per_token)
             needed += len(wanted.answers)
@@ -233,7 +235,7 @@ def test_a_shorter_max_length_misses_where_prompts_are_long(place, filled, tmp_p
     """The named fault elsewhere: cut prompts served with the values of whole ones."""
     monkeypatch.setenv("MODERN_LLM_CACHE", str(filled[0]))
     short = request(place, dpo={"max_length": 60})
-    with reference_stage._looked_up(request(place), (1, 1)) as (_, whole, _):
+    with reference_stage._looked_up(request(place), (1, 1)) as (_, whole, *_):
         lengths = whole.wanted[0].answers
         longer = int((lengths.prompt_lengths + lengths.lengths > 60).sum())
     missing, needed = lacking(short)

@@ -137,7 +137,7 @@ def test_pt_folder_and_sharded_folder_give_the_same_run_and_the_same_reference(
                 PreferenceDatasetConfig(dataset_name=str(tiny_pairs)),
             )
         losses.append([r["loss"] for r in records(tmp_path / f"run-{name}")])
-        scored += [r.message for r in caplog.records if "scored" in r.message]
+        scored += [r.message for r in caplog.records if "reference pass" in r.message]
     assert losses[0] == losses[1] == losses[2]
     assert "scored 60 " in scored[0]
     assert "scored 0 " in scored[1] and "scored 0 " in scored[2]
