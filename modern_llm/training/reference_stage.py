@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +155,10 @@ def _looked_up(
     then = "what was committed is stored: the same command scores only what is missing"
     watched = Watchdog(runtime, nowhere, request.train.hang_timeout, then=lambda: then)
     with watched, tables.passing_folder(runtime, "reference") as folder:
-        references = ReferencePass(runtime, checkpoint, request.train, request.dpo, part=part)
-        data = with_template_day(runtime, tokenizer, data, store=references.store)
+        find = cache(
+            partial(ReferencePass, runtime, checkpoint, request.train, request.dpo, part=part)
+        )
+        data = with_template_day(runtime, tokenizer, data, store=lambda: find().store)
         build = partial(
             build_preference_tables,
             data,
@@ -165,6 +167,7 @@ def _looked_up(
             max_prompt_length=request.dpo.max_prompt_length,
         )
         prepared = tables.read_tables(runtime, folder, build)
+        references = find()
         tables.check_ids_fit(prepared, tokenizer, references.vocabulary)
         references.want(training_pairs=prepared.train, evaluation_pairs=prepared.evaluation)
         yield (

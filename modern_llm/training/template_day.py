@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
@@ -40,14 +41,15 @@ def with_template_day(
     tokenizer: PreTrainedTokenizerBase,
     data: Section,
     record: dict[str, Any] | None = None,
-    store: ReferenceStore | None = None,
+    store: Callable[[], ReferenceStore | None] | None = None,
 ) -> Section:
     """Return `data` with the day of the run, the same on every rank; unchanged where the chat
     template reads no date.
 
     Args:
         record: the run's configuration, as it is written to `config.yaml`: read and completed.
-        store: of the reference's values.
+        store: finds that of the reference's values, on every rank; called where it may decide, for
+            it reads the weights.
 
     Raises:
         ConfigError: a day is set, and the template reads none.
@@ -63,7 +65,8 @@ def with_template_day(
             )
         return data
     recorded = record["data"] if record else {}
-    day, reason = runtime.on_main(lambda: _choose(template, data, recorded, store))
+    values = store() if store and data.template_date is None else None
+    day, reason = runtime.on_main(lambda: _choose(template, data, recorded, values))
     if record:
         recorded["template_date"] = day
     if runtime.is_main:

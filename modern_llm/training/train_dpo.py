@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -38,11 +38,10 @@ def run_dpo(
 ) -> Path:
     """Train a policy on preference pairs and return its folder, `output_dir/{run_name}_final`.
 
-    The checkpoint is the policy's start and, by default, the reference. The reference scores every
-    answer once, before step 1; its values are kept under `MODERN_LLM_CACHE`, found by content.
+    The reference scores every answer once, before step 1; `MODERN_LLM_CACHE` keeps its values.
 
     Args:
-        sft_checkpoint: Hub id, `transformers` folder or `.pt` file.
+        sft_checkpoint: of the policy and, by default, of the reference: Hub id, folder or `.pt`.
         train_config: `batch_size` counts pairs.
         dpo_config: the loss and its options.
         preference_config: where the pairs are, and their template.
@@ -73,9 +72,10 @@ def run_dpo(
     setup.check_positions(dpo_config.max_length, checkpoint, "dpo.max_length")
     setup.check_agreement(tokenizer, others, data)
     with outcome_recorded(runtime, run):
-        reference = ReferencePass(runtime, checkpoint, train_config, dpo_config)
-        data = with_template_day(runtime, tokenizer, data, record=run.record, store=reference.store)
+        find = cache(partial(ReferencePass, runtime, checkpoint, train_config, dpo_config))
+        data = with_template_day(runtime, tokenizer, data, run.record, lambda: find().store)
         prepared = _prepare(runtime, run, data, tokenizer, dpo_config)
+        reference = find()
         tables.check_ids_fit(prepared, tokenizer, checkpoint.vocabulary, reference.vocabulary)
         reference.look_up(prepared)
         runtime.on_main(lambda: remember_day(tokenizer, data, reference.store))
