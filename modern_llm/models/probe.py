@@ -45,7 +45,10 @@ GRADIENT_TOLERANCE = 2e-3
 # the blocks of every backend.
 SHORT = ((5, 4, 7), (3, 6, 2))
 # Names under which architectures keep a cap of their logits; the probe sees which one acts.
-CAPS = ("final_logit_softcapping", "logits_soft_cap", "logit_softcapping", "output_soft_cap")
+CAPS = (
+    "final_logit_softcapping", "logits_soft_cap", "logit_softcapping", "output_soft_cap",
+    "output_logit_soft_cap",
+)  # fmt: skip
 LONG = ((70, 60, 75), (40, 50, 30))
 
 

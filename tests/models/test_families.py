@@ -21,7 +21,7 @@ from tests.helpers.models import random_pairs
 SIZES = [(120, 60, 75), (40, 90, 20), (7, 30, 130), (1, 5, 100)]
 WEIGHTS = torch.tensor([[1.0, -0.5], [0.25, 2.0], [-1.0, 0.75], [0.5, -0.25]], dtype=torch.float64)
 SHORT = ["llama", "qwen2_moe", "phimoe", "gemma2", "recurrent_gemma", "mamba", "falcon_mamba",
-         "deepseek_v32", "doge", "camembert", "gpt_oss"]  # fmt: skip
+         "deepseek_v32", "doge", "camembert", "gpt_oss", "xlstm"]  # fmt: skip
 
 
 def plain(model, table):
