@@ -112,6 +112,7 @@ def run_small(
     record = {"train": {"run_name": "r"}}
     runtime = start(config)
     run = RunFolder(config, record)
+    drawn = outcome.write_report
     outcome.write_report = lambda run: None  # drawings take longer than the run
     real = saving.Saver._saved
 
@@ -133,7 +134,7 @@ def run_small(
                     checkpoint.write_tensors(place / "model.safetensors", state, {})
                     (place / "config.json").write_text("{}")
     finally:
-        saving.Saver._saved = real
+        saving.Saver._saved, outcome.write_report = real, drawn
 
 
 def child(
