@@ -119,7 +119,8 @@ def test_runs_in_one_process_leave_nothing(tmp_path, inputs):
 
 def test_steps_of_one_run_leave_nothing(tmp_path, inputs):
     (held,) = run_ranks(many_steps, 1, inputs, tmp_path, 200, timeout=300)
-    check_flat(held, megabytes=4, objects=2000)
+    # What the first saves and evaluations take stays: from then on memory is flat.
+    check_flat(held[1:], megabytes=4, objects=2000)
 
 
 @pytest.mark.long
@@ -133,7 +134,7 @@ def test_thirty_runs_in_one_process_leave_nothing(tmp_path, inputs):
 @pytest.mark.timeout(1900)
 def test_three_thousand_steps_of_one_run_leave_nothing(tmp_path, inputs):
     (held,) = run_ranks(many_steps, 1, inputs, tmp_path, 3000, timeout=1800)
-    check_flat(held, megabytes=5, objects=2000)
+    check_flat(held[1:], megabytes=5, objects=2000)
 
 
 @pytest.mark.long
