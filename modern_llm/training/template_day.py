@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from modern_llm.config import InstructionDatasetConfig, PreferenceDatasetConfig
-from modern_llm.config.errors import ConfigError
+from modern_llm.config.errors import ConfigError, StorageError
 from modern_llm.config.regular_files import read_text
 from modern_llm.data.chat_rendering import reads_date
 from modern_llm.data.templates import template_source
@@ -113,8 +113,8 @@ def remember_day(
     days = _days(store.folder)
     template = _name(template_source(tokenizer, data.template))
     if template not in days and store.folder.is_dir():
-        # The option names the day where a store cannot be written.
-        with suppress(Exception):
+        # A complete store may be read-only; data.template_date names the day then.
+        with suppress(OSError, StorageError):
             write_file(store.folder / FILE, json.dumps(days | {template: data.template_date}))
 
 
