@@ -18,6 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from modern_llm.distributed import deepspeed_release
 from modern_llm.distributed.faults import around
 from modern_llm.distributed.progress import waiting
 
@@ -207,8 +208,8 @@ class DeepSpeedEngine(Engine):
         self.optimizer = self.model.optimizer
 
     def release(self) -> None:
-        """Remove DeepSpeed's hooks on gradients: the cycle through them is never collected."""
-        self.model.destroy()
+        """Remove DeepSpeed's hooks and tables: what they refer to is never collected."""
+        deepspeed_release.destroy(self.model)
 
     @cached_property
     def recovers(self) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from modern_llm.config import TrainingConfig
-from modern_llm.distributed import deepspeed_config
+from modern_llm.distributed import deepspeed_config, deepspeed_release
 
 REFERENCE_FILE = "reference_zero3.json"
 
@@ -54,11 +54,10 @@ def still(module: nn.Module) -> nn.Module:
 
 def let_go(frozen: nn.Module) -> None:
     """Free a frozen model's weights now, not when the last name for it goes away."""
-    destroy = getattr(frozen, "destroy", None)
-    if destroy is None:
+    if not hasattr(frozen, "destroy"):
         frozen.to("meta")
     else:
-        destroy()
+        deepspeed_release.destroy(frozen)
         for parameter in frozen.parameters():
             parameter.data = torch.empty(0, dtype=parameter.dtype)
             parameter.ds_tensor = None

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +33,15 @@ from torch import nn
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError, PeerError
-from modern_llm.distributed import deepspeed_config, frozen, launcher, leaving, progress
+from modern_llm.distributed import (
+    deepspeed_config,
+    deepspeed_release,
+    frozen,
+    launcher,
+    leaving,
+    progress,
+)
+from modern_llm.distributed.ending import within
 from modern_llm.distributed.engine import DeepSpeedEngine, Engine
 from modern_llm.distributed.faults import around
 from modern_llm.distributed.handshake import differences, join, whereabouts
@@ -43,9 +52,17 @@ from modern_llm.distributed.progress import waiting
 if TYPE_CHECKING:
     from modern_llm.distributed.stopping import Flag
 
+log = logging.getLogger(__name__)
+
+RELEASE_S = 10.0
+"""Seconds that freeing the models of a run may take at its end."""
+
 
 class Runtime(Peers):
-    """One process of a run: who it is, and how it agrees with the others."""
+    """One process of a run: who it is, and how it agrees with the others.
+
+    A context: its engines and frozen models are freed at the end.
+    """
 
     def __init__(self, accelerator: Accelerator, config: TrainingConfig):
         self.accelerator, self.config = accelerator, config
@@ -57,6 +74,8 @@ class Runtime(Peers):
         # the last decision to stop began: what ends at its own time is looked at in one step.
         self.busy: Callable[[], bool] = bool
         self.all_idle = False
+        # What frees each engine and frozen model that is still in use, by its id.
+        self._in_use: dict[int, Callable[[], None]] = {}
 
     @property
     def stage(self) -> int | None:
@@ -73,8 +92,12 @@ class Runtime(Peers):
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Engine:
         """Return `model` and its optimizer in the hands of DDP, DeepSpeed or nobody."""
         kind = Engine if self.stage is None else DeepSpeedEngine
+        self._in_use[id(model)] = partial(deepspeed_release.forget, model)  # if it does not start
         with launcher.hidden():
-            return kind(self.accelerator, model, optimizer)
+            engine = kind(self.accelerator, model, optimizer)
+        del self._in_use[id(model)]
+        self._in_use[id(engine)] = engine.release
+        return engine
 
     @property
     def forward_dtype(self) -> str:
@@ -103,14 +126,47 @@ class Runtime(Peers):
         by an engine of its own.
         """
         if self.stage is None:
-            return frozen.still(module).to(self.device)
+            return self._frozen(frozen.still(module).to(self.device))
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         content = frozen.engine_config(self.deepspeed_content, file, self.config)
-        return frozen.shard(module, content)
+        self._in_use[id(module)] = partial(deepspeed_release.forget, module)
+        engine = frozen.shard(module, content)
+        del self._in_use[id(module)]
+        return self._frozen(engine)
 
-    def release(self, module: nn.Module) -> None:
-        """Free what `freeze` returned."""
-        frozen.let_go(module)
+    def _frozen(self, module: nn.Module) -> nn.Module:
+        self._in_use[id(module)] = partial(frozen.let_go, module)
+        return module
+
+    def release(self, used: Engine | nn.Module) -> None:
+        """Free what `prepare` or `freeze` returned."""
+        self._in_use.pop(id(used))()
+
+    def close(self) -> None:
+        """Free every engine and frozen model that is still in use, however the run ended.
+
+        In a thread with a deadline: after an error of this rank alone its device may wait for
+        collectives that the others never join.
+        """
+        held, self._in_use = list(self._in_use.values()), {}
+
+        def free() -> None:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # which device is in use is told by thread
+            for release in held:
+                try:
+                    release()
+                except Exception as error:  # another error may be on its way to the user
+                    log.warning("warning: a model could not be freed: %s", error)
+
+        if held:
+            within(RELEASE_S, free)
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def barrier(self) -> None:
         """Wait for every process."""

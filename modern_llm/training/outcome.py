@@ -69,6 +69,7 @@ def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
             write_report(run)
     finally:
         run.lock.release()
+        runtime.close()
 
 
 def _warn_of_stale_locks() -> None:

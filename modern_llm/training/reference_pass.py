@@ -273,9 +273,10 @@ class ReferencePass:
             )
         finally:
             self._scorer = None
-            if module is not policy:
-                self._runtime.release(module)
-            give_back_freed()
+        # After an error the runtime frees it, within a deadline.
+        if module is not policy:
+            self._runtime.release(module)
+        give_back_freed()
 
     def _values(self, wanted: Wanted) -> Values:
         """Return the two numbers of every pair of a table."""

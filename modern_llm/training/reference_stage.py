@@ -154,7 +154,7 @@ def _looked_up(
     setup.check_agreement(tokenizer, others, data)
     then = "what was committed is stored: the same command scores only what is missing"
     watched = Watchdog(runtime, nowhere, request.train.hang_timeout, then=lambda: then)
-    with watched, tables.passing_folder(runtime, "reference") as folder:
+    with runtime, watched, tables.passing_folder(runtime, "reference") as folder:
         find = cache(
             partial(ReferencePass, runtime, checkpoint, request.train, request.dpo, part=part)
         )

@@ -96,7 +96,7 @@ def scored_pairs(
         )
         runtime = distributed.start(config)
         then = "nothing was written: run the same command again"
-        with Watchdog(runtime, nowhere, hang_timeout, then=lambda: then):
+        with runtime, Watchdog(runtime, nowhere, hang_timeout, then=lambda: then):
             policy = inspect_checkpoint(model)
             tokenizer, _ = setup.choose_tokenizer(tokenizer_name, policy, config)
             setup.check_positions(max_length, policy, "max_length")

@@ -279,7 +279,7 @@ def train_and_export(
     progress.enter("writing the final model")
     give_back_freed()
     export(runtime, engine, tokenizer, run.final, ends)
-    engine.release()
+    runtime.release(engine)
     progress.enter("ending")
     if runtime.is_main:
         log.info("final model: %s", run.final)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
-from modern_llm.training import loop
+from modern_llm.models.head import FusedHead
+from modern_llm.training import loop, outcome
+from modern_llm.training.reference_pass import ReferencePass
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
 from tests.helpers.ranks import run_ranks
 from tests.helpers.text import make_checkpoint, make_tokenizer, transcripts, write_jsonl
@@ -66,7 +72,9 @@ def inputs(tmp_path_factory):
     return checkpoint, write_jsonl(folder / "pairs.jsonl", transcripts(12))
 
 
-def train(inputs: tuple[Path, Path], folder: Path, **changes: Any) -> None:
+def train(
+    inputs: tuple[Path, Path], folder: Path, reference: str = "cache", **changes: Any
+) -> None:
     checkpoint, pairs = inputs
     fields = {
         "run_name": "x", "output_dir": folder, "batch_size": 4, "max_steps": 2, "log_every": 1,
@@ -76,20 +84,51 @@ def train(inputs: tuple[Path, Path], folder: Path, **changes: Any) -> None:
     run_dpo(
         checkpoint,
         TrainingConfig(**(fields | changes)),
-        DPOConfig(max_length=64),
+        DPOConfig(max_length=64, reference=reference),
         PreferenceDatasetConfig(dataset_name=str(pairs), eval_fraction=0.2),
     )
 
 
-def many_runs(inputs: tuple[Path, Path], folder: Path, count: int, zero: int | None) -> list[Held]:
-    """What one rank holds after each run but the first few."""
+@contextmanager
+def fails(where: str) -> Iterator[None]:
+    """Let a run end by an error of all ranks: within a forward of the `training`, or within the
+    check of the `reference`."""
+    owner, name = {
+        "training": (FusedHead, "forward"), "reference": (ReferencePass, "_check")
+    }[where]  # fmt: skip
+    real = getattr(owner, name)
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if where == "reference" or torch.is_grad_enabled():
+            raise ValueError("made to fail")
+        return real(*arguments, **options)
+
+    setattr(owner, name, failing)
+    try:
+        with pytest.raises(ValueError, match="made to fail"):
+            yield
+    finally:
+        setattr(owner, name, real)
+
+
+def own_temporary(folder: Path) -> None:
+    """Let nobody else make temporary files where this process does."""
     place = folder / f"temporary{os.environ['RANK']}"
     place.mkdir()
     tempfile.tempdir = str(place)
+
+
+def many_runs(inputs: tuple[Path, Path], folder: Path, count: int, zero: int | None) -> list[Held]:
+    """What one rank holds after each run but the first few. Every third ends by an error."""
+    own_temporary(folder)
     use_deepspeed(None if zero is None else stage(zero), folder)
     held = []
     for number in range(count):
-        train(inputs, folder / str(number))
+        if number % 3 == 1:
+            with fails("training"):
+                train(inputs, folder / str(number))
+        else:
+            train(inputs, folder / str(number))
         if number >= WARM:
             held.append(Held.now())
     return held
@@ -97,6 +136,7 @@ def many_runs(inputs: tuple[Path, Path], folder: Path, count: int, zero: int | N
 
 def many_steps(inputs: tuple[Path, Path], folder: Path, count: int) -> list[Held]:
     """What a process holds after each tenth of a run's steps, from the second tenth on."""
+    own_temporary(folder)
     held = []
     real = loop._optimizer_step
 
@@ -110,6 +150,38 @@ def many_steps(inputs: tuple[Path, Path], folder: Path, count: int) -> list[Held
     fields = {"save_every": count // 5, "eval_every": count // 5, "log_every": 5}
     train(inputs, folder / "run", max_steps=count, **fields)
     return held
+
+
+def models_left(inputs: tuple[Path, Path], folder: Path) -> dict[str, list[str]]:
+    """What is still in memory after runs that ended in several ways, by how they were made."""
+    outcome.write_report = lambda run: None  # drawings take longer than the run
+    ways: dict[str, Any] = {
+        "done": {}, "live": {"reference": "model"}, "training": {}, "reference": {}
+    }  # fmt: skip
+    left = {}
+    for zero in (None, 2, 3):
+        use_deepspeed(None if zero is None else stage(zero), folder)
+        for way, options in ways.items():
+            # Each with a store of its own, so that the reference pass computes.
+            os.environ["MODERN_LLM_CACHE"] = str(folder / f"store-{zero}-{way}")
+            if way in ("training", "reference"):
+                with fails(way):
+                    train(inputs, folder / f"{zero}-{way}")
+            else:
+                train(inputs, folder / f"{zero}-{way}", **options)
+            gc.collect()
+            kinds = ("TokenScorer", "DeepSpeedEngine", "DistributedDataParallel")
+            found = [name for o in gc.get_objects() if (name := type(o).__name__) in kinds]
+            left[f"{zero} {way}"] = found
+    assert "deepspeed.runtime.zero.parameter_offload" in sys.modules
+    return left
+
+
+def test_no_model_stays_however_a_run_ends(tmp_path, inputs):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
+    for left in run_ranks(models_left, 2, inputs, tmp_path, timeout=280):
+        assert left == {f"{z} {w}": [] for z in (None, 2, 3)
+                        for w in ("done", "live", "training", "reference")}  # fmt: skip
 
 
 def test_runs_in_one_process_leave_nothing(tmp_path, inputs):
