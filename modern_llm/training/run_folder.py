@@ -137,14 +137,19 @@ class RunFolder:
         """
         if self._reopened:
             return False
-        try:
-            outcome = read_json(self.path / "outcome.json", follow=False)
-        except (OSError, ValueError):
-            return False
-        if not isinstance(outcome, dict):
+        outcome = self._outcome()
+        if outcome is None:
             return False
         models = ("config.json", "adapter_config.json")
         return outcome.get("status") == 0 and any((self.final / m).is_file() for m in models)
+
+    def _outcome(self) -> dict[str, Any] | None:
+        """Return how the last start ended; None where that is not told, or cannot be read."""
+        try:
+            outcome = read_json(self.path / "outcome.json", follow=False)
+        except (OSError, ValueError):
+            return None
+        return outcome if isinstance(outcome, dict) else None
 
     def open(self) -> None:
         """Create the folder and write the configuration; rank 0 only."""
@@ -188,11 +193,14 @@ class RunFolder:
         return MetricsLog(self.metrics, self.lock.check)
 
     def last_step(self) -> int:
-        """Return the last optimizer step that was done, or logged where the loop has not begun."""
+        """Return the last optimizer step that was done; before the loop begins, the last one that
+        an earlier start told, saved or logged."""
         if self.done is not None:
             return self.done
-        records = self.log().records()
-        return records[-1]["step"] if records else 0
+        steps = [int(place.name[5:]) for place in self.checkpoints.glob("step-" + "[0-9]" * 8)]
+        steps += [record["step"] for record in self.log().records()[-1:]]
+        told = (self._outcome() or {}).get("last_step")
+        return max([0, *steps, *([told] if isinstance(told, int) else [])])
 
     def close(self, status: int, reason: str, last_step: int) -> None:
         """Write `outcome.json`; rank 0 only.

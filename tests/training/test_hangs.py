@@ -69,6 +69,9 @@ class Run:
         assert f"in the phase {phase}" in lines[0], lines
         outcome = json.loads((self.folder / "outcome.json").read_text())
         assert outcome["status"] == 5 and f"in the phase {phase}" in outcome["reason"]
+        if " of step " in phase:
+            step = int(phase.rpartition(" ")[2])
+            assert outcome["last_step"] == (step if phase.startswith("saving") else step - 1)
         for other in (0, 1):
             if killed and other == rank:  # it shows its stacks from C code alone, on stderr
                 assert "most recent call first" in self.jobs[other].text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 from modern_llm.config.errors import NotFiniteError
 from modern_llm.distributed.engine import Engine
-from modern_llm.training import loop
+from modern_llm.training import loop, nonfinite
 from modern_llm.training.preference_task import PreferenceTask
 from tests.helpers.ranks import run_ranks
 from tests.helpers.text import transcripts, write_jsonl
@@ -108,6 +109,66 @@ def device_decides(checkpoint: Path, data: Path, folder: Path) -> dict:
     return found
 
 
+def logged_rarely(checkpoint: Path, data: Path, folder: Path) -> dict[str, tuple]:
+    """On one rank: which steps it logged where only the first and the last are due, by kind of run;
+    what the log of its process tells of the skip."""
+    real_logged, real_decides = loop._is_logged, Engine.decides_on_device
+    few = {"max_steps": 7, "log_every": 100, "save_every": 100, "on_nonfinite": "skip"}
+    found = {}
+    for name, zero in {"ddp": None, "device": None, "zero2": stage(2), "zero3": stage(3)}.items():
+        steps, told = set(), Told()
+
+        def noted(engine, config, step, total, steps=steps):
+            if logged := real_logged(engine, config, step, total):
+                steps.add(step)
+            return logged
+
+        loop._is_logged = noted
+        Engine.decides_on_device = True if name == "device" else real_decides
+        with told:
+            case = Case(folder / name, zero, few)
+            text, _ = poisoned(checkpoint, data, case, Poison(1, {BAD}, "nan"))
+        loop._is_logged, Engine.decides_on_device = real_logged, real_decides
+        found[name] = (text, sorted(steps), told.lines)
+    return found
+
+
+class Told(logging.Handler):
+    """The lines of the log about steps that were not applied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def __enter__(self) -> None:
+        nonfinite.log.addHandler(self)
+
+    def __exit__(self, *error: object) -> None:
+        nonfinite.log.removeHandler(self)
+
+
+def test_a_skipped_step_is_logged_by_all_ranks_though_none_is_due(tmp_path, tiny_checkpoint):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
+    data = write_jsonl(tmp_path / "p.jsonl", transcripts(45))
+    ranks = run_ranks(logged_rarely, 2, tiny_checkpoint, data, tmp_path, timeout=250)
+    for name in ("ddp", "device", "zero2", "zero3"):
+        # A device that refuses a step by itself is asked about it in the next one.
+        at = BAD + 2 if name == "device" else BAD + 1
+        for rank, found in enumerate(ranks):
+            text, steps, lines = found[name]
+            # Each of them, or the sums of a line would wait for a rank that adds none.
+            assert (text, steps) == ("went on", [1, at, 7]), (name, rank)
+            assert len(lines) == (rank == 0), "one line, of the rank that writes"
+        (line,) = ranks[0][name][2]
+        assert "step 3: the loss of micro-batch 0 on rank 1 is nan" in line
+        assert [(r["step"], r.get("skipped_steps")) for r in records(tmp_path / name)] == [
+            (1, None), (at, 1), (7, 1),
+        ]  # fmt: skip
+
+
 def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -142,7 +203,8 @@ def test_no_byte_changes_under_any_sharding_whichever_rank_it_is(tmp_path, tiny_
             rows = [row for part in parts for row in part["examples"]]
             assert len(rows) == len(set(rows)) == 8, "each example of the step once"
             assert all(row.startswith(f"{data}:") for row in rows)
-            assert json.loads((place / "outcome.json").read_text())["status"] == 4
+            outcome = json.loads((place / "outcome.json").read_text())
+            assert (outcome["status"], outcome["last_step"]) == (4, BAD)
             newest = max(path.name for path in (place / "checkpoints").iterdir())
             assert newest == f"step-{BAD:08d}", "nothing is saved of the step or after it"
     assert set(ranks[0]) == set(ranks[1]) and len(ranks[0]) == 17
@@ -154,6 +216,8 @@ def check_device(found: dict, folder: Path) -> None:
     assert "step 3: the loss of micro-batch 0 on rank 1 is nan" in text
     newest = max(path.name for path in (folder / "device-stop" / "checkpoints").iterdir())
     assert newest == f"step-{BAD:08d}"
+    outcome = json.loads((folder / "device-stop" / "outcome.json").read_text())
+    assert outcome["last_step"] == BAD, "the step after it had begun, and was not done either"
     text, states = found["device", "skip"]
     assert text == "went on" and states[BAD][0] == states[BAD][1] == states[BAD + 1][0]
     last = records(folder / "device-skip")[-1]

@@ -105,6 +105,12 @@ def test_two_processes_decide_as_one(tmp_path, forks, stage):
     assert start(forks, tmp_path / "one", 1, "", None, "", SETTINGS) == [0], forks.jobs[-1].text
     found = start(forks, tmp_path / "two", 2, "", stage, "", SETTINGS)
     assert found == [0, 0], forks.jobs[-1].text
+    # Its line is written though none is due.
+    rare = SETTINGS | {"log_every": 100, "save_every": 39}
+    assert start(forks, tmp_path / "rare", 2, "", stage, "", rare) == [0, 0], forks.jobs[-1].text
+    assert [(r["step"], r.get("skipped_spikes")) for r in logged(tmp_path / "rare")] == [
+        (1, None), (31, 1), (40, 1),
+    ]  # fmt: skip
     facts = json.loads(
         (tmp_path / "two" / "checkpoints" / "step-00000039" / "MANIFEST.json").read_text()
     )["facts"]
