@@ -197,6 +197,7 @@ def make_scorer(
     *,
     lean: bool = True,
     router_loss: float | None = 0.0,
+    dropout: bool | None = None,
 ) -> TokenScorer:
     """Probe `model` and wrap it.
 
@@ -206,11 +207,13 @@ def make_scorer(
         lean: see `probe`.
         router_loss: weight of the routers' load-balancing loss; None follows the checkpoint, 0 is
             for a model that is only asked.
+        dropout: whether the model trains with dropout; False switches it off, with all else that
+            only training does. None is for a model that is only asked.
     """
     # Before the probe: afterwards the model may be asked through `TokenScorer` only.
     routers = router_loss_of(model, router_loss)
     tried = None if attention in ("auto", "tree", "separate") else (attention,)
-    abilities = probe(model, trees=attention != "separate", tried=tried, lean=lean)
+    abilities = probe(model, trees=attention != "separate", tried=tried, lean=lean, dropout=dropout)
     if attention not in ("auto", "separate") and not abilities.trees:
         raise UserError(
             f"attention: {attention}: {type(model).__name__} cannot "

@@ -4,38 +4,40 @@ stages."""
 from __future__ import annotations
 
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Switch off every dropout, skipped layer and router noise, so that two forwards of one policy
-    agree.
+    """Switch off every dropout and skipped layer, so that two forwards of one policy agree.
 
-    The model can then stay in training mode, which recomputation of activations needs. Attention
-    keeps its probability as a number on the module, not as a `Dropout`. Routers with noise stay in
-    evaluation mode: some sample their experts in training, and some use the number in both modes.
+    The model can then stay in training mode, which recomputation of activations needs. What else
+    a training mode does is measured and switched off by `modes.settle`.
     """
+    for module, name in dropouts(model):
+        setattr(module, name, 0.0)
+
+
+def dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return modules with the names of their probabilities of dropout.
+
+    Attention keeps its probability as a number on the module, not as a `Dropout`.
+    """
+    found = []
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        floats = [name for name, value in vars(module).items() if isinstance(value, float)]
-        for name in floats:
-            if "dropout" in name or name == "layerdrop":
-                setattr(module, name, 0.0)
-        if any("jitter" in name for name in floats):
-            module.eval()
-            module.train = MethodType(_stays, module)
-
-
-def _stays(module: nn.Module, mode: bool = True) -> nn.Module:
-    """Stand in for `train` of a module that stays in evaluation mode."""
-    return module
+        if isinstance(module, _DropoutNd):
+            found.append((module, "p"))
+        found += [
+            (module, name)
+            for name, value in vars(module).items()
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop")
+        ]
+    return found
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

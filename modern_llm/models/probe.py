@@ -26,8 +26,9 @@ from modern_llm.models.attention import (
     register_tree_attention,
 )
 from modern_llm.models.attention_blocks import MERGE_BELOW
-from modern_llm.models.head import LogitTransform, fuse_head
 from modern_llm.models.lean import slim, unslim
+from modern_llm.models.logits import LastStates, bounds_of, fuse
+from modern_llm.models.modes import settle
 from modern_llm.models.narrow import narrow_last_layer
 from modern_llm.models.routers import without_router_loss
 from modern_llm.models.scorer import Abilities, TokenScorer
@@ -44,11 +45,8 @@ GRADIENT_TOLERANCE = 2e-3
 # Tokens of [prompt, answer, answer] of two trees. Long ones exceed the twin's special lengths and
 # the blocks of every backend.
 SHORT = ((5, 4, 7), (3, 6, 2))
-# Names under which architectures keep a cap of their logits; the probe sees which one acts.
-CAPS = (
-    "final_logit_softcapping", "logits_soft_cap", "logit_softcapping", "output_soft_cap",
-    "output_logit_soft_cap",
-)  # fmt: skip
+# Tokens of the row in which large logits are measured.
+ROW = 12
 LONG = ((70, 60, 75), (40, 50, 30))
 
 
@@ -75,6 +73,8 @@ class Subject:
         self.pairs = _random_pairs(model, sizes)
         self._expected = self._measured(lambda: _plain_all(model, self.pairs))
         self.windows: tuple[int | None, ...] = ()
+        (prompt, answer, _), _ = self.pairs
+        self.last = LastStates(model, torch.cat([prompt, answer])[:ROW], tolerance)
 
     def _measured(self, forward: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Log-probs of all answers, and the gradient of a weighted sum of them by parameter."""
@@ -176,6 +176,7 @@ def probe(
     trees: bool = True,
     tried: tuple[Backend, ...] | None = None,
     lean: bool = True,
+    dropout: bool | None = None,
 ) -> Abilities:
     """Measure what `model` does exactly and leave it set up to be asked that way.
 
@@ -184,6 +185,7 @@ def probe(
         tried: backends of the tree attention, the first that is exact serves; by device unless
             said.
         lean: on a CPU, put the functions of `lean` into the model.
+        dropout: whether the model trains with dropout; None where it is only asked.
 
     Side effects: the head becomes a `FusedHead` where that is exact, and the attention
     implementation the tree attention where that is.
@@ -196,6 +198,11 @@ def probe(
     twin = twin_of(model)
     # On a GPU long rows cost nothing; without a twin they are the only evidence.
     long = twin is None or model.device.type == "cuda"
+    modes = []
+    if dropout is not None:
+        asked = [(model, 2 * ROW, TOLERANCE[model.dtype])]
+        asked += [] if twin is None else [(twin, sum(LONG[0][:2]), TWIN_TOLERANCE)]
+        modes = settle(asked, dropout=dropout)
     subjects = [Subject(model, LONG if long else SHORT, TOLERANCE[model.dtype])]
     if subjects[0].looks_ahead():
         raise UserError(
@@ -205,6 +212,7 @@ def probe(
     if twin is not None:
         subjects.append(Subject(twin, LONG, TWIN_TOLERANCE, gradients=True))
     trial = _Trial(subjects)
+    trial.notes += modes
     trial.slim(lean and model.device.type == "cpu")
     trial.pad()
     trial.fuse()
@@ -256,17 +264,28 @@ class _Trial:
             self.notes.append(f"one row at a time: a padded row {why}")
 
     def fuse(self) -> None:
-        """Compute the head on target positions in chunks."""
+        """Compute the head on target positions in chunks: of logits without a bound, else with
+        the bound that is measured."""
+        why = self._why_not_fused([None] * len(self.subjects))
+        if why:
+            bounds = bounds_of([subject.last for subject in self.subjects])
+            if any(bounds):
+                why = self._why_not_fused(bounds)
+        if why:
+            self.notes.append(f"plain logits: {why}")
+        else:
+            self.abilities = replace(self.abilities, fused=True)
+
+    def _why_not_fused(self, bounds: list[float | None]) -> str:
+        pairs = zip(self.subjects, bounds, strict=True)
+        if not all([fuse(subject.model, bound) for subject, bound in pairs]):
+            return "the head is not a linear layer"
+        if not any(subject.last.can_grow for subject in self.subjects):
+            return "what bounds the logits cannot be measured: they cannot be enlarged"
         fused = replace(self.abilities, fused=True)
-        why = "the head is not a linear layer"
-        for number in range(len(transforms(self.subjects[0].model))):
-            if all(_fuse(subject.model, number) for subject in self.subjects):
-                reason = self._why_not(lambda subject: subject.differs(fused))
-                if not reason:
-                    self.abilities = fused
-                    return
-                why = f"the fused head {reason}"
-        self.notes.append(f"plain logits: {why}")
+        why = self._why_not(lambda subject: subject.differs(fused))
+        why = why or self._why_not(lambda subject: subject.last.differs(fused))
+        return why and f"the fused head {why}"
 
     def share(self, tried: tuple[Backend, ...]) -> None:
         """Let answers share their prompt, by the first backend that is exact."""
@@ -294,22 +313,6 @@ class _Trial:
         for subject in self.subjects:
             subject.model.set_attn_implementation(subject.native)
         return why
-
-
-def transforms(model: PreTrainedModel) -> list[LogitTransform]:
-    """Return what the model may do to its logits, as its configuration reads; the probe chooses."""
-    config = model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    caps = [getattr(config, name, None) for name in CAPS]
-    found = [float(cap) for cap in caps if isinstance(cap, int | float) and cap > 0]
-    return [LogitTransform(scale=scale, softcap=cap) for cap in dict.fromkeys([*found, None])]
-
-
-def _fuse(model: PreTrainedModel, number: int) -> bool:
-    """Fuse the head by one of its `transforms`."""
-    head, found = model.get_output_embeddings(), transforms(model)
-    return head is not None and number < len(found) and fuse_head(head, found[number])
 
 
 def _distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

@@ -184,6 +184,7 @@ def set_up_scorer(
         _attention(runtime, model, config),
         lean=_lean(runtime, config),
         router_loss=config.router_loss_coefficient,
+        dropout=dropout,
     )
     _refuse_rows_alone(runtime, scorer)
     if runtime.is_main:
@@ -196,8 +197,6 @@ def set_up_scorer(
             f"{model.num_parameters():,}",
             rows,
         )
-    if not dropout:
-        disable_dropout(model)
     if config.gradient_checkpointing:
         recompute_activations(model, selective=config.gradient_checkpointing == "selective")
     if config.compile:

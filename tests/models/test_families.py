@@ -14,7 +14,6 @@ from modern_llm.data.batches import collate
 from modern_llm.data.plan import Sharing
 from modern_llm.data.rows import Examples
 from modern_llm.models.load import make_scorer
-from modern_llm.models.prepare import disable_dropout
 from tests.helpers.families import build_family
 from tests.helpers.models import random_pairs
 
@@ -58,8 +57,7 @@ def asked(scorer, table, shared, groups):
 def check(name):
     model, table = build_family(name), random_pairs(SIZES)
     expected, gradients = plain(model, table)
-    scorer = make_scorer(model)
-    disable_dropout(model)
+    scorer = make_scorer(model, dropout=False)
     model.train()
     ways = [Sharing.ALONE]
     if scorer.abilities.trees:
