@@ -100,7 +100,8 @@ class DryRun:
             )
         progress.enter("preparing the engine")
         engine = runtime.prepare(scorer, make_optimizer(config, scorer))
-        model = engine.model.train()
+        model = engine.model
+        model.train()  # DeepSpeed's returns nothing
         progress.enter("loading the batch")
         batches = task.micro_batches(0)
         began = time.perf_counter()

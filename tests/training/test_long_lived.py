@@ -6,9 +6,10 @@ import gc
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
 from modern_llm.models.head import FusedHead
-from modern_llm.training import loop, outcome
+from modern_llm.training import loop, outcome, score
+from modern_llm.training.dry_run import DryRun
 from modern_llm.training.reference_pass import ReferencePass
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
 from tests.helpers.ranks import run_ranks
@@ -73,7 +75,11 @@ def inputs(tmp_path_factory):
 
 
 def train(
-    inputs: tuple[Path, Path], folder: Path, reference: str = "cache", **changes: Any
+    inputs: tuple[Path, Path],
+    folder: Path,
+    reference: str = "cache",
+    dry_run: DryRun | None = None,
+    **changes: Any,
 ) -> None:
     checkpoint, pairs = inputs
     fields = {
@@ -86,20 +92,22 @@ def train(
         TrainingConfig(**(fields | changes)),
         DPOConfig(max_length=64, reference=reference),
         PreferenceDatasetConfig(dataset_name=str(pairs), eval_fraction=0.2),
+        dry_run=dry_run,
     )
 
 
 @contextmanager
 def fails(where: str) -> Iterator[None]:
-    """Let a run end by an error of all ranks: within a forward of the `training`, or within the
-    check of the `reference`."""
+    """Let a run end by an error of all ranks: within a forward of the `training`, in the check of
+    the `reference`, or in `scoring`."""
     owner, name = {
-        "training": (FusedHead, "forward"), "reference": (ReferencePass, "_check")
+        "training": (FusedHead, "forward"), "reference": (ReferencePass, "_check"),
+        "scoring": (score, "score_everywhere"),
     }[where]  # fmt: skip
     real = getattr(owner, name)
 
     def failing(*arguments: Any, **options: Any) -> Any:
-        if where == "reference" or torch.is_grad_enabled():
+        if where != "training" or torch.is_grad_enabled():
             raise ValueError("made to fail")
         return real(*arguments, **options)
 
@@ -152,25 +160,41 @@ def many_steps(inputs: tuple[Path, Path], folder: Path, count: int) -> list[Held
     return held
 
 
+def tries(inputs: tuple[Path, Path], folder: Path) -> None:
+    with (trial := DryRun()).cleaned_up():
+        train(inputs, folder, dry_run=trial)
+
+
+def scores(inputs: tuple[Path, Path], folder: Path) -> None:
+    checkpoint, pairs = inputs
+    data = PreferenceDatasetConfig(dataset_name=str(pairs))
+    folder.mkdir(exist_ok=True)
+    # Two models, one after the other.
+    options = {"reference": str(checkpoint), "max_length": 64}
+    score.score_pairs(str(checkpoint), data, folder / "scores.jsonl", **options)
+
+
+WAYS: dict[str, tuple[Callable[..., None], str]] = {
+    "done": (train, ""), "live": (partial(train, reference="model"), ""),
+    "failed in a forward": (train, "training"), "failed in the check": (train, "reference"),
+    "tried": (tries, ""), "scored": (scores, ""), "failed in scoring": (scores, "scoring"),
+}  # fmt: skip
+"""What is called, and where it is made to fail."""
+
+
 def models_left(inputs: tuple[Path, Path], folder: Path) -> dict[str, list[str]]:
     """What is still in memory after runs that ended in several ways, by how they were made."""
     outcome.write_report = lambda run: None  # drawings take longer than the run
-    ways: dict[str, Any] = {
-        "done": {}, "live": {"reference": "model"}, "training": {}, "reference": {}
-    }  # fmt: skip
+    kinds = ("TokenScorer", "DeepSpeedEngine", "DistributedDataParallel")
     left = {}
     for zero in (None, 2, 3):
         use_deepspeed(None if zero is None else stage(zero), folder)
-        for way, options in ways.items():
+        for way, (call, trouble) in WAYS.items():
             # Each with a store of its own, so that the reference pass computes.
             os.environ["MODERN_LLM_CACHE"] = str(folder / f"store-{zero}-{way}")
-            if way in ("training", "reference"):
-                with fails(way):
-                    train(inputs, folder / f"{zero}-{way}")
-            else:
-                train(inputs, folder / f"{zero}-{way}", **options)
+            with fails(trouble) if trouble else nullcontext():
+                call(inputs, folder / f"{zero}-{way}")
             gc.collect()
-            kinds = ("TokenScorer", "DeepSpeedEngine", "DistributedDataParallel")
             found = [name for o in gc.get_objects() if (name := type(o).__name__) in kinds]
             left[f"{zero} {way}"] = found
     assert "deepspeed.runtime.zero.parameter_offload" in sys.modules
@@ -180,8 +204,7 @@ def models_left(inputs: tuple[Path, Path], folder: Path) -> dict[str, list[str]]
 def test_no_model_stays_however_a_run_ends(tmp_path, inputs):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
     for left in run_ranks(models_left, 2, inputs, tmp_path, timeout=280):
-        assert left == {f"{z} {w}": [] for z in (None, 2, 3)
-                        for w in ("done", "live", "training", "reference")}  # fmt: skip
+        assert left == {f"{zero} {way}": [] for zero in (None, 2, 3) for way in WAYS}
 
 
 def test_runs_in_one_process_leave_nothing(tmp_path, inputs):
