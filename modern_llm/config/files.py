@@ -19,7 +19,8 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 from pydantic_settings.exceptions import SettingsError
 
 from modern_llm.config.errors import ConfigError
-from modern_llm.config.foreign import LARGEST_YAML, parse_yaml, read_text
+from modern_llm.config.foreign import LARGEST_YAML, parse_yaml
+from modern_llm.config.regular_files import read_text
 
 S = TypeVar("S", bound=BaseSettings)
 

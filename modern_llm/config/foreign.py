@@ -11,11 +11,11 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 
-from modern_llm.config.regular_files import open_regular
+from modern_llm.config.regular_files import open_plain, read_text
 
 LARGEST = 8_000_000
 """Bytes of a file; what people write has thousands."""
@@ -29,47 +29,12 @@ LONGEST_NUMBER = 400
 """Characters of a number; converting a longer one takes time that grows with its square."""
 LONGEST_LINE = 1_000_000
 """Bytes of a line of JSON lines."""
+LARGEST_LINES = 1_000_000_000
+"""Bytes of a JSON lines file: two million logged steps."""
+LARGEST_SAMPLES = 100_000_000
+"""Bytes of a file of answers, which is read whole."""
 BEYOND = 1e30
 """Numbers of this size are no measurement."""
-_STREAMS = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
-
-
-def read_text(
-    path: str | Path, most: int = LARGEST, *, follow: bool = True, encoding: str = "utf-8"
-) -> str:
-    """Return the text of a small regular file.
-
-    Args:
-        follow: whether a symbolic link is followed; one of a run folder is not.
-
-    Raises:
-        OSError: it cannot be opened, or is no regular file.
-        ValueError: it is too large or not UTF-8.
-    """
-    return read_bytes(path, most, follow=follow).decode(encoding)
-
-
-def read_bytes(path: str | Path, most: int = LARGEST, *, follow: bool = True) -> bytes:
-    """Return the bytes of a small regular file; see `read_text`."""
-    with open_plain(path, follow=follow) as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise ValueError(f"has more than {most:,} bytes")
-    return content
-
-
-def open_plain(path: str | Path, *, follow: bool = True) -> BinaryIO:
-    """Open a regular file to read; nothing else is waited for.
-
-    Raises:
-        OSError: it cannot be opened, or is no regular file.
-    """
-    # The shell's <(command) is a FIFO that the user made for this very process.
-    if str(path).startswith(_STREAMS):
-        return open(path, "rb")
-    if not follow and os.path.islink(path):
-        raise OSError(errno.ELOOP, "a symbolic link, not a regular file", str(path))
-    return open_regular(path)
 
 
 def read_json(path: str | Path, most: int = LARGEST, *, follow: bool = True) -> Any:
@@ -186,18 +151,23 @@ def _refusal(problem: str, mark: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
-def json_lines(path: str | Path, *, follow: bool = True) -> Iterator[tuple[int, Any]]:
+def json_lines(
+    path: str | Path, most: int = LARGEST_LINES, *, follow: bool = True
+) -> Iterator[tuple[int, Any]]:
     """Yield number and value of each line of a JSON lines file; None where a line is damaged.
 
     The last line is left out unless it ends: the process was killed while it wrote, or writes now.
-    Numbers that are not finite read as null.
+    Numbers that are not finite read as null. One line is in memory at a time.
 
     Raises:
-        OSError: it cannot be opened, or is no regular file.
+        OSError: it cannot be opened, is no regular file, or has more than `most` bytes.
     """
     number = 0
     with open_plain(path, follow=follow) as file:
-        while line := file.readline(LONGEST_LINE):
+        # Before the first line: a reader takes all of a file or nothing.
+        if os.fstat(file.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, f"has more than {most:,} bytes", str(path))
+        while file.tell() <= most and (line := file.readline(LONGEST_LINE)):
             number += 1
             whole = line.endswith(b"\n")
             while not whole and (rest := file.readline(LONGEST_LINE)):  # too long: skip it

@@ -12,6 +12,7 @@ import os
 import stat
 from typing import BinaryIO
 
+_STREAMS = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 _KINDS = (
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -55,15 +56,52 @@ def open_descriptor(path: str | os.PathLike[str]) -> int:
     return descriptor
 
 
-def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """Return the content of a regular file."""
-    with open_regular(path) as file:
-        return file.read()
+def open_plain(path: str | os.PathLike[str], *, follow: bool = True) -> BinaryIO:
+    """Open a regular file, or a stream of the shell, for reading once from start to end.
+
+    Args:
+        follow: whether a symbolic link is followed; one in a run folder is not.
+
+    Raises:
+        OSError: it is something else, or cannot be opened.
+    """
+    # The shell's <(command) is a FIFO that the user made for this very process.
+    if str(path).startswith(_STREAMS):
+        return open(path, "rb")
+    if not follow and os.path.islink(path):
+        raise OSError(errno.ELOOP, "a symbolic link, not a regular file", str(path))
+    return open_regular(path)
 
 
-def read_text(path: str | os.PathLike[str], encoding: str = "utf-8") -> str:
-    """Return the text of a regular file, with `\\n` at the end of its lines."""
-    text = read_bytes(path).decode(encoding)
+def read_bytes(
+    path: str | os.PathLike[str], most: int | None = None, *, follow: bool = True
+) -> bytes:
+    """Return the content of a regular file.
+
+    Args:
+        most: bytes that it may have; None for a file that this program wrote.
+        follow: as in `open_plain`.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+        ValueError: it is too large.
+    """
+    with open_plain(path, follow=follow) as file:
+        content = file.read(-1 if most is None else most + 1)
+    if most is not None and len(content) > most:
+        raise ValueError(f"has more than {most:,} bytes")
+    return content
+
+
+def read_text(
+    path: str | os.PathLike[str],
+    most: int | None = None,
+    *,
+    follow: bool = True,
+    encoding: str = "utf-8",
+) -> str:
+    """Return the text of a regular file, with `\\n` at the end of its lines; see `read_bytes`."""
+    text = read_bytes(path, most, follow=follow).decode(encoding)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

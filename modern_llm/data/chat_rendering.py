@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 import threading
 import time
@@ -67,9 +68,8 @@ def render_chat(
             )
         except (TemplateLimit, MemoryError, OverflowError, RecursionError) as error:
             source = template or tokenizer.chat_template
-            name = hashlib.sha256(str(source).encode()).hexdigest()[:12]
             raise DataError(
-                f"chat template {name} ({one_line(source)[:60]!r}): "
+                f"chat template {template_digest(source)} ({one_line(source)[:60]!r}): "
                 f"{one_line(error) or type(error).__name__}; give another template"
             ) from error
         finally:
@@ -80,6 +80,12 @@ def render_chat(
 def _lock() -> threading.RLock:
     """One for the process: the renderer of `transformers` is exchanged for a moment."""
     return threading.RLock()
+
+
+def template_digest(template: Any) -> str:
+    """Twelve hexadecimal digits; a tokenizer may have several templates by name."""
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def reads_date(template: str) -> bool:

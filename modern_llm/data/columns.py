@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from modern_llm.data.content import text_of_parts
 from modern_llm.data.readers import bad_text
 from modern_llm.data.records import (
     ContentFault,
@@ -104,10 +105,14 @@ def _message(item: Any, place: str) -> Message:
     message = {"role": role}
     # A turn that only calls has no content, as `apply_chat_template` has it.
     if item.get(text_key) is not None or not calls:
-        message["content"] = _text_of(item[text_key], f"{place}, {text_key!r}")
+        message["content"] = _content(item[text_key], f"{place}, {text_key!r}")
     mine = (role_key, text_key, "tool_calls")
     message |= {key: value for key, value in item.items() if key not in mine and value is not None}
     return message | ({"tool_calls": calls} if calls else {})
+
+
+def _content(value: Any, place: str) -> str:
+    return text_of_parts(value, place) if isinstance(value, list) else _text_of(value, place)
 
 
 def _calls(calls: Any, place: str) -> list[dict[str, Any]]:

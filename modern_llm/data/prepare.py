@@ -19,7 +19,8 @@ from typing import Any, TextIO
 
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.errors import DataError, StorageError
-from modern_llm.config.foreign import parse_json, read_text
+from modern_llm.config.foreign import parse_json
+from modern_llm.config.regular_files import read_text
 from modern_llm.data.passes import (
     FELL_BACK,
     Part,

@@ -8,19 +8,19 @@ tokenizer can ask `chat_template_of` for the template that was used.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from os.path import commonprefix
-from typing import Any
 
 from modern_llm.config.errors import DataError
-from modern_llm.data.chat_rendering import render_chat
+from modern_llm.data.chat_rendering import render_chat, template_digest
+from modern_llm.data.content import ContentForms
 from modern_llm.data.message_keys import WrittenKeys, arguments_of, with_text_arguments
 from modern_llm.data.records import (
     ContentFault,
+    Conversation,
     Instruction,
     Message,
     PreferencePair,
@@ -69,6 +69,7 @@ class Template:
         self.wraps = template is not None and self.frame is None
         self.chat = chat_template_of(tokenizer, template)
         self._openings: set[str] = set()
+        self._forms = ContentForms(lambda talk: self._apply(talk, open_answer=False))
         source = str(self.chat or tokenizer.chat_template)
         self._keys = WrittenKeys(source, lambda talk: self.turns(talk, open_answer=False))
         self._end, self._footer = self._probe_footer()
@@ -81,13 +82,13 @@ class Template:
     def describe(self) -> str:
         """Return in a few words how prompts are written, with a digest of the template."""
         if self.frame is not None:
-            return f"strings in a frame ({_digest(self.frame)})"
+            return f"strings in a frame ({template_digest(self.frame)})"
         whose = "given" if self.chat else "the tokenizer's own"
         if self.fell_back:
             whose = "the fallback for tokenizers without one"
         text = self.chat or self._tokenizer.chat_template
         strings = "as user turns" if self.wraps else "literally"
-        return f"strings {strings}; messages by the chat template {_digest(text)} ({whose})"
+        return f"strings {strings}; messages by the chat template {template_digest(text)} ({whose})"
 
     def render(self, prompt: Prompt) -> tuple[str, bool]:
         """Return the text of a prompt, and whether a chat template wrote it.
@@ -179,6 +180,8 @@ class Template:
     def turns(self, messages: list[Message], *, open_answer: bool) -> str:
         """Return the text of messages; `open_answer` adds the head of the assistant's next turn."""
         self._refuse_tools(messages)
+        tools = list(getattr(messages, "tools", ()))
+        messages = Conversation.of([self._forms.fit(message) for message in messages], tools)
         try:
             text = self._apply(messages, open_answer)
             # A template that joins the arguments of a call to its text wants them as text.
@@ -197,12 +200,11 @@ class Template:
             raise _refusal(error) from error
 
     def _apply(self, messages: list[Message], open_answer: bool) -> str:
-        tools = list(getattr(messages, "tools", ()))
         return render_chat(
             self._tokenizer,
             list(messages),
             template=self.chat,
-            tools=tools,
+            tools=list(getattr(messages, "tools", ())),
             add_generation_prompt=open_answer,
             day=self._day,
         )
@@ -294,12 +296,6 @@ def _with_lead(tokenizer: Tokenizer, template: str) -> str:
         return template
     name = "bos_token" if text == tokenizer.bos_token else json.dumps(text)
     return "{{ " + name + " }}" + template
-
-
-def _digest(template: Any) -> str:
-    """Twelve hexadecimal digits; a tokenizer may have several templates by name."""
-    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _is_frame(template: str) -> bool:

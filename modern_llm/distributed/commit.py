@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -180,11 +180,11 @@ def _exchange(one: Path, other: Path) -> bool:
     return False
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a small text file in one piece: a reader sees the old content or the new."""
+def write_file(path: Path, text: str | Iterable[str]) -> None:
+    """Write a text, or its pieces, in one piece: a reader sees the old content or the new."""
     with new_file(path) as temporary:
         with around("text.write"), temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from modern_llm.config.errors import ConfigError
-from modern_llm.config.foreign import LARGEST_YAML, parse_yaml, read_text
-from modern_llm.config.regular_files import open_regular
+from modern_llm.config.foreign import LARGEST_YAML, parse_yaml
+from modern_llm.config.regular_files import open_regular, read_text
 from modern_llm.distributed.digests import file_digests
 
 # Of a larger file only its size and both ends are compared; the tokenised data and the reference's

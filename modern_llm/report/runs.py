@@ -17,13 +17,23 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from modern_llm.config.foreign import finite, json_lines, read_json, read_yaml, whole_number
+from modern_llm.config.foreign import (
+    LARGEST_LINES,
+    LARGEST_SAMPLES,
+    finite,
+    json_lines,
+    read_json,
+    read_yaml,
+    whole_number,
+)
 from modern_llm.config.printable import one_line
 
 log = logging.getLogger(__name__)
 
 METRICS = 1000
 """Most metrics that are read; a run logs a few dozen."""
+POINTS = 1_000_000
+"""Most values that are kept of a log: a drawing shows a few hundred of each metric."""
 Floats = NDArray[np.float64]
 
 
@@ -96,7 +106,7 @@ def _read(place: Path) -> Run:
         series=_series(_lines(place / "metrics.jsonl")),
         outcome=_outcome(_json(place / "outcome.json")),
         summary=_summary(_json(place / "summary.json")),
-        samples=list(_lines(place / "samples.jsonl")),
+        samples=list(_lines(place / "samples.jsonl", LARGEST_SAMPLES)),
     )
 
 
@@ -174,11 +184,11 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list)
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _lines(path: Path, most: int = LARGEST_LINES) -> Iterator[dict[str, Any]]:
     """Yield the objects with a step of a file of JSON lines."""
     damaged = 0
     try:
-        for _, value in json_lines(path, follow=False):
+        for _, value in json_lines(path, most, follow=False):
             step = whole_number(value.get("step")) if isinstance(value, dict) else None
             damaged += step is None
             if step is not None:
@@ -192,12 +202,30 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _series(records: Iterable[dict[str, Any]]) -> dict[str, tuple[Floats, Floats]]:
+    """Return the points of every metric; of a log with very many, evenly spread ones.
+
+    Memory is bounded: where all points together are too many, every second one of each metric is
+    left out, and from then on only every second record is taken. The last value always stays.
+    """
     points: dict[str, dict[int, float]] = {}
-    for record in records:
+    last: dict[str, tuple[int, float]] = {}
+    stride = count = 0
+    for number, record in enumerate(records):
         for name, value in record.items():
-            number = finite(value)
-            if name != "step" and number is not None and (name in points or len(points) < METRICS):
-                points.setdefault(name, {})[record["step"]] = number
+            value = finite(value)
+            if name == "step" or value is None or (name not in last and len(last) >= METRICS):
+                continue
+            last[name] = (record["step"], value)
+            if number & stride == 0:
+                known = points.setdefault(name, {})
+                count += record["step"] not in known
+                known[record["step"]] = value
+        while count > POINTS:
+            stride = 2 * stride + 1
+            points = {name: dict(list(at.items())[::2]) for name, at in points.items()}
+            count = sum(map(len, points.values()))
+    for name, (step, value) in last.items():
+        points.setdefault(name, {})[step] = value
     return {
         name: (np.array(sorted(at), np.float64), np.array([at[s] for s in sorted(at)]))
         for name, at in points.items()

@@ -9,12 +9,13 @@ import json
 import logging
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from modern_llm.config.errors import StorageError
 from modern_llm.config.foreign import finite, json_lines, whole_number
 from modern_llm.distributed.commit import write_file
 from modern_llm.distributed.faults import around
@@ -77,13 +78,19 @@ class MetricsLog:
         """Forget what was logged after `step`: those steps will be made again."""
         self._check()
         if self.path.exists():
-            kept = [record for record in self.records() if record["step"] <= step]
-            write_file(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+            kept = (record for record in self.records() if record["step"] <= step)
+            write_file(self.path, (json.dumps(record) + "\n" for record in kept))
+
+    def last(self) -> dict[str, Any]:
+        """Return the last record, an empty one where nothing was logged."""
+        last: dict[str, Any] = {}
+        for record in self.records():
+            last = record
+        return last
 
     def elapsed(self) -> float:
         """Return the seconds that earlier parts of this run took."""
-        records = self.records()
-        return finite(records[-1].get("elapsed_s")) or 0.0 if records else 0.0
+        return finite(self.last().get("elapsed_s")) or 0.0
 
     def append(self, record: Mapping[str, float]) -> None:
         """Append one object; `nan` and `inf` become null, which JSON can say."""
@@ -92,24 +99,27 @@ class MetricsLog:
         with around("metrics.append"), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(known) + "\n")
 
-    def records(self) -> list[dict[str, Any]]:
-        """Return what was logged, in order; a line that is damaged is left out with a warning.
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yield what was logged, in order; a line that is damaged is left out with a warning.
 
         The last line may be cut: the process was killed while it wrote, or is writing it.
         """
-        found, damaged = [], []
+        first, damaged = 0, 0
         try:
             for number, record in json_lines(self.path, follow=False):
                 step = whole_number(record.get("step")) if isinstance(record, dict) else None
                 if step is None:
-                    damaged.append(number)
+                    first, damaged = first or number, damaged + 1
                 else:
-                    found.append(record | {"step": step})
+                    yield record | {"step": step}
         except FileNotFoundError:
-            return []
+            return
+        except OSError as error:
+            raise StorageError(
+                f"{self.path}: cannot be read ({error.strerror or error}): move it away"
+            ) from error
         if damaged:
-            log.warning("%s:%d: %d damaged lines are left out", self.path, damaged[0], len(damaged))
-        return found
+            log.warning("%s:%d: %d damaged lines are left out", self.path, first, damaged)
 
 
 def peak_memory_gb(device: torch.device) -> float:

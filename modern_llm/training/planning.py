@@ -122,10 +122,11 @@ def measured_throughput(run: Path) -> float:
         UserError: nothing was logged there.
     """
     try:
-        values = [v for _, v in json_lines(run / "metrics.jsonl") if isinstance(v, dict)]
+        lines = json_lines(run / "metrics.jsonl")
+        found = (finite(v.get("tokens_per_second")) for _, v in lines if isinstance(v, dict))
+        rates = [rate for rate in found if rate]
     except OSError as error:
         raise UserError(f"measured {run}: no metrics of a run there ({error})") from error
-    rates = [rate for v in values if (rate := finite(v.get("tokens_per_second")))]
     if not rates:
         raise UserError(f"measured {run}: no tokens_per_second was logged there")
     return float(statistics.median(rates))

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from modern_llm.config import TrainingConfig
-from modern_llm.config.errors import UserError
+from modern_llm.config.errors import StorageError, UserError
 from modern_llm.config.foreign import read_json, read_yaml
 from modern_llm.config.printable import one_line
 from modern_llm.distributed.commit import write_file
@@ -198,7 +198,8 @@ class RunFolder:
         if self.done is not None:
             return self.done
         steps = [int(place.name[5:]) for place in self.checkpoints.glob("step-" + "[0-9]" * 8)]
-        steps += [record["step"] for record in self.log().records()[-1:]]
+        with suppress(StorageError):  # a log that cannot be read is the error that is told
+            steps.append(self.log().last().get("step", 0))
         told = (self._outcome() or {}).get("last_step")
         return max([0, *steps, *([told] if isinstance(told, int) else [])])
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from modern_llm.config import TrainingConfig
-from modern_llm.config.foreign import json_lines, whole_number
+from modern_llm.config.foreign import LARGEST_SAMPLES, json_lines, whole_number
 from modern_llm.data.prepare import Prepared
 from modern_llm.distributed.commit import write_file
 from modern_llm.distributed.faults import around
@@ -134,7 +134,7 @@ def prompt_rows(prepared: Prepared) -> list[list[int]]:
 def _read(path: Path) -> list[dict[str, Any]]:
     """The samples on disk that are whole; a kill may have cut the last line."""
     try:
-        values = [value for _, value in json_lines(path, follow=False)]
+        values = [value for _, value in json_lines(path, LARGEST_SAMPLES, follow=False)]
     except OSError:
         return []
     return [value for value in values if _is_sample(value)]

@@ -66,9 +66,9 @@ class Watch:
         """Add to what was logged at `step`; `head` begins the record where nothing was."""
         if not self._shown or not more:
             return
-        records = self._metrics.records()
-        if records and records[-1]["step"] == step:
-            head = records[-1]
+        last = self._metrics.last()
+        if last.get("step") == step:
+            head = last
             self._metrics.truncate(step - 1)
         self._metrics.append({**head, **more})
         self._trackers.log(step, dict(more))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import tracemalloc
 
 import pytest
 import yaml
@@ -16,9 +17,9 @@ from modern_llm.config.foreign import (
     json_lines,
     parse_json,
     parse_yaml,
-    read_text,
     whole_number,
 )
+from modern_llm.config.regular_files import read_text
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 20)
@@ -117,3 +118,16 @@ def test_numbers_of_a_file_are_numbers():
         1.0, 2.5, None, None, None, None, None, None,
     ]  # fmt: skip
     assert [whole_number(v) for v in (3, 3.0, 2.5, -1, "3", True)] == [3, 3, None, None, None, None]
+
+
+def test_a_huge_file_of_lines_is_refused_at_once_and_a_sparse_one_takes_no_memory(tmp_path):
+    path = tmp_path / "f"
+    path.write_text('{"step": 1}\n')
+    os.truncate(path, 2**40)
+    with pytest.raises(OSError, match=r"has more than 1,000,000,000 bytes"):
+        next(json_lines(path))
+    os.truncate(path, 300_000_000)
+    tracemalloc.start()
+    assert [value for _, value in json_lines(path)] == [{"step": 1}]
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()

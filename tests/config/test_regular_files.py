@@ -57,7 +57,7 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path: Path,
 def test_text_is_read_as_open_reads_it(tmp_path: Path):
     path = tmp_path / "a"
     path.write_bytes(b"\xef\xbb\xbfa\r\nb\rc\n")
-    assert read_text(path, "utf-8-sig") == path.read_text("utf-8-sig") == "a\nb\nc\n"
+    assert read_text(path, encoding="utf-8-sig") == path.read_text("utf-8-sig") == "a\nb\nc\n"
     with open_regular(path) as file:
         assert file.read(3) == b"\xef\xbb\xbf" and not os.get_inheritable(file.fileno())
 

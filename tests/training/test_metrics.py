@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 
+import pytest
+
+from modern_llm.config.errors import StorageError
 from modern_llm.training.metrics import MetricsLog, console_line
 
 
@@ -31,3 +35,13 @@ def test_truncation_forgets_later_steps_and_half_lines(tmp_path):
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[0]["loss"] is None
     assert log.elapsed() == 1.5
+
+
+def test_a_log_that_cannot_be_read_is_named(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append({"step": 1})
+    os.truncate(log.path, 2**40)
+    for use in (log.elapsed, log.last, lambda: log.truncate(0)):
+        with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be read \(has more than"):
+            use()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
