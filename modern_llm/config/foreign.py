@@ -36,6 +36,8 @@ LARGEST_SAMPLES = 100_000_000
 BEYOND = 1e30
 """Numbers of this size are no measurement."""
 
+YAMLError = yaml.YAMLError
+
 
 def read_json(path: str | Path, most: int = LARGEST, *, follow: bool = True) -> Any:
     """Return the value in a small JSON file.

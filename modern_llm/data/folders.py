@@ -11,10 +11,17 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from modern_llm.config.errors import DataError
 from modern_llm.config.regular_files import check_regular, read_text
+from modern_llm.data.card_configs import (
+    CARD,
+    CardConfig,
+    card_configs,
+    choose_config,
+    matching,
+)
 
 SPLITS = {
     "train": "train",
@@ -50,17 +57,31 @@ class Found:
     notes: tuple[str, ...]
 
 
-def files_of(folder: Path, suffixes: Sequence[str], split: str | None, every: bool) -> Found:
-    """Return the files of a split.
+def files_of(
+    folder: Path,
+    suffixes: Sequence[str],
+    split: str | None,
+    every: bool,
+    subset: str | None = None,
+) -> Found:
+    """Return the files of a split: as the README.md of the folder says, else by their names.
 
     Args:
         suffixes: types that can be read.
         split: its name; None is "train".
+        subset: the one of the configurations in README.md.
         every: all files are wanted where no split is given and the names hold one at most.
 
     Raises:
         DataError: there is none, one cannot be read, or the names leave a choice.
     """
+    config = choose_config(folder, card_configs(folder), subset)
+    if config is not None and not _stays_in(folder, folder / config.folder):
+        raise DataError(f"{folder / CARD}: data_dir {str(config.folder)!r} leaves the folder")
+    if config is not None and config.splits is not None:
+        return _of_config(folder, config, suffixes, split, every)
+    if config is not None:
+        folder = folder / config.folder
     readable = _data_files(folder, suffixes)
     names = {path: _Name(path.relative_to(folder)) for path in readable}
     if every and split is None:
@@ -76,6 +97,42 @@ def files_of(folder: Path, suffixes: Sequence[str], split: str | None, every: bo
     if rest := sorted({names[path].label for path in set(readable).difference(files)}):
         of = f"{len(files)} of {len(readable)} files are read"
         notes.insert(0, f"{folder}: {of}, not {', '.join(rest)}")
+    return Found(tuple(files), tuple(notes))
+
+
+def _of_config(
+    folder: Path, config: CardConfig, suffixes: Sequence[str], split: str | None, every: bool
+) -> Found:
+    """The files that README.md names for a split."""
+    assert config.splits is not None
+    names = list(config.splits)
+    place = f"{folder / CARD}: subset {config.name!r}"
+    if split is None and every and len(names) > 1:
+        raise DataError(f"{place} has the splits {names}: choose one (eval_split)")
+    wanted = names[0] if split is None and every else split or "train"
+    if wanted not in names:
+        kind = SPLITS.get(wanted)
+        near = [name for name in names if kind is not None and kind in _splits_in(name)]
+        if len(near) != 1:
+            raise DataError(
+                f"{place} has no split {wanted!r}, only {names}: choose one (split: {names[0]})"
+            )
+        wanted = near[0]
+    root = folder / config.folder
+    inside = {PurePosixPath(path.relative_to(root).as_posix()): path for path in _inside(root)}
+    files = sorted(inside[name] for name in matching(list(inside), config.splits[wanted]))
+    if not files:
+        raise DataError(
+            f"{place}, split {wanted!r}: no file fits {config.splits[wanted][:5]}: fetch the files"
+        )
+    for path in files:
+        if path.suffix.lower() in COMPRESSED:
+            raise DataError(f"{path}: is compressed: unpack it first")
+        if path.suffix.lower() not in suffixes:
+            raise DataError(f"{path}: cannot be read: one of {' '.join(suffixes)} belongs here")
+    _check_regular(files)
+    chosen = f"split {wanted!r} of subset {config.name!r}, as {CARD} says"
+    notes = [f"{folder}: {len(files)} files are read: {chosen}", *_missing_shards(files)]
     return Found(tuple(files), tuple(notes))
 
 
@@ -145,8 +202,7 @@ def _refuse_two_splits(folder: Path, names: Sequence[_Name]) -> None:
 
 def _data_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     """All files of the data, sorted by path; hidden files, metadata and other types are skipped."""
-    inside = [p for p in sorted(folder.rglob("*")) if not p.is_dir()]
-    inside = [p for p in inside if not any(s[0] == "." for s in p.relative_to(folder).parts)]
+    inside = _inside(folder)
     for path in inside:
         # Skipping a compressed file would silently train on a part of the data.
         if path.suffix.lower() in COMPRESSED:
@@ -156,12 +212,26 @@ def _data_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     found = [p for p in found if p.parent not in saved or p in (saved[p.parent] or [p])]
     if not found:
         raise DataError(f"{folder}: holds no file of a type {' '.join(suffixes)}")
-    for path in found:
+    _check_regular(found)
+    return found
+
+
+def _inside(folder: Path) -> list[Path]:
+    """All files of a folder but hidden ones, sorted by path."""
+    inside = [p for p in sorted(folder.rglob("*")) if not p.is_dir()]
+    return [p for p in inside if not any(s[0] == "." for s in p.relative_to(folder).parts)]
+
+
+def _stays_in(folder: Path, place: Path) -> bool:
+    return place.resolve().is_relative_to(folder.resolve())
+
+
+def _check_regular(files: Sequence[Path]) -> None:
+    for path in files:
         try:
             check_regular(path)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    return found
 
 
 def _saved_files(state: Path) -> list[Path]:

@@ -140,7 +140,7 @@ def open_source(
     Args:
         name: an existing file or folder; else, unless it looks like a path, a Hub id.
         split: as in `DatasetConfig.split`.
-        subset: configuration name of a Hub data set.
+        subset: configuration name of a Hub data set, or of a folder whose README.md names some.
         text_column: given where documents are read, and only then `.txt` files are.
         evaluation: the data set is there to evaluate on: where no split is said, all files of a
             folder are taken (names of several splits are refused), and of a Hub data set the split
@@ -153,10 +153,10 @@ def open_source(
     path = Path(name).expanduser()
     suffixes = [*READERS, ".txt"] if text_column is not None else list(READERS)
     if path.exists():
-        if subset is not None:
-            raise DataError(f"{name}: is local and has no subsets: leave out subset {subset!r}")
         if path.is_dir():
-            found = files_of(path, suffixes, split, evaluation)
+            found = files_of(path, suffixes, split, evaluation, subset)
+        elif subset is not None:
+            raise DataError(f"{name}: is local and has no subsets: leave out subset {subset!r}")
         else:
             found = Found((_one_file(path, suffixes, split),), ())
         for file in found.files:

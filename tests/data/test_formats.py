@@ -249,7 +249,7 @@ BROKEN = {
     "content parts": (
         "pairs",
         {**LISTS, "chosen": [user("q"), {"role": "assistant", "content": [{"text": "c"}]}]},
-        "column 'chosen', message 1, 'content' is a list",
+        "column 'chosen', message 1, 'content', part 0 is no object with a 'type'",
     ),
     "tool calls": (
         "pairs",
