@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES
 
 from modern_llm.config.errors import UserError
@@ -14,18 +15,33 @@ from modern_llm.data.batches import collate
 from modern_llm.data.plan import Sharing
 from modern_llm.data.rows import Examples
 from modern_llm.models.load import make_scorer
-from tests.helpers.families import build_family
+from tests.helpers.families import UNBUILT, build_family
 from tests.helpers.models import random_pairs
 
 SIZES = [(120, 60, 75), (40, 90, 20), (7, 30, 130), (1, 5, 100)]
 WEIGHTS = torch.tensor([[1.0, -0.5], [0.25, 2.0], [-1.0, 0.75], [0.5, -0.25]], dtype=torch.float64)
 SHORT = ["llama", "qwen2_moe", "phimoe", "gemma2", "recurrent_gemma", "mamba", "falcon_mamba",
-         "deepseek_v32", "doge", "camembert", "gpt_oss", "xlstm"]  # fmt: skip
+         "deepseek_v32", "doge", "camembert", "gpt_oss", "xlstm", "deepseek_v4"]  # fmt: skip
+
+# Built and not checked, or not exact, and why.
+OPEN = {
+    "prophetnet": "padding moves a sequence by 0.002 nats, which the probe does not see without a "
+    "twin",
+    "reformer": "its backward refuses evaluation mode, in which this test asks for the truth",
+}
 
 
 def plain(model, table):
-    """Sums and gradients in float64, one unpadded sequence at a time."""
-    wide = copy.deepcopy(model).double()
+    """Sums and gradients in float64, one unpadded sequence at a time; in float32 where the code of
+    a family is for that alone."""
+    try:
+        return plain_in(torch.float64, model, table)
+    except RuntimeError:
+        return plain_in(torch.float32, model, table)
+
+
+def plain_in(dtype, model, table):
+    wide = copy.deepcopy(model).to(dtype)
     wide.set_experts_implementation("eager")
     sums = torch.zeros(len(table), 2, dtype=torch.float64)
     for i in range(len(table)):
@@ -55,6 +71,7 @@ def asked(scorer, table, shared, groups):
 
 
 def check(name):
+    """Compare all ways of rows; return the scorer's abilities."""
     model, table = build_family(name), random_pairs(SIZES)
     expected, gradients = plain(model, table)
     scorer = make_scorer(model, dropout=False)
@@ -69,6 +86,7 @@ def check(name):
             torch.testing.assert_close(sums, expected, rtol=0, atol=1e-3)
             off = sum(float((ours[n] - g).square().sum()) for n, g in gradients.items()) ** 0.5
             assert off <= 1e-3 * norm, f"{way}: gradient is {off / norm:.1e} of its norm off"
+    return scorer.abilities
 
 
 @pytest.mark.parametrize("name", SHORT)
@@ -77,13 +95,21 @@ def test_a_family_is_scored_and_trained_as_its_plain_forward(name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(SHORT)))
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(SHORT) - set(UNBUILT)))
 def test_every_other_family_too(name):
     try:
-        build_family(name)(input_ids=torch.arange(3, 43)[None], use_cache=False)
-    except Exception as error:
-        pytest.skip(f"no tiny model of it: {' '.join(str(error).split())[:150]}")
-    try:
         check(name)
+    except AssertionError:
+        if name not in OPEN:
+            raise
+        pytest.xfail(OPEN[name])
     except UserError as error:
         pytest.skip(f"refused: {error}")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", UNBUILT)
+def test_a_family_is_left_out_only_as_long_as_it_cannot_be_built(name):
+    with pytest.raises((ImportError, ValueError, StrictDataclassError)):
+        build_family(name)(input_ids=torch.arange(3, 43)[None], use_cache=False)
