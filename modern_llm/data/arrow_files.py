@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _BATCH_ROWS, _BATCH_BYTES = 256, 2**26
 # Text compresses three- to tenfold. What grows more than this is made to fill a memory.
 _MOST_GROWTH, _FREE_BYTES = 1000, 2**28
+# Bytes of a decoded number; of a text at least its place.
+_WIDTHS = {"BOOLEAN": 1, "INT64": 8, "DOUBLE": 8}
 
 
 class _Cells(Protocol):
@@ -181,12 +183,19 @@ class _Column:
 
     def _from_the_start(self, place: str) -> Iterator[pyarrow.RecordBatch]:
         group = self._file.metadata.row_group(self._group)
-        size = sum(
-            part.total_uncompressed_size
+        parts = [
+            part
             for part in (group.column(at) for at in range(group.num_columns))
             if f"{part.path_in_schema}.".startswith(f"{self._name}.")
+        ]
+        size = sum(part.total_uncompressed_size for part in parts)
+        # A list in one row is decoded at once, and equal numbers take no room in the file.
+        inside = (
+            part.num_values * _WIDTHS.get(part.physical_type, 4)
+            for part in parts
+            if part.num_values > group.num_rows
         )
-        self._growth.add(size, place, declared=True)
+        self._growth.add(max(size, sum(inside)), place, declared=True)
         # A value is at most as long as its column, but a dictionary may repeat it for every row.
         rows = min(max(_BATCH_BYTES // max(size, 1), 1), _BATCH_ROWS)
         return self._file.iter_batches(

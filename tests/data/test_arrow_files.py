@@ -229,3 +229,19 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path):
     table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
     with pytest.raises(DataError, match="two columns of one name"):
         list(read_parquet(put(tmp_path / "a.parquet", table)))
+
+
+def test_a_list_that_is_larger_than_its_file_can_say_is_refused_undecoded(tmp_path):
+    count = 100_000_000
+    numbers = pyarrow.repeat(pyarrow.scalar(0, pyarrow.int32()), count)
+    ends = pyarrow.array([0, count], pyarrow.int32())
+    table = pyarrow.table({"text": pyarrow.ListArray.from_arrays(ends, numbers)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", data_page_size=2**30)
+    del numbers, table
+    assert (tmp_path / "a.parquet").stat().st_size < 10_000
+    pool = pyarrow.default_memory_pool()
+    before = pool.bytes_allocated()
+    (row,) = read_parquet(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="unpacks to more than"):
+        row.values["text"]
+    assert pool.bytes_allocated() - before < 10_000_000
