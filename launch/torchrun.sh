@@ -32,7 +32,7 @@ if [ $# -eq 0 ]; then
   exit 2
 fi
 # A launcher alone would wait minutes for a node that is missing or claims another's place.
-"$PYTHON" -m modern_llm.distributed.meet_nodes --nodes "$nodes" --node_rank "$rank" \
+"$PYTHON" -m modern_llm.distributed.rendezvous.preflight --nodes "$nodes" --node_rank "$rank" \
   --main_address "$address" --main_port $((port + 1)) "${@:2}"
 
 if [ -n "${ACCELERATE_CONFIG:-}" ]; then

@@ -14,9 +14,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 from modern_llm.config.errors import UserError, status_of
-from modern_llm.config.files import Settings, read_settings
 from modern_llm.config.printable import PrintableFormatter, json_line
-from modern_llm.distributed.signals import StopRequest
+from modern_llm.distributed.shutdown.signals import StopRequest
 from modern_llm.verbs import (
     completion,
     demo,
@@ -32,6 +31,7 @@ from modern_llm.verbs import (
     score,
     stages,
 )
+from modern_llm.verbs.settings import Settings, read_settings
 
 LONGEST_WORD = 500
 """Characters of one word in an error's line; a path has fewer."""
@@ -118,9 +118,9 @@ def run() -> NoReturn:
 def leave(status: int) -> NoReturn:
     """End this process with `status`, and the process groups before it where there are any."""
     if "torch.distributed" in sys.modules:
-        from modern_llm.distributed import leaving
+        from modern_llm.distributed.shutdown import process_exit
 
-        leaving.leave(status)
+        process_exit.leave(status)
     sys.exit(status)
 
 
@@ -129,7 +129,7 @@ def _of_many(failure: Exception) -> tuple[BaseException, bool]:
     if "torch.distributed" not in sys.modules or "WORLD_SIZE" not in os.environ:
         # Nothing heavy was imported: of what is wrong before that, rank 0 speaks for all.
         return failure, os.environ.get("RANK", "0") == "0" or not isinstance(failure, UserError)
-    from modern_llm.distributed.lost import as_peer_error, may_speak
+    from modern_llm.distributed.health.peer_failure import as_peer_error, may_speak
 
     error = as_peer_error(failure)
     return error, may_speak(error)

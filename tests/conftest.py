@@ -61,6 +61,30 @@ def own_reference_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory):
+    """A byte-level tokenizer of a few hundred tokens."""
+    from tests.helpers.text import make_tokenizer
+
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A folder with a tiny Llama for whole runs."""
+    from tests.helpers.text import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model", tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_pairs(tmp_path_factory) -> Path:
+    """A file of 30 preference pairs."""
+    from tests.helpers.text import transcripts, write_jsonl
+
+    return write_jsonl(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", transcripts(30))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where there is none; only such tests make this import torch."""
     marked = [item for item in items if item.get_closest_marker("gpu")]

@@ -24,8 +24,9 @@ from tests.helpers.imports import (
 )
 
 CORE = frozenset(
-    "loop task optim checkpoint saving metrics nonfinite changes run_folder run_lock watch teacher "
-    "trackers trace step token_budget ahead background spikes".split()
+    "loop accumulation optim prefetch task checkpointing guards "
+    "monitoring.diagnostics monitoring.metrics monitoring.monitor monitoring.profiler "
+    "monitoring.trackers run.config_changes run.folder run.lock".split()
 )
 """Modules of `training` that know an Accelerator and a Task, not data, models or losses."""
 
@@ -34,50 +35,66 @@ def row(project: str = "", third_party: str = "", **options) -> Layer:
     return Layer(frozenset(project.split()), frozenset(third_party.split()), **options)
 
 
-BELOW = "config objectives models data distributed reference core"
+# The order of a pair's path: each layer may import the ones before it, where its row says so.
+BELOW = "config storage models distributed data setup reference"
 TABLE = {
     # layer: what it may import of the project; of others, besides the standard library
     "package": row(),
-    "config": row("", "pydantic pydantic_settings yaml shtab"),
+    "config": row("objectives.catalogue", "pydantic"),
     "objectives": row("", "torch"),
-    # huggingface_hub: the configuration alone of a model on the Hub.
-    "models": row("config", "torch transformers peft safetensors huggingface_hub"),
+    # config.printable: names of files in messages. heartbeat: a leaf; a long write shows that it
+    # makes progress. yaml: bounded reading of files that somebody else has written.
+    "storage": row(
+        "config.errors config.printable distributed.health.heartbeat",
+        "torch safetensors xxhash yaml",
+    ),
+    # storage: weights, configurations and adapters are files. huggingface_hub: the configuration
+    # alone of a model on the Hub.
+    "models": row("config storage", "torch transformers peft safetensors huggingface_hub"),
+    # huggingface_hub: whether the Hub answers. yaml: nodes compare the configuration file.
+    "distributed": row(
+        "config storage",
+        "torch torch.distributed accelerate deepspeed rich yaml huggingface_hub xxhash",
+    ),
     # A table of a million pairs is made without torch; only the tensors of one batch need it.
-    # distributed.commit and faults: how anything gets its name; they import the errors alone.
-    # distributed.digests: what is known of files, which data and weights share.
     "data": row(
-        "config distributed.commit distributed.digests distributed.faults",
+        "config storage",
         # huggingface_hub: the commit that a streamed data set is read at.
         "numpy datasets tokenizers pyarrow huggingface_hub",
         only_in={
-            "torch": frozenset({"data.batches"}),
+            "torch": frozenset({"data.batch.collate", "data.batch.micro_batches"}),
             # Chat templates are rendered in the environment that transformers makes.
-            "transformers": frozenset({"data.chat_rendering"}),
-            "jinja2": frozenset({"data.chat_sandbox"}),
+            "transformers": frozenset({"data.encode.rendering"}),
+            "jinja2": frozenset({"data.encode.sandbox"}),
         },
     ),
-    # huggingface_hub: whether the Hub answers. yaml: nodes compare the configuration file.
-    "distributed": row(
-        "config", "torch torch.distributed accelerate deepspeed rich yaml huggingface_hub xxhash"
+    # Until they are split, these import modules of a run, and its outcome imports a verb.
+    "setup": row(f"{BELOW} core stages", "torch transformers"),
+    "reference": row(f"{BELOW} core stages", "torch numpy transformers xxhash"),
+    "planning": row(BELOW, "torch transformers accelerate huggingface_hub"),
+    "inference": row(BELOW, "torch transformers"),
+    "evaluation": row(f"{BELOW} inference core stages", "torch numpy transformers"),
+    # report.card: the model card beside exported weights.
+    "export": row(
+        f"{BELOW} inference report.card", "torch transformers safetensors huggingface_hub"
     ),
-    "reference": row(
-        "config data.records models.scorer distributed", "torch numpy transformers xxhash"
-    ),
-    "core": row("config distributed", "torch accelerate safetensors yaml"),
+    # Pages from plain numbers: a template and a drawing; nothing that computes.
+    "report": row("config.printable storage", "jinja2 matplotlib numpy yaml huggingface_hub"),
+    "core": row("config storage distributed", "torch accelerate safetensors yaml"),
     # train_*.py and what they are made of; a train_*.py itself is imported by cli and demo only.
     "stages": row(
-        f"{BELOW} report", "torch transformers numpy safetensors pydantic peft huggingface_hub"
+        f"{BELOW} objectives inference export report core verbs", "torch transformers numpy"
     ),
-    # Pages from plain numbers: a template, a drawing, a terminal; nothing that computes.
-    "report": row(
-        # Files that others may have written, and text for a terminal.
-        "config.foreign config.printable distributed.commit",
-        "jinja2 matplotlib numpy rich yaml huggingface_hub",
+    "demo": row(
+        f"{BELOW} inference evaluation report core stages",
+        "tokenizers transformers rich numpy torch",
     ),
-    "demo": row(f"{BELOW} stages report", "tokenizers transformers rich numpy torch"),
     # One module a verb or a family of them; the command line itself only chooses among these.
-    "verbs": row(f"{BELOW} stages report demo", "pydantic pydantic_settings yaml shtab"),
-    "cli": row(f"{BELOW} stages report demo verbs", "pydantic pydantic_settings rich transformers"),
+    "verbs": row(
+        f"{BELOW} planning inference evaluation export report core stages demo",
+        "pydantic pydantic_settings yaml shtab rich torch huggingface_hub",
+    ),
+    "cli": row("config distributed verbs", "pydantic pydantic_settings rich transformers"),
 }
 STARTS_AT_ONCE = ("modern_llm.__main__", "modern_llm.cli", "modern_llm.config")
 SLOW_TO_IMPORT = frozenset("torch transformers accelerate datasets numpy pyarrow pandas".split())
@@ -166,8 +183,8 @@ WORLD = [
     made_up("modern_llm", "", package=True),
     made_up("modern_llm.config", "", package=True),
     made_up("modern_llm.data", "", package=True),
-    made_up("modern_llm.data.rows", "import numpy"),
-    made_up("modern_llm.data.records", ""),
+    made_up("modern_llm.data.batch.prefix_tree", "import numpy"),
+    made_up("modern_llm.data.read.records", ""),
     made_up("modern_llm.models", "", package=True),
     made_up("modern_llm.models.scorer", "import torch"),
     made_up("modern_llm.training", "", package=True),
@@ -183,8 +200,8 @@ WORLD = [
         ("config.x", "def f():\n    import torch", "x.py:2: config imports torch"),
         (
             "config.x",
-            "from ..data import rows",
-            "config imports modern_llm.data.rows: not among nothing",
+            "from ..data.batch import prefix_tree",
+            "config imports modern_llm.data.batch.prefix_tree: not among",
         ),
         (
             "objectives.x",
@@ -198,29 +215,24 @@ WORLD = [
         ("models.x", "from accelerate import Accelerator", "models imports accelerate.Accelerator"),
         (
             "models.x",
-            "from modern_llm.data import rows",
-            "modern_llm.data.rows: not among ['config']",
+            "from modern_llm.data.batch import prefix_tree",
+            "modern_llm.data.batch.prefix_tree: not among ['config', 'storage']",
         ),
-        ("data.x", "import torch", "only in ['data.batches']"),
-        ("data.x", "from torch.nn import Module", "only in ['data.batches']"),
+        ("data.x", "import torch", "only in ['data.batch.collate'"),
+        ("data.x", "from torch.nn import Module", "only in ['data.batch.collate'"),
         ("data.x", "from accelerate import Accelerator", "not among"),
         (
             "distributed.x",
             "from modern_llm.models.scorer import TokenScorer",
-            "not among ['config']",
+            "not among ['config', 'storage']",
         ),
-        ("reference.x", "from modern_llm.data.rows import Rows", "not among"),
-        (
-            "reference.x",
-            "from modern_llm.training import loop",
-            "modern_llm.training.loop: not among",
-        ),
+        ("reference.x", "from modern_llm.objectives import language", "not among"),
         (
             "training.loop",
-            "from modern_llm.data.rows import Rows",
-            "core imports modern_llm.data.rows",
+            "from modern_llm.data.batch.prefix_tree import Rows",
+            "core imports modern_llm.data.batch.prefix_tree",
         ),
-        ("training.loop", "from modern_llm.training.setup import go", "core imports"),
+        ("training.loop", "from modern_llm.training.stage import go", "core imports"),
         ("training.loop", "import torch.distributed", "core imports torch.distributed"),
         ("training.setup", "import deepspeed", "stages imports deepspeed"),
         ("training.setup", "from accelerate import Accelerator", "stages imports accelerate"),
@@ -254,11 +266,11 @@ def test_the_table_refuses(module, text, reason):
     [
         ("config.x", "import os\nfrom pydantic import Field\nfrom modern_llm.config import base"),
         ("objectives.x", "from torch import Tensor\nfrom modern_llm.objectives import preference"),
-        ("data.batches", "import torch\nfrom modern_llm.data.rows import Rows"),
+        ("data.batch.collate", "import torch\nfrom modern_llm.data.batch.prefix_tree import Rows"),
         ("distributed.x", "import torch.distributed as dist\ndef f():\n    import deepspeed"),
         (
             "reference.x",
-            "from modern_llm.data.records import Pair\nfrom modern_llm.models import scorer",
+            "from modern_llm.data.read.records import Pair\nfrom modern_llm.models import scorer",
         ),
         (
             "training.loop",
@@ -266,10 +278,10 @@ def test_the_table_refuses(module, text, reason):
         ),
         (
             "training.train_dpo",
-            "from modern_llm.data import rows\nfrom modern_llm.training.loop import f",
+            "from modern_llm.data.batch import prefix_tree\nfrom modern_llm.training.loop import f",
         ),
         ("demo.x", "def f():\n    from modern_llm.training.train_lm import run_training"),
-        ("cli", "def f():\n    from modern_llm.training.train_dpo import run_dpo"),
+        ("verbs.x", "def f():\n    from modern_llm.training.train_dpo import run_dpo"),
     ],
 )
 def test_the_table_allows(module, text):

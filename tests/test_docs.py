@@ -17,9 +17,9 @@ import yaml
 
 from modern_llm.cli import VERBS, _split
 from modern_llm.config import DocumentDatasetConfig, PreferenceDatasetConfig, TrainingConfig
-from modern_llm.config.files import _command_line
+from modern_llm.config.dpo import DPOConfig
 from modern_llm.objectives.catalogue import LOSSES
-from modern_llm.training.dpo_config import DPOConfig
+from modern_llm.verbs.settings import _command_line
 from modern_llm.verbs.stages import read_stage
 
 ROOT = Path(__file__).parents[1]

@@ -20,9 +20,9 @@ from tests.helpers.text import make_checkpoint, make_tokenizer, transcripts, wri
 from tests.test_docs import PAGES, ROOT, blocks
 
 ELSEWHERE = {
-    "accelerate launch": "tests/training/test_launchers.py",
-    "torchrun.sh": "tests/distributed/test_two_nodes.py",
-    "two_nodes_local.sh": "tests/distributed/test_two_nodes.py",
+    "accelerate launch": "tests/distributed/test_launchers.py",
+    "torchrun.sh": "tests/distributed/rendezvous/test_two_nodes.py",
+    "two_nodes_local.sh": "tests/distributed/rendezvous/test_two_nodes.py",
     "--push_to_hub": "needs an account",
     "sbatch": "tests/launch/test_sweep.py",
     "completion": "tests/verbs/test_completion.py",

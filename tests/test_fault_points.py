@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # Functions of layers that may not import the points; their callers are held to enclose the calls.
 BY_CALLERS = frozenset(
     {
-        "modern_llm.models.pt_files:save_model",
+        "modern_llm.models.pt_checkpoint:save_model",
         "modern_llm.models.adapters:write_adapters",
         # Called inside `with around("shard.write")`, with the file that is open there.
-        "modern_llm.reference.shard_writer:_write_blocks",
+        "modern_llm.reference.store.shard_writer:_write_blocks",
     }
 )
 # Where a person looks on, not a file: nothing is kept of it.

@@ -16,9 +16,9 @@ LAYERS = ("modern_llm/models/", "modern_llm/data/", "modern_llm/objectives/", "m
 # In a thread of its own, or a few numbers, or before a watchdog: nobody waits for these.
 ALONE = (
     "modern_llm/demo/",
-    "modern_llm/distributed/claims.py",
-    "modern_llm/distributed/doctor.py",
-    "modern_llm/distributed/local_files.py",
+    "modern_llm/storage/lease.py",
+    "modern_llm/verbs/doctor_checks.py",
+    "modern_llm/distributed/rendezvous/input_files.py",
     "modern_llm/reference/keys.py",
 )
 

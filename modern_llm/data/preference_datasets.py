@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from modern_llm.config.data import PreferenceDatasetConfig
-from modern_llm.data.prepare import Prepared, prepare
-from modern_llm.data.recipes import answers_recipe
-from modern_llm.data.templates import Tokenizer
+from modern_llm.data.encode.chat_template import Tokenizer
+from modern_llm.data.encode.pipeline import answers_recipe
+from modern_llm.data.table.build import Prepared, prepare
 
 __all__ = ["PreferenceDatasetConfig", "build_preference_tables"]
 

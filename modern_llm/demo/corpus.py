@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from modern_llm.demo.facts import READINGS, Fact, Relation, capitalised, relations
-from modern_llm.distributed.commit import write_file
+from modern_llm.storage.atomic import write_file
 
 T = TypeVar("T")
 

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 
 from modern_llm.config import InstructionDatasetConfig, PreferenceDatasetConfig
-from modern_llm.data.batches import collate
+from modern_llm.data.batch.collate import collate
+from modern_llm.data.batch.order import Budget, place
+from modern_llm.data.batch.prefix_tree import Examples
 from modern_llm.data.instruction_datasets import build_instruction_tables
-from modern_llm.data.plan import Budget, place
-from modern_llm.data.rows import Examples
 from modern_llm.demo.corpus import CorpusPaths, read_questions
 from modern_llm.demo.judge import judge, word_count
-from modern_llm.models.generate import generate
+from modern_llm.evaluation.score import score_pairs
+from modern_llm.inference.chat import prompt_ids
+from modern_llm.inference.generate import generate
 from modern_llm.models.load import inspect_checkpoint, load_model, load_tokenizer, make_scorer
-from modern_llm.training.answer import prompt_ids
-from modern_llm.training.score import score_pairs
 
 TEMPERATURE = 1.0
 SHOWN = 3

@@ -32,7 +32,7 @@ from modern_llm.config.printable import one_line, printable
 from modern_llm.demo.corpus import CorpusPaths, write_corpus
 from modern_llm.demo.evaluate import StageScore, evaluate_stages
 from modern_llm.demo.tokenizer import build_tokenizer
-from modern_llm.distributed.commit import write_file
+from modern_llm.storage.atomic import write_file
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
 from modern_llm.training.train_lm import run_training
 from modern_llm.training.train_sft import run_sft

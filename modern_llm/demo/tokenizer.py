@@ -13,8 +13,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from modern_llm.distributed.commit import committed_folder
-from modern_llm.distributed.faults import around
+from modern_llm.storage.atomic import committed_folder
+from modern_llm.storage.fault_points import around
 
 END_TOKEN = "<|end|>"
 PAD_TOKEN = "<|pad|>"

@@ -14,7 +14,7 @@ from typing import Any
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError
-from modern_llm.config.foreign import read_json
+from modern_llm.storage.untrusted import read_json
 
 # Sections that DeepSpeed reads and that leave the meaning of a run as it is. Left out on purpose:
 # its pipelines, curricula, sparse attention, autotuning and batch-size elasticity.

@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from modern_llm.distributed import deepspeed_release
-from modern_llm.distributed.faults import around
-from modern_llm.distributed.progress import waiting
+from modern_llm.distributed.health.heartbeat import waiting
+from modern_llm.storage.fault_points import around
 
 
 class Flag:

@@ -33,24 +33,19 @@ from torch import nn
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError, PeerError
-from modern_llm.distributed import (
-    deepspeed_config,
-    deepspeed_release,
-    frozen,
-    launcher,
-    leaving,
-    progress,
-)
-from modern_llm.distributed.ending import within
+from modern_llm.distributed import deepspeed_config, deepspeed_release, frozen_engine, launcher
+from modern_llm.distributed.collectives import MEETING_H, Peers
 from modern_llm.distributed.engine import DeepSpeedEngine, Engine
-from modern_llm.distributed.faults import around
-from modern_llm.distributed.handshake import differences, join, whereabouts
-from modern_llm.distributed.local_files import named_in
-from modern_llm.distributed.peers import MEETING_H, Peers
-from modern_llm.distributed.progress import waiting
+from modern_llm.distributed.health import heartbeat
+from modern_llm.distributed.health.heartbeat import waiting
+from modern_llm.distributed.health.termination import within
+from modern_llm.distributed.rendezvous.handshake import differences, join, whereabouts
+from modern_llm.distributed.rendezvous.input_files import named_in
+from modern_llm.distributed.shutdown import process_exit
+from modern_llm.storage.fault_points import around
 
 if TYPE_CHECKING:
-    from modern_llm.distributed.stopping import Flag
+    from modern_llm.distributed.shutdown.consensus import Flag
 
 log = logging.getLogger(__name__)
 
@@ -126,16 +121,16 @@ class Runtime(Peers):
         by an engine of its own.
         """
         if self.stage is None:
-            return self._frozen(frozen.still(module).to(self.device))
+            return self._frozen(frozen_engine.still(module).to(self.device))
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-        content = frozen.engine_config(self.deepspeed_content, file, self.config)
+        content = frozen_engine.engine_config(self.deepspeed_content, file, self.config)
         self._in_use[id(module)] = partial(deepspeed_release.forget, module)
-        engine = frozen.shard(module, content)
+        engine = frozen_engine.shard(module, content)
         del self._in_use[id(module)]
         return self._frozen(engine)
 
     def _frozen(self, module: nn.Module) -> nn.Module:
-        self._in_use[id(module)] = partial(frozen.let_go, module)
+        self._in_use[id(module)] = partial(frozen_engine.let_go, module)
         return module
 
     def release(self, used: Engine | nn.Module) -> None:
@@ -216,7 +211,7 @@ def start(config: TrainingConfig, record: dict[str, Any] | None = None) -> Runti
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         join("gloo" if on_cpu else "nccl", _facts(record), timedelta(hours=MEETING_H))
     if dist.is_initialized():
-        leaving.handle_exit()
+        process_exit.handle_exit()
     before = PartialState._shared_state.get("distributed_type")
     # Stages run one after another in one process, each with a precision and perhaps a sharding of
     # its own; the process group of the first serves all.
@@ -278,7 +273,7 @@ def _facts(record: dict[str, Any] | None) -> dict[str, Any]:
 def _compare_inputs(runtime: Runtime, record: dict[str, Any]) -> None:
     """Refuse local inputs that differ between nodes; one process of each node reads them, while
     the others wait in a collective, however long that takes."""
-    progress.enter("comparing the input files")
+    heartbeat.enter("comparing the input files")
     found: dict[str, str] | None = None
     with runtime.failing_together():
         if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modern_llm.config.errors import ConfigError, UserError
-from modern_llm.config.foreign import read_json
 from modern_llm.config.lora import LoraConfig
+from modern_llm.storage.untrusted import read_json
 
 NAME = "default"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modern_llm.models.prepare import decoder_layers
 from modern_llm.models.shapes import attention_widths
+from modern_llm.models.training_mode import decoder_layers
 
 # Dense matrix products in bfloat16, operations a second, as the maker states them; the words of the
 # device's name after the maker's. The longest entry that the name begins with counts.

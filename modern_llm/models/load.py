@@ -25,13 +25,13 @@ from transformers import (
 )
 
 from modern_llm.config.errors import StorageError, UserError
-from modern_llm.config.foreign import read_json
-from modern_llm.config.regular_files import check_regular
-from modern_llm.models import pt_files
+from modern_llm.models import pt_checkpoint
 from modern_llm.models.adapters import base_of, merged
-from modern_llm.models.probe import probe
+from modern_llm.models.capabilities import probe
 from modern_llm.models.routers import router_loss_of
 from modern_llm.models.scorer import TokenScorer
+from modern_llm.storage.regular_files import check_regular
+from modern_llm.storage.untrusted import read_json
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def inspect_checkpoint(place: str | Path) -> Checkpoint:
     """Say what stands at `place`, or raise `UserError` with what was looked for."""
     place = str(place)
     if place.endswith(".pt"):
-        return Checkpoint(place, pt_files.read_config(Path(place)), has_tokenizer=False)
+        return Checkpoint(place, pt_checkpoint.read_config(Path(place)), has_tokenizer=False)
     path = Path(place)
     base = base_of(path)
     if base is not None:
@@ -149,7 +149,7 @@ def load_model(
     if checkpoint.base is not None:
         return merged(load_model(inspect_checkpoint(checkpoint.base)), Path(checkpoint.place))
     if checkpoint.is_pt:
-        return pt_files.load_model(Path(checkpoint.place))
+        return pt_checkpoint.load_model(Path(checkpoint.place))
     extra = {} if quantize is None else {"quantization_config": _few_bits(quantize)}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(

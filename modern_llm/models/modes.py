@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modern_llm.models.prepare import disable_dropout, dropouts
 from modern_llm.models.routers import without_router_loss
+from modern_llm.models.training_mode import disable_dropout, dropouts
 
 log = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modern_llm.models.attention import Backend, Parts, TreeMask, TreeMasks
-from modern_llm.models.attention_blocks import MERGE_BELOW
+from modern_llm.models.attention.cpu_blocks import MERGE_BELOW
+from modern_llm.models.attention.prefix_tree import Backend, Parts, TreeMask, TreeMasks
+from modern_llm.models.cpu.last_layer import narrows, needed_of
 from modern_llm.models.head import FusedHead, target_logprobs
-from modern_llm.models.narrow import narrows, needed_of
 from modern_llm.models.routers import RouterLoss, has_experts, without_router_loss
 
 

@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modern_llm.config.errors import StorageError
-from modern_llm.distributed import progress, stopping
-from modern_llm.distributed.display import Display
+from modern_llm.distributed.health import heartbeat
+from modern_llm.distributed.progress_bar import Display
 from modern_llm.distributed.runtime import Runtime
-from modern_llm.reference.entries import Entries, concatenate
-from modern_llm.reference.store import ReferenceStore
+from modern_llm.distributed.shutdown import consensus
+from modern_llm.reference.store.entries import Entries, concatenate
+from modern_llm.reference.store.store import ReferenceStore
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def fill(
     Raises:
         StorageError: the store cannot be written; what was committed stays.
     """
-    progress.enter("filling the reference store")
+    heartbeat.enter("filling the reference store")
     began = time.perf_counter()
     found = runtime.on_main(lambda: _present(store, answers.keys, tokens))
     pieces, mine = _plan(answers, lay_out, found, flush_every, part)
@@ -199,8 +200,8 @@ class _Pass:
         waited = False
         try:
             while open_:
-                progress.tick()
-                stopping.check(self._runtime, STATE)
+                heartbeat.tick()
+                consensus.check(self._runtime, STATE)
                 number, lacking = self._runtime.on_main(lambda: self._claim(pieces, open_))
                 if number is None:
                     if not waited and self._runtime.is_main:
@@ -271,7 +272,7 @@ class _Pass:
         self._runtime.on_main(lambda: self._store.append(good))
         self._runtime.raise_together(failure)
         if self._runtime.stopping:
-            stopping.check(self._runtime, STATE)
+            consensus.check(self._runtime, STATE)
         return found
 
     def _score_share(self, trees: Trees, groups: list[Indices]) -> tuple[Entries, Exception | None]:
@@ -286,12 +287,12 @@ class _Pass:
         results = self._score(trees, takewhile(lambda _: going, groups))
 
         for _ in groups:
-            with progress.quick("reference pass"):
+            with heartbeat.quick("reference pass"):
                 try:
                     scored += [values for _, values in next(results)]
                 except Exception as error:
                     failure = error
-                leaves = stopping.leave(self._runtime, failure)
+                leaves = consensus.leave(self._runtime, failure)
             if leaves:
                 break
         going = False

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from modern_llm.config.printable import printable
-from modern_llm.distributed.commit import write_file
 from modern_llm.report.figures import COLOURS, drawings
 from modern_llm.report.runs import ReportError, Run, differences, read_runs
+from modern_llm.storage.atomic import write_file
 
 LIMIT = 3_000_000
 """Bytes that a page must stay under."""

@@ -17,7 +17,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from modern_llm.config.foreign import (
+from modern_llm.config.printable import one_line
+from modern_llm.storage.untrusted import (
     LARGEST_LINES,
     LARGEST_SAMPLES,
     finite,
@@ -26,7 +27,6 @@ from modern_llm.config.foreign import (
     read_yaml,
     whole_number,
 )
-from modern_llm.config.printable import one_line
 
 log = logging.getLogger(__name__)
 

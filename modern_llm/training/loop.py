@@ -18,20 +18,21 @@ from torch import Tensor, nn
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError, Stopped, UserError
-from modern_llm.distributed import progress
 from modern_llm.distributed.engine import Engine
-from modern_llm.distributed.faults import around
+from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.runtime import Runtime
-from modern_llm.distributed.stopping import begin_asking, check, stop_asked
-from modern_llm.training import checkpoint, nonfinite, spikes
-from modern_llm.training.ahead import Ahead
-from modern_llm.training.metrics import console_line, peak_memory_gb
+from modern_llm.distributed.shutdown.consensus import begin_asking, check, stop_asked
+from modern_llm.storage.fault_points import around
+from modern_llm.training.accumulation import accumulate, add, over_ranks
+from modern_llm.training.checkpointing import format
+from modern_llm.training.checkpointing.saver import OWED, Saver
+from modern_llm.training.guards import loss_spikes, nonfinite
+from modern_llm.training.monitoring.metrics import console_line, peak_memory_gb
+from modern_llm.training.monitoring.monitor import Watch
 from modern_llm.training.optim import is_due, learning_rate, make_optimizer, set_learning_rate
-from modern_llm.training.run_folder import RunFolder
-from modern_llm.training.saving import OWED, Saver
-from modern_llm.training.step import accumulate, add, over_ranks
+from modern_llm.training.prefetch import Ahead
+from modern_llm.training.run.folder import RunFolder
 from modern_llm.training.task import Task
-from modern_llm.training.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def _save_or_stop(
     Args:
         cut: what was due after this step is still to be made.
     """
-    with progress.quick("deciding whether to stop", done):
+    with heartbeat.quick("deciding whether to stop", done):
         stopping = stop_asked(runtime)
     saver.look()
     if stopping or (done < total and is_due(runtime.config.save_every, done, total)):
@@ -188,7 +189,7 @@ def _optimizer_step(
     """One step of the optimizer; returns this rank's sums and the norm of the whole gradient."""
     began = time.perf_counter()
     sums, losses, busy, spiked = accumulate(runtime, engine, task, config, step, began)
-    with progress.quick("optimizer", step + 1):
+    with heartbeat.quick("optimizer", step + 1):
         begin_asking(runtime)
         set_learning_rate(engine.optimizer, rate)
         # Of the step before: known by now, while the device still computes this one.
@@ -203,7 +204,7 @@ def _optimizer_step(
         )
         if update.is_known:
             engine.settle()
-    progress.step_done(time.perf_counter() - began, busy)
+    heartbeat.step_done(time.perf_counter() - began, busy)
     return sums, update.norm
 
 
@@ -291,7 +292,7 @@ def _look(
     if is_due(config.eval_every, step, total, at_end=True):
         record |= _evaluate(runtime, engine.model, task, watch, step)
     if sample is not None and is_due(config.generate_every, step, total, at_end=True):
-        with progress.phase("sample answers", step):
+        with heartbeat.phase("sample answers", step):
             record |= sample(step)
     return record
 
@@ -306,7 +307,7 @@ def _evaluate(
     model.eval()
     sums: dict[str, Tensor] = {}
     for group in groups:
-        with progress.quick("evaluation", step):
+        with heartbeat.quick("evaluation", step):
             batches = task.prepare(model, step, [batch.to(runtime.device) for batch in group])
             for batch in batches:
                 check(runtime, "during an evaluation")
@@ -335,10 +336,10 @@ def _measure(
 
 
 def _prepared(runtime: Runtime, scorer: nn.Module, config: TrainingConfig) -> Engine:
-    with progress.phase("preparing the engine"):
+    with heartbeat.phase("preparing the engine"):
         engine = runtime.prepare(scorer, make_optimizer(config, scorer))
     if config.skip_loss_spikes:
-        engine.spikes = spikes.fresh()
+        engine.spikes = loss_spikes.fresh()
     return engine
 
 
@@ -353,7 +354,7 @@ def _start_engine(
     """Prepare the model, with the state of the checkpoint that the run goes on from if there is
     one; return the engine, the number of steps already done, and whether what was due after them is
     still owed."""
-    progress.enter("preparing the first step")
+    heartbeat.enter("preparing the first step")
     found = run.standing
     if found is None and run.config.resume == "must":
         raise UserError(f"resume: {run.checkpoints} holds no checkpoint to go on from")
@@ -379,13 +380,13 @@ def _start_engine(
             "train.epochs, or name another output_dir"
         )
     size = sum(file.stat().st_size for file in place.iterdir())
-    reading = size / progress.SLOWEST_DISK + progress.DISK_PAUSE_S
+    reading = size / heartbeat.SLOWEST_DISK + heartbeat.DISK_PAUSE_S
     # Before it is prepared: whatever shards the weights then shards these.
-    with progress.phase("loading the checkpoint", None, reading), around("checkpoint.load"):
-        checkpoint.load_weights(place, scorer.model)
+    with heartbeat.phase("loading the checkpoint", None, reading), around("checkpoint.load"):
+        format.load_weights(place, scorer.model)
     engine = _prepared(runtime, scorer, config)
-    with progress.phase("loading the checkpoint", None, reading):
-        checkpoint.load_state(place, engine)
+    with heartbeat.phase("loading the checkpoint", None, reading):
+        format.load_state(place, engine)
     if runtime.is_main:
         run.log().truncate(step)
         log.info("going on from %s", place)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from modern_llm.training.token_budget import TokenBudget
+from modern_llm.training.guards.memory import TokenBudget
 
 
 class StepSums(NamedTuple):

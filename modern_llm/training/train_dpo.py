@@ -8,21 +8,22 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from modern_llm.config import LoraConfig, PreferenceDatasetConfig, TrainingConfig
+from modern_llm.config.dpo import DPOConfig
 from modern_llm.data.preference_datasets import build_preference_tables
-from modern_llm.data.prepare import Prepared
+from modern_llm.data.table.build import Prepared
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.load import inspect_checkpoint
 from modern_llm.models.scorer import TokenScorer
-from modern_llm.training import lora, setup, tables
-from modern_llm.training.dpo_config import DPOConfig
-from modern_llm.training.dry_run import DryRun
-from modern_llm.training.left_out import leave_out_of_run
-from modern_llm.training.outcome import outcome_recorded
-from modern_llm.training.preference_task import PreferenceTask
-from modern_llm.training.reference_pass import ReferencePass
-from modern_llm.training.run_folder import RunFolder
-from modern_llm.training.sources import make_sources
-from modern_llm.training.template_day import remember_day, with_template_day
+from modern_llm.reference.nonfinite_pairs import leave_out_of_run
+from modern_llm.reference.reference_pass import ReferencePass
+from modern_llm.reference.template_day import remember_day, with_template_day
+from modern_llm.setup import policy, tables
+from modern_llm.setup.micro_batches import make_sources
+from modern_llm.training import stage
+from modern_llm.training.run.dry_run import DryRun
+from modern_llm.training.run.folder import RunFolder
+from modern_llm.training.run.outcome import outcome_recorded
+from modern_llm.training.tasks.preference import PreferenceTask
 
 __all__ = ["DPOConfig", "run_dpo"]
 
@@ -54,8 +55,8 @@ def run_dpo(
         StorageError: the reference store refuses, or its values are not this policy's.
         Stopped: a signal asked to stop; the same call goes on.
     """
-    data = setup.with_dataset_name(preference_config, train_config)
-    runtime, run = setup.open_run(
+    data = stage.with_dataset_name(preference_config, train_config)
+    runtime, run = stage.open_run(
         train_config,
         dry_run,
         sft_checkpoint=str(sft_checkpoint),
@@ -64,13 +65,13 @@ def run_dpo(
         lora=lora_config,
         tokenizer_name=tokenizer_name,
     )
-    lora.check_lora(runtime, lora_config, train_config, dropout=False)
+    policy.check_lora(runtime, lora_config, train_config, dropout=False)
     if run.finished():
         return run.final
     checkpoint = inspect_checkpoint(sft_checkpoint)
-    tokenizer, others = setup.choose_tokenizer(tokenizer_name, checkpoint, train_config)
-    setup.check_positions(dpo_config.max_length, checkpoint, "dpo.max_length")
-    setup.check_agreement(tokenizer, others, data)
+    tokenizer, others = stage.choose_tokenizer(tokenizer_name, checkpoint, train_config)
+    stage.check_positions(dpo_config.max_length, checkpoint, "dpo.max_length")
+    stage.check_agreement(tokenizer, others, data)
     with outcome_recorded(runtime, run):
         find = cache(partial(ReferencePass, runtime, checkpoint, train_config, dpo_config))
         data = with_template_day(runtime, tokenizer, data, run.record, lambda: find().store)
@@ -79,12 +80,12 @@ def run_dpo(
         tables.check_ids_fit(prepared, tokenizer, checkpoint.vocabulary, reference.vocabulary)
         reference.look_up(prepared)
         runtime.on_main(lambda: remember_day(tokenizer, data, reference.store))
-        scorer = lora.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=False)
+        scorer = policy.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=False)
         task = _task(runtime, run, scorer, dpo_config, data, prepared, reference)
         facts = {"reference": reference.digest, "plan": task.plan}
-        facts |= lora.base_facts(runtime, checkpoint, lora_config)
-        ends = setup.answer_ends(tokenizer, data, prepared)
-        return setup.train_and_export(
+        facts |= policy.base_facts(runtime, checkpoint, lora_config)
+        ends = stage.answer_ends(tokenizer, data, prepared)
+        return stage.train_and_export(
             runtime, scorer, task, train_config, run, tokenizer, facts, ends
         )
 

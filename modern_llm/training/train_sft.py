@@ -8,12 +8,13 @@ from pathlib import Path
 from modern_llm.config import InstructionDatasetConfig, LoraConfig, TrainingConfig
 from modern_llm.data.instruction_datasets import build_instruction_tables
 from modern_llm.models.load import inspect_checkpoint
-from modern_llm.training import lora, setup, tables
-from modern_llm.training.dry_run import DryRun
-from modern_llm.training.language_task import LanguageTask
-from modern_llm.training.outcome import outcome_recorded
-from modern_llm.training.sources import make_sources
-from modern_llm.training.template_day import with_template_day
+from modern_llm.reference.template_day import with_template_day
+from modern_llm.setup import policy, tables
+from modern_llm.setup.micro_batches import make_sources
+from modern_llm.training import stage
+from modern_llm.training.run.dry_run import DryRun
+from modern_llm.training.run.outcome import outcome_recorded
+from modern_llm.training.tasks.language import LanguageTask
 
 # Longest answers with their prompts where the user says nothing and the model has more positions.
 DEFAULT_MAX_LENGTH = 1024
@@ -41,8 +42,8 @@ def run_sft(
         UserError: bad configuration, checkpoint or data; nothing was written.
         Stopped: a signal asked to stop; the same call goes on.
     """
-    data = setup.with_dataset_name(dataset_config, train_config)
-    runtime, run = setup.open_run(
+    data = stage.with_dataset_name(dataset_config, train_config)
+    runtime, run = stage.open_run(
         train_config,
         pretrain_checkpoint=str(pretrain_checkpoint),
         data=data,
@@ -50,16 +51,16 @@ def run_sft(
         tokenizer_name=tokenizer_name,
         dry_run=dry_run,
     )
-    lora.check_lora(runtime, lora_config, train_config, dropout=True)
+    policy.check_lora(runtime, lora_config, train_config, dropout=True)
     if run.finished():
         return run.final
     checkpoint = inspect_checkpoint(pretrain_checkpoint)
-    tokenizer, others = setup.choose_tokenizer(tokenizer_name, checkpoint, train_config)
+    tokenizer, others = stage.choose_tokenizer(tokenizer_name, checkpoint, train_config)
     max_length = data.max_length or min(
         DEFAULT_MAX_LENGTH, checkpoint.positions or DEFAULT_MAX_LENGTH
     )
-    setup.check_positions(max_length, checkpoint, "data.max_length")
-    setup.check_agreement(tokenizer, others, data)
+    stage.check_positions(max_length, checkpoint, "data.max_length")
+    stage.check_agreement(tokenizer, others, data)
     with outcome_recorded(runtime, run):
         data = with_template_day(runtime, tokenizer, data, run.record)
         build = partial(
@@ -71,11 +72,11 @@ def run_sft(
         )
         prepared = tables.build_tables(runtime, run, build, train_config)
         tables.check_ids_fit(prepared, tokenizer, checkpoint.vocabulary)
-        scorer = lora.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=True)
+        scorer = policy.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=True)
         source, evaluation = make_sources(runtime, train_config, prepared, "answers", scorer)
         task = LanguageTask(source, evaluation, scorer.aux_coefficient)
-        facts = lora.base_facts(runtime, checkpoint, lora_config)
-        ends = setup.answer_ends(tokenizer, data, prepared)
-        return setup.train_and_export(
+        facts = policy.base_facts(runtime, checkpoint, lora_config)
+        ends = stage.answer_ends(tokenizer, data, prepared)
+        return stage.train_and_export(
             runtime, scorer, task, train_config, run, tokenizer, facts, ends
         )

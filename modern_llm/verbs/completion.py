@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic_settings import CliPositionalArg, CliSettingsSource
 
 from modern_llm.config.errors import UserError
-from modern_llm.config.files import Settings
+from modern_llm.verbs.settings import Settings
 
 Verbs = Mapping[str, tuple[type[Settings], Callable[[Any], Any]]]
 

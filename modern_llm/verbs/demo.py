@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from modern_llm.config.files import Settings
+from modern_llm.verbs.settings import Settings
 
 
 class DemoSettings(Settings):

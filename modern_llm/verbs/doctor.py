@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from modern_llm.config.errors import StorageError, UserError
-from modern_llm.config.files import Settings
 from modern_llm.config.printable import json_line
+from modern_llm.verbs.settings import Settings
 
 
 class DoctorSettings(Settings):
@@ -24,10 +24,10 @@ class DoctorSettings(Settings):
 
 def doctor(settings: DoctorSettings) -> dict[str, Any]:
     """Make every check, show them, and raise the first problem as the one-line error."""
-    from modern_llm.distributed.digests import cache_root
-    from modern_llm.distributed.doctor import as_result, examine_machine, problems_of
-    from modern_llm.report.terminal import show_checks
+    from modern_llm.storage.file_digests import cache_root
+    from modern_llm.verbs.doctor_checks import as_result, examine_machine, problems_of
     from modern_llm.verbs.stages import read_stage
+    from modern_llm.verbs.terminal import show_checks
 
     place = settings.output_dir
     if place is None and settings.config is not None:

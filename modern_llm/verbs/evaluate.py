@@ -22,8 +22,8 @@ class EvaluateSettings(PairsSettings):
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     """Judge the model, show the judgement unless `--json` asks for it alone."""
-    from modern_llm.report.terminal import show_judgement
-    from modern_llm.training.evaluate import evaluate_pairs
+    from modern_llm.evaluation.pairs import evaluate_pairs
+    from modern_llm.verbs.terminal import show_judgement
 
     result = evaluate_pairs(
         settings.model,

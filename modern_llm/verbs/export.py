@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modern_llm.config.errors import ConfigError
-from modern_llm.config.files import Settings
 from modern_llm.config.printable import one_line
+from modern_llm.verbs.settings import Settings
 
 
 class ExportSettings(Settings):
@@ -32,7 +32,7 @@ class ExportSettings(Settings):
 
 def export(settings: ExportSettings) -> dict[str, Any]:
     """Write the export, push it if asked; return where it is."""
-    from modern_llm.training.convert import export_checkpoint, push
+    from modern_llm.export.checkpoint import export_checkpoint, push
 
     if settings.public and settings.push_to_hub is None:
         raise ConfigError(["public has no effect without push_to_hub: remove it"])

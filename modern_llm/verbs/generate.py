@@ -10,9 +10,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from modern_llm.config.errors import ConfigError
-from modern_llm.config.files import Settings
 from modern_llm.config.printable import printable
-from modern_llm.distributed.signals import StopRequest
+from modern_llm.distributed.shutdown.signals import StopRequest
+from modern_llm.verbs.settings import Settings
 
 
 class GenerateSettings(Settings):
@@ -57,16 +57,16 @@ def generate(settings: GenerateSettings) -> dict[str, Any]:
     _check(settings)
     # In a talk an interrupt ends the program, as in any shell.
     with nullcontext() if settings.interactive else StopRequest():
-        from modern_llm.distributed.peers import Peers
-        from modern_llm.distributed.watchdog import Watchdog, nowhere
+        from modern_llm.distributed.collectives import Peers
+        from modern_llm.distributed.health.watchdog import Watchdog, nowhere
 
         with Watchdog(Peers(0, 1), nowhere, settings.hang_timeout):
             return _generate(settings)
 
 
 def _generate(settings: GenerateSettings) -> dict[str, Any]:
-    from modern_llm.models.generate import read_prompts
-    from modern_llm.training.answer import Answerer, Options
+    from modern_llm.inference.chat import Answerer, Options
+    from modern_llm.inference.generate import read_prompts
 
     options = Options(
         template=settings.template,

@@ -16,7 +16,7 @@ from modern_llm.config import (
 )
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.errors import ConfigError, UserError
-from modern_llm.config.files import Settings
+from modern_llm.verbs.settings import Settings
 from modern_llm.verbs.stages import (
     DpoSettings,
     PretrainSettings,
@@ -25,8 +25,8 @@ from modern_llm.verbs.stages import (
 )
 
 if TYPE_CHECKING:
-    from modern_llm.data.advice import Setup
-    from modern_llm.data.recipes import Recipe
+    from modern_llm.data.encode.pipeline import Recipe
+    from modern_llm.data.inspect.warnings import Setup
 
 SECTIONS: dict[str, type[DatasetConfig]] = {
     "preferences": PreferenceDatasetConfig,
@@ -72,11 +72,11 @@ class InspectSettings(Settings):
 
 def inspect(settings: InspectSettings) -> dict[str, Any]:
     """Measure the data, show what was found unless `--json` asks for it alone."""
-    from modern_llm.data.examine import examine
-    from modern_llm.data.inspection import inspection
-    from modern_llm.data.token_lines import token_lines
+    from modern_llm.data.inspect.result import inspection
+    from modern_llm.data.inspect.statistics import examine
+    from modern_llm.data.inspect.token_lines import token_lines
     from modern_llm.models.load import load_tokenizer
-    from modern_llm.report.terminal import show_inspection
+    from modern_llm.verbs.terminal import show_inspection
 
     section, kind, place, setup, prompt_length = _wanted(settings)
     tokenizer = load_tokenizer(place)
@@ -94,7 +94,7 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
 
 def _wanted(settings: InspectSettings) -> tuple[DatasetConfig, str, str, Setup, int | None]:
     """The section, its kind, the tokenizer's place, and the run around it."""
-    from modern_llm.data.advice import Setup
+    from modern_llm.data.inspect.warnings import Setup
 
     section, kind, place, batch, length, prompt = _from_stage(settings)
     changes = {
@@ -167,7 +167,7 @@ def _tokenizer_of(stage: TrainingSettings) -> str | None:
 
 
 def _recipe(section: DatasetConfig, tokenizer: Any, length: int, prompt: int | None) -> Recipe:
-    from modern_llm.data.recipes import answers_recipe, documents_recipe
+    from modern_llm.data.encode.pipeline import answers_recipe, documents_recipe
 
     if isinstance(section, DocumentDatasetConfig):
         if prompt is not None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from modern_llm.config import PreferenceDatasetConfig
-from modern_llm.config.files import Settings
+from modern_llm.verbs.settings import Settings
 
 
 class PairsSettings(Settings):

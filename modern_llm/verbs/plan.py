@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from modern_llm.config.errors import ConfigError
-from modern_llm.config.files import Settings
+from modern_llm.verbs.settings import Settings
 from modern_llm.verbs.stages import DpoSettings, PretrainSettings, TrainingSettings, read_stage
 
 Positive = Annotated[int, Field(gt=0)]
@@ -52,9 +52,9 @@ class PlanSettings(Settings):
 
 def plan(settings: PlanSettings) -> dict[str, Any]:
     """Plan, show the plan unless `--json` asks for it alone."""
-    from modern_llm.models.outline import outline, outline_of_new
-    from modern_llm.report.tables import show_plan
-    from modern_llm.training.planning import plan as make_plan
+    from modern_llm.planning.outline import outline, outline_of_new
+    from modern_llm.planning.planner import plan as make_plan
+    from modern_llm.verbs.plan_table import show_plan
 
     stage = read_stage(settings.config)[1] if settings.config is not None else None
     wish = _wish(settings, stage)
@@ -82,7 +82,7 @@ def _model(settings: PlanSettings, stage: TrainingSettings | None) -> str:
 
 
 def _wish(settings: PlanSettings, stage: TrainingSettings | None) -> Any:
-    from modern_llm.training.planning import Wish, measured_throughput, memory_size
+    from modern_llm.planning.planner import Wish, measured_throughput, memory_size
 
     if settings.measured is not None and settings.tokens_per_second is not None:
         raise ConfigError(["measured and tokens_per_second exclude each other: keep one"])

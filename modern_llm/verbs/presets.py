@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from modern_llm.config.errors import StorageError, UserError
-from modern_llm.config.files import Settings
 from modern_llm.config.printable import one_line
-from modern_llm.config.regular_files import read_bytes
-from modern_llm.distributed.commit import new_file
-from modern_llm.distributed.faults import around
+from modern_llm.storage.atomic import new_file
+from modern_llm.storage.fault_points import around
+from modern_llm.storage.regular_files import read_bytes
+from modern_llm.verbs.settings import Settings
 
 FOLDERS = ("accelerate_configs", "ds_configs")
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, StringConstraints
 
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
+from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.errors import ConfigError, StorageError
-from modern_llm.config.files import Settings
 from modern_llm.config.printable import one_line
-from modern_llm.training.dpo_config import DPOConfig
+from modern_llm.verbs.settings import Settings
 from modern_llm.verbs.stages import DpoSettings, training_config
 
 if TYPE_CHECKING:
-    from modern_llm.reference.store import ReferenceStore
-    from modern_llm.training.reference_stage import Request
+    from modern_llm.reference.commands import Request
+    from modern_llm.reference.store.store import ReferenceStore
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class PruneSettings(RunOfStore):
 
 def fill(settings: FillSettings) -> dict[str, Any]:
     """Fill the store; return needed, found, scored, store and reference."""
-    from modern_llm.training.reference_stage import fill_reference
+    from modern_llm.reference.commands import fill_reference
 
     without_effect = {
         "resume": "a store is always gone on with",
@@ -100,8 +100,8 @@ def fill(settings: FillSettings) -> dict[str, Any]:
 
 def verify(settings: VerifySettings) -> dict[str, Any]:
     """Check a store; return what was checked."""
-    from modern_llm.reference.store import ReferenceStore
-    from modern_llm.training.reference_stage import verify_reference
+    from modern_llm.reference.commands import verify_reference
+    from modern_llm.reference.store.store import ReferenceStore
 
     if (request := _request(settings)) is not None:
         return verify_reference(request, settings.sample)
@@ -116,9 +116,9 @@ def verify(settings: VerifySettings) -> dict[str, Any]:
 
 def info(settings: InfoSettings) -> dict[str, Any]:
     """Describe one store or all; return the same."""
-    from modern_llm.distributed.digests import cache_root
-    from modern_llm.reference.places import stores_in
-    from modern_llm.reference.store import ReferenceStore
+    from modern_llm.reference.store.paths import stores_in
+    from modern_llm.reference.store.store import ReferenceStore
+    from modern_llm.storage.file_digests import cache_root
 
     folders = [settings.store] if settings.store else stores_in(cache_root())
     stores = [_describe(ReferenceStore.open(folder)) for folder in folders]
@@ -135,8 +135,8 @@ def info(settings: InfoSettings) -> dict[str, Any]:
 
 def merge(settings: MergeSettings) -> dict[str, Any]:
     """Join stores; return what the joined one holds."""
-    from modern_llm.distributed.digests import cache_root
-    from modern_llm.reference.store import ReferenceStore
+    from modern_llm.reference.store.store import ReferenceStore
+    from modern_llm.storage.file_digests import cache_root
 
     sources = [ReferenceStore.open(folder) for folder in settings.sources]
     identity = sources[0].identity
@@ -171,10 +171,10 @@ def merge(settings: MergeSettings) -> dict[str, Any]:
 
 def prune(settings: PruneSettings) -> dict[str, Any]:
     """Clean one store or all; return what each holds after."""
-    from modern_llm.distributed.digests import cache_root
-    from modern_llm.reference.places import stores_in
-    from modern_llm.reference.store import ReferenceStore
-    from modern_llm.training.reference_stage import keep_needed
+    from modern_llm.reference.commands import keep_needed
+    from modern_llm.reference.store.paths import stores_in
+    from modern_llm.reference.store.store import ReferenceStore
+    from modern_llm.storage.file_digests import cache_root
 
     request = _request(settings, needed=False)
     if request is not None:
@@ -194,7 +194,7 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
 
 def _request(settings: RunOfStore, *, needed: bool = True) -> Request | None:
     """Return the run whose store is meant, None where a folder is (or nothing) is named."""
-    from modern_llm.training.reference_stage import Request
+    from modern_llm.reference.commands import Request
 
     if settings.store is not None and settings.sft_checkpoint is not None:
         raise ConfigError(["store and sft_checkpoint both say which store: keep one"])

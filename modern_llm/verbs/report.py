@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from modern_llm.config.files import Settings
 from modern_llm.config.printable import one_line
+from modern_llm.verbs.settings import Settings
 
 
 class ReportSettings(Settings):

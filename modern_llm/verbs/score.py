@@ -17,6 +17,6 @@ class ScoreSettings(PairsSettings):
 
 def score(settings: ScoreSettings) -> dict[str, Any]:
     """Score the pairs; return how many, and the file."""
-    from modern_llm.training.score import score_pairs
+    from modern_llm.evaluation.score import score_pairs
 
     return score_pairs(settings.model, settings.section(), settings.output, **settings.options())

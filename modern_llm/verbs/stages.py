@@ -17,12 +17,12 @@ from modern_llm.config import (
     PreferenceDatasetConfig,
     TrainingConfig,
 )
+from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.errors import ConfigError
-from modern_llm.config.files import Settings, read_settings, sections_of
-from modern_llm.training.dpo_config import DPOConfig
+from modern_llm.verbs.settings import Settings, read_settings, sections_of
 
 if TYPE_CHECKING:
-    from modern_llm.training.dry_run import DryRun
+    from modern_llm.training.run.dry_run import DryRun
 
 
 class TrainingSettings(Settings):
@@ -179,8 +179,8 @@ def _stage(settings: TrainingSettings, run: Callable[..., Path]) -> dict[str, An
 def _try(settings: TrainingSettings, run: Callable[..., Path]) -> dict[str, Any]:
     import os
 
-    from modern_llm.report.terminal import show_dry_run
-    from modern_llm.training.dry_run import DryRun, contradictions
+    from modern_llm.training.run.dry_run import DryRun, contradictions
+    from modern_llm.verbs.terminal import show_dry_run
 
     checkpoint = getattr(settings, "sft_checkpoint", getattr(settings, "pretrain_checkpoint", None))
     data = settings.data  # type: ignore[attr-defined]

@@ -82,10 +82,10 @@ def tables(options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     from modern_llm.config import PreferenceDatasetConfig
-    from modern_llm.data.plan import Budget, Order, Sharing
+    from modern_llm.data.batch.micro_batches import BatchSource
+    from modern_llm.data.batch.order import Budget, Order, Sharing
+    from modern_llm.data.batch.prefix_tree import Examples
     from modern_llm.data.preference_datasets import build_preference_tables
-    from modern_llm.data.rows import Examples
-    from modern_llm.training.batch_source import BatchSource
 
     config = PreferenceDatasetConfig(dataset_name=str(options.folder / "pairs.jsonl"))
     tokenizer = tokenizer_of(options)

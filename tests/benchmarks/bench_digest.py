@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from modern_llm.distributed import digests
+from modern_llm.models.checkpoint_tensors import stored_tensors, weight_files
 from modern_llm.models.load import Checkpoint
-from modern_llm.models.weights import stored_tensors, weight_files
-from modern_llm.reference import digest
+from modern_llm.reference import weights_digest
+from modern_llm.storage import file_digests
 
 
 def make(folder: Path, gigabytes: float) -> Checkpoint:
@@ -75,10 +75,10 @@ def main() -> None:
         files = weight_files(checkpoint)
         size = sum(path.stat().st_size for path in files) / 1e9
         memory = Path(place) / "memory"
-        digests.SETTLED_S = 0.0
+        file_digests.SETTLED_S = 0.0
 
         def once() -> str:
-            return digest.digest_of(stored_tensors(checkpoint, files))
+            return weights_digest.digest_of(stored_tensors(checkpoint, files))
 
         rows: dict[str, list[float]] = {}
         for _ in range(options.repeats):
@@ -86,8 +86,10 @@ def main() -> None:
                 drop(files)
                 rows.setdefault(f"{name}, from the disk", []).append(timed(work))
                 rows.setdefault(f"{name}, from memory", []).append(timed(work))
-        digest.remembered_digest(files, lambda: stored_tensors(checkpoint, files), memory, "")
-        again = timed(lambda: digest.remembered_digest(files, lambda: [], memory, ""))
+        weights_digest.remembered_digest(
+            files, lambda: stored_tensors(checkpoint, files), memory, ""
+        )
+        again = timed(lambda: weights_digest.remembered_digest(files, lambda: [], memory, ""))
         print(f"{size:.2f} GB of weights, {options.repeats} times, median")
         for name, seconds in rows.items():
             middle = statistics.median(seconds)

@@ -87,7 +87,7 @@ def run_trl(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    from modern_llm.data.plan import Order
+    from modern_llm.data.batch.order import Order
 
     torch.set_num_threads(options.threads)
     pairs = read_lines(options.folder / "pairs.jsonl")

@@ -29,20 +29,20 @@ PERCENT = 0.5
 def measure(folder: Path) -> dict[str, float]:
     """On one rank: milliseconds of processor and wall time a step, with and without."""
     from modern_llm.config import TrainingConfig
-    from modern_llm.distributed import progress
+    from modern_llm.distributed.health import heartbeat
+    from modern_llm.distributed.health.watchdog import Watchdog
     from modern_llm.distributed.runtime import start
-    from modern_llm.distributed.signals import StopRequest
-    from modern_llm.distributed.stopping import begin_asking, stop_asked
-    from modern_llm.distributed.watchdog import Watchdog
+    from modern_llm.distributed.shutdown.consensus import begin_asking, stop_asked
+    from modern_llm.distributed.shutdown.signals import StopRequest
 
     runtime = start(TrainingConfig(run_name="b", output_dir=folder))
     assert runtime.world == 2
 
     def marks(step: int) -> None:
         for name in ("loading the batch", "forward and backward", "optimizer", "deciding"):
-            with progress.quick(name, step):
-                progress.tick()
-        progress.step_done(STEP_S, STEP_S)
+            with heartbeat.quick(name, step):
+                heartbeat.tick()
+        heartbeat.step_done(STEP_S, STEP_S)
 
     def compute(seconds: float) -> None:
         end = time.perf_counter() + seconds

@@ -60,16 +60,16 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """One measurement: milliseconds a step of both loops."""
-    from modern_llm.training import setup
+    from modern_llm.training import stage
 
     bare: list[float] = []
-    train = setup.train
+    train = stage.train
 
     def both(runtime: Any, scorer: Any, task: Any, config: Any, *args: Any) -> Any:
         bare.append(bare_loop(copy.deepcopy(scorer), task, config, options.steps))
         return train(runtime, scorer, task, config, *args)
 
-    setup.train = both
+    stage.train = both
     found = train_ours(
         options.folder,
         options.folder / "pairs.jsonl",

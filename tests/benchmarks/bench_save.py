@@ -29,16 +29,16 @@ from unittest import mock
 import torch
 from safetensors.torch import save_file
 
-from modern_llm.distributed import commit, tensor_file
-from modern_llm.distributed.peers import Peers
-from modern_llm.training import checkpoint
+from modern_llm.distributed.collectives import Peers
+from modern_llm.storage import atomic, safetensors_writer
+from modern_llm.training.checkpointing import format
 
 WIDTH = 2048
 SETTLE_S = 0.3
 """Given to the disk after a flush: it is not done with everything when it says so."""
 
 
-def make(megabytes: float) -> checkpoint.Snapshot:
+def make(megabytes: float) -> format.Snapshot:
     """Weights and two moments of layers of `WIDTH` x `WIDTH` float32 numbers, on the host."""
     layers = max(1, round(megabytes * 1e6 / (12 * WIDTH * WIDTH)))
     draw = torch.Generator().manual_seed(0)
@@ -54,10 +54,10 @@ def make(megabytes: float) -> checkpoint.Snapshot:
         "model.safetensors": tensors(""),
         "optimizer.safetensors": tensors("exp_avg/", "exp_avg_sq/"),
     }
-    return checkpoint.Snapshot(files, {}, {"step": 1})
+    return format.Snapshot(files, {}, {"step": 1})
 
 
-def plain(state: checkpoint.Snapshot, folder: Path, *, flush: bool) -> None:
+def plain(state: format.Snapshot, folder: Path, *, flush: bool) -> None:
     """Write the files of `state`, each flushed if asked."""
     folder.mkdir()
     for name, tensors in state.tensors.items():
@@ -67,7 +67,7 @@ def plain(state: checkpoint.Snapshot, folder: Path, *, flush: bool) -> None:
                 os.fsync(file.fileno())
 
 
-def committed(state: checkpoint.Snapshot, folder: Path) -> dict[str, float]:
+def committed(state: format.Snapshot, folder: Path) -> dict[str, float]:
     """Save as a run does; returns seconds of its parts."""
     parts: dict[str, float] = {}
 
@@ -82,14 +82,14 @@ def committed(state: checkpoint.Snapshot, folder: Path) -> dict[str, float]:
         return call
 
     patches = [
-        mock.patch.object(checkpoint, "write_tensors", timed("write", checkpoint.write_tensors)),
-        mock.patch.object(commit, "seal", timed("flush_and_digest", commit.seal)),
-        mock.patch.object(commit, "finish", timed("manifest_and_name", commit.finish)),
+        mock.patch.object(format, "write_tensors", timed("write", format.write_tensors)),
+        mock.patch.object(atomic, "seal", timed("flush_and_digest", atomic.seal)),
+        mock.patch.object(atomic, "finish", timed("manifest_and_name", atomic.finish)),
     ]
     for patch in patches:
         patch.start()
     try:
-        checkpoint.commit(Peers(0, 1), folder, 1, lambda: state, {})
+        format.commit(Peers(0, 1), folder, 1, lambda: state, {})
     finally:
         for patch in patches:
             patch.stop()
@@ -106,16 +106,16 @@ class NoDigest:
         return ""
 
 
-def undigested(state: checkpoint.Snapshot, folder: Path) -> None:
+def undigested(state: format.Snapshot, folder: Path) -> None:
     """Save as a run does, without looking at values and without the digests of tensors."""
     with (
-        mock.patch.object(tensor_file, "_look", lambda name, tensor: None),
-        mock.patch.object(tensor_file, "new_digest", NoDigest),
+        mock.patch.object(safetensors_writer, "_look", lambda name, tensor: None),
+        mock.patch.object(safetensors_writer, "new_digest", NoDigest),
     ):
         committed(state, folder)
 
 
-def copied(state: checkpoint.Snapshot) -> list[torch.Tensor]:
+def copied(state: format.Snapshot) -> list[torch.Tensor]:
     """Copy all tensors, as a save in the background does before training goes on."""
     groups = state.tensors.values()
     return [tensor.to("cpu", copy=True) for group in groups for tensor in group.values()]

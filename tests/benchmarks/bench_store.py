@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-from modern_llm.reference import shard as reader
-from modern_llm.reference.entries import Entries
-from modern_llm.reference.layout import Identity
-from modern_llm.reference.store import ReferenceStore
+from modern_llm.reference.store import shard as reader
+from modern_llm.reference.store.entries import Entries
+from modern_llm.reference.store.layout import Identity
+from modern_llm.reference.store.store import ReferenceStore
 
 IDENTITY = Identity("be" * 32, '{"compute": "float32"}')
 LOOKUP = 512

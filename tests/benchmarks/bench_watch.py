@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from modern_llm.config import TrainingConfig
-from modern_llm.training.run_folder import RunFolder
-from modern_llm.training.watch import Watch
+from modern_llm.training.monitoring.monitor import Watch
+from modern_llm.training.run.folder import RunFolder
 
 STEPS = 2000
 RECORD = {f"metric/{n}": float(n) for n in range(20)} | {"loss": 0.5, "grad_norm": 1.0}

@@ -132,26 +132,26 @@ def peak_gb() -> float:
 
 def run_ours(options: argparse.Namespace) -> Measured:
     """One measurement of this package: trees, then every answer as a packed row of its own."""
-    from modern_llm.training import sources
+    from modern_llm.setup import micro_batches
 
     found = _ours(options, place() / "trees")
-    plain = sources.Examples
+    plain = micro_batches.Examples
     # The same attention and packing, but each answer with a prompt of its own.
-    sources.Examples = lambda table, kind, *, trees: plain(table, kind, trees=False)
+    micro_batches.Examples = lambda table, kind, *, trees: plain(table, kind, trees=False)
     try:
         rows = _ours(options, place() / "rows")
     finally:
-        sources.Examples = plain
+        micro_batches.Examples = plain
     assert rows["prefix_saving"] == 0 < found["prefix_saving"], (rows, found)
     return found | {"rows_pairs_per_s": rows["pairs_per_s"], "rows_losses": rows["losses"]}
 
 
 def _ours(options: argparse.Namespace, out: Path) -> Measured:
     from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
-    from modern_llm.training import setup
+    from modern_llm.training import stage
     from modern_llm.training.train_dpo import DPOConfig, run_dpo
 
-    setup.export = lambda *_: None  # writing gigabytes is not what is measured
+    stage.export = lambda *_: None  # writing gigabytes is not what is measured
     begin_peak()
     run_dpo(
         options.folder / "model",
@@ -189,7 +189,7 @@ def run_trl(options: argparse.Namespace) -> Measured:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    from modern_llm.data.plan import Order
+    from modern_llm.data.batch.order import Order
 
     pairs = read_lines(options.folder / "pairs.jsonl")
     order = Order(len(pairs), options.pairs, SEED)

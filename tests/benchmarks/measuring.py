@@ -283,7 +283,7 @@ def train_ours(
     import torch
 
     from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
-    from modern_llm.training import reference_pass
+    from modern_llm.reference import reference_pass
     from modern_llm.training.train_dpo import DPOConfig, run_dpo
 
     torch.set_num_threads(threads)

@@ -41,9 +41,9 @@ def test_both_layouts_train_the_same_and_the_table_names_what_is_required(
     assert facts["pairs"] > 300
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert len({row["prompt"] for row in rows}) == len(rows) == facts["pairs"]
-    from modern_llm.training import setup
+    from modern_llm.training import stage
 
-    monkeypatch.setattr(setup, "export", setup.export)  # what it takes away is given back
+    monkeypatch.setattr(stage, "export", stage.export)  # what it takes away is given back
     ours = gpu.run_ours(options)
     assert ours["losses"] == pytest.approx(ours["rows_losses"], rel=1e-4)
     assert set(ours["losses"]) == {1, 2, 4, 6} and len(set(ours["losses"].values())) == 4

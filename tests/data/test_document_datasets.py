@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from modern_llm.config.errors import DataError, UserError
 from modern_llm.data.document_datasets import DocumentDatasetConfig, build_document_tables
-from modern_llm.data.recipes import RowPacker
+from modern_llm.data.encode.pipeline import RowPacker
 
 
 class Written(list):

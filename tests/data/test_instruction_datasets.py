@@ -9,11 +9,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from modern_llm.config.errors import UserError
-from modern_llm.data.formats import ALPACA_FRAME, ALPACA_FRAME_WITH_INPUT
 from modern_llm.data.instruction_datasets import (
     InstructionDatasetConfig,
     build_instruction_tables,
 )
+from modern_llm.data.read.formats import ALPACA_FRAME, ALPACA_FRAME_WITH_INPUT
 
 ROWS = [
     {"instruction": "Add.", "input": "1 and 2", "output": "3"},

@@ -14,7 +14,7 @@ from modern_llm.config.errors import StorageError
 from modern_llm.demo.corpus import CorpusPaths, write_corpus
 from modern_llm.demo.facts import relations
 from modern_llm.demo.tokenizer import END_TOKEN, PAD_TOKEN, VOCAB_SIZE, build_tokenizer
-from modern_llm.distributed import faults
+from modern_llm.storage import fault_points
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +101,8 @@ def test_little_text_and_a_size_too_small(tmp_path):
 
 
 def test_a_disk_that_refuses_leaves_no_half_of_a_tokenizer(tmp_path, monkeypatch):
-    monkeypatch.setattr(faults, "_reached", {})
-    monkeypatch.setenv(faults.VARIABLE, "tokenizer.write.after:0:1:enospc")
+    monkeypatch.setattr(fault_points, "_reached", {})
+    monkeypatch.setenv(fault_points.VARIABLE, "tokenizer.write.after:0:1:enospc")
     with pytest.raises(StorageError, match="cannot write .*small: No space left"):
         build_tokenizer(tmp_path / "small", ["ab ab"])
     assert not list(tmp_path.iterdir())

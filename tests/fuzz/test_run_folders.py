@@ -11,10 +11,10 @@ import pytest
 
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.errors import status_of
+from modern_llm.planning.planner import measured_throughput
 from modern_llm.report.card import model_card
 from modern_llm.report.page import render, write_report
 from modern_llm.report.runs import read_runs
-from modern_llm.training.planning import measured_throughput
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
 from tests.helpers.text import make_checkpoint, make_tokenizer, transcripts, write_jsonl
 

@@ -14,8 +14,8 @@ import torch
 
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.errors import StorageError, status_of
-from modern_llm.distributed import commit
-from modern_llm.models import load, weights
+from modern_llm.models import checkpoint_tensors, load
+from modern_llm.storage import atomic
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
 from tests.helpers.text import make_checkpoint, make_tokenizer, transcripts, write_jsonl
 from tests.helpers.trials import _read, make_seeds
@@ -161,10 +161,10 @@ def test_a_payload_in_every_file_of_a_run_folder_does_not_run(
         here = shutil.copytree(source, tmp_path / "run")
         place = here / slot if not resealed else here / "checkpoints" / newest.name / slot
         place.write_bytes(forms["zip" if "." in slot else "pickle"])
-        if resealed and place.name != commit.MANIFEST:
-            facts = commit.verified_manifest(newest)
-            (place.parent / commit.MANIFEST).unlink()
-            commit._write_manifest(place.parent, commit.seal(place.parent), facts)
+        if resealed and place.name != atomic.MANIFEST:
+            facts = atomic.verified_manifest(newest)
+            (place.parent / atomic.MANIFEST).unlink()
+            atomic._write_manifest(place.parent, atomic.seal(place.parent), facts)
         harmless(lambda here=here: run(here, model, pairs), canary)
         shutil.rmtree(here)
 
@@ -215,28 +215,28 @@ OUTSIDE = ["../secret", "a/../../secret", "/etc/hostname", "./../secret", "..", 
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_a_manifest_cannot_name_a_file_outside(name, tmp_path):
-    with commit.committed_folder(tmp_path / "a", {"step": 1}) as place:
+    with atomic.committed_folder(tmp_path / "a", {"step": 1}) as place:
         (place / "one").write_text("1")
     (tmp_path / "secret").write_text("1")
-    path = tmp_path / "a" / commit.MANIFEST
+    path = tmp_path / "a" / atomic.MANIFEST
     manifest = json.loads(path.read_text())
     manifest["files"][name] = manifest["files"]["one"]
-    manifest["own"] = commit._own_digest(manifest)
+    manifest["own"] = atomic._own_digest(manifest)
     path.write_text(json.dumps(manifest))
     with pytest.raises(StorageError):
-        commit.verified_manifest(tmp_path / "a")
+        atomic.verified_manifest(tmp_path / "a")
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "manifest"])
 def test_a_link_in_a_committed_folder_is_refused(what, tmp_path):
-    with commit.committed_folder(tmp_path / "a", {"step": 1}) as place:
+    with atomic.committed_folder(tmp_path / "a", {"step": 1}) as place:
         (place / "sub").mkdir()
         (place / "sub" / "one").write_text("1")
     place = tmp_path / "a" / {"file": "sub/one", "folder": "sub", "manifest": "MANIFEST.json"}[what]
     place.rename(tmp_path / "elsewhere")
     place.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StorageError):
-        commit.verified_manifest(tmp_path / "a")
+        atomic.verified_manifest(tmp_path / "a")
 
 
 @pytest.mark.parametrize("name", ["../other.safetensors", "/tmp/other.safetensors", "a/b", ".."])
@@ -250,7 +250,7 @@ def test_an_index_cannot_name_weights_outside(name, seeds, tmp_path):
     path.write_text(json.dumps(index))
     with pytest.raises(ValueError, match="leads out of its folder"):
         checkpoint = load.inspect_checkpoint(folder)
-        weights.weight_files(checkpoint)
+        checkpoint_tensors.weight_files(checkpoint)
     with pytest.raises(ValueError, match="leads out of its folder"):
         load.load_model(load.inspect_checkpoint(folder))
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from modern_llm.config import ModernLLMConfig
-from modern_llm.distributed.memory import Parameter, Setting, Sizes, plan_memory
 from modern_llm.models.build import build_model
 from modern_llm.models.load import make_scorer
-from modern_llm.models.outline import outline_of_new
+from modern_llm.planning.memory import Parameter, Setting, Sizes, plan_memory
+from modern_llm.planning.outline import outline_of_new
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_peak_of_a_step_is_within_ten_percent(checkpointing):
-    from modern_llm.models.prepare import recompute_activations
+    from modern_llm.models.training_mode import recompute_activations
 
     config = ModernLLMConfig(
         vocab_size=32_000, d_model=1024, n_layers=16, n_heads=16, ffn_hidden_size=2816,

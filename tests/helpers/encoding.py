@@ -9,9 +9,9 @@ from tokenizers import trainers as tokenizer_trainers
 from transformers import PreTrainedTokenizerFast
 
 from modern_llm.config import InstructionDatasetConfig, PreferenceDatasetConfig
-from modern_llm.data.passes import RecordReader
-from modern_llm.data.readers import Row
-from modern_llm.data.recipes import Recipe, answers_recipe
+from modern_llm.data.encode.pipeline import Recipe, answers_recipe
+from modern_llm.data.read.readers import Row
+from modern_llm.data.table.iterate import RecordReader
 from tests.helpers.chat_templates import PLAIN_TOKENS, TOKENS
 
 CORPUS = [

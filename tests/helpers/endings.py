@@ -40,8 +40,10 @@ import yaml
 from modern_llm import cli  # noqa: F401, imported before the forks
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
 from modern_llm.distributed import runtime
-from modern_llm.distributed.peers import Peers, own_group
-from modern_llm.training import outcome, setup, train_dpo
+from modern_llm.distributed.collectives import Peers, own_group
+from modern_llm.training import stage as setup
+from modern_llm.training import train_dpo
+from modern_llm.training.run import outcome
 from tests.helpers.ranks import _announce, _free_port
 from tests.helpers.text import make_checkpoint, make_tokenizer, transcripts, write_jsonl
 from tests.helpers.zero import stage, use_deepspeed

@@ -18,17 +18,17 @@ import torch
 import transformers
 
 from modern_llm.config import TrainingConfig
-from modern_llm.data.tokens import TokenTable
+from modern_llm.config.dpo import DPOConfig
+from modern_llm.data.table.token_table import TokenTable
 from modern_llm.distributed.runtime import Runtime, start
 from modern_llm.models.load import inspect_checkpoint
-from modern_llm.reference.entries import Entries
 from modern_llm.reference.fill import fill
-from modern_llm.reference.layout import Identity
-from modern_llm.reference.shard import Shard
-from modern_llm.reference.store import ReferenceStore
-from modern_llm.training.dpo_config import DPOConfig
-from modern_llm.training.reference_pass import ReferencePass
-from modern_llm.training.scoring import Scoring
+from modern_llm.reference.reference_pass import ReferencePass
+from modern_llm.reference.scoring import Scoring
+from modern_llm.reference.store.entries import Entries
+from modern_llm.reference.store.layout import Identity
+from modern_llm.reference.store.shard import Shard
+from modern_llm.reference.store.store import ReferenceStore
 
 IDENTITY = Identity("5eed" * 16, '{"compute": "float32", "scoring": 0}')
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,8 +174,13 @@ def layer_of(module: str, core: Iterable[str]) -> str:
     if parts[0] in ("cli", "__main__"):
         return "cli"
     if parts[0] == "training":
-        return "core" if len(parts) == 1 or parts[1] in core else "stages"
+        inside = ".".join(parts[1:])
+        return "core" if not inside or _is_in(inside, core) else "stages"
     return parts[0]
+
+
+def _is_in(module: str, names: Iterable[str]) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in names)
 
 
 def table_violations(
@@ -209,9 +215,7 @@ def _refusal(
             return "stages do not import a stage"
         if other == layer:
             return None
-        if other not in row.project and not any(
-            inside == name or inside.startswith(f"{name}.") for name in row.project
-        ):
+        if other not in row.project and not _is_in(inside, row.project):
             return f"not among {sorted(row.project) or 'nothing'}"
         return None
     if root in sys.stdlib_module_names:
@@ -223,6 +227,24 @@ def _refusal(
     if target.startswith("torch.distributed"):
         root = "torch.distributed"
     return None if root in row.third_party else f"not among {sorted(row.third_party) or 'nothing'}"
+
+
+def cycles(sources: list[Source]) -> list[str]:
+    """Modules that import each other in a circle, imports inside functions included."""
+    known = {source.module for source in sources}
+    graph = {
+        source.module: {
+            found.target
+            for found in imports(source, known)
+            if found.target in known and found.target != source.module
+        }
+        for source in sources
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return [" <- ".join(error.args[1])]
+    return []
 
 
 def heavy_at_start(sources: list[Source], start: str, heavy: frozenset[str]) -> list[str]:

@@ -7,8 +7,8 @@ import torch
 import transformers as tf
 from transformers import AutoModelForCausalLM
 
-from modern_llm.data.batches import collate
-from modern_llm.data.rows import Examples
+from modern_llm.data.batch.collate import collate
+from modern_llm.data.batch.prefix_tree import Examples
 
 SHAPE = {
     "vocab_size": 97,

@@ -26,13 +26,15 @@ from modern_llm.config import (
     TrainingConfig,
 )
 from modern_llm.config.errors import status_of
-from modern_llm.data.tokens import TokenTable
-from modern_llm.distributed import handshake, leaving
-from modern_llm.distributed.commit import verified_manifest
-from modern_llm.distributed.signals import StopRequest
-from modern_llm.reference.store import ReferenceStore
-from modern_llm.training import loop, step, train_dpo, train_lm, train_sft
-from modern_llm.training.scoring import Answers
+from modern_llm.data.table.token_table import TokenTable
+from modern_llm.distributed.rendezvous import handshake
+from modern_llm.distributed.shutdown import process_exit
+from modern_llm.distributed.shutdown.signals import StopRequest
+from modern_llm.reference.scoring import Answers
+from modern_llm.reference.store.store import ReferenceStore
+from modern_llm.storage.atomic import verified_manifest
+from modern_llm.training import accumulation as step
+from modern_llm.training import loop, train_dpo, train_lm, train_sft
 
 
 def command(arguments: list[str], environment: dict[str, str], trick: str = "") -> None:
@@ -122,7 +124,7 @@ def pipeline(inputs: Inputs, folder: Path) -> None:
         status = 0
         try:
             _three_stages(inputs, folder)
-            leaving.leave(status)
+            process_exit.leave(status)
         except Exception as error:
             traceback.print_exc()
             status = status_of(error)

@@ -18,7 +18,7 @@ from torch import nn
 
 STEPS = 4
 MODULES = (
-    "modern_llm.training.loop", "modern_llm.training.outcome", "modern_llm.distributed.runtime",
+    "modern_llm.training.loop", "modern_llm.training.run.outcome", "modern_llm.distributed.runtime",
     "tests.helpers.small", "tests.helpers.zero", "torch._dynamo",
 )  # fmt: skip
 
@@ -37,7 +37,7 @@ class Fit:
     """A task: make the outputs of random rows small; the rows are a function of (step, rank)."""
 
     def __init__(self, rank: int, world: int, width: int, loud: tuple[int, ...] = ()):
-        from modern_llm.training.token_budget import TokenBudget
+        from modern_llm.training.guards.memory import TokenBudget
 
         self.rank, self.world, self.width, self.loud = rank, world, width, loud
         self.budget = TokenBudget([SimpleNamespace(most_tokens=None)], auto=False)
@@ -102,10 +102,12 @@ def run_small(
         loud: steps, from 0, whose rows are far larger than those of the others.
     """
     from modern_llm.config import TrainingConfig
+    from modern_llm.distributed.optimizer_shards import full_parameters
     from modern_llm.distributed.runtime import start
-    from modern_llm.distributed.state import full_parameters
-    from modern_llm.training import checkpoint, data_change, loop, outcome, saving
-    from modern_llm.training.run_folder import RunFolder
+    from modern_llm.training import loop
+    from modern_llm.training.checkpointing import format, saver
+    from modern_llm.training.run import data_changes, outcome
+    from modern_llm.training.run.folder import RunFolder
 
     fields = {"batch_size": 4, "max_steps": STEPS, "save_every": 1, "log_every": 1} | settings
     config = TrainingConfig(run_name="r", output_dir=folder, learning_rate=1e-2, **fields)
@@ -114,27 +116,27 @@ def run_small(
     run = RunFolder(config, record)
     drawn = outcome.write_report
     outcome.write_report = lambda run: None  # drawings take longer than the run
-    real = saving.Saver._saved
+    real = saver.Saver._saved
 
     def noted(self, step):
         if saved is not None and runtime.is_main:
             saved.append(step)
         real(self, step)
 
-    saving.Saver._saved = noted
+    saver.Saver._saved = noted
     try:
         with outcome.outcome_recorded(runtime, run):
-            data_change.look_back(runtime, run)
+            data_changes.look_back(runtime, run)
             runtime.on_main(run.open)
             task = Fit(runtime.rank, runtime.world, width, loud)
             engine = loop.train(runtime, Scorer(width), task, config, run, {})
             state = {n: t.clone().contiguous() for n, t in full_parameters(engine)}
             with runtime.committed_folder(run.final, {}) as place:
                 if runtime.is_main:
-                    checkpoint.write_tensors(place / "model.safetensors", state, {})
+                    format.write_tensors(place / "model.safetensors", state, {})
                     (place / "config.json").write_text("{}")
     finally:
-        saving.Saver._saved, outcome.write_report = real, drawn
+        saver.Saver._saved, outcome.write_report = real, drawn
 
 
 def child(
@@ -153,7 +155,8 @@ def child(
         settings: of the run, beside those of all small runs.
     """
     from modern_llm.config.errors import status_of
-    from modern_llm.distributed import faults, handshake
+    from modern_llm.distributed.rendezvous import handshake
+    from modern_llm.storage import fault_points
     from tests.helpers.zero import stage as content
     from tests.helpers.zero import use_deepspeed
 
@@ -162,10 +165,10 @@ def child(
     use_deepspeed(None if stage is None else content(stage), Path(folder).parent)
     if log:
         # Set, so that points are looked at; none has this name.
-        os.environ[faults.VARIABLE] = "nowhere.before:0:1:kill"
-        faults.reach = lambda point: _note(log, point)
+        os.environ[fault_points.VARIABLE] = "nowhere.before:0:1:kill"
+        fault_points.reach = lambda point: _note(log, point)
     elif fault:
-        os.environ[faults.VARIABLE] = fault
+        os.environ[fault_points.VARIABLE] = fault
     if "collective.group" in fault:
         handshake.JOIN_SECONDS = 8.0  # a test waits for it
     status = 0

@@ -62,12 +62,12 @@ def make_seeds(folder: Path) -> dict[str, Path]:
     from transformers import AutoModelForCausalLM
 
     from modern_llm.config import ModernLLMConfig
-    from modern_llm.distributed.commit import MANIFEST, committed_folder
     from modern_llm.models.build import build_model
-    from modern_llm.models.pt_files import save_model
-    from modern_llm.reference.entries import Entries
-    from modern_llm.reference.layout import Identity
-    from modern_llm.reference.store import ReferenceStore
+    from modern_llm.models.pt_checkpoint import save_model
+    from modern_llm.reference.store.entries import Entries
+    from modern_llm.reference.store.layout import Identity
+    from modern_llm.reference.store.store import ReferenceStore
+    from modern_llm.storage.atomic import MANIFEST, committed_folder
 
     rows = transcripts(6)
     seeds = {"jsonl": write_jsonl(_new(folder, "jsonl") / "rows.jsonl", rows)}
@@ -131,12 +131,12 @@ def _new(folder: Path, name: str) -> Path:
 def _read(kind: str, path: Path, tokenizer: Any) -> str:
     """Read one file as a run would, into Python values or tensors; say what was read."""
     from modern_llm.config import DocumentDatasetConfig, PreferenceDatasetConfig
-    from modern_llm.config.files import read_settings
     from modern_llm.data.document_datasets import build_document_tables
     from modern_llm.data.preference_datasets import build_preference_tables
-    from modern_llm.distributed.commit import verified_manifest
-    from modern_llm.models import load, weights
-    from modern_llm.reference.store import ReferenceStore
+    from modern_llm.models import checkpoint_tensors, load
+    from modern_llm.reference.store.store import ReferenceStore
+    from modern_llm.storage.atomic import verified_manifest
+    from modern_llm.verbs.settings import read_settings
     from modern_llm.verbs.stages import DpoSettings
 
     out = path.parent / ".tables"
@@ -162,8 +162,8 @@ def _read(kind: str, path: Path, tokenizer: Any) -> str:
         return str(store.verify())
     place = path if kind == "pt" else path.parent
     checkpoint = load.inspect_checkpoint(place)
-    files = weights.weight_files(checkpoint)
-    names = [name for name, _ in weights.stored_tensors(checkpoint, files)]
+    files = checkpoint_tensors.weight_files(checkpoint)
+    names = [name for name, _ in checkpoint_tensors.stored_tensors(checkpoint, files)]
     load.load_model(checkpoint)
     return f"{len(names)} tensors"
 

@@ -11,9 +11,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES
 
 from modern_llm.config.errors import UserError
-from modern_llm.data.batches import collate
-from modern_llm.data.plan import Sharing
-from modern_llm.data.rows import Examples
+from modern_llm.data.batch.collate import collate
+from modern_llm.data.batch.order import Sharing
+from modern_llm.data.batch.prefix_tree import Examples
 from modern_llm.models.load import make_scorer
 from tests.helpers.families import UNBUILT, build_family
 from tests.helpers.models import random_pairs

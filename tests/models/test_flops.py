@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from modern_llm.models.flops import IdealFlops, looked_up, peak_flops
-from modern_llm.models.prepare import decoder_layers
 from modern_llm.models.shapes import decoder_sizes
+from modern_llm.models.training_mode import decoder_layers
 from tests.helpers.models import WITHOUT_HEAD_DIM, make_model
 
 STATE_SPACE = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}

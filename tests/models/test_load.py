@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from modern_llm.config import ModernLLMConfig
 from modern_llm.config.errors import StorageError, UserError
-from modern_llm.models import pt_files
+from modern_llm.models import pt_checkpoint
 from modern_llm.models.build import build_model, to_transformers_config
 from modern_llm.models.load import (
     check_id,
@@ -38,7 +38,7 @@ class Payload:
 @pytest.fixture
 def pt(tmp_path):
     model = build_model(SHAPE, seed=1)
-    pt_files.save_model(tmp_path / "model.pt", SHAPE, model)
+    pt_checkpoint.save_model(tmp_path / "model.pt", SHAPE, model)
     return tmp_path / "model.pt", model
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from modern_llm.data.batches import collate
-from modern_llm.data.plan import Sharing
-from modern_llm.data.rows import Examples
+from modern_llm.data.batch.collate import collate
+from modern_llm.data.batch.order import Sharing
+from modern_llm.data.batch.prefix_tree import Examples
 from modern_llm.models.load import make_scorer
 from tests.helpers.models import (
     CONFIGS,

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from modern_llm.data.preference_datasets import PreferenceDatasetConfig, build_preference_tables
-from modern_llm.data.tokens import TokenTable
-from modern_llm.reference.entries import Entries
-from modern_llm.reference.store import ReferenceStore
-from modern_llm.training.scoring import Answers, Trees
+from modern_llm.data.table.token_table import TokenTable
+from modern_llm.reference.scoring import Answers, Trees
+from modern_llm.reference.store.entries import Entries
+from modern_llm.reference.store.store import ReferenceStore
 from tests.helpers.fills import (
     IDENTITY,
     Numbered,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
-from modern_llm.training.score import score_pairs
+from modern_llm.evaluation.score import score_pairs
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
 from tests.helpers.ranks import run_ranks
 from tests.helpers.text import transcripts, write_jsonl

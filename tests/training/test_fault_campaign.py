@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from modern_llm.distributed.commit import TEMPORARY, verified_manifest
-from modern_llm.training import checkpoint
+from modern_llm.storage.atomic import TEMPORARY, verified_manifest
+from modern_llm.training.checkpointing import format
 from tests.helpers.forks import fork_server
 from tests.helpers.small import MODULES, STEPS, child, numbers
 
@@ -102,7 +102,7 @@ def verifying(folder: Path) -> set[int]:
     for place in places:
         verified_manifest(place)
     if places:
-        assert checkpoint.newest(folder / "checkpoints")[1]["step"] == max(
+        assert format.newest(folder / "checkpoints")[1]["step"] == max(
             int(p.name[5:]) for p in places
         )
     return {int(place.name[5:]) for place in places}

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from modern_llm.data.batches import collate
-from modern_llm.data.plan import Budget, Order, Sharing
-from modern_llm.data.rows import Examples
-from modern_llm.models.attention_flex import SIDE
+from modern_llm.config.dpo import DPOConfig
+from modern_llm.data.batch.collate import collate
+from modern_llm.data.batch.micro_batches import BatchSource
+from modern_llm.data.batch.order import Budget, Order, Sharing
+from modern_llm.data.batch.prefix_tree import Examples
+from modern_llm.models.attention.flex import SIDE
 from modern_llm.models.load import inspect_checkpoint, load_model, make_scorer
-from modern_llm.training.batch_source import BatchSource
-from modern_llm.training.dpo_config import DPOConfig
-from modern_llm.training.preference_task import PreferenceTask
+from modern_llm.training.tasks.preference import PreferenceTask
 from tests.helpers.models import Table
 
 LAYOUTS = {

@@ -12,9 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from modern_llm.config import InstructionDatasetConfig, PreferenceDatasetConfig, TrainingConfig
+from modern_llm.data.batch.micro_batches import BatchSource
 from modern_llm.distributed.engine import Engine
-from modern_llm.training import loop, setup
-from modern_llm.training.batch_source import BatchSource
+from modern_llm.training import loop, stage
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
 from modern_llm.training.train_sft import run_sft
 from tests.helpers.text import WORDS, write_jsonl
@@ -83,10 +83,10 @@ def reads(monkeypatch):
     # These look at tensors that are on the host in any case.
     monkeypatch.setattr(BatchSource, "collate", not_counted(mode, BatchSource.collate))
     monkeypatch.setattr(loop, "stop_asked", not_counted(mode, loop.stop_asked))
-    monkeypatch.setattr(setup, "train", train)
+    monkeypatch.setattr(stage, "train", train)
     monkeypatch.setattr(loop, "_optimizer_step", step)
     monkeypatch.setattr(Engine, "decides_on_device", True)
-    monkeypatch.setattr(setup, "_lean", lambda *_: False)  # what only a CPU computes
+    monkeypatch.setattr(stage, "_lean", lambda *_: False)  # what only a CPU computes
     return mode
 
 

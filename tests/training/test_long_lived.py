@@ -17,10 +17,12 @@ import pytest
 import torch
 
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
+from modern_llm.evaluation import score
 from modern_llm.models.head import FusedHead
-from modern_llm.training import loop, outcome, score
-from modern_llm.training.dry_run import DryRun
-from modern_llm.training.reference_pass import ReferencePass
+from modern_llm.reference.reference_pass import ReferencePass
+from modern_llm.training import loop
+from modern_llm.training.run import outcome
+from modern_llm.training.run.dry_run import DryRun
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
 from tests.helpers.ranks import run_ranks
 from tests.helpers.text import make_checkpoint, make_tokenizer, transcripts, write_jsonl

@@ -203,7 +203,7 @@ def test_what_adapters_cannot_do_is_refused(lora, sentence, tiny_checkpoint, tin
 
 def test_few_bits_and_zero_3_exclude_each_other(monkeypatch, tmp_path):
     from modern_llm.config import TrainingConfig
-    from modern_llm.training.lora import check_lora
+    from modern_llm.setup.policy import check_lora
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = TrainingConfig(run_name="x", output_dir=tmp_path, mixed_precision="bf16")

@@ -14,14 +14,15 @@ from modern_llm.config import (
     PreferenceDatasetConfig,
     TrainingConfig,
 )
-from modern_llm.training import loop, token_budget
+from modern_llm.training import loop
+from modern_llm.training.guards import memory as token_budget
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
 from modern_llm.training.train_lm import run_training
 from modern_llm.training.train_sft import run_sft
 from tests.helpers.ranks import run_ranks
 from tests.helpers.text import WORDS, make_checkpoint, write_jsonl
 from tests.helpers.zero import stage, use_deepspeed
-from tests.training.test_token_budget import LittleMemory, call, near
+from tests.training.guards.test_memory import LittleMemory, call, near
 
 
 def config(folder: Path, **changes) -> TrainingConfig:

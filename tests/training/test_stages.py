@@ -16,7 +16,7 @@ from modern_llm.config import ModernLLMConfig, TrainingConfig
 from modern_llm.config.errors import StorageError, UserError
 from modern_llm.data.instruction_datasets import InstructionDatasetConfig
 from modern_llm.data.preference_datasets import PreferenceDatasetConfig
-from modern_llm.models import pt_files
+from modern_llm.models import pt_checkpoint
 from modern_llm.models.build import build_model
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
 from modern_llm.training.train_lm import run_training
@@ -122,7 +122,7 @@ def test_pt_folder_and_sharded_folder_give_the_same_run_and_the_same_reference(
         vocab_size=vocabulary, d_model=32, n_layers=2, n_heads=4, max_seq_len=256
     )
     model = build_model(shape, seed=3)
-    pt_files.save_model(tmp_path / "model.pt", shape, model)
+    pt_checkpoint.save_model(tmp_path / "model.pt", shape, model)
     model.save_pretrained(tmp_path / "folder")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
@@ -238,7 +238,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_before_the_weights_are_read(
     tmp_path, tiny_tokenizer, tiny_pairs, monkeypatch
 ):
     checkpoint = make_checkpoint(tmp_path / "small", tiny_tokenizer, vocab_size=200)
-    monkeypatch.setattr("modern_llm.training.lora.load_model", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("modern_llm.setup.policy.load_model", lambda *_: pytest.fail("read"))
     with pytest.raises(UserError, match=r"jsonl:1: token id 2\d\d .*embedding has 200 rows"):
         run_dpo(
             checkpoint,
@@ -313,7 +313,7 @@ def test_values_that_are_not_these_weights_stop_the_run(
     tmp_path, tiny_checkpoint, tiny_pairs, monkeypatch
 ):
     """The self-check: numbers of another model stand in the store under this reference's name."""
-    from modern_llm.reference import store
+    from modern_llm.reference.store import store
 
     append = store.ReferenceStore.append
 
@@ -356,7 +356,7 @@ def test_a_published_generation_configuration_does_not_break_the_export(
 def test_generation_writes_prompts_and_ends_answers_as_training_did(tmp_path, tiny_checkpoint):
     """Messages without a chat template of the tokenizer's own: the one used goes with the model."""
     from modern_llm.data.instruction_datasets import build_instruction_tables
-    from modern_llm.training.answer import prompt_ids
+    from modern_llm.inference.chat import prompt_ids
 
     rows = [
         {"messages": [{"role": "user", "content": w}, {"role": "assistant", "content": f"{w} {w}"}]}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from modern_llm.config import TrainingConfig
-from modern_llm.training.dry_run import DryRun
-from modern_llm.training.run_folder import RunFolder
+from modern_llm.training.run.dry_run import DryRun
+from modern_llm.training.run.folder import RunFolder
 
 
 def test_it_names_the_newest_checkpoint_or_that_there_is_none_or_that_nothing_is_kept(tmp_path):

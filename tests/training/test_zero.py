@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from modern_llm.distributed.commit import verified_manifest
+from modern_llm.storage.atomic import verified_manifest
 from tests.helpers.text import make_checkpoint, transcripts, write_jsonl
 from tests.helpers.zero import Case, dpo, run_cases, stage, weights
 

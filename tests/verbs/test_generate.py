@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modern_llm.cli import main
 from modern_llm.config.printable import printable
-from modern_llm.data.templates import FALLBACK_CHAT_TEMPLATE
+from modern_llm.data.encode.chat_template import FALLBACK_CHAT_TEMPLATE
 
 
 def plain(place, text: str, tokens: int = 6) -> str:

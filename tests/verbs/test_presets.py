@@ -7,7 +7,7 @@ import json
 import pytest
 
 from modern_llm.cli import main
-from modern_llm.distributed import faults
+from modern_llm.storage import fault_points
 from modern_llm.verbs import presets
 
 
@@ -50,8 +50,8 @@ def test_a_place_that_cannot_be_written_is_status_3(root, tmp_path, capsys):
 
 
 def test_a_disk_that_refuses_leaves_no_half_of_a_file(root, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(faults, "_reached", {})
-    monkeypatch.setenv(faults.VARIABLE, "preset.copy.after:0:2:enospc")
+    monkeypatch.setattr(fault_points, "_reached", {})
+    monkeypatch.setenv(fault_points.VARIABLE, "preset.copy.after:0:2:enospc")
     target = tmp_path / "mine"
     assert main(["presets", "--copy", str(target)]) == 3
     assert "No space left" in capsys.readouterr().err

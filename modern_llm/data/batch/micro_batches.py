@@ -1,0 +1,167 @@
+"""Which micro-batches this rank computes in a step: order, place and tensors together.
+
+What both tasks share. Called by them; the loop sees only the tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from modern_llm.data.batch.collate import MicroBatch, collate
+from modern_llm.data.batch.order import Budget, Order, Sharing, area, place
+from modern_llm.data.batch.prefix_tree import Examples
+
+Indices = NDArray[np.int64]
+
+
+class Lazy(Sequence[MicroBatch]):
+    """Micro-batches that are built when they are looked at."""
+
+    def __init__(self, source: BatchSource, parts: list[Indices]):
+        self._source, self._parts = source, parts
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def origins(self) -> list[list[str]]:
+        """Return where the examples of each came from."""
+        table = self._source.examples.table
+        return [[table.origin(int(index)) for index in part] for part in self._parts]
+
+    def __getitem__(self, at: int) -> MicroBatch:  # type: ignore[override]
+        return self._source.collate(self._parts[at])
+
+
+class BatchSource:
+    """The micro-batches of one rank.
+
+    Args:
+        shared: what rows may hold.
+        align: see `collate`.
+        flops: counts the ideal operations of a micro-batch, from how many tokens each of its tokens
+            sees and the number of targets.
+        auto: whether the token budget was chosen here and may be lowered.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        order: Order,
+        budget: Budget,
+        *,
+        rank: int,
+        world: int,
+        shared: Sharing | bool,
+        align: int = 1,
+        flops: Callable[[Tensor, int], float] | None = None,
+        auto: bool = False,
+    ):
+        self.examples, self.order, self.budget = examples, order, budget
+        self.rank, self.world, self.shared, self.align = rank, world, shared, align
+        self._flops, self.auto = flops, auto
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Most tokens of one forward, None where only examples bound it."""
+        return self.budget.tokens
+
+    def limit(self, tokens: int) -> None:
+        """Let forwards take at most so many tokens from here on."""
+        self.budget = replace(self.budget, tokens=tokens)
+
+    def collate(self, indices: Indices) -> MicroBatch:
+        """Return the tensors of some examples."""
+        batch = collate(self.examples, indices, shared=self.shared, align=self.align)
+        if self._flops is None or not batch.real_tokens:
+            return batch
+        reach = batch.positions[batch.segments[..., 0] >= 0] + 1
+        return replace(batch, flops=self._flops(reach, batch.targets.shape[1]))
+
+    def micro_batches(self, step: int) -> Lazy:
+        """Return this rank's part of a training step."""
+        return Lazy(self, self.parts(self.order.step(step))[self.rank])
+
+    def origins(self, step: int) -> list[list[str]]:
+        """Return where the examples of each micro-batch of this rank came from: `file:line`."""
+        return self.micro_batches(step).origins()
+
+    def targets(self, step: int) -> int:
+        """Return the target tokens of a step over all ranks."""
+        return int(self.examples.targets(self.order.step(step)).sum())
+
+    def tokens(self, step: int) -> int:
+        """Return the real tokens that are computed in a step over all ranks."""
+        parts = [part for rank in self.parts(self.order.step(step)) for part in rank]
+        groups = [group for part in parts for group in self.examples.together(part)]
+        return sum(sum(self.examples.group_sizes(group)) for group in groups)
+
+    def largest_forward(self, step: int) -> int:
+        """Return the tokens, padding included, of the largest forward of a step over all ranks."""
+        parts = [part for rank in self.parts(self.order.step(step)) for part in rank]
+        groups = [self.examples.together(part) for part in parts]
+        return max(
+            area([self.examples.group_sizes(group) for group in part], shared=self.shared)
+            for part in groups
+        )
+
+    def largest_example(self) -> tuple[int, str]:
+        """Return (tokens, origin) of the example that takes most room alone in a forward."""
+        tokens, index = largest_example(self.examples, shared=self.shared)
+        return tokens, self.examples.table.origin(index)
+
+    def in_order(self, group: int) -> Iterator[Lazy]:
+        """Yield this rank's part of every example once, `group` examples at a time."""
+        kept = self.order.kept
+        for start in range(0, len(kept), group):
+            yield Lazy(self, self.parts(kept[start : start + group])[self.rank])
+
+    def parts(self, indices: Indices) -> list[list[Indices]]:
+        """Place examples: for each rank its micro-batches, those with equal prompts together."""
+        groups = self._groups(indices)
+        sizes = [self.examples.group_sizes(group) for group in groups]
+        placed = place(
+            np.arange(len(groups)),
+            sizes.__getitem__,
+            world=self.world,
+            budget=self.budget,
+            shared=self.shared,
+            count_of=lambda at: len(groups[at]),
+        )
+        nothing = np.zeros(0, dtype=np.int64)
+        return [
+            [np.concatenate([nothing, *(groups[at] for at in part)]) for part in rank]
+            for rank in placed
+        ]
+
+    def _groups(self, indices: Indices) -> list[Indices]:
+        """Examples that must share a micro-batch: equal prompts, cut where they exceed the budget
+        or would leave a rank without work."""
+        waiting = self.examples.together(np.sort(indices))
+        groups: list[Indices] = []
+        while waiting:
+            group = waiting.pop()
+            few = len(waiting) + len(groups) + 1 < self.world
+            if len(group) > 1 and (few or self._exceeds(group)):
+                waiting += [group[: len(group) // 2], group[len(group) // 2 :]]
+            else:
+                groups.append(group)
+        return groups
+
+    def _exceeds(self, group: Indices) -> bool:
+        if self.budget.examples is not None and len(group) > self.budget.examples:
+            return True
+        tokens = self.budget.tokens
+        return tokens is not None and sum(self.examples.group_sizes(group)) > tokens
+
+
+def largest_example(examples: Examples, *, shared: Sharing | bool) -> tuple[int, int]:
+    """Return (tokens, index) of the example that takes most room alone in a forward."""
+    return max(
+        ((area([examples.sizes(i)], shared=shared), i) for i in range(len(examples))),
+        default=(0, 0),
+    )

@@ -1,0 +1,212 @@
+"""From token ids to sequences: trees that share their prompt, or one sequence an answer.
+
+A sequence is what must stand unbroken in one row. From here on there is no text and no side: an
+answer is a branch, the prompt its trunk. Called by `batches`; `plan` uses the sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modern_llm.data.table.token_table import TokenTable
+
+Ids = NDArray[np.int32]
+Kind = Literal["pairs", "answers", "documents"]
+
+# Columns of a token table and the slots (sums of log-probs) that an example of it has.
+BRANCHES: dict[Kind, tuple[str, ...]] = {
+    "pairs": ("chosen", "rejected"),
+    "answers": ("response",),
+    "documents": ("text",),
+}
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One tree, laid out: T tokens, of which N are targets.
+
+    `sources[n]` is the offset of the state that predicts `labels[n]`: usually the token before, for
+    the first token of a branch the last token of the trunk. `slots[n]` names the sum it belongs to.
+    """
+
+    ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    branches: NDArray[np.int64]
+    sources: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    slots: NDArray[np.int64]
+
+
+def lay_out(trunk: Ids, branches: List[Ids], slots: List[int]) -> Sequence:
+    """Return `[trunk | branch | branch ...]`; the positions of each branch restart at the trunk's
+    end.
+
+    Targets stand on branch tokens only. With an empty trunk the first token of a branch has nothing
+    before it and is no target.
+    """
+    start = len(trunk)
+    sizes = [start, *(len(branch) for branch in branches)]
+    ids = np.concatenate([trunk, *branches]).astype(np.int64)
+    positions = np.concatenate(
+        [np.arange(start), *(np.arange(start, start + size) for size in sizes[1:])]
+    )
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    sources, targets, sums = [], [], []
+    at = start
+    for slot, size in zip(slots, sizes[1:], strict=True):
+        here = np.arange(at, at + size)
+        before = here - 1
+        if size and start:
+            before[0] = start - 1
+        first = 0 if start else 1
+        sources.append(before[first:])
+        targets.append(here[first:])
+        sums.append(np.full(max(size - first, 0), slot))
+        at += size
+    target = np.concatenate(targets)
+    return Sequence(
+        ids, positions, owners, np.concatenate(sources), ids[target], np.concatenate(sums)
+    )
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A sequence of a micro-batch, and which sums its log-probs go to."""
+
+    sequence: Sequence
+    uses: list[list[int]]
+    """For each slot of the sequence, the slots of the micro-batch (example * S + slot) that want
+    it: several where examples share an answer."""
+
+
+def one_by_one(examples: Examples, indices: NDArray[np.int64]) -> list[Laid]:
+    """Return the sequences of each example by itself.
+
+    Args:
+        examples: anything that has `slots` and gives `sequences` of an index.
+    """
+    return [
+        Laid(sequence, [[at * examples.slots + slot] for slot in range(examples.slots)])
+        for at, index in enumerate(indices)
+        for sequence in examples.sequences(int(index))
+    ]
+
+
+class Examples:
+    """The examples of a token table as sequences.
+
+    Args:
+        table: columns (prompt, chosen, rejected), (prompt, response) or (text, starts).
+        kind: which of the three.
+        trees: whether answers of one prompt share it; else each answer is a sequence of its own.
+    """
+
+    def __init__(self, table: TokenTable, kind: Kind, *, trees: bool):
+        self.table, self.kind, self.trees = table, kind, trees
+        self.slots = len(BRANCHES[kind])
+        self._column = {name: index for index, name in enumerate(table.columns)}
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def merges(self) -> bool:
+        """Whether examples with equal prompts are computed as one tree."""
+        return self.trees and self.kind == "pairs"
+
+    def together(self, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Return `indices` in groups of equal prompts, in order of appearance."""
+        if not self.merges or not len(indices):
+            return [indices[at : at + 1] for at in range(len(indices))]
+        groups: dict[bytes, list[int]] = {}
+        for index in indices.tolist():
+            groups.setdefault(self.table.ids(index, "prompt").tobytes(), []).append(index)
+        return [np.array(group, dtype=np.int64) for group in groups.values()]
+
+    def prompt_numbers(self) -> NDArray[np.int64]:
+        """Return a number for each example: equal for equal prompts."""
+        numbers: dict[bytes, int] = {}
+        found = (self.table.ids(index, "prompt").tobytes() for index in range(len(self)))
+        return np.array([numbers.setdefault(ids, len(numbers)) for ids in found], dtype=np.int64)
+
+    def laid_out(self, indices: NDArray[np.int64]) -> list[Laid]:
+        """Return the sequences of the given examples.
+
+        Examples with one prompt stand in one tree, in which equal answers are one branch.
+        """
+        if not self.merges:
+            return one_by_one(self, indices)
+        at = {int(index): position for position, index in enumerate(indices)}
+        result = []
+        for group in self.together(np.asarray(indices)):
+            branches: dict[bytes, tuple[Ids, list[int]]] = {}
+            for index, slot, answer in self._answers(group):
+                _, uses = branches.setdefault(answer.tobytes(), (answer, []))
+                uses.append(at[index] * self.slots + slot)
+            answers = [answer for answer, _ in branches.values()]
+            tree = lay_out(self.table.ids(int(group[0]), "prompt"), answers, range(len(answers)))
+            result.append(Laid(tree, [uses for _, uses in branches.values()]))
+        return result
+
+    def _answers(self, group: NDArray[np.int64]) -> Iterator[tuple[int, int, Ids]]:
+        for index in group.tolist():
+            for slot, name in enumerate(BRANCHES[self.kind]):
+                yield index, slot, self.table.ids(index, name)
+
+    def group_sizes(self, group: NDArray[np.int64]) -> tuple[int, ...]:
+        """Return the tokens of each sequence of examples that are computed together."""
+        if len(group) == 1:
+            return self.sizes(int(group[0]))
+        distinct = {answer.tobytes(): len(answer) for _, _, answer in self._answers(group)}
+        prompt = int(self.table.lengths[int(group[0])][self._column["prompt"]])
+        return (prompt + sum(distinct.values()),)
+
+    def separate_tokens(self, index: int) -> int:
+        """Return the tokens of one example if each answer stood in a row with its own prompt."""
+        if self.kind == "documents":
+            return sum(self.sizes(index))
+        lengths = self.table.lengths[index]
+        answers = [int(lengths[self._column[name]]) for name in BRANCHES[self.kind]]
+        return int(lengths[self._column["prompt"]]) * len(answers) + sum(answers)
+
+    def sequences(self, index: int) -> list[Sequence]:
+        """Return the sequences of one example; slots count from 0 within it."""
+        if self.kind == "documents":
+            return self._documents(index)
+        trunk = self.table.ids(index, "prompt")
+        answers = [self.table.ids(index, name) for name in BRANCHES[self.kind]]
+        if self.trees:
+            return [lay_out(trunk, answers, range(len(answers)))]
+        return [lay_out(trunk, [answer], [slot]) for slot, answer in enumerate(answers)]
+
+    def _documents(self, index: int) -> list[Sequence]:
+        text = self.table.ids(index, "text")
+        empty = text[:0]
+        starts = [0, *(int(s) for s in self.table.ids(index, "starts") if s > 0), len(text)]
+        pieces = [text[a:b] for a, b in zip(starts, starts[1:], strict=False) if b > a]
+        return [lay_out(empty, [piece], [0]) for piece in pieces]
+
+    def sizes(self, index: int) -> tuple[int, ...]:
+        """Return the number of tokens of each sequence of one example, without reading its ids."""
+        if self.kind == "documents":
+            return tuple(len(sequence.ids) for sequence in self._documents(index))
+        lengths = self.table.lengths[index]
+        prompt = int(lengths[self._column["prompt"]])
+        answers = [int(lengths[self._column[name]]) for name in BRANCHES[self.kind]]
+        return (prompt + sum(answers),) if self.trees else tuple(prompt + a for a in answers)
+
+    def targets(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return (n, slots) numbers of target tokens of the given examples."""
+        if self.kind == "documents":
+            counts = [sum(size - 1 for size in self.sizes(int(i))) for i in indices]
+            return np.array(counts, dtype=np.int64).reshape(-1, 1)
+        lengths = np.asarray(self.table.lengths)[indices]
+        answers = lengths[:, [self._column[name] for name in BRANCHES[self.kind]]].astype(np.int64)
+        # Without a prompt the first token of an answer has nothing before it.
+        return answers - (lengths[:, [self._column["prompt"]]] == 0)

@@ -1,0 +1,225 @@
+"""What distinguishes the three kinds of data on their way to ids: columns, texts, cells.
+
+A `Recipe` tells `prepare` which formats there are, which texts of a record to tokenise, and how
+their ids become the cells of one row of a table. `answers_recipe` serves preferences and
+instructions, `documents_recipe` serves pretraining; `RowPacker` cuts documents into rows of one
+length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from modern_llm.config.data import (
+    DatasetConfig,
+    DocumentDatasetConfig,
+    InstructionDatasetConfig,
+    PreferenceDatasetConfig,
+)
+from modern_llm.config.errors import UserError
+from modern_llm.data.encode.boundary import Boundary, Parts
+from modern_llm.data.encode.chat_template import Template, Tokenizer, end_tokens
+from modern_llm.data.encode.tokenizer import Cuts, Encoder, Ids, Truncation, default_limits
+from modern_llm.data.read.formats import (
+    DOCUMENT,
+    INSTRUCTIONS,
+    PREFERENCES,
+    Format,
+    Mode,
+    Record,
+    document,
+)
+from modern_llm.data.table.token_table import STARTS, TokenTableWriter
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """The texts of one record, one a column; `chat` if a chat template wrote the first."""
+
+    texts: tuple[str, ...]
+    origin: str
+    chat: bool = False
+
+
+@dataclass
+class Recipe:
+    """How the records of one kind become rows of a table.
+
+    Attributes:
+        formats, name: the table of formats, and the one that the user named or `auto`.
+        mode: which function of a format reads a row: `framed` without a template, `talk` where
+            strings become turns, else `convert`.
+        columns: columns of the token table.
+        item: record -> its texts.
+        split: item and the ids of its texts -> prompt and answers, or a document, untruncated.
+        cells: these -> the ids of one row, or of one document.
+        settings: what the result depends on besides the data, the tokenizer and the section.
+        row_length: length of the rows that documents are cut into, else None.
+        cuts: counts what `cells` takes away.
+        fell_back: whether messages are written by the fallback template.
+        remarks: returns what a user should know of the rows since its last call.
+        ends: ids that close an answer.
+    """
+
+    formats: Sequence[Format]
+    name: str
+    mode: Mode
+    columns: tuple[str, ...]
+    encoder: Encoder
+    item: Callable[[Record], Item]
+    split: Callable[[Item, Sequence[Ids]], Parts]
+    cells: Callable[[Parts], list[Ids]]
+    settings: dict[str, Any]
+    row_length: int | None = None
+    cuts: Cuts = field(default_factory=Cuts)
+    fell_back: bool = False
+    remarks: Callable[[], list[str]] = list
+    ends: frozenset[int] = frozenset()
+
+
+def formats_of(config: DatasetConfig) -> tuple[Sequence[Format], str]:
+    """Return the table of formats for a section, and the name it gives or `auto`."""
+    if isinstance(config, PreferenceDatasetConfig):
+        return PREFERENCES, config.format
+    if isinstance(config, InstructionDatasetConfig):
+        return INSTRUCTIONS, config.format
+    assert isinstance(config, DocumentDatasetConfig), type(config)
+    return (document(config.text_column),), DOCUMENT
+
+
+def answers_recipe(
+    config: PreferenceDatasetConfig | InstructionDatasetConfig,
+    tokenizer: Tokenizer,
+    columns: tuple[str, ...],
+    *,
+    max_length: int,
+    max_prompt_length: int | None,
+) -> Recipe:
+    """Return the recipe for a prompt with one or more answers.
+
+    Raises:
+        UserError: the lengths leave no room, or an end token is wanted and there is none.
+    """
+    encoder = Encoder(tokenizer)
+    template = Template(tokenizer, config.template, config.template_date)
+    limits = default_limits(max_length, max_prompt_length, len(encoder.lead))
+    ends = end_tokens(tokenizer, template)
+    plain_end = ends[0]
+    if config.append_end_token and plain_end is None:
+        raise UserError(
+            "the tokenizer has no end token (eos_token) to close answers with: "
+            "give one that has, or set append_end_token: false"
+        )
+    cuts = Cuts()
+    plain = Truncation(limits, plain_end, config.append_end_token, cuts)
+    boundary = Boundary(encoder, tokenizer, ends, config.append_end_token)
+
+    def item(record: Record) -> Item:
+        written = template.compose(record)
+        return Item(boundary.texts(written), record.origin, written.chat)
+
+    def split(item: Item, ids: Sequence[Ids]) -> Parts:
+        return boundary.split(item.texts, ids, chat=item.chat)
+
+    def cells(parts: Parts) -> list[Ids]:
+        prompt, *answers = parts.columns
+        return plain(prompt, answers, has_lead=encoder.has_lead(prompt), ends=parts.ends)
+
+    formats, name = formats_of(config)
+    return Recipe(
+        formats=formats,
+        name=name,
+        mode="framed" if config.template is None else "talk" if template.wraps else "convert",
+        columns=columns,
+        encoder=encoder,
+        item=item,
+        split=split,
+        cells=cells,
+        settings={"max_length": limits.total, "max_prompt_length": limits.prompt},
+        cuts=cuts,
+        fell_back=template.fell_back,
+        remarks=template.take_remarks,
+        ends=frozenset(ends) - {None},  # type: ignore[arg-type]
+    )
+
+
+def documents_recipe(
+    config: DocumentDatasetConfig, tokenizer: Tokenizer, row_length: int
+) -> Recipe:
+    """Return the recipe for documents: leading special tokens, ids, end token.
+
+    Raises:
+        UserError: there is no end token, or rows would be too short to predict anything.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the tokenizer has no end token (eos_token) to stand between documents: "
+            "give one that has"
+        )
+    if row_length < 2:
+        raise UserError(f"row_length {row_length} holds no token to predict: at least 2")
+    encoder = Encoder(tokenizer)
+    end = np.array([tokenizer.eos_token_id], dtype=np.int32)
+
+    def item(record: Record) -> Item:
+        return Item((record.text,), record.origin)
+
+    def split(_: Item, ids: Sequence[Ids]) -> Parts:
+        return Parts(list(ids))
+
+    def cells(parts: Parts) -> list[Ids]:
+        return [np.concatenate([encoder.with_lead(parts.columns[0]), end])]
+
+    formats, name = formats_of(config)
+    return Recipe(
+        formats=formats,
+        name=name,
+        mode="convert",
+        columns=("text", STARTS),
+        encoder=encoder,
+        item=item,
+        split=split,
+        cells=cells,
+        settings={"row_length": row_length},
+        row_length=row_length,
+        ends=frozenset({tokenizer.eos_token_id}),
+    )
+
+
+class RowPacker:
+    """Cuts a stream of documents into rows of exactly `row_length` ids, with where documents begin.
+
+    `starts` of a row always begins with 0: its first token has nothing before it, whether or not
+    its document began in the row before. The origin of a row is that of its first token's document.
+    """
+
+    def __init__(self, writer: TokenTableWriter, row_length: int):
+        self._writer, self._length = writer, row_length
+        self._parts: list[Ids] = []
+        self._starts: list[int] = []
+        self._origin = ""
+        self._filled = 0
+
+    @property
+    def leftover(self) -> int:
+        """Ids that do not fill a row yet."""
+        return self._filled
+
+    def add(self, cells: Sequence[Ids], origin: str) -> None:
+        """Append one document."""
+        ids = cells[0]
+        while len(ids):
+            if not self._filled:
+                self._origin = origin
+            self._starts.append(self._filled)
+            part, ids = np.split(ids, [self._length - self._filled])
+            self._parts.append(part)
+            self._filled += len(part)
+            if self._filled == self._length:
+                starts = np.array(self._starts, dtype=np.int32)
+                self._writer.add([np.concatenate(self._parts), starts], self._origin)
+                self._parts, self._starts, self._filled = [], [], 0

@@ -1,0 +1,300 @@
+"""From a data section to token tables on disk: read, judge, tokenise, hold out, write; or reuse.
+
+One pass in batches, so that memory does not grow with the data. A folder that already holds the
+tables of the same bytes, tokenizer and settings is mapped as it is. When anything fails nothing is
+left. On a machine with several processes the caller lets one of them build first. Called by the
+three `*_datasets` modules, which choose the recipe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+from modern_llm.config.data import DatasetConfig
+from modern_llm.config.errors import DataError, StorageError
+from modern_llm.data.encode.chat_template import Tokenizer
+from modern_llm.data.encode.pipeline import Recipe, RowPacker, formats_of
+from modern_llm.data.encode.tokenizer import Ids, tokenizer_identity
+from modern_llm.data.read.readers import Row
+from modern_llm.data.read.records import ContentFault, Document, Dropped, RowFault
+from modern_llm.data.read.sources import Source
+from modern_llm.data.table.counts import DataReport, Drops
+from modern_llm.data.table.iterate import (
+    FELL_BACK,
+    Part,
+    RecordReader,
+    evaluation_source,
+    in_batches,
+    read_items,
+    share_of,
+    training_sources,
+)
+from modern_llm.data.table.token_table import TokenTable, TokenTableWriter
+from modern_llm.storage.fault_points import around
+from modern_llm.storage.regular_files import read_text
+from modern_llm.storage.table_folder import new_folder
+from modern_llm.storage.untrusted import parse_json
+
+__all__ = ["FELL_BACK", "Prepared", "prepare", "sample_texts"]
+
+VERSION = 4
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The tables of a section.
+
+    `evaluation` is None where the section names no evaluation data; `evaluation_report` is there
+    where that comes from a source of its own. `parts` has one report a training source, `report`
+    their sum.
+    """
+
+    train: TokenTable
+    evaluation: TokenTable | None
+    report: DataReport
+    evaluation_report: DataReport | None = None
+    parts: tuple[DataReport, ...] = ()
+    history: tuple[tuple[int, int], ...] | None = None
+    """(epoch, rows) from which there were so many, where a run has gone on with appended rows."""
+
+    def lines(self) -> list[str]:
+        """Return what a person should read of it: every source, and the sum of several."""
+        reports = [*self.parts, self.report] if len(self.parts) > 1 else [self.report]
+        return [line for report in reports for line in report.lines()]
+
+
+def prepare(
+    config: DatasetConfig,
+    tokenizer: Tokenizer,
+    folder: Path,
+    recipe: Recipe,
+    check: Callable[[], None] | None = None,
+) -> Prepared:
+    """Return the tables of a section from `folder`, building them there unless they are up to date.
+
+    Args:
+        check: called after every batch of rows; what it raises ends the build and leaves nothing.
+
+    Raises:
+        DataError: a source cannot be read, is broken, or leaves nothing to train or evaluate on.
+        StorageError: the folder cannot be written.
+    """
+    parts, evaluation = training_sources(config), evaluation_source(config)
+    key = _key(config, tokenizer, recipe, parts, evaluation)
+    if (found := _reuse(folder, key)) is not None:
+        return found
+    with new_folder(folder) as new:
+        dropped = new / "dropped_rows.jsonl"
+        with around("dropped.make"), dropped.open("w", encoding="utf-8") as out:
+            reports = _Build(config, recipe, new, out, check).tables(parts, "train")
+            other = None
+            if evaluation is not None:
+                whole = replace(config, eval_fraction=None)
+                build = _Build(whole, recipe, new, out, check)
+                (other,) = build.tables([Part(evaluation)], "evaluation")
+        summary = {
+            "key": key,
+            "reports": [report.as_dict() for report in reports],
+            "evaluation_report": other and other.as_dict(),
+        }
+        with around("prepared.write"):
+            (new / "prepared.json").write_text(json.dumps(summary), encoding="utf-8")
+    found = _reuse(folder, key)
+    if found is None:
+        raise StorageError(
+            f"{folder}: another process keeps writing other data here: give each its own"
+        )
+    return found
+
+
+def sample_texts(config: DatasetConfig, count: int = 64) -> list[str]:
+    """Return the texts of the first `count` rows of each source that are good, to compare
+    tokenizers on."""
+    formats, name = formats_of(config)
+    texts: list[str] = []
+    for part in training_sources(config):
+        record_of = RecordReader(formats, part.format or name)
+        for row in islice(part.source, count):
+            try:
+                if isinstance(row, Row):
+                    texts += _texts(record_of(row))
+            except (RowFault, ContentFault):
+                continue
+    return texts
+
+
+def _texts(record: Any) -> list[str]:
+    if isinstance(record, Document):
+        return [record.text]
+    prompt = record.prompt
+    turns = [prompt] if isinstance(prompt, str) else prompt
+    texts = (t if isinstance(t, str) else t.get("content") for t in (*turns, *record.responses))
+    return [text for text in texts if isinstance(text, str)]
+
+
+def _key(
+    config: DatasetConfig,
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    parts: Sequence[Part],
+    evaluation: Source | None,
+) -> str:
+    """Digest of everything that the tables depend on."""
+    facts = {
+        "version": VERSION,
+        "section": [type(config).__name__, asdict(config)],
+        "settings": recipe.settings,
+        "tokenizer": tokenizer_identity(tokenizer),
+        "sources": [
+            *(part.source.identity for part in parts),
+            evaluation and evaluation.identity,
+        ],
+    }
+    text = json.dumps(facts, sort_keys=True)
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=20).hexdigest()
+
+
+def _reuse(folder: Path, key: str) -> Prepared | None:
+    """The tables in `folder` if they are whole and have this key."""
+    try:
+        summary = parse_json(read_text(folder / "prepared.json", 100_000_000, follow=False))
+        if summary["key"] != key:
+            return None
+        parts = [DataReport.from_dict(values) for values in summary["reports"]]
+        report = DataReport.merged(parts)
+        other = summary["evaluation_report"]
+        held_out = other is not None or report.evaluation_examples
+        return Prepared(
+            train=TokenTable.open(folder / "train"),
+            evaluation=TokenTable.open(folder / "evaluation") if held_out else None,
+            report=report,
+            evaluation_report=other and DataReport.from_dict(other),
+            parts=tuple(parts),
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StorageError):
+        return None
+
+
+class _Build:
+    """One pass over each source of a section."""
+
+    def __init__(
+        self,
+        config: DatasetConfig,
+        recipe: Recipe,
+        folder: Path,
+        out: TextIO,
+        check: Callable[[], None] | None,
+    ):
+        self._config, self._recipe, self._folder, self._out = config, recipe, folder, out
+        self._check = check
+
+    def tables(self, parts: Sequence[Part], name: str) -> list[DataReport]:
+        """Write the table `name` (and `evaluation`, if a fraction is held out) from all sources.
+
+        Returns:
+            One report a source; documents run on from one source into the next, so that what does
+            not fill a row is counted with the last.
+        """
+        recipe, fraction = self._recipe, self._config.eval_fraction
+        with ExitStack() as stack:
+            sinks = {
+                table: _Sink(
+                    stack.enter_context(TokenTableWriter(self._folder / table, recipe.columns)),
+                    recipe.row_length,
+                )
+                for table in ([name] if fraction is None else [name, "evaluation"])
+            }
+            reports = [self._source(part, sinks, name) for part in parts]
+            reports[-1].tokens_cut += sum(sink.leftover for sink in sinks.values())
+            whole = DataReport.merged(reports)
+            for table, sink in sinks.items():
+                if sink.rows == 0:
+                    raise DataError(f"{whole.source}: {self._nothing_in(table, sink, whole)}")
+        return reports
+
+    def _source(self, part: Part, sinks: dict[str, _Sink], name: str) -> DataReport:
+        config, report = self._config, DataReport(part.source.name)
+        drops = Drops(self._out, report)
+        before = {table: (sink.rows, sink.tokens) for table, sink in sinks.items()}
+        self._recipe.cuts.clear()
+        for cells, origin in self._rows(part, drops):
+            fraction = config.eval_fraction
+            if fraction is not None and share_of(cells) < fraction:
+                sinks["evaluation"].add(cells, origin)
+                continue
+            for _ in range(part.times(cells)):
+                sinks[name].add(cells, origin)
+        drops.settle(config.max_dropped)
+        cuts = self._recipe.cuts
+        report.prompts_cut, report.responses_cut = cuts.prompts, cuts.responses
+        report.tokens_cut = cuts.tokens
+        gained = {
+            table: (sink.rows - before[table][0], sink.tokens - before[table][1])
+            for table, sink in sinks.items()
+        }
+        report.tokens = sum(tokens for _, tokens in gained.values())
+        report.examples = gained[name][0]
+        if len(sinks) > 1:
+            report.evaluation_examples = gained["evaluation"][0]
+        report.notes += getattr(part.source, "notes", ())
+        if part.weight != 1:
+            report.notes.append(f"{part.source.name}: weight {part.weight:g}")
+        return report
+
+    def _rows(self, part: Part, drops: Drops) -> Iterator[tuple[list[Ids], str]]:
+        """Cells and origin of every row that is kept, tokenised in batches."""
+        recipe = self._recipe
+        if part.format is not None:
+            recipe = replace(recipe, name=part.format)
+        for batch in in_batches(read_items(part.source, self._config, recipe, drops)):
+            if self._check is not None:
+                self._check()
+            ids = iter(recipe.encoder([text for item in batch for text in item.texts]))
+            for item in batch:
+                mine = [next(ids) for _ in item.texts]
+                try:
+                    yield recipe.cells(recipe.split(item, mine)), item.origin
+                except ContentFault as fault:
+                    drops.add(Dropped(item.origin, str(fault), str(fault)))
+
+    def _nothing_in(self, table: str, sink: _Sink, report: DataReport) -> str:
+        use = "train" if table == "train" else "evaluate"
+        length = self._recipe.row_length
+        if length is not None and sink.leftover:
+            return (
+                f"has {sink.leftover} tokens to {use} on, fewer than one row of {length}: "
+                "give more text or shorter rows"
+            )
+        return (
+            f"eval_fraction {self._config.eval_fraction} of {report.kept} rows leaves none to "
+            f"{use} on: change it, or name evaluation data"
+        )
+
+
+class _Sink:
+    """One table being written, with documents packed into rows where a length is given."""
+
+    def __init__(self, writer: TokenTableWriter, row_length: int | None):
+        self._writer = writer
+        self._packer = None if row_length is None else RowPacker(writer, row_length)
+        self.add = writer.add if self._packer is None else self._packer.add
+
+    @property
+    def rows(self) -> int:
+        return self._writer.rows
+
+    @property
+    def tokens(self) -> int:
+        return self._writer.tokens
+
+    @property
+    def leftover(self) -> int:
+        return 0 if self._packer is None else self._packer.leftover

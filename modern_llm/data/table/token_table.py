@@ -1,0 +1,313 @@
+"""`TokenTable`: examples as token ids in memory-mapped files, with cells of any length.
+
+A table is a folder of flat arrays that is written once, in order, and never changed:
+`ids.bin` (int32), `bounds.bin` (int64, where each cell begins), `origins.bin` with
+`origin_bounds.bin` and `origin_files.bin` (where each row came from), and `meta.json`, written
+last. It knows nothing of text or of tensors. Written by `prepare`, read by `rows` and the stages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modern_llm.config.errors import StorageError
+from modern_llm.storage.fault_points import around
+from modern_llm.storage.regular_files import read_text
+from modern_llm.storage.table_folder import new_folder
+
+Ids = NDArray[np.int32]
+
+VERSION = 1
+STARTS = "starts"
+"""Column of positions within its row, which are not token ids."""
+_FILES = {
+    "ids": np.dtype("<i4"),
+    "bounds": np.dtype("<i8"),
+    "origins": np.dtype("u1"),
+    "origin_bounds": np.dtype("<i8"),
+    "origin_files": np.dtype("<i4"),
+}
+_CHUNK = 4096
+
+
+class TokenTable:
+    """Examples in a fixed order. Make one with `TokenTable.open`; `select` gives a part of it.
+
+    Attributes:
+        columns: names of the columns, such as ("prompt", "chosen", "rejected").
+        folder: where the files are.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        meta: dict[str, Any],
+        arrays: dict[str, NDArray],
+        rows: NDArray[np.int64] | None = None,
+    ):
+        self.folder = folder
+        self.columns: tuple[str, ...] = tuple(meta["columns"])
+        self._meta, self._arrays, self._rows = meta, arrays, rows
+        self._column = {name: index for index, name in enumerate(self.columns)}
+
+    @classmethod
+    def open(cls, folder: Path) -> TokenTable:
+        """Map the files of a table.
+
+        Raises:
+            StorageError: the folder holds no whole table of this version.
+        """
+        try:
+            meta = json.loads(read_text(folder / "meta.json"))
+            if meta["version"] != VERSION:
+                raise ValueError(f"version {meta['version']}, not {VERSION}")
+            arrays = {name: _map(folder, name, meta["sizes"][name]) for name in _FILES}
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+            raise StorageError(f"{folder}: no whole token table ({error}): remove it") from error
+        return cls(folder, meta, arrays)
+
+    def __len__(self) -> int:
+        return self._meta["rows"] if self._rows is None else len(self._rows)
+
+    def ids(self, index: int, column: str) -> Ids:
+        """Return the int32 ids of one cell, a read-only view of the file."""
+        cell = self._row(index) * len(self.columns) + self._column[column]
+        start, end = self._arrays["bounds"][cell : cell + 2]
+        return self._arrays["ids"][start:end]
+
+    def origin(self, index: int) -> str:
+        """Return where the row came from: `file:line`."""
+        row = self._row(index)
+        start, end = self._arrays["origin_bounds"][row : row + 2]
+        file = self._meta["files"][self._arrays["origin_files"][row]]
+        return file + self._arrays["origins"][start:end].tobytes().decode()
+
+    def stored_row(self, index: int) -> int:
+        """Return the place of a row in the files, which a view of some rows leaves as they are."""
+        return self._row(index)
+
+    def _row(self, index: int) -> int:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of a table of {len(self)} rows")
+        index %= len(self)
+        return index if self._rows is None else int(self._rows[index])
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """(rows, columns) int64: ids in each cell."""
+        found = np.diff(self._arrays["bounds"]).reshape(-1, len(self.columns))
+        return found if self._rows is None else found[self._rows]
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of columns, lengths and ids of all rows in order: equal for equal content."""
+        if self._rows is None:
+            return self._meta["digest"]
+        content = _Content(self.columns)
+        for start in range(0, len(self), _CHUNK):
+            rows = range(start, min(start + _CHUNK, len(self)))
+            content.add(np.concatenate([self._cells(i) for i in rows]), self.lengths[rows])
+        return content.hexdigest()
+
+    def _cells(self, index: int) -> Ids:
+        """All ids of a row."""
+        row, width = self._row(index), len(self.columns)
+        start, end = self._arrays["bounds"][[row * width, (row + 1) * width]]
+        return self._arrays["ids"][start:end]
+
+    @cached_property
+    def max_id(self) -> int:
+        """The largest token id of all rows; -1 where there is none."""
+        if self._rows is None:
+            return self._meta["max_id"]
+        columns = [name for name in self.columns if name != STARTS]
+        cells = (self.ids(i, name) for i in range(len(self)) for name in columns)
+        return max((int(ids.max()) for ids in cells if len(ids)), default=-1)
+
+    def first_with_id(self, least: int) -> tuple[int, int] | None:
+        """Return the first row with a token id of at least `least`, and its largest id."""
+        if self.max_id < least:
+            return None
+        columns = [name for name in self.columns if name != STARTS]
+        for row in range(len(self)):
+            highest = max(int(self.ids(row, name).max(initial=-1)) for name in columns)
+            if highest >= least:
+                return row, highest
+        return None
+
+    def select(self, indices: Sequence[int] | NDArray[np.int64]) -> TokenTable:
+        """Return a view of the rows at `indices`, in that order."""
+        chosen = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(self)):
+            raise IndexError(f"rows {chosen.min()}..{chosen.max()} of a table of {len(self)} rows")
+        rows = chosen if self._rows is None else self._rows[chosen]
+        return TokenTable(self.folder, self._meta, self._arrays, rows)
+
+    def first_difference(self, other: TokenTable) -> int | None:
+        """Return the first row that is not the same in `other` (or there in one alone), if any."""
+        shared = min(len(self), len(other)) if self.columns == other.columns else 0
+        for start in range(0, shared, _CHUNK):
+            rows = range(start, min(start + _CHUNK, shared))
+            if not np.array_equal(self.lengths[rows], other.lengths[rows]) or not np.array_equal(
+                np.concatenate([self._cells(i) for i in rows]),
+                np.concatenate([other._cells(i) for i in rows]),
+            ):
+                return next(i for i in rows if not self._same(i, other))
+        return None if shared == len(self) == len(other) else shared
+
+    def _same(self, index: int, other: TokenTable) -> bool:
+        return np.array_equal(self.lengths[index], other.lengths[index]) and np.array_equal(
+            self._cells(index), other._cells(index)
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker process maps the files again; pickling a map would send all of its bytes.
+        return _reopen, (self.folder, self._rows)
+
+
+def _reopen(folder: Path, rows: NDArray[np.int64] | None) -> TokenTable:
+    table = TokenTable.open(folder)
+    return table if rows is None else table.select(rows)
+
+
+def _map(folder: Path, name: str, size: int) -> NDArray:
+    dtype, path = _FILES[name], folder / f"{name}.bin"
+    found = path.stat().st_size
+    if found != size * dtype.itemsize:
+        raise ValueError(f"{path.name} has {found} bytes, not {size * dtype.itemsize}")
+    if size == 0:  # nothing can be mapped
+        return np.zeros(0, dtype)
+    # A plain view: slices of np.memmap itself cost several times more.
+    return np.memmap(path, dtype, mode="r").view(np.ndarray)
+
+
+class _Content:
+    """The digest of rows, which does not depend on how they come in batches."""
+
+    def __init__(self, columns: Sequence[str]):
+        self._columns = columns
+        self._ids, self._lengths = hashlib.blake2b(), hashlib.blake2b()
+
+    def add(self, ids: Ids, lengths: NDArray[np.int64]) -> None:
+        self._ids.update(np.ascontiguousarray(ids, "<i4"))
+        self._lengths.update(np.ascontiguousarray(lengths, "<i8"))
+
+    def hexdigest(self) -> str:
+        whole = hashlib.blake2b(json.dumps(list(self._columns)).encode(), digest_size=20)
+        whole.update(self._lengths.digest() + self._ids.digest())
+        return whole.hexdigest()
+
+
+class TokenTableWriter:
+    """Writes a table row by row; it appears at `folder` when the `with` block ends without error.
+
+    Holds a few thousand rows in memory, however many are written.
+
+    Args:
+        folder: where the table shall be; an older one is replaced.
+        columns: their names.
+    """
+
+    def __init__(self, folder: Path, columns: Sequence[str]):
+        self.folder, self.columns = folder, tuple(columns)
+        self.rows = self.tokens = 0
+        self._content = _Content(self.columns)
+        self._is_ids = [name != STARTS for name in self.columns]
+        self._cells: list[Ids] = []
+        self._tails: list[bytes] = []
+        self._origin_files: list[int] = []
+        self._files: dict[str, int] = {}
+        self._sizes = dict.fromkeys(_FILES, 0)
+        self._ends = {"bounds": 0, "origin_bounds": 0}
+        self._max_id = -1
+
+    def __enter__(self) -> TokenTableWriter:
+        with ExitStack() as stack:
+            self._folder = stack.enter_context(new_folder(self.folder))
+            with around("table.make"):
+                self._out = {
+                    name: stack.enter_context((self._folder / f"{name}.bin").open("wb"))
+                    for name in _FILES
+                }
+            for name in self._ends:
+                self._write(name, np.zeros(1))
+            self._stack = stack.pop_all()
+        return self
+
+    def add(self, cells: Sequence[Ids], origin: str) -> None:
+        """Append one row: the ids of each column, and `file:line`."""
+        assert len(cells) == len(self.columns), (len(cells), self.columns)
+        # Of a million rows most come from a few files: only what follows the file is kept for each.
+        file, mark, tail = origin.rpartition(":")
+        self._origin_files.append(self._files.setdefault(file, len(self._files)))
+        self._tails.append((mark + tail).encode())
+        self._cells.extend(cells)
+        self.rows += 1
+        self.tokens += sum(
+            len(cell) for cell, is_ids in zip(cells, self._is_ids, strict=True) if is_ids
+        )
+        if len(self._tails) >= _CHUNK:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._tails:
+            return
+        ids = np.concatenate(self._cells).astype("<i4", copy=False)
+        sizes = np.array([len(cell) for cell in self._cells]).reshape(-1, len(self.columns))
+        tokens = ids[np.repeat(np.tile(self._is_ids, len(sizes)), sizes.reshape(-1))]
+        self._max_id = max(self._max_id, int(tokens.max(initial=-1)))
+        self._content.add(ids, sizes)
+        self._write("ids", ids)
+        self._write_bounds("bounds", sizes.reshape(-1))
+        self._write("origins", np.frombuffer(b"".join(self._tails), "u1"))
+        self._write_bounds("origin_bounds", np.array([len(tail) for tail in self._tails]))
+        self._write("origin_files", np.array(self._origin_files))
+        self._cells, self._tails, self._origin_files = [], [], []
+
+    def _write_bounds(self, name: str, sizes: NDArray[np.int64]) -> None:
+        ends = self._ends[name] + np.cumsum(sizes)
+        self._ends[name] = int(ends[-1])
+        self._write(name, ends)
+
+    def _write(self, name: str, values: NDArray) -> None:
+        with around("table.write"):
+            self._out[name].write(np.ascontiguousarray(values, _FILES[name]))
+        self._sizes[name] += len(values)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:  # an error here removes the folder as one in the block does
+            self._flush()
+            self._finish()
+
+    def _finish(self) -> None:
+        for file in self._out.values():
+            file.close()
+        meta = {
+            "version": VERSION,
+            "columns": self.columns,
+            "rows": self.rows,
+            "max_id": self._max_id,
+            "digest": self._content.hexdigest(),
+            "files": list(self._files),
+            "sizes": self._sizes,
+        }
+        with around("table.meta"):
+            (self._folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")

@@ -1,0 +1,168 @@
+"""What this process holds of the training state, whatever shards it: pieces of flat parameters.
+
+One `Piece` is a range of one parameter with its float32 weights and AdamW moments. Under ZeRO every
+rank holds different pieces, else every rank holds all parameters whole. Checkpoints are made of
+pieces, so that a run may go on under another stage or on another number of processes; export
+gathers them one parameter at a time. Knows DeepSpeed's flat buffers, which are not public: the
+tests read every piece back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from modern_llm.distributed.engine import DeepSpeedEngine, Engine
+from modern_llm.distributed.health import heartbeat
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of one parameter, as this rank holds it."""
+
+    name: str
+    """The parameter's name in the module before it was prepared."""
+    start: int
+    """First element, counted in the flattened parameter."""
+    weight: Tensor
+    """(n,) the weights that the optimizer steps: float32, also where the forward has fewer bits."""
+    owner: Tensor
+    """The optimizer's own parameter: this one, or a flat buffer of many."""
+    offset: int
+    """Where the piece begins in the flattened `owner`."""
+
+    def moment(self, optimizer: torch.optim.Optimizer, key: str) -> Tensor | None:
+        """Return the (n,) view of a moment, or None before the first step."""
+        state = optimizer.state.get(self.owner, {})
+        if key not in state:
+            return None
+        return _local(state[key]).view(-1)[self.offset : self.offset + self.weight.numel()]
+
+    def make_moments(self, optimizer: torch.optim.Optimizer, step: float) -> None:
+        """Make the owner's moments, zero, where it has none yet, and set its count of steps."""
+        state = optimizer.state[self.owner]
+        for key in MOMENTS:
+            if key not in state:
+                state[key] = torch.zeros_like(self.owner.data)
+        state["step"] = torch.tensor(step, dtype=torch.float32, device=self.owner.device)
+
+
+def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
+    """Return the AdamW object whose state holds the moments."""
+    optimizer = engine.optimizer
+    while not isinstance(optimizer, torch.optim.AdamW):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def pieces(engine: Engine) -> list[Piece]:
+    """Return what this rank holds of every trained parameter, in the model's order."""
+    if isinstance(engine, DeepSpeedEngine) and engine.stage == 3:
+        return list(_stage_3(engine))
+    if isinstance(engine, DeepSpeedEngine) and engine.stage > 0:
+        return list(_stage_1_and_2(engine))
+    return [
+        Piece(name, _first_element(parameter), _local(parameter).view(-1), parameter, 0)
+        for name, parameter in engine.inner.named_parameters()
+        if parameter.requires_grad
+    ]
+
+
+def replicated(engine: Engine) -> bool:
+    """Whether every rank holds all pieces, so that one of them is enough."""
+    if isinstance(engine, DeepSpeedEngine):
+        return engine.stage == 0
+    return not any(hasattr(parameter, "to_local") for parameter in engine.inner.parameters())
+
+
+def full_parameters(engine: Engine, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, whole float32 parameter) one after the other; a collective on every rank.
+
+    A rank that lets go of each tensor holds one parameter at a time.
+
+    Args:
+        trained: whether frozen ones are left out.
+    """
+    names = {id(p): name for name, p in engine.inner.named_parameters()}
+    sharded = isinstance(engine, DeepSpeedEngine) and engine.stage > 0
+    for parameter in engine.inner.parameters():
+        heartbeat.tick()
+        name = names[id(parameter)]
+        if trained and not parameter.requires_grad:
+            continue
+        if sharded and parameter.requires_grad:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            yield name, safe_get_full_fp32_param(parameter).view(_shape(parameter))
+        elif hasattr(parameter, "ds_id"):  # frozen, and sharded by ZeRO-3
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                yield name, parameter.detach().clone().float()
+        elif hasattr(parameter, "full_tensor"):  # sharded by FSDP2
+            yield name, parameter.full_tensor().detach()
+        else:
+            yield name, parameter.detach()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The tensor's data; of a DTensor (FSDP2) this rank's shard."""
+    return tensor.to_local().detach() if hasattr(tensor, "to_local") else tensor.data
+
+
+def _first_element(parameter: nn.Parameter) -> int:
+    """Where this rank's shard begins in the flattened parameter; FSDP2 shards along rows."""
+    if not hasattr(parameter, "to_local"):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return offset[0] * (parameter.numel() // parameter.shape[0])
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _stage_1_and_2(engine: DeepSpeedEngine) -> Iterator[Piece]:
+    sharded = engine.optimizer
+    flat_of_group = sharded.single_partition_of_fp32_groups
+    names = {id(p): name for name, p in engine.inner.named_parameters()}
+    for group, flat in zip(sharded.bit16_groups, flat_of_group, strict=True):
+        for parameter in group:
+            mapping = parameter._hp_mapping
+            if mapping is None:  # all of it lies on other ranks
+                continue
+            here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+            yield Piece(
+                names[id(parameter)],
+                there.start,
+                flat.data[here.start : here.start + here.numel],
+                flat,
+                here.start,
+            )
+
+
+def _stage_3(engine: DeepSpeedEngine) -> Iterator[Piece]:
+    sharded = engine.optimizer
+    names = {id(p): name for name, p in engine.inner.named_parameters()}
+    rank = dist.get_rank()
+    for group in sharded.fp16_groups:
+        for parameter in group:
+            index, offset, numel = sharded.grad_position[sharded.get_param_id(parameter)]
+            flat = sharded.fp32_partitioned_groups_flat[index]
+            start = numel * rank
+            # Partitions are of equal size: what lies behind the parameter's end is padding.
+            real = min(numel, parameter.ds_numel - start)
+            if real > 0:
+                yield Piece(
+                    names[id(parameter)], start, flat.data[offset : offset + real], flat, offset
+                )

@@ -1,0 +1,81 @@
+"""`modern-llm evaluate`: how well a policy prefers what people preferred, measured on pairs.
+
+Every pair is scored once, under any number of processes, and judged in the order of the data: the
+result does not depend on how many there are. Called by the verb.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from modern_llm.config import PreferenceDatasetConfig
+from modern_llm.config.errors import DataError
+from modern_llm.data.read.readers import Row
+from modern_llm.data.table.iterate import training_sources
+from modern_llm.evaluation.score import Scored, scored_pairs
+from modern_llm.evaluation.statistics import calibration, judge, judge_groups
+
+
+def evaluate_pairs(
+    model: str,
+    data: PreferenceDatasetConfig,
+    *,
+    reference: str | None = None,
+    beta: float = 0.1,
+    by: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Judge `model` on the pairs of `data`.
+
+    Args:
+        model: Hub id, `transformers` folder or `.pt` file.
+        reference: likewise; the reward of an answer is beta * (log p_model - log p_reference).
+            Without it the reward is beta * log p_model: the preference of the bare likelihoods.
+        by: a column of the data whose values name groups; the files where it is not given.
+        options: as `score_pairs` takes them.
+
+    Returns:
+        The judgement of all pairs, its `calibration`, and `groups`: by source, and by which
+        answer is the longer one.
+
+    Raises:
+        DataError: no row has the column `by`.
+    """
+    with scored_pairs(model, data, reference=reference, **options) as scored:
+        rewards = beta * scored.sums("policy")
+        if reference is not None:
+            rewards = rewards - beta * scored.sums("reference")
+        groups = {by or "file": _groups(scored, data, by), "length": _by_length(scored)}
+        return {
+            "model": model,
+            "reference": reference,
+            "beta": beta,
+            "dropped": scored.dropped,
+            **judge(rewards),
+            "calibration": calibration(rewards[:, 0] - rewards[:, 1]),
+            "groups": judge_groups(rewards, groups),
+        }
+
+
+def _by_length(scored: Scored) -> list[str]:
+    """Which answer has more tokens: a policy that prefers length shows here."""
+    counts = scored.counts
+    names = np.array(["rejected longer", "same length", "chosen longer"])
+    return names[np.sign(counts[:, 0] - counts[:, 1]) + 1].tolist()
+
+
+def _groups(scored: Scored, data: PreferenceDatasetConfig, by: str | None) -> list[str]:
+    origins = [scored.prepared.train.origin(int(row)) for row in scored.rows]
+    if by is None:
+        return [origin.rpartition(":")[0] for origin in origins]
+    values = {
+        row.origin: row.values[by]
+        for part in training_sources(data)
+        for row in part.source
+        if isinstance(row, Row) and by in row.values
+    }
+    if not any(origin in values for origin in origins):
+        raise DataError(f"by {by!r}: no row of {', '.join(data.names)} has that column")
+    return [str(values.get(origin, "(none)")) for origin in origins]

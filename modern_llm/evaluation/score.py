@@ -1,0 +1,222 @@
+"""`modern-llm score`: the log-prob sums of both answers of every pair, under one or two models.
+
+Forward only, under any number of processes; rank 0 writes one JSON object a pair, in the order of
+the
+data.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
+from modern_llm.config.errors import UserError
+from modern_llm.data.preference_datasets import build_preference_tables
+from modern_llm.data.table.build import Prepared
+from modern_llm.data.table.token_table import TokenTable
+from modern_llm.distributed import runtime as distributed
+from modern_llm.distributed.health import heartbeat
+from modern_llm.distributed.health.watchdog import Watchdog, nowhere
+from modern_llm.distributed.shutdown.signals import stop_here
+from modern_llm.models.load import Checkpoint, inspect_checkpoint
+from modern_llm.reference.nonfinite_pairs import LIST, leave_out, not_finite
+from modern_llm.reference.scoring import Answers, Scoring, score_everywhere
+from modern_llm.setup import tables
+from modern_llm.setup.micro_batches import sharing
+from modern_llm.storage.atomic import write_file
+from modern_llm.storage.regular_files import read_text
+from modern_llm.storage.temporary import temporary_folder
+from modern_llm.training import stage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The pairs of a data set with the log-prob sums of one model or two.
+
+    Attributes:
+        columns: `policy` and, where one was given, `reference` -> sums and target counts, (P, 2).
+        rows: (P,) rows of the table; pairs with a sum that is not finite are left out.
+        dropped: rows of the data that are not among the pairs for their content or such a sum.
+    """
+
+    runtime: distributed.Runtime
+    prepared: Prepared
+    columns: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    rows: NDArray[np.int64]
+    dropped: int
+
+    def sums(self, name: str) -> NDArray[np.float64]:
+        """Return (P, 2) log-prob sums in nats."""
+        return self.columns[name][0].double().numpy()
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """(P, 2) numbers of target tokens."""
+        return self.columns["policy"][1].numpy()
+
+
+@contextmanager
+def scored_pairs(
+    model: str,
+    data: PreferenceDatasetConfig,
+    *,
+    reference: str | None = None,
+    tokenizer_name: str | None = None,
+    max_length: int = 512,
+    max_prompt_length: int | None = None,
+    mixed_precision: str = "no",
+    hang_timeout: float | None = 600.0,
+) -> Iterator[Scored]:
+    """Give every pair of `data` with its sums, on every process; the table lives as long as the
+    context, in which all are watched as a run is.
+
+    Args:
+        hang_timeout: as `train.hang_timeout`.
+    """
+    with temporary_folder("score") as folder:
+        config = TrainingConfig(
+            run_name="score",
+            output_dir=folder,
+            tokenizer_name=tokenizer_name,
+            batch_size=1,
+            mixed_precision=mixed_precision,  # type: ignore[arg-type]
+            hang_timeout=hang_timeout,
+        )
+        runtime = distributed.start(config)
+        then = "nothing was written: run the same command again"
+        with runtime, Watchdog(runtime, nowhere, hang_timeout, then=lambda: then):
+            policy = inspect_checkpoint(model)
+            tokenizer, _ = stage.choose_tokenizer(tokenizer_name, policy, config)
+            stage.check_positions(max_length, policy, "max_length")
+            lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+            prepared = _read(runtime, data, tokenizer, folder / "data", lengths)
+            models = {"policy": policy}
+            if reference is not None:
+                models["reference"] = inspect_checkpoint(reference)
+            tables.check_ids_fit(prepared, tokenizer, *(m.vocabulary for m in models.values()))
+            yield _scored(runtime, prepared, models, config, data.max_dropped)
+
+
+def _read(
+    runtime: distributed.Runtime,
+    data: PreferenceDatasetConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    lengths: dict[str, int | None],
+) -> Prepared:
+    """Read and tokenise; every process for itself: nothing of this outlives the call."""
+
+    def check() -> None:
+        heartbeat.tick()
+        stop_here("while it read the data", main=runtime.is_main)
+
+    heartbeat.enter("reading the data")
+    with runtime.failing_together():
+        return build_preference_tables(data, tokenizer, folder, check=check, **lengths)
+
+
+def _scored(
+    runtime: distributed.Runtime,
+    prepared: Prepared,
+    models: dict[str, Checkpoint],
+    config: TrainingConfig,
+    max_dropped: float,
+) -> Scored:
+    """Score all pairs under each model, and leave out those that have no finite sums."""
+    table = prepared.train
+    columns = {name: _sums(runtime, model, table, config) for name, model in models.items()}
+    heartbeat.enter("judging and writing")
+    bad = not_finite(np.concatenate([sums.numpy() for sums, _ in columns.values()], axis=1))
+    whose = " or ".join(model.place for model in models.values())
+    listed = table.folder.parent / LIST
+    out = leave_out(runtime, prepared, {"train": bad}, max_dropped, listed, whose)
+    rows = np.setdiff1d(np.arange(len(table)), bad)
+    kept = {name: (sums[rows], counts[rows]) for name, (sums, counts) in columns.items()}
+    return Scored(runtime, prepared, kept, rows, prepared.report.dropped + out)
+
+
+def score_pairs(
+    model: str,
+    data: PreferenceDatasetConfig,
+    output: Path,
+    *,
+    reference: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write `policy_chosen policy_rejected [reference_chosen reference_rejected] chosen_tokens
+    rejected_tokens`.
+
+    Log-probs are sums over the response tokens in nats; tokens are the numbers of target tokens.
+
+    Args:
+        options: `tokenizer_name`, `max_length`, `max_prompt_length`, `mixed_precision`,
+            `hang_timeout` as `scored_pairs` takes them.
+
+    Returns:
+        `pairs`, `dropped` and `output`.
+    """
+    if not output.parent.is_dir():
+        raise UserError(
+            f"output {output}: {output.parent} is no folder; create it or name another place"
+        )
+    with scored_pairs(model, data, reference=reference, **options) as scored:
+        runtime, pairs = scored.runtime, len(scored.rows)
+        if runtime.is_main:
+            lines = (f"{json.dumps(row)}\n" for row in _rows(scored.columns))
+            write_file(output, "".join(lines))
+            log.info("%d pairs scored: %s", pairs, output)
+        runtime.barrier()
+        return {"pairs": pairs, "output": str(output)} | _dropped(scored, output)
+
+
+def _dropped(scored: Scored, output: Path) -> dict[str, Any]:
+    """Say what was left out, and keep the list of it beside the output."""
+    report, missing = scored.prepared.report, scored.dropped
+    listed = scored.prepared.train.folder.parent / LIST
+    if scored.runtime.is_main:
+        for line in report.lines():
+            log.info("data: %s", line)
+        if missing:
+            beside = output.with_suffix(".dropped_rows.jsonl")
+            write_file(beside, read_text(listed))
+            log.info("rows that were left out: %s", beside)
+    return {"dropped": missing}
+
+
+def _sums(
+    runtime: distributed.Runtime, checkpoint: Checkpoint, table: TokenTable, config: TrainingConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums and target counts (P, 2) of every pair under one model."""
+    heartbeat.enter("preparing the model")
+    scorer = stage.set_up_frozen(runtime, checkpoint, config)
+    module = runtime.freeze(scorer)
+    scoring = Scoring(runtime, module, config, trees=sharing(scorer))
+    answers = Answers(table)
+    found = score_everywhere(runtime, scoring, answers)
+    runtime.release(module)
+    sums, counts = found.sums[answers.of_pairs], found.counts[answers.of_pairs]
+    return torch.from_numpy(sums), torch.from_numpy(counts)
+
+
+def _rows(columns: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> list[dict[str, float]]:
+    counts = columns["policy"][1].tolist()
+    rows: list[dict[str, float]] = [{} for _ in counts]
+    for name, (sums, _) in columns.items():
+        for row, (chosen, rejected) in zip(rows, sums.tolist(), strict=True):
+            row |= {f"{name}_chosen": chosen, f"{name}_rejected": rejected}
+    for row, (chosen, rejected) in zip(rows, counts, strict=True):
+        row |= {"chosen_tokens": chosen, "rejected_tokens": rejected}
+    return rows

@@ -1,0 +1,105 @@
+"""From the weights in training to a folder that plain `transformers` loads.
+
+Whole parameters pass one at a time; rank 0 alone keeps them, in the memory of its machine. Called
+by the stages at their end.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modern_llm.distributed.engine import Engine
+from modern_llm.distributed.health import heartbeat
+from modern_llm.distributed.optimizer_shards import full_parameters
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.inference.generate import end_ids
+from modern_llm.models.adapters import has_adapters, write_adapters
+from modern_llm.storage.fault_points import around
+
+
+def export(
+    runtime: Runtime,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    ends: tuple[int | None, ...] = (),
+) -> None:
+    """Write float32 weights, or adapters where these were trained, with configuration and
+    tokenizer; a collective of all ranks.
+
+    Args:
+        ends: ids that end an answer besides the tokenizer's end token.
+    """
+    state: dict[str, Tensor] = {}
+    adapted = has_adapters(engine.inner)
+    for name, tensor in full_parameters(engine, trained=adapted):
+        heartbeat.tick()
+        if runtime.is_main:
+            state[name] = tensor.to("cpu", copy=tensor.device.type == "cpu")
+    with runtime.committed_folder(folder, {}) as place:
+        if runtime.is_main and adapted:
+            name_special_ids(engine.inner, tokenizer, ends)
+            with around("export.write"):
+                write_adapters(engine.inner, state, place)
+                tokenizer.save_pretrained(place)
+        elif runtime.is_main:
+            write_model(engine.inner, state, tokenizer, place, ends)
+
+
+def write_model(
+    model: PreTrainedModel,
+    state: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    place: Path,
+    ends: tuple[int | None, ...] = (),
+) -> None:
+    """Write a folder from parameters `state` by name, tied ones once."""
+    name_special_ids(model, tokenizer, ends)
+    # The model at hand may be in shards, or in bfloat16 while the weights that were trained are
+    # float32; its shape alone is taken from it.
+    with torch.device("meta"):
+        shape = type(model)._from_config(model.config, dtype=torch.float32)
+    shape.generation_config = model.generation_config
+    with around("export.write"):
+        shape.save_pretrained(place, state_dict=_with_ties_and_buffers(model, state))
+        tokenizer.save_pretrained(place)
+
+
+def name_special_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: tuple[int | None, ...]
+) -> None:
+    """Write the tokenizer's special ids into a model's configurations where they have none."""
+    generation = model.generation_config
+    vocabulary = model.config.get_text_config().vocab_size
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        own = getattr(tokenizer, name)
+        if own is None or own >= vocabulary:
+            continue  # padding that was added beside the embedding: no model loads with such an id
+        if getattr(model.config, name, None) is None:
+            setattr(model.config, name, own)
+        if getattr(generation, name, None) is None:
+            setattr(generation, name, own)
+    known = end_ids(model, ends)
+    if len(known) > 1:
+        generation.eos_token_id = known
+    # Some published folders hold a temperature without do_sample; transformers reads such a
+    # configuration and refuses to write it.
+    sampled = any(getattr(generation, n, None) not in (None, 1.0) for n in ("temperature", "top_p"))
+    if not generation.do_sample and (sampled or getattr(generation, "top_k", None)):
+        generation.do_sample = True
+
+
+def _with_ties_and_buffers(model: PreTrainedModel, parameters: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the state dictionary as `save_pretrained` expects it: every name, ties included."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    result = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        result[name] = parameters.get(names.get(id(tensor), name))
+        if result[name] is None:
+            result[name] = tensor.detach().cpu()
+    return result

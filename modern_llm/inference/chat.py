@@ -1,0 +1,205 @@
+"""Answers to prompts that are written exactly as training wrote them: same template, same ids.
+
+Called by the verb `generate`, by the demo and for the sample answers of a run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from modern_llm.config.data import known_template
+from modern_llm.config.errors import ConfigError, UserError
+from modern_llm.config.printable import printable
+from modern_llm.data.encode.chat_template import Template, end_tokens
+from modern_llm.data.encode.tokenizer import Encoder
+from modern_llm.data.read.records import Prompt, RowFault
+from modern_llm.distributed.health import heartbeat
+from modern_llm.distributed.shutdown.signals import stop_here
+from modern_llm.inference.generate import generate, generate_ids
+from modern_llm.models.load import (
+    inspect_checkpoint,
+    load_model,
+    load_tokenizer,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How answers are drawn.
+
+    Raises:
+        ConfigError: an option would have no effect.
+    """
+
+    template: str | None = None
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} has no effect at temperature 0: raise temperature or leave {name} out"
+            for name, given in (("top_p", self.top_p != 1.0), ("seed", self.seed is not None))
+            if given and self.temperature == 0
+        ]
+        try:
+            known_template(self.template)
+        except ValueError as error:
+            problems.append(str(error))
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """What `generate` takes of them."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed or 0,
+        }
+
+
+class Answerer:
+    """A checkpoint that answers.
+
+    Raises:
+        UserError: the checkpoint or tokenizer cannot be loaded.
+    """
+
+    def __init__(self, place: str, options: Options, tokenizer_name: str | None = None):
+        heartbeat.enter("loading the model")
+        checkpoint = inspect_checkpoint(place)
+        if tokenizer_name is None and not checkpoint.has_tokenizer:
+            raise ConfigError([f"tokenizer_name: {place} holds no tokenizer; name one"])
+        self.options = options
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(tokenizer_name or place)
+        self.model: PreTrainedModel = load_model(checkpoint)
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Return one answer for each prompt."""
+        rows, ends = prompt_ids(self.tokenizer, prompts, self.options.template)
+        heartbeat.enter("answering")
+        return generate(
+            self.model,
+            self.tokenizer,
+            rows,
+            batch_size=self.options.batch_size,
+            ends=ends,
+            check=_check,
+            **self.options.drawing,
+        )
+
+    def stream(self, prompt: Prompt) -> str:
+        """Print the answer to one prompt on stdout while it is made, and return it."""
+        rows, ends = prompt_ids(self.tokenizer, [prompt], self.options.template)
+        heartbeat.enter("answering")
+        streamer = _Printed(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        (ids,) = generate_ids(
+            self.model,
+            self.tokenizer,
+            rows,
+            ends=ends,
+            streamer=streamer,
+            check=_check,
+            **self.options.drawing,
+        )
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def converse(
+        self, read: Callable[[], str | None], system: str | None = None
+    ) -> Iterator[tuple[str, str]]:
+        """Answer line after line, each streamed, and yield (line, answer).
+
+        With a chat template the turns so far are the prompt; without one each line stands alone.
+
+        Args:
+            read: gives the next line, None at the end; the line `/new` forgets the turns so far.
+            system: words that stand before the first turn.
+        """
+        template = Template(self.tokenizer, self.options.template)
+        chat = template.wraps or (template.frame is None and bool(self.tokenizer.chat_template))
+        if system is not None and not chat:
+            raise ConfigError(["system has no effect without a chat template: set template: chat"])
+        start = [{"role": "system", "content": system}] if system is not None else []
+        turns = list(start)
+        while (line := _awaited(read)) is not None:
+            if line.strip() == "/new":
+                turns = list(start)
+                continue
+            if not line.strip():
+                continue
+            turns.append({"role": "user", "content": line})
+            answer = self.stream(turns if chat else line)
+            turns.append({"role": "assistant", "content": answer})
+            yield line, answer
+
+
+class _Printed(TextStreamer):
+    """Prints an answer while it is made, without what would control the terminal."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print the next piece of text."""
+        super().on_finalized_text(printable(text), stream_end)
+
+
+def _check() -> None:
+    """Say that it gets on; raise `Stopped` if a signal asked for it."""
+    heartbeat.tick()
+    stop_here("while it answered; nothing is kept")
+
+
+def _awaited(read: Callable[[], str | None]) -> str | None:
+    """Return the next line, for which nobody is blamed however long it takes."""
+    with heartbeat.phase("waiting for a line", None, math.inf):
+        return read()
+
+
+def answer_prompts(
+    model: str,
+    prompts: Sequence[Prompt],
+    *,
+    tokenizer_name: str | None = None,
+    **options: Any,
+) -> list[str]:
+    """Load a checkpoint and return its answers, one for each prompt.
+
+    Args:
+        options: fields of `Options`.
+
+    Raises:
+        UserError: the checkpoint or tokenizer cannot be loaded, or an option has no effect.
+    """
+    return Answerer(model, Options(**options), tokenizer_name).answer(prompts)
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], template: str | None
+) -> tuple[list[list[int]], tuple[int | None, ...]]:
+    """Return the ids of each prompt as SFT and DPO see them, and the ids that end an answer.
+
+    Args:
+        prompts: strings, or message lists, which always go through a chat template.
+        template: as in the data sections: `chat`, a text with `{prompt}`, a Jinja chat template.
+    """
+    writer, encoder = Template(tokenizer, template), Encoder(tokenizer)
+    try:
+        written = [writer.render(prompt) for prompt in prompts]
+    except RowFault as error:
+        raise UserError(f"prompt: {error}") from error
+    rows = []
+    for ids, (_, chat) in zip(encoder([text for text, _ in written]), written, strict=True):
+        # A chat template writes the leading special tokens of its own model.
+        rows.append((ids if chat else encoder.with_lead(ids)).tolist())
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    # Generation needs something to go on from, an empty prompt too.
+    return [row or [start] for row in rows], end_tokens(tokenizer, writer)

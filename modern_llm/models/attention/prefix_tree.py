@@ -1,0 +1,233 @@
+"""Attention for rows that hold trees: a token sees its own branch and the trunk before it, nothing
+else.
+
+One function, registered with `transformers` under `TREE_ATTENTION`, serves every layer of every
+architecture that asks its `AttentionInterface`: scaling, sliding window and soft-cap come from the
+layer, the segments come as the keyword `tree` of the model call. It is also the packing mask: trees
+of one row never see each other. Models that bypass the interface are found by `probe`.
+
+Three backends compute the same: `blocks` (CPU: parts of rows, see `attention_blocks`), `flex`
+(CUDA: FlexAttention with a block mask, see `attention_flex`) and `mask` (SDPA with a dense mask,
+anywhere).
+
+Letters: R rows, L tokens of a row, H heads, E head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from modern_llm.models.attention import flex
+from modern_llm.models.attention.cpu_blocks import (
+    MERGE_BELOW,
+    Block,
+    BlockAttention,
+    additive,
+    blockwise,
+    find_blocks,
+    has_kernel,
+)
+
+TREE_ATTENTION = "modern_llm_tree"
+
+Backend = Literal["blocks", "flex", "mask"]
+# What a layer is given for its window: parts of rows, a block mask, or a mask (R, 1, L, L).
+TreeMask = tuple[Block, ...] | flex.BlockMask | Tensor
+
+
+def backends(device: torch.device) -> tuple[Backend, ...]:
+    """Return the backends to try on `device`, the fastest first."""
+    if device.type == "cuda":
+        return ("flex", "mask")
+    return ("blocks", "mask") if device.type == "cpu" and has_kernel() else ("mask",)
+
+
+def visible(segments: Tensor, positions: Tensor, window: int | None = None) -> Tensor:
+    """Return who sees whom, (R, L, L) booleans [row, query, key].
+
+    Args:
+        segments: (R, L, 2) integers, [tree, branch] of each token. Branch 0 is the trunk (the
+            prompt). Tree -1 is padding, which sees only itself: a row without any visible key
+            would be not-a-number.
+        positions: (R, L) integers; a window is measured in positions, which restart at a branch.
+        window: positions that a token looks back, itself included; None for all.
+    """
+    if segments.ndim != 3 or segments.shape[:2] != positions.shape or segments.shape[2] != 2:
+        raise ValueError(
+            f"segments must be (R, L, 2), positions (R, L), got {tuple(segments.shape)}, "
+            f"{tuple(positions.shape)}"
+        )
+    tree, branch = segments.unbind(-1)
+    length = tree.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=tree.device).tril_()
+    same_tree = (tree[:, :, None] == tree[:, None, :]) & (tree >= 0)[:, None, :]
+    on_path = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    seen = causal & same_tree & on_path
+    if window is not None:
+        seen &= positions[:, :, None] - positions[:, None, :] < window
+    return seen | torch.eye(length, dtype=torch.bool, device=tree.device)
+
+
+class TreeMasks(dict[int | None, TreeMask]):
+    """What layers need to attend within trees, by sliding window; see `Backend`.
+
+    A window that was not asked for yet is made when a layer asks. That serves the probe; later all
+    known windows are made before the forward, so that compiled layers see a plain dictionary.
+
+    Args:
+        merge_below: see `attention_blocks.find_blocks`.
+
+    Attributes:
+        needed: what the last layer is to compute (`narrow.Needed`); None is all.
+    """
+
+    needed: object = None
+
+    def __init__(
+        self,
+        segments: Tensor,
+        positions: Tensor,
+        dtype: torch.dtype,
+        backend: Backend = "mask",
+        merge_below: int = MERGE_BELOW,
+    ):
+        super().__init__()
+        self._where = segments, positions
+        self._dtype, self._backend, self._merge_below = dtype, backend, merge_below
+
+    def __missing__(self, window: int | None) -> TreeMask:
+        segments, positions = self._where
+        if self._backend == "blocks":
+            self[window] = find_blocks(
+                segments, positions, window, self._dtype, visible, self._merge_below
+            )
+        elif self._backend == "flex":
+            self[window] = flex.block_mask(segments, positions, window)
+        else:
+            self[window] = additive(visible(segments, positions, window), self._dtype).unsqueeze(1)
+        return self[window]
+
+
+class Parts:
+    """Masks of parts of rows, for layers that may be compiled.
+
+    Their number and places differ from forward to forward, so a compiler that looked at them would
+    make a graph for each: it is kept out. Nor would it see them in a dictionary without looking.
+    """
+
+    def __init__(self, masks: Mapping[int | None, TreeMask]):
+        self._masks = masks
+
+    @torch.compiler.disable
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *of: object) -> tuple:
+        """Attend as `tree_attention` does; `of` is what the layer says."""
+        return _attend(query, key, value, self._masks, *of)
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    tree: Mapping[int | None, TreeMask] | Parts | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Attend within the trees of `tree`.
+
+    Args:
+        query: (R, H, L, E); key, value: (R, H / groups, L, E).
+        scaling, dropout, sliding_window, softcap: as the layer says.
+        tree: what is visible for each window, see `TreeMasks`.
+
+    Returns:
+        (R, L, H, E) and no weights.
+    """
+    if tree is None:
+        raise ValueError(
+            "the tree attention was called without `tree`: call the model through TokenScorer, or "
+            "set another attention with model.set_attn_implementation('sdpa')"
+        )
+    if kwargs.get("s_aux") is not None:
+        raise ValueError("attention sinks are not part of the tree attention: use separate rows")
+    if isinstance(tree, Parts):
+        return tree.attend(query, key, value, scaling, dropout, sliding_window, softcap)
+    return _attend(query, key, value, tree, scaling, dropout, sliding_window, softcap)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: Mapping[int | None, TreeMask],
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, None]:
+    mask = tree[sliding_window]
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # As SDPA is under autocast: rotary tables leave queries and keys wider than values.
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if isinstance(mask, flex.BlockMask):
+        out = flex.attend(query, key, value, mask, scaling, softcap, dropout)
+        return out.transpose(1, 2).contiguous(), None
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key = key.repeat_interleave(groups, dim=1)
+        value = value.repeat_interleave(groups, dim=1)
+
+    def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        mask = mask.to(query.dtype)
+        if softcap is not None:
+            return _softcapped(query, key, value, mask, scaling, softcap, dropout)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+        )
+
+    if isinstance(mask, Tensor):
+        out = dense(query, key, value, mask)
+    elif softcap is not None or dropout:
+        out = blockwise(query, key, value, mask, dense)
+    else:
+        out = BlockAttention.apply(query, key, value, mask, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _softcapped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    softcap: float,
+    dropout: float,
+) -> Tensor:
+    """softmax(softcap * tanh(scaling q k^T / softcap) + mask) v, which SDPA cannot do (Gemma 2)."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    scores = torch.tanh(scores / softcap) * softcap + mask
+    weights = torch.softmax(scores, -1, dtype=torch.promote_types(query.dtype, torch.float32))
+    weights = F.dropout(weights.to(query.dtype), dropout)
+    return torch.matmul(weights, value)
+
+
+def register_tree_attention() -> None:
+    """Make `TREE_ATTENTION` known to `transformers`; again is harmless.
+
+    No mask function is registered beside it on purpose: `transformers` then builds no mask of its
+    own.
+    """
+    AttentionInterface.register(TREE_ATTENTION, tree_attention)

@@ -1,0 +1,126 @@
+"""The last layer where it is needed: after its attention, only states that predict a target.
+
+What follows the last attention is computed token by token, and nobody reads the states of a prompt
+there. So the gated product of that layer runs on the needed states alone, and of its attention only
+the parts that hold one of them are computed, forward and backward. Called by `probe`, which puts it
+into a model and then checks the whole, and by `TokenScorer`, which says what is needed.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from modern_llm.models.attention.prefix_tree import TreeMask, TreeMasks
+from modern_llm.models.cpu.fused_ops import numbers, same, set_forward
+
+# Above this share of needed tokens, picking them out costs more than it saves.
+WORTH = 0.8
+
+
+class FewerParts(dict[int | None, TreeMask]):
+    """The masks of `whole` without the parts of rows that hold no needed query.
+
+    Args:
+        needed: (R, L) booleans.
+    """
+
+    def __init__(self, whole: TreeMasks, needed: Tensor):
+        super().__init__()
+        self._whole, self._needed = whole, needed
+
+    def __missing__(self, window: int | None) -> TreeMask:
+        mask = self._whole[window]
+        if isinstance(mask, tuple):
+            needed = self._needed
+            mask = tuple(b for b in mask if bool(needed[b.row, b.start : b.stop].any()))
+        self[window] = mask
+        return mask
+
+
+@dataclass(frozen=True)
+class Needed:
+    """What the last layer is to compute.
+
+    Attributes:
+        states: (N,) flat indices into R * L, each once.
+        masks: for its attention.
+    """
+
+    states: Tensor
+    masks: FewerParts
+
+
+def needed_of(masks: TreeMasks, sources: Tensor, shape: torch.Size) -> Needed | None:
+    """Return what the last layer is to compute, or None where nothing is gained.
+
+    Args:
+        sources: flat indices of the states that predict a target.
+        shape: (R, L).
+    """
+    if len(sources) == 0:
+        return None
+    states = torch.unique(sources)
+    if len(states) > WORTH * shape.numel():
+        return None
+    needed = torch.zeros(shape, dtype=torch.bool, device=sources.device)
+    needed.view(-1)[states] = True
+    return Needed(states, FewerParts(masks, needed))
+
+
+def narrows(model: nn.Module) -> bool:
+    """Whether `narrow_last_layer` made the last layer of `model` ready."""
+    mlp = getattr(_last_layer(model), "mlp", None)
+    return hasattr(getattr(mlp, "forward", None), "narrow")
+
+
+@torch.no_grad()
+def narrow_last_layer(model: nn.Module) -> bool:
+    """Let the last layer compute what it is told of by `tree.needed`, in place.
+
+    Returns:
+        False where its feed-forward is not known to treat each token alone; nothing is changed.
+    """
+    layer = _last_layer(model)
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not all(isinstance(p, nn.Linear) and p.weight.dtype == torch.float32 for p in parts):
+        return False
+    x = numbers(2, 3, parts[0].in_features)
+    if attention is None or not same(mlp(x)[:, 1:], mlp(x[:, 1:])):
+        return False
+    # From the attention to the product after it, which gets a tensor only. Not set on the layer:
+    # recomputation begins inside of it. By thread, because several may run one model.
+    here = threading.local()
+    attend, multiply = attention.forward.__func__, mlp.forward.__func__
+
+    def narrow_attention(self: nn.Module, *args: object, **kwargs: object) -> object:
+        needed = getattr(kwargs.get("tree"), "needed", None)
+        here.states = None
+        if needed is None:
+            return attend(self, *args, **kwargs)
+        out = attend(self, *args, **(kwargs | {"tree": needed.masks}))
+        here.states = needed.states
+        return out
+
+    def narrow_product(self: nn.Module, x: Tensor) -> Tensor:
+        states, here.states = getattr(here, "states", None), None
+        if states is None:
+            return multiply(self, x)
+        flat = x.flatten(0, -2)
+        found = multiply(self, flat.index_select(0, states))
+        out = found.new_zeros(len(flat), found.shape[-1]).index_copy(0, states, found)
+        return out.view(*x.shape[:-1], -1)
+
+    set_forward(attention, narrow_attention)
+    narrow_product.narrow = True
+    set_forward(mlp, narrow_product)
+    return True
+
+
+def _last_layer(model: nn.Module) -> nn.Module | None:
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len)[-1] if lists else None

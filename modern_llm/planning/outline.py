@@ -1,0 +1,160 @@
+"""Shapes of the common dense decoders by arithmetic: for planning, which must answer at once.
+
+Importing torch and the configuration classes of `transformers` takes longer than planning may, so
+the `config.json` of a Llama, Mistral or Qwen is read as it is. Every other architecture is built
+without weights (`shapes`). Called by `plan`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modern_llm.config import ModernLLMConfig
+from modern_llm.config.errors import UserError
+from modern_llm.storage.regular_files import read_text
+
+# model type -> (a bias on queries, keys and values always, norms on queries and keys)
+DENSE = {
+    "llama": (False, False),
+    "mistral": (False, False),
+    "qwen2": (True, False),
+    "qwen3": (False, True),
+}
+# What must stand in the file; for anything that does not, the class knows a default and we do not.
+NEEDED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+Shapes = dict[str, tuple[int, ...]]
+
+
+def outline(place: str) -> tuple[Shapes, dict[str, int]]:
+    """Return the shape of every parameter of a Hub id, folder or `.pt` file by name, tied ones
+    once, and the widths of the decoder under the field names of `distributed.memory.Sizes`.
+
+    Raises:
+        UserError: there is no configuration, or it is none of a decoder.
+    """
+    if not place.endswith(".pt"):
+        values = _read(place)
+        if known(values):
+            return shapes_of(values)
+    from modern_llm.models.load import inspect_checkpoint
+    from modern_llm.models.shapes import decoder_sizes, parameter_shapes
+
+    config = inspect_checkpoint(place).config
+    try:
+        return parameter_shapes(config), decoder_sizes(config)
+    except (AttributeError, TypeError) as error:
+        raise UserError(
+            f"model {place}: its configuration has other fields than a decoder's ({error})"
+        ) from error
+
+
+def known(values: Mapping[str, Any]) -> bool:
+    """Whether `shapes_of` can tell: the architecture, and every number of it."""
+    return (
+        values.get("model_type") in DENSE
+        and "auto_map" not in values
+        and all(values.get(name) is not None for name in NEEDED)
+    )
+
+
+def outline_of_new(config: ModernLLMConfig) -> tuple[Shapes, dict[str, int]]:
+    """Return the same of a model that is made from scratch."""
+    if config.use_moe:
+        from modern_llm.models.build import to_transformers_config
+        from modern_llm.models.shapes import decoder_sizes, parameter_shapes
+
+        built = to_transformers_config(config)
+        return parameter_shapes(built), decoder_sizes(built)
+    return shapes_of(
+        {
+            "model_type": "llama",
+            "hidden_size": config.d_model,
+            "intermediate_size": config.ffn_width,
+            "num_hidden_layers": config.n_layers,
+            "num_attention_heads": config.n_heads,
+            "num_key_value_heads": config.gqa_groups or config.n_heads,
+            "vocab_size": config.vocab_size,
+            "tie_word_embeddings": config.tie_embeddings,
+        }
+    )
+
+
+def _read(place: str) -> dict[str, Any]:
+    """The `config.json` of a folder or of a model of the Hub."""
+    try:
+        if Path(place).is_dir():
+            file = Path(place) / "config.json"
+        else:
+            from huggingface_hub import hf_hub_download
+
+            file = Path(hf_hub_download(place, "config.json"))
+        found = json.loads(read_text(file))
+    except (OSError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"model {place}: no configuration there, and none that the Hub gives ({first}); "
+            "check the path or the id"
+        ) from error
+    return found if isinstance(found, dict) else {}
+
+
+def shapes_of(config: Mapping[str, Any]) -> tuple[Shapes, dict[str, int]]:
+    """Return shapes and widths out of the values of a `config.json` that is `known`."""
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    sizes = {
+        "layers": config["num_hidden_layers"],
+        "hidden": hidden,
+        "mlp": config["intermediate_size"],
+        "heads": heads,
+        "kv_heads": config["num_key_value_heads"],
+        "head_dim": config.get("head_dim") or hidden // heads,
+        "vocabulary": config["vocab_size"],
+    }
+    ends = (config["vocab_size"], hidden)
+    layer = _layer(config, sizes)
+    shapes: Shapes = {"model.embed_tokens.weight": ends}
+    for number in range(sizes["layers"]):
+        shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = ends
+    return shapes, sizes
+
+
+def _layer(config: Mapping[str, Any], sizes: dict[str, int]) -> Shapes:
+    hidden, mlp, width = sizes["hidden"], sizes["mlp"], sizes["head_dim"]
+    queries, keys = sizes["heads"] * width, sizes["kv_heads"] * width
+    always, norms = DENSE[config["model_type"]]
+    everywhere = bool(config.get("attention_bias"))
+    shapes: Shapes = {}
+    for name, (out, into) in {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+    }.items():
+        shapes[f"self_attn.{name}.weight"] = (out, into)
+        if everywhere or (always and name != "o_proj"):
+            shapes[f"self_attn.{name}.bias"] = (out,)
+    if norms:
+        shapes |= {f"self_attn.{name}_norm.weight": (width,) for name in ("q", "k")}
+    for name, (out, into) in {
+        "gate_proj": (mlp, hidden),
+        "up_proj": (mlp, hidden),
+        "down_proj": (hidden, mlp),
+    }.items():
+        shapes[f"mlp.{name}.weight"] = (out, into)
+        if config.get("mlp_bias"):
+            shapes[f"mlp.{name}.bias"] = (out,)
+    return shapes | {f"{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}

@@ -1,0 +1,291 @@
+"""`modern-llm plan`: what a run needs on so many GPUs, before anything is loaded or rented.
+
+Shapes come from the model's configuration, bytes from `distributed.memory`; time only from a
+throughput that was measured or is stated. Called by the verb.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from modern_llm.config import LoraConfig
+from modern_llm.config.errors import ConfigError, UserError
+from modern_llm.planning.memory import Memory, Parameter, Setting, Sizes, plan_memory
+from modern_llm.storage.untrusted import finite, json_lines
+
+USABLE = 0.9
+"""Share of a GPU's memory that is planned with: the rest is CUDA's context and fragments."""
+STEP = 1024
+MOST_TOKENS = 65_536
+UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20, "TB": 10**12}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A file of `accelerate_configs/`, its twin for several machines, and what it lays out how."""
+
+    file: str
+    several_nodes: str | None
+    setting: dict[str, Any]
+
+
+# From the fastest to the one that needs least memory.
+PRESETS = {
+    "ddp": Preset("ddp.yaml", None, {"stage": None}),
+    "zero1": Preset("zero1.yaml", None, {"stage": 1}),
+    "zero2": Preset("zero2.yaml", "multi_node_zero2.yaml", {"stage": 2}),
+    "zero3": Preset("zero3.yaml", "multi_node_zero3.yaml", {"stage": 3}),
+    "zero3_offload": Preset(
+        "zero3_offload.yaml",
+        None,
+        {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What is to be planned.
+
+    Attributes:
+        gpu_memory: bytes of one GPU.
+        longest: tokens of the longest example in one forward, which a budget must hold.
+        steps, batch_size, example_tokens: of the run, where known; `example_tokens` is the mean.
+        tokens_per_second: over all GPUs, measured or stated.
+        price: of one GPU for one hour.
+    """
+
+    model: str
+    gpus: int
+    gpus_per_node: int
+    gpu_memory: int
+    precision: str
+    longest: int
+    checkpointing: bool | None = None
+    tokens: int | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    example_tokens: float | None = None
+    tokens_per_second: float | None = None
+    price: float | None = None
+    config: str | None = None
+    lora: LoraConfig | None = None
+    background_saving: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.lora is not None and self.lora.quantize is not None:
+            problems.append(
+                "lora.quantize: quantized weights are not counted; leave it out to plan"
+            )
+        if self.price is not None and self.tokens_per_second is None:
+            problems.append("price has no effect without a throughput: give tokens_per_second")
+        if self.tokens_per_second is not None and self.steps is None:
+            problems.append(
+                "tokens_per_second needs the length of the run: give steps, or a --config that "
+                "has max_steps"
+            )
+        if self.gpus % self.gpus_per_node and self.gpus > self.gpus_per_node:
+            problems.append(
+                f"gpus {self.gpus} is no multiple of gpus_per_node {self.gpus_per_node}: change one"
+            )
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def nodes(self) -> int:
+        """Machines."""
+        return max(1, self.gpus // self.gpus_per_node)
+
+
+def memory_size(text: str) -> int:
+    """Return the bytes of e.g. `80GB`, `24GiB`, `80` (GB).
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not found or found[2].upper() not in UNITS or float(found[1]) == 0:
+        raise ConfigError([f"gpu_memory {text!r} is no size: write e.g. 80GB or 24GiB"])
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def measured_throughput(run: Path) -> float:
+    """Return the median tokens per second of a run folder's log.
+
+    Raises:
+        UserError: nothing was logged there.
+    """
+    try:
+        lines = json_lines(run / "metrics.jsonl")
+        found = (finite(v.get("tokens_per_second")) for _, v in lines if isinstance(v, dict))
+        rates = [rate for rate in found if rate]
+    except OSError as error:
+        raise UserError(f"measured {run}: no metrics of a run there ({error})") from error
+    if not rates:
+        raise UserError(f"measured {run}: no tokens_per_second was logged there")
+    return float(statistics.median(rates))
+
+
+def plan(shapes: dict[str, tuple[int, ...]], sizes: dict[str, int], wish: Wish) -> dict[str, Any]:
+    """Return the plan.
+
+    Args:
+        shapes: of every parameter by name.
+        sizes: as `Sizes` takes them.
+
+    Returns:
+        `rows` (one for each preset, with the reference cached and live: bytes by part, whether it
+        fits, the largest token budget), `recommended`, `launch`, and, where a throughput is known,
+        `seconds` and `cost`.
+    """
+    parameters = with_adapters(shapes, wish.lora)
+    planner = _Planner(parameters, Sizes(**sizes), wish)
+    rows = [planner.row(name, live) for name in planner.presets() for live in (False, True)]
+    best = next((row for row in rows if row["fits"] and row["reference"] == "cache"), None)
+    result: dict[str, Any] = {
+        "model": wish.model,
+        "parameters": sum(p.numel for p in parameters),
+        "trained": sum(p.numel for p in parameters if p.trained),
+        "gpus": wish.gpus,
+        "gpu_memory": wish.gpu_memory,
+        "usable": int(USABLE * wish.gpu_memory),
+        "precision": wish.precision,
+        "rows": rows,
+        "recommended": best and best["preset"],
+        "tokens_per_micro_batch": best and best["tokens"],
+        "gradient_checkpointing": best and best["checkpointing"],
+        "launch": best and _launch(wish, best),
+    }
+    return result | _time(wish)
+
+
+def with_adapters(shapes: dict[str, tuple[int, ...]], lora: LoraConfig | None) -> list[Parameter]:
+    """Return the parameters of a run: all trained or, with adapters, these beside frozen ones."""
+    if lora is None:
+        return [Parameter(shape) for shape in shapes.values()]
+    parameters = []
+    for name, shape in shapes.items():
+        module = name.rpartition(".")[0]
+        saved = any(module.endswith(wanted) for wanted in lora.modules_to_save)
+        parameters.append(Parameter(shape, trained=False))
+        if saved:
+            parameters.append(Parameter(shape))
+        elif _has_adapter(module, shape, lora.targets):
+            parameters += [Parameter((lora.rank, shape[1])), Parameter((shape[0], lora.rank))]
+    return parameters
+
+
+def _has_adapter(module: str, shape: tuple[int, ...], targets: str | list[str]) -> bool:
+    if len(shape) != 2:
+        return False
+    if targets == "all-linear":
+        return not any(part in module for part in ("embed", "lm_head", "wte", "wpe"))
+    return any(module == name or module.endswith(f".{name}") for name in targets)
+
+
+class _Planner:
+    def __init__(self, parameters: Sequence[Parameter], sizes: Sizes, wish: Wish):
+        self._parameters, self._sizes, self._wish = parameters, sizes, wish
+        self._usable = int(USABLE * wish.gpu_memory)
+        self._least = -(-max(wish.longest, STEP) // STEP) * STEP
+
+    def presets(self) -> list[str]:
+        """Those that can be launched on so many machines."""
+        several = self._wish.nodes > 1
+        return [n for n, p in PRESETS.items() if not several or p.several_nodes]
+
+    def row(self, name: str, live: bool) -> dict[str, Any]:
+        """One preset: without recomputation if that fits, else with it."""
+        asked = self._wish.checkpointing
+        for checkpointing in [asked] if asked is not None else [False, True]:
+            tokens = self._tokens(name, live, checkpointing)
+            if tokens is not None:
+                break
+        memory = self._memory(name, live, checkpointing, tokens or self._least)
+        return {
+            "preset": name,
+            "reference": "model" if live else "cache",
+            "fits": tokens is not None,
+            "tokens": tokens,
+            "checkpointing": checkpointing,
+            "device": memory.device,
+            "device_total": memory.device_total,
+            "host": memory.host,
+        }
+
+    def _tokens(self, name: str, live: bool, checkpointing: bool) -> int | None:
+        """The largest budget that fits, None where the longest example alone does not."""
+        if self._wish.tokens is not None:
+            return (
+                self._wish.tokens
+                if self._fits(name, live, checkpointing, self._wish.tokens)
+                else None
+            )
+        low, high = self._least, max(self._least, MOST_TOKENS)
+        if not self._fits(name, live, checkpointing, low):
+            return None
+        while low < high:  # memory grows with the budget
+            middle = low + -(-(high - low) // (2 * STEP)) * STEP
+            if self._fits(name, live, checkpointing, middle):
+                low = middle
+            else:
+                high = middle - STEP
+        return low
+
+    def _fits(self, name: str, live: bool, checkpointing: bool, tokens: int) -> bool:
+        return self._memory(name, live, checkpointing, tokens).device_total <= self._usable
+
+    def _memory(self, name: str, live: bool, checkpointing: bool, tokens: int) -> Memory:
+        setting = Setting(
+            world=self._wish.gpus,
+            precision=self._wish.precision,
+            # With adapters the reference is the base, the adapters switched off.
+            reference=live and self._wish.lora is None,
+            tokens=tokens,
+            checkpointing=checkpointing,
+            background_saving=self._wish.background_saving,
+        )
+        return plan_memory(self._parameters, self._sizes, replace(setting, **PRESETS[name].setting))
+
+
+def _launch(wish: Wish, row: dict[str, Any]) -> str:
+    """The command, to be run on every machine where there are several."""
+    preset = PRESETS[row["preset"]]
+    file = preset.file if wish.nodes == 1 else preset.several_nodes
+    if wish.gpus == 1 and row["preset"] == "ddp":
+        file = "single_gpu.yaml"
+    words = ["accelerate launch", f"--config_file accelerate_configs/{file}"]
+    words.append(f"--num_processes {wish.gpus}")
+    if wish.nodes > 1:
+        words.append(f"--num_machines {wish.nodes} --machine_rank $RANK_OF_THIS_MACHINE")
+        words.append("--main_process_ip $FIRST_MACHINE --main_process_port 29500")
+    words.append(f"-m modern_llm dpo --config {wish.config or 'run.yaml'}")
+    words.append(f"--train.mixed_precision {wish.precision}")
+    words.append(f"--train.tokens_per_micro_batch {row['tokens']}")
+    if row["checkpointing"]:
+        words.append("--train.gradient_checkpointing true")
+    return " ".join(words)
+
+
+def _time(wish: Wish) -> dict[str, Any]:
+    """Seconds and cost of the run, None where no throughput is known."""
+    if wish.tokens_per_second is None or wish.steps is None:
+        return {"seconds": None, "cost": None, "tokens": None}
+    assert wish.batch_size is not None, "a run of known length has a batch size"
+    # Without a measured mean every example is taken for one of the longest: an upper bound.
+    each = wish.example_tokens or wish.longest
+    tokens = wish.steps * wish.batch_size * each
+    seconds = tokens / wish.tokens_per_second
+    cost = None if wish.price is None else seconds / 3600 * wish.gpus * wish.price
+    return {
+        "tokens": int(tokens),
+        "seconds": round(seconds, 1),
+        "cost": None if cost is None else round(cost, 2),
+        "upper_bound": wish.example_tokens is None,
+    }

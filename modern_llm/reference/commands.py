@@ -1,0 +1,211 @@
+"""The reference pass as a stage of its own: fill a store, verify it, keep only what data needs.
+
+Holds one frozen model and no optimizer. Independent jobs may each see to a part of the data and
+never talk to each other. Called by the verbs `reference fill`, `verify` and `prune`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
+from modern_llm.config.dpo import DPOConfig
+from modern_llm.config.errors import ConfigError, StorageError
+from modern_llm.data.preference_datasets import build_preference_tables
+from modern_llm.data.table.build import Prepared
+from modern_llm.distributed.health.watchdog import Watchdog, nowhere
+from modern_llm.distributed.runtime import Runtime, start
+from modern_llm.models.load import inspect_checkpoint
+from modern_llm.reference.agreement import must_agree
+from modern_llm.reference.nonfinite_pairs import leave_out
+from modern_llm.reference.reference_pass import ReferencePass, Wanted
+from modern_llm.reference.scoring import score_everywhere
+from modern_llm.reference.template_day import remember_day, with_template_day
+from modern_llm.setup import tables
+from modern_llm.training import stage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a DPO run would be given: the same pairs, tokens and reference."""
+
+    sft_checkpoint: str
+    train: TrainingConfig
+    dpo: DPOConfig
+    data: PreferenceDatasetConfig
+    tokenizer_name: str | None = None
+
+
+def fill_reference(
+    sft_checkpoint: str | Path,
+    train_config: TrainingConfig,
+    dpo_config: DPOConfig,
+    preference_config: PreferenceDatasetConfig,
+    tokenizer_name: str | None = None,
+    *,
+    part: tuple[int, int] = (1, 1),
+) -> dict[str, Any]:
+    """Score what the store lacks for these pairs, training and evaluation, and train nothing.
+
+    Args:
+        part: (k, n): the k-th of n parts of the data, for jobs that do not talk to each other.
+
+    Returns:
+        `needed found scored` in answers, `store`, `reference`.
+
+    Raises:
+        UserError: bad configuration, checkpoint or data, or nothing to fill.
+        StorageError: the store cannot be written; what was committed stays.
+        DataError: more than `max_dropped` of the pairs have a log-prob that is not finite.
+    """
+    request = Request(
+        str(sft_checkpoint), train_config, dpo_config, preference_config, tokenizer_name
+    )
+    problems = []
+    if not dpo_config.needs_reference:
+        problems.append(
+            f"dpo.loss_type {dpo_config.loss_type} reads no reference: there is nothing to fill"
+        )
+    if dpo_config.reference != "cache":
+        problems.append(
+            f"dpo.reference: {dpo_config.reference}: a store is filled with dpo.reference: cache"
+        )
+    if not 1 <= part[0] <= part[1]:
+        problems.append(f"part {part[0]}/{part[1]}: the first number must be in 1..{part[1]}")
+    if problems:
+        raise ConfigError(problems)
+    with _looked_up(request, part) as (runtime, references, prepared, remember):
+        runtime.on_main(references.make_room)
+        reports = references.fill_all()
+        assert references.store is not None
+        runtime.on_main(remember)
+        bad = dict(zip(("train", "evaluation"), references.not_finite(), strict=False))
+        leave_out(runtime, prepared, bad, request.data.max_dropped, None)
+        totals = {
+            name: sum(getattr(report, name) for report in reports)
+            for name in ("needed", "found", "scored")
+        }
+        if runtime.is_main:
+            log.info("reference: digest %s", references.digest)
+        return totals | {"store": str(references.store.folder), "reference": references.digest}
+
+
+def verify_reference(request: Request, sample: int) -> dict[str, Any]:
+    """Check every byte of the store that this run would read, and score some of it again.
+
+    Args:
+        sample: answers of the training pairs to score again.
+
+    Returns:
+        `store`, `shards`, `rescored`, `largest_difference` (nats a token).
+
+    Raises:
+        StorageError: something is damaged, or a value is not what the reference's weights give.
+    """
+    with _looked_up(request, (1, 1)) as (runtime, references, *_):
+        store = references.store
+        if store is None:
+            raise ConfigError(["dpo: this run reads no store (loss_type or reference: model)"])
+        shards, problems = runtime.on_main(store.verify)
+        if problems:
+            raise StorageError(f"{store.folder}: {'; '.join(problems)}; fill it again")
+        rescored, largest = _rescore(runtime, references, references.wanted[0], sample)
+        return {
+            "store": str(store.folder),
+            "shards": shards,
+            "rescored": rescored,
+            "largest_difference": largest,
+        }
+
+
+def keep_needed(request: Request) -> dict[str, Any]:
+    """Forget every entry of the store that the training and evaluation pairs do not use."""
+    with _looked_up(request, (1, 1)) as (runtime, references, *_):
+        store = references.store
+        if store is None:
+            raise ConfigError(["dpo: this run reads no store (loss_type or reference: model)"])
+        keys = np.unique(np.concatenate([wanted.answers.keys for wanted in references.wanted]))
+        kept = runtime.on_main(lambda: store.keep_only(keys))
+        return {"store": str(store.folder), "kept": kept}
+
+
+@contextmanager
+def _looked_up(
+    request: Request, part: tuple[int, int]
+) -> Iterator[tuple[Runtime, ReferencePass, Prepared, Callable[[], None]]]:
+    """Read the data and find the store, as a run would, without a run folder.
+
+    The last item notes the day of the chat template in the store once it is filled.
+    """
+    data = stage.with_dataset_name(request.data, request.train)
+    runtime = start(request.train)
+    checkpoint = inspect_checkpoint(request.sft_checkpoint)
+    tokenizer, others = stage.choose_tokenizer(request.tokenizer_name, checkpoint, request.train)
+    stage.check_positions(request.dpo.max_length, checkpoint, "dpo.max_length")
+    stage.check_agreement(tokenizer, others, data)
+    then = "what was committed is stored: the same command scores only what is missing"
+    watched = Watchdog(runtime, nowhere, request.train.hang_timeout, then=lambda: then)
+    with runtime, watched, tables.passing_folder(runtime, "reference") as folder:
+        find = cache(
+            partial(ReferencePass, runtime, checkpoint, request.train, request.dpo, part=part)
+        )
+        data = with_template_day(runtime, tokenizer, data, store=lambda: find().store)
+        build = partial(
+            build_preference_tables,
+            data,
+            tokenizer,
+            max_length=request.dpo.max_length,
+            max_prompt_length=request.dpo.max_prompt_length,
+        )
+        prepared = tables.read_tables(runtime, folder, build)
+        references = find()
+        tables.check_ids_fit(prepared, tokenizer, references.vocabulary)
+        references.want(training_pairs=prepared.train, evaluation_pairs=prepared.evaluation)
+        yield (
+            runtime,
+            references,
+            prepared,
+            partial(remember_day, tokenizer, data, references.store),
+        )
+
+
+def _rescore(
+    runtime: Runtime, references: ReferencePass, wanted: Wanted, sample: int
+) -> tuple[int, float]:
+    """Score some stored answers again; return how many, and the largest difference a token."""
+    answers = wanted.answers
+    stored = references.stored(wanted, sample)
+    if not len(stored):
+        return 0, 0.0
+    entries = np.searchsorted(answers.keys, stored.keys)
+    with references.frozen(None) as scoring:
+        if scoring is None:
+            return 0, 0.0
+        fresh = score_everywhere(runtime, scoring, answers, entries)
+    if (fresh.counts != stored.counts).any():
+        at = int(np.flatnonzero(fresh.counts != stored.counts)[0])
+        raise StorageError(
+            f"{answers.origin(int(entries[at]))}: the stored value counts {stored.counts[at]} "
+            f"tokens, the answer has {fresh.counts[at]}; remove the store and fill it again"
+        )
+    worst = must_agree(
+        fresh.sums,
+        stored.sums,
+        stored.counts,
+        references.precision,
+        lambda at: answers.origin(int(entries[at])),
+        "remove the store and fill it again",
+    )
+    if runtime.is_main:
+        log.info("reference: %d answers scored again, within %.1e a token", len(stored), worst)
+    return len(stored), worst

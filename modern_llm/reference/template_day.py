@@ -1,0 +1,132 @@
+"""The day that a chat template reads as today's date: one for a whole run, and for its reference.
+
+Some templates write the date (Llama 3.2, gpt-oss). Tokens, and with them the names of stored
+log-probs, would then change every day. A run therefore has one day. It is, in this order: the
+option `data.template_date`; on resume that of `config.yaml`; the day with which the store of the
+reference was filled; today.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from modern_llm.config import InstructionDatasetConfig, PreferenceDatasetConfig
+from modern_llm.config.errors import ConfigError, StorageError
+from modern_llm.data.encode.chat_template import template_source
+from modern_llm.data.encode.rendering import reads_date
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.reference.store.store import ReferenceStore
+from modern_llm.storage.atomic import write_file
+from modern_llm.storage.regular_files import read_text
+
+log = logging.getLogger(__name__)
+
+FILE = "template-days.json"
+"""In the folder of a store: digest of a chat template -> the day with which it was written."""
+Section = TypeVar("Section", InstructionDatasetConfig, PreferenceDatasetConfig)
+
+
+def with_template_day(
+    runtime: Runtime,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Section,
+    record: dict[str, Any] | None = None,
+    store: Callable[[], ReferenceStore | None] | None = None,
+) -> Section:
+    """Return `data` with the day of the run, the same on every rank; unchanged where the chat
+    template reads no date.
+
+    Args:
+        record: the run's configuration, as it is written to `config.yaml`: read and completed.
+        store: finds that of the reference's values, on every rank; called where it may decide, for
+            it reads the weights.
+
+    Raises:
+        ConfigError: a day is set, and the template reads none.
+    """
+    template = template_source(tokenizer, data.template)
+    if not reads_date(template):
+        if data.template_date is not None:
+            raise ConfigError(
+                [
+                    f"data.template_date {data.template_date} has no effect: the chat template "
+                    "does not read the date; remove it"
+                ]
+            )
+        return data
+    recorded = record["data"] if record else {}
+    values = store() if store and data.template_date is None else None
+    day, reason = runtime.on_main(lambda: _choose(template, data, recorded, values))
+    if record:
+        recorded["template_date"] = day
+    if runtime.is_main:
+        log.info(
+            "template: the chat template reads the date, which is %s throughout (%s)", day, reason
+        )
+    return replace(data, template_date=day)
+
+
+def _choose(
+    template: str,
+    data: InstructionDatasetConfig | PreferenceDatasetConfig,
+    recorded: dict[str, Any],
+    store: ReferenceStore | None,
+) -> tuple[str, str]:
+    """Return the day and where it is from."""
+    if data.template_date is not None:
+        return data.template_date, "data.template_date"
+    if recorded.get("template_date"):
+        try:
+            return date.fromisoformat(recorded["template_date"]).isoformat(), "the run's first day"
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                [
+                    f"data.template_date {recorded['template_date']!r} in config.yaml of the run "
+                    "is not a day: set data.template_date to the day of the run's start"
+                ]
+            ) from error
+    if store is not None:
+        known = _days(store.folder).get(_name(template))
+        if known is not None:
+            return known, f"that of the values in {store.folder}; data.template_date sets another"
+    return date.today().isoformat(), "today; data.template_date sets another"
+
+
+def remember_day(
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreferenceDatasetConfig,
+    store: ReferenceStore | None,
+) -> None:
+    """Note the day of the pairs whose values a store holds; rank 0 only. The first one stays."""
+    if store is None or data.template_date is None:
+        return
+    days = _days(store.folder)
+    template = _name(template_source(tokenizer, data.template))
+    if template not in days and store.folder.is_dir():
+        # A complete store may be read-only; data.template_date names the day then.
+        with suppress(OSError, StorageError):
+            write_file(store.folder / FILE, json.dumps(days | {template: data.template_date}))
+
+
+def _name(template: str) -> str:
+    """The digest by which the file knows a template."""
+    return hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _days(folder: Path) -> dict[str, str]:
+    """The days of a store; none where the file is missing or damaged."""
+    try:
+        found = json.loads(read_text(folder / FILE))
+        return {str(k): date.fromisoformat(v).isoformat() for k, v in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}

@@ -1,0 +1,120 @@
+"""The micro-batches of a run: what rows hold, how many tokens a forward takes, who computes what.
+
+Called by the stages once the scorer has been probed.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from modern_llm.config import TrainingConfig
+from modern_llm.config.errors import UserError
+from modern_llm.data.batch.micro_batches import BatchSource, largest_example
+from modern_llm.data.batch.order import Budget, Order, Sharing
+from modern_llm.data.batch.prefix_tree import Examples, Kind
+from modern_llm.data.table.build import Prepared
+from modern_llm.data.table.token_table import TokenTable
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.models.attention.flex import SIDE
+from modern_llm.models.flops import IdealFlops
+from modern_llm.models.scorer import TokenScorer
+from modern_llm.training.guards.memory import AUTO_TOKENS
+
+LeftOut = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def make_sources(
+    runtime: Runtime,
+    config: TrainingConfig,
+    prepared: Prepared,
+    kind: Kind,
+    scorer: TokenScorer,
+    *,
+    group_by_prompt: bool = False,
+    left_out: LeftOut = ((), ()),
+) -> tuple[BatchSource, BatchSource | None]:
+    """Return this rank's sources of training and, where there is some, evaluation data.
+
+    Args:
+        group_by_prompt: put training examples with one prompt into one step.
+        left_out: rows of the training and of the evaluation data that are never read.
+    """
+    train_source = make_source(
+        runtime,
+        config,
+        prepared.train,
+        kind,
+        scorer,
+        prepared.history,
+        group_by_prompt=group_by_prompt,
+        left_out=left_out[0],
+    )
+    if prepared.evaluation is None:
+        return train_source, None
+    return train_source, make_source(
+        runtime, config, prepared.evaluation, kind, scorer, left_out=left_out[1]
+    )
+
+
+def make_source(
+    runtime: Runtime,
+    config: TrainingConfig,
+    table: TokenTable,
+    kind: Kind,
+    scorer: TokenScorer,
+    history: tuple[tuple[int, int], ...] | None = None,
+    *,
+    group_by_prompt: bool = False,
+    left_out: tuple[int, ...] = (),
+) -> BatchSource:
+    """Return this rank's source of micro-batches over `table`.
+
+    Args:
+        history: (epoch, rows) from which there were so many; all from the start unless said.
+
+    Raises:
+        UserError: one example alone is above `tokens_per_micro_batch`.
+    """
+    examples = Examples(table, kind, trees=scorer.abilities.trees)
+    shared = sharing(scorer)
+    budget = token_budget(runtime, config, examples, shared=shared)
+    groups = examples.prompt_numbers() if group_by_prompt else None
+    (_, rows), *grown = history or ((0, len(table)),)
+    order = Order(rows, config.batch_size, config.seed, tuple(grown), groups, left_out)
+    return BatchSource(
+        examples,
+        order,
+        budget,
+        rank=runtime.rank,
+        world=runtime.world,
+        shared=shared,
+        # Compiled kernels want lengths that share a factor, and few of them.
+        align=SIDE if scorer.abilities.backend == "flex" or config.compile else 1,
+        flops=partial(IdealFlops(scorer.model), training=True),
+        auto=config.most_tokens is None,
+    )
+
+
+def sharing(scorer: TokenScorer) -> Sharing:
+    """Return what rows may hold: one line where attention makes no mask of it."""
+    if not scorer.abilities.trees:
+        return Sharing.ALONE
+    return Sharing.ROWS if scorer.abilities.backend == "mask" else Sharing.LINE
+
+
+def token_budget(
+    runtime: Runtime, config: TrainingConfig, examples: Examples, *, shared: Sharing
+) -> Budget:
+    """Return what one forward may hold: as the user says, else by device; see `token_budget`."""
+    count = config.examples_per_micro_batch
+    if config.most_tokens is None:
+        tokens = None if count is not None else AUTO_TOKENS.get(runtime.device.type, 8192)
+        return Budget(tokens=tokens, examples=count)
+    tokens, index = largest_example(examples, shared=shared)
+    if tokens > config.most_tokens:
+        raise UserError(
+            f"{examples.table.origin(index)}: takes {tokens} tokens, above "
+            "train.tokens_per_micro_batch "
+            f"{config.most_tokens}: raise it, or lower max_length"
+        )
+    return Budget(tokens=config.most_tokens, examples=count)

@@ -1,0 +1,103 @@
+"""Adapters in a run: what is refused, how the policy is set up, and the base as the reference.
+
+Called by SFT and DPO.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from modern_llm.config import LoraConfig, TrainingConfig
+from modern_llm.config.errors import ConfigError
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.models.adapters import adapters_off, add_adapters
+from modern_llm.models.load import Checkpoint, load_model
+from modern_llm.models.scorer import TokenScorer
+from modern_llm.models.training_mode import disable_dropout
+from modern_llm.reference.locate import digest_of_checkpoint
+from modern_llm.training import stage
+
+
+def check_lora(
+    runtime: Runtime, lora: LoraConfig | None, config: TrainingConfig, *, dropout: bool
+) -> None:
+    """Refuse what the adapters cannot do here, before anything is loaded.
+
+    Args:
+        dropout: whether the stage has dropout at all.
+    """
+    if lora is None:
+        return
+    few = lora.quantize is not None
+    rules = [
+        (
+            lora.dropout > 0 and not dropout,
+            f"lora.dropout {lora.dropout}: DPO trains without dropout, so that policy and "
+            "reference agree; remove it",
+        ),
+        (
+            few and not torch.cuda.is_available(),
+            f"lora.quantize {lora.quantize} needs a GPU and bitsandbytes: remove it on this "
+            "machine",
+        ),
+        (
+            few and runtime.stage == 3,
+            f"lora.quantize {lora.quantize}: ZeRO-3 cannot shard weights of few bits; use "
+            "accelerate_configs/zero2.yaml or ddp.yaml",
+        ),
+        (
+            few and config.precision == "no",
+            f"lora.quantize {lora.quantize}: the forward runs in 16 bits; set "
+            "train.mixed_precision to bf16 or fp16",
+        ),
+    ]
+    problems = [text for broken, text in rules if broken]
+    if problems:
+        raise ConfigError(problems)
+
+
+def set_up_policy(
+    runtime: Runtime,
+    checkpoint: Checkpoint,
+    config: TrainingConfig,
+    lora: LoraConfig | None,
+    *,
+    dropout: bool,
+) -> TokenScorer:
+    """Load the model that is trained, with adapters where these are asked for."""
+    model = load_model(
+        checkpoint,
+        lora.quantize if lora else None,
+        as_stored=runtime.stage == 3 and runtime.rounds_weights,
+    )
+    scorer = stage.set_up_scorer(runtime, model, config, dropout=dropout)
+    if lora is not None:
+        add_adapters(model, lora, checkpoint.place, seed=config.seed)
+        if runtime.stage != 3:
+            model.to(runtime.device)
+        if not dropout:
+            disable_dropout(model)
+    return scorer
+
+
+def base_facts(runtime: Runtime, checkpoint: Checkpoint, lora: LoraConfig | None) -> dict[str, Any]:
+    """Return what a checkpoint of adapters must share with the run that goes on: their base."""
+    return {} if lora is None else {"base": digest_of_checkpoint(runtime, checkpoint)}
+
+
+class Base(nn.Module):
+    """The policy without its adapters, asked in place of a second model."""
+
+    def __init__(self, policy: TokenScorer):
+        super().__init__()
+        # In a tuple: its weights are the policy's, and no second module's.
+        self._policy = (policy,)
+
+    def forward(self, *arguments: Any) -> Any:
+        """Ask the frozen base."""
+        (policy,) = self._policy
+        with adapters_off(policy.model):
+            return policy(*arguments)

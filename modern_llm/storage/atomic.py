@@ -1,0 +1,323 @@
+"""Folders and files that are either whole or not there: write beside, flush, digest, rename.
+
+A committed folder holds `MANIFEST.json` with the size and digest of every other file. Readers
+believe only the manifest. A digest shows damage, not forgery, so it is the fast one of the stores
+(XXH3, 128 bits): SHA-256 took longer than a disk takes to write the same bytes.
+`Runtime.committed_folder` lets many processes write into one folder by the same steps: `begin`,
+`seal`, `finish`, `abandon`.
+
+This is the one place where anything gets its final name: checkpoints, exports, token tables, shards
+of stores, pages and small files. Of the project it imports nothing but the errors, the fault points
+and the marks of progress, so that every layer may use it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from modern_llm.config.errors import StorageError
+from modern_llm.distributed.health import heartbeat
+from modern_llm.storage.fault_points import around
+from modern_llm.storage.regular_files import open_regular
+from modern_llm.storage.untrusted import read_json
+
+MANIFEST = "MANIFEST.json"
+LARGEST_MANIFEST = 100_000_000
+"""Bytes; a line for each file, of which thousands of ranks write two."""
+VERSION = 2
+DIGESTS: dict[int, tuple[str, Callable[[], Any]]] = {
+    1: ("sha256", hashlib.sha256),
+    2: ("xxh3_128", xxhash.xxh3_128),
+}
+"""Of each version of the manifest: what the digest of a file is called in it, and how it is made.
+Folders of every version here are read; those of `VERSION` are written."""
+TEMPORARY = ".tmp-"
+"""What a name begins with that is not committed; such a folder is nobody's but its writer's."""
+
+_BLOCK = 16 << 20
+_noted: dict[Path, dict[str, Any]] = {}
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextmanager
+def committed_folder(target: Path, facts: dict[str, Any] | None = None) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`; on leaving without an error it becomes `target`.
+
+    Args:
+        target: replaced if it exists, in one step where the file system can.
+        facts: written into the manifest beside the list of files.
+
+    Raises:
+        StorageError: the disk refuses; nothing is left behind and what stood there before stands.
+    """
+    with refusals(target):
+        place = begin(target)
+        try:
+            yield place
+            files = noted(place)
+            finish(place, target, files | seal(place, done=files), facts or {})
+        finally:
+            abandon(place)
+
+
+@contextmanager
+def refusals(target: Path) -> Iterator[None]:
+    """Turn what a disk refuses in the body into a `StorageError` that names `target`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {target}: {error.strerror or error}; free space or choose another place"
+        ) from error
+
+
+def begin(target: Path) -> Path:
+    """Make the temporary folder of `target` and return it."""
+    place = target.with_name(f"{TEMPORARY}{target.name}-{os.getpid()}")
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        with around("folder.make"):
+            place.mkdir(parents=True)
+    except OSError:
+        abandon(place)
+        raise
+    return place
+
+
+def note_digest(path: Path, digest: str) -> None:
+    """Note what this process has flushed and digested while it wrote it: `seal` will not again."""
+    _noted[path] = _entry(path, digest)
+
+
+def noted(place: Path) -> dict[str, dict[str, Any]]:
+    """Take what was noted of the files in `place`: name -> size and digest."""
+    paths = [path for path in list(_noted) if path.is_relative_to(place)]
+    return {str(path.relative_to(place)): _noted.pop(path) for path in paths}
+
+
+def seal(
+    place: Path, rank: int = 0, world: int = 1, done: Collection[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Flush and digest this rank's share of the files in `place`; name -> size and digest.
+
+    A file is flushed while it is read: neither waits for the other.
+
+    Args:
+        done: names that some rank has noted.
+    """
+    found = sorted(p for p in place.rglob("*") if p.is_file())
+    paths = [p for p in found if str(p.relative_to(place)) not in done][rank::world]
+    files = {}
+    with ThreadPoolExecutor(max_workers=1) as aside:
+        for path in paths:
+            flushed = aside.submit(flush_file, path)
+            digest = digest_file(path)
+            flushed.result()
+            files[str(path.relative_to(place))] = _entry(path, digest)
+    return files
+
+
+def _entry(path: Path, digest: str) -> dict[str, Any]:
+    return {"size": path.stat().st_size, DIGESTS[VERSION][0]: digest}
+
+
+def finish(
+    place: Path, target: Path, files: dict[str, dict[str, Any]], facts: dict[str, Any]
+) -> None:
+    """Write the manifest of what was sealed and give the folder its name."""
+    _write_manifest(place, files, facts)
+    for folder in {path.parent for path in place.rglob("*")} - {place}:
+        flush_folder(folder)
+    flush_folder(place)
+    name_folder(place, target)
+
+
+def flush_tree(place: Path) -> None:
+    """Put all files and folders below `place` on disk."""
+    for path in sorted(place.rglob("*")):
+        flush_folder(path) if path.is_dir() else flush_file(path)
+    flush_folder(place)
+
+
+def name_folder(place: Path, target: Path) -> None:
+    """Give a flushed folder its name; where one of that name stood, `place` may hold it after."""
+    with around("commit.rename"):
+        if not target.exists():
+            place.rename(target)
+        elif not _exchange(place, target):
+            old = target.with_name(f"{TEMPORARY}old-{target.name}-{os.getpid()}")
+            target.rename(old)
+            place.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+    flush_folder(target.parent)
+
+
+def abandon(place: Path) -> None:
+    """Remove what stands under the temporary name: what failed, or what was replaced."""
+    noted(place)
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders swap names in one step, so that there is never none; False where the system
+    or file system cannot."""
+    with suppress(OSError, AttributeError):
+        swap = ctypes.CDLL(None, use_errno=True).renameat2  # Linux
+        names = os.fsencode(one), os.fsencode(other)
+        return swap(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
+    return False
+
+
+def write_file(path: Path, text: str | Iterable[str]) -> None:
+    """Write a text, or its pieces, in one piece: a reader sees the old content or the new."""
+    with new_file(path) as temporary:
+        with around("text.write"), temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines([text] if isinstance(text, str) else text)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; on leaving without an error what was written there
+    becomes `path`.
+
+    Raises:
+        StorageError: the disk refuses; what stood there before stands.
+    """
+    # Not the process's number: on a shared file system, jobs in containers often have the same.
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex}")
+    try:
+        with refusals(path):
+            yield temporary
+            flush_file(temporary)
+            name_file(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def name_file(temporary: Path, path: Path) -> None:
+    """Give a flushed file its name."""
+    with around("file.rename"):
+        temporary.replace(path)
+    flush_folder(path.parent)
+
+
+def verified_manifest(folder: Path) -> dict[str, Any]:
+    """Return the facts of a committed folder after checking every byte of it.
+
+    Raises:
+        StorageError: a file is missing, unknown, of another size or of another digest.
+    """
+    manifest = _read_manifest(folder)
+    listed, key = manifest["files"], DIGESTS[manifest["version"]][0]
+    standing = {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and path != folder / MANIFEST
+    }
+    for name in sorted(standing ^ set(listed)):
+        word = "missing" if name in listed else "not in the manifest"
+        raise StorageError(f"{folder / name}: {word}")
+    for name, entry in listed.items():
+        path = folder / name
+        if (
+            path.is_symlink()
+            or path.stat().st_size != entry["size"]
+            or digest_file(path, manifest["version"]) != entry[key]
+        ):
+            raise StorageError(f"{path}: not the bytes that were written (size or {key} differs)")
+    return manifest["facts"]
+
+
+def new_digest() -> Any:
+    """Return an empty digest of the kind that is written: `update` it and take its `hexdigest`."""
+    return DIGESTS[VERSION][1]()
+
+
+def digest_file(path: Path, version: int = VERSION) -> str:
+    """Return the digest of a file's bytes, in hex, as manifests of `version` hold it."""
+    digest = DIGESTS[version][1]()
+    with open_regular(path) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            heartbeat.tick()
+    return digest.hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = read_json(path, LARGEST_MANIFEST, follow=False)
+        version = manifest["version"]
+        well_formed = (
+            version in DIGESTS
+            and type(version) is int  # JSON's true is equal to 1
+            and isinstance(manifest["facts"], dict)
+            and manifest["own"] == _own_digest(manifest)
+            and all(_is_entry(*file, DIGESTS[version][0]) for file in manifest["files"].items())
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise StorageError(f"{path}: no readable manifest ({type(error).__name__})") from error
+    if not well_formed:
+        raise StorageError(
+            f"{path}: not a manifest of version {' or '.join(map(str, DIGESTS))}, or changed after "
+            "it was written"
+        )
+    return manifest
+
+
+def _is_entry(name: str, entry: Any, key: str) -> bool:
+    """Whether a line of a manifest names a file inside its folder, with size and digest."""
+    path = Path(name)
+    inside = path.parts and not path.is_absolute() and ".." not in path.parts
+    return bool(inside) and isinstance(entry["size"], int) and isinstance(entry[key], str)
+
+
+def _write_manifest(place: Path, files: dict[str, Any], facts: dict[str, Any]) -> None:
+    manifest = {"version": VERSION, "facts": facts, "files": files}
+    manifest["own"] = _own_digest(manifest)
+    with around("manifest.write"), (place / MANIFEST).open("w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1, sort_keys=True)
+    flush_file(place / MANIFEST)
+
+
+def flush_file(path: Path) -> None:
+    """Put a file's bytes on disk."""
+    with open_regular(path) as file, around("file.flush"):
+        os.fsync(file.fileno())
+
+
+def _own_digest(manifest: dict[str, Any]) -> str:
+    """Digest of the manifest without this digest: one changed byte in it must show as well."""
+    content = {key: value for key, value in manifest.items() if key != "own"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def flush_folder(folder: Path) -> None:
+    """Put on disk which names a folder holds."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with around("folder.flush"):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that may be written under `folder`, which need not exist yet."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    state = os.statvfs(folder)
+    return state.f_bavail * state.f_frsize

@@ -1,0 +1,120 @@
+"""One safetensors file; what was written is digested and looked at while it is flushed.
+
+A flush waits for the disk and leaves the cores alone; it begins with the first group of tensors, so
+that the disk does not wait for the last. What is digested are the bytes in memory: nothing is read
+back. The layout is that of `safetensors.torch.save_file`, whose own call gives no way in. Called by
+checkpoints and exports.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modern_llm.config.errors import NotFiniteError
+from modern_llm.distributed.health import heartbeat
+from modern_llm.storage.atomic import flush_file, new_digest, note_digest
+from modern_llm.storage.fault_points import around
+
+# In the order in which safetensors puts them: the widest first, so that each stands aligned.
+NAMES = {
+    "uint64": "U64", "int64": "I64", "float64": "F64", "complex64": "C64", "float32": "F32",
+    "uint32": "U32", "int32": "I32", "bfloat16": "BF16", "float16": "F16", "uint16": "U16",
+    "int16": "I16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int8": "I8",
+    "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+GROUP = 2**26
+"""Bytes that are written before a flush of them begins."""
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write and flush one file, and note its digest for the commit of its folder.
+
+    Args:
+        tensors: contiguous, of any device; about `GROUP` bytes of them are copied to the host at a
+            time.
+
+    Raises:
+        NotFiniteError: a tensor holds a value that is not finite; no checkpoint may hold one.
+        OSError: the disk refuses.
+    """
+    order = sorted(tensors, key=lambda name: (_place(tensors[name]), name))
+    digest = new_digest()
+    waiting = [memoryview(_header(tensors, order, metadata))]
+    flushes: list[Future[None]] = []
+    with ThreadPoolExecutor(1) as flushing:
+        for at, group in enumerate(_groups(tensors, order) or [[]]):
+            held = {name: tensors[name].detach().cpu() for name in group}
+            waiting += [memoryview(t.reshape(-1).view(torch.uint8).numpy()) for t in held.values()]
+            with around("tensors.write"), path.open("ab" if at else "wb", buffering=0) as file:
+                for part in waiting:
+                    done = 0
+                    while done < len(part):
+                        done += file.write(part[done:])
+            heartbeat.tick()
+            flushes.append(flushing.submit(flush_file, path))
+            for part in waiting:
+                digest.update(part)
+                heartbeat.tick()
+            for name, tensor in held.items():
+                _look(name, tensor)
+            waiting = []
+        for flush in flushes:  # each of them: the system tells of a lost write once
+            flush.result()
+            heartbeat.tick()
+    note_digest(path, digest.hexdigest())
+
+
+def _groups(tensors: dict[str, Tensor], order: list[str]) -> list[list[str]]:
+    """Part the names of `order`, in turn, so that each part but the last makes `GROUP` bytes."""
+    groups, room = [], 0
+    for name in order:
+        if room <= 0:
+            groups.append([])
+            room = GROUP
+        groups[-1].append(name)
+        room -= tensors[name].numel() * tensors[name].element_size()
+    return groups
+
+
+def _look(name: str, tensor: Tensor) -> None:
+    """Raise `NotFiniteError` if `tensor` holds a value that is not finite."""
+    if not tensor.is_floating_point():
+        return
+    if tensor.element_size() == 1:  # no sums are made of these
+        tensor = tensor.float()
+    # A sum is several times faster than a look at each value; where it overflows, each is seen.
+    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+        raise NotFiniteError(
+            f"{name}: holds values that are not finite, so no checkpoint is written; go on "
+            "from the last one with a lower train.learning_rate"
+        )
+
+
+def _header(tensors: dict[str, Tensor], order: list[str], metadata: dict[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    at = 0
+    for name in order:
+        tensor = tensors[name]
+        size = tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": NAMES[_name(tensor)],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + size],
+        }
+        at += size
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _place(tensor: Tensor) -> int:
+    return list(NAMES).index(_name(tensor))

@@ -1,0 +1,247 @@
+"""When a checkpoint is saved, what becomes of a save that the disk refuses, and which are kept.
+
+A save that fails leaves the one before and the run goes on with a warning; the third in a row, and
+one that the run ends with, end it with status 3. Under `train.background_saving` the state is
+copied to the host's memory and written while training goes on, one save at a time. Room is asked
+for before the first step. Called by the loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from typing import Any
+
+from modern_llm.config.errors import NotFiniteError, StorageError
+from modern_llm.distributed.collectives import Peers, own_group
+from modern_llm.distributed.engine import Engine
+from modern_llm.distributed.health import heartbeat
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.storage.atomic import TEMPORARY, free_bytes, refusals
+from modern_llm.storage.fault_points import around
+from modern_llm.training.checkpointing import format
+from modern_llm.training.checkpointing.async_save import Aside
+from modern_llm.training.run.folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+MOST_FAILURES = 3
+"""Saves that may fail one after the other."""
+GRACE_S = 30.0
+"""What torchrun gives a worker between SIGTERM and SIGKILL."""
+OWED = "owed"
+"""Fact of a checkpoint of a step whose evaluation or sample answers a signal cut short."""
+PARTING_S = 5.0
+"""Seconds that a save under way gets to end after an error."""
+_PROBE = 16 << 20
+
+
+class Saver:
+    """Writes the checkpoints of one run.
+
+    Args:
+        facts: what a run that goes on must share; written into each manifest.
+        last: the checkpoint that this run went on from, if any; it was verified then.
+    """
+
+    def __init__(
+        self, runtime: Runtime, run: RunFolder, engine: Engine, facts: dict[str, Any], last: int
+    ):
+        self._runtime, self._run, self._engine = runtime, run, engine
+        self._facts = {
+            **facts,
+            **run.recorded,
+            "world": runtime.world,
+            "configuration": digest_of(run.record),
+        }
+        self._failures, self._seconds = 0, 0.0
+        self._good = {f"step-{last:08d}"} if last else set()
+        self._aside: Aside | None = None
+        runtime.busy = lambda: self._aside is not None and self._aside.running
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Wait for a save that is under way; after an error that the others may not share, not for
+        long: they may never come to its next collective."""
+        if self._aside is None:
+            return
+        if error is None:
+            self._finish()
+        elif not self._aside.wait(None if isinstance(error, NotFiniteError) else PARTING_S):
+            log.warning("warning: the checkpoint of step %d was not finished", self._aside.step)
+
+    def save(self, step: int, examples: int, *, must: bool, owed: bool = False) -> None:
+        """Commit the state after `step` and retire old checkpoints; a collective.
+
+        Under `background_saving` the state is copied and the rest happens while training goes on,
+        unless the run ends here; what came of it is told by `look` or the next save.
+
+        Args:
+            examples: consumed so far.
+            must: the run ends here, so that a failure is one of the run.
+            owed: what was due after this step (evaluation, sample answers) is still to be made.
+
+        Raises:
+            StorageError: the disk refused, and `must`, or for the third time in a row; or another
+                trainer has taken over the folder.
+        """
+        self._finish()
+        self._run.done = step  # settled by now, see the loop
+        with heartbeat.phase("saving", step, self._allowance):
+            self._save(step, examples, must=must, owed=owed)
+
+    def _save(self, step: int, examples: int, *, must: bool, owed: bool) -> None:
+        self._runtime.on_main(self._run.lock.check)
+        facts = {**self._facts, "examples": examples} | ({OWED: True} if owed else {})
+        folder = self._run.checkpoints
+        if self._run.config.background_saving and not must:
+            self._start(step, facts)
+            return
+        try:
+            format.save(self._runtime, folder, step, self._engine, facts)
+            self._saved(step)
+        except StorageError as error:
+            self._count(step, error, must=must)
+        else:
+            self._failures = 0
+
+    @property
+    def _allowance(self) -> float:
+        """Seconds that a save may be silent: from its size and the speed of this disk."""
+        return 10 * self._seconds + heartbeat.DISK_PAUSE_S
+
+    def look(self) -> None:
+        """Take note of a save beside the training that has ended on all ranks, in one step of all.
+
+        Raises:
+            StorageError: it was refused, for the third time in a row.
+        """
+        if self._aside is not None and (self._runtime.all_idle or self._aside.broken):
+            self._settle()
+
+    def _start(self, step: int, facts: dict[str, Any]) -> None:
+        runtime = self._runtime
+        group = own_group("saving") if runtime.world > 1 else None
+        peers = Peers(runtime.rank, runtime.world, group)
+        peers.may_write = runtime.may_write
+        with runtime.failing_together():
+            taken = format.snapshot(runtime, step, self._engine, copied=True)
+
+        def work() -> None:
+            format.commit(peers, self._run.checkpoints, step, lambda: taken, facts)
+            self._saved(step)
+
+        runtime.all_idle = False
+        self._aside = Aside(step, work, self._allowance)
+
+    def _finish(self) -> None:
+        """Wait for a save beside the training, on all ranks, and take note of what came of it."""
+        if self._aside is not None:
+            self._aside.wait()
+            self._settle()
+
+    def _settle(self) -> None:
+        assert self._aside is not None
+        ended, self._aside = self._aside, None
+        if isinstance(ended.failure, StorageError):
+            self._count(ended.step, ended.failure, must=False)
+        elif ended.failure is not None:
+            raise ended.failure
+        else:
+            self._failures = 0
+
+    def _count(self, step: int, error: StorageError, *, must: bool) -> None:
+        """Count a failure; raise it where it is one of the run."""
+        self._failures += 1
+        if must or self._failures >= MOST_FAILURES:
+            raise error
+        if self._runtime.is_main:
+            log.warning(
+                "warning: checkpoint of step %d failed (%s); training goes on, %d of %d failures "
+                "in a row",
+                step,
+                error,
+                self._failures,
+                MOST_FAILURES,
+            )
+
+    def _saved(self, step: int) -> None:
+        """Retire what is older than is kept, now that the checkpoint of `step` is committed."""
+        self._good.add(f"step-{step:08d}")
+        if self._runtime.is_main and not self._run.lock.is_lost():
+            self._retire()
+
+    def _retire(self) -> None:
+        try:
+            keep = self._run.config.keep_checkpoints
+            format.retire(self._run.checkpoints, keep, self._good)
+        except OSError as error:
+            log.warning("warning: old checkpoints could not be removed (%s)", error)
+
+    def check_room(self, saves: int) -> None:
+        """Refuse a run whose checkpoints would not fit; warn where saving would take too long.
+
+        Args:
+            saves: checkpoints that the run will write.
+
+        Raises:
+            StorageError: says how much is missing.
+        """
+        self._seconds = self._runtime.on_main(lambda: self._check_room(saves))
+
+    def _check_room(self, saves: int) -> float:
+        folder = self._run.checkpoints
+        one = self._bytes()
+        if len(list(folder.glob("step-*"))) > self._run.config.keep_checkpoints:
+            self._retire()  # killed between a save and this
+        # One more than is kept stands while the newest is written; the final model at the end.
+        standing = len(list(folder.glob("step-*")))
+        most = min(saves, self._run.config.keep_checkpoints + 1)
+        need = int(1.1 * (max(1, most - standing) * one + one / 3))
+        free = free_bytes(folder)
+        if free < need:
+            raise StorageError(
+                f"{folder}: checkpoints and the final model need {need / 1e6:.1f} MB, "
+                f"{free / 1e6:.1f} MB are free: free {(need - free) / 1e6:.1f} MB, lower "
+                "train.keep_checkpoints or name another train.output_dir"
+            )
+        seconds = one / self._rate(one)
+        if seconds > GRACE_S:
+            log.warning(
+                "warning: a checkpoint of %.1f GB takes about %.0f s here, more than the %.0f s "
+                "that torchrun leaves after SIGTERM: stop by SIGUSR1 or a file STOP in %s instead",
+                one / 1e9,
+                seconds,
+                GRACE_S,
+                self._run.path,
+            )
+        return seconds
+
+    def _bytes(self) -> int:
+        """Float32 weights and two moments of all trained parameters."""
+        trained = (p for p in self._engine.inner.parameters() if p.requires_grad)
+        return sum(12 * getattr(p, "ds_numel", p.numel()) for p in trained) + 4096
+
+    def _rate(self, size: int) -> float:
+        """Bytes a second that this disk takes, measured on a small file."""
+        probe = self._run.checkpoints / f"{TEMPORARY}probe"
+        size = min(size, _PROBE)
+        began = time.perf_counter()
+        try:
+            with refusals(probe.parent), around("probe.write"), probe.open("wb") as file:
+                file.write(b"\1" * size)
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
+        return size / max(time.perf_counter() - began, 1e-9)
+
+
+def digest_of(record: Any) -> str:
+    """Digest of plain values."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()

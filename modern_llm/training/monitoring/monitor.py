@@ -1,0 +1,88 @@
+"""Everything that looks at a run while it goes: the display, `metrics.jsonl`, trackers, warnings.
+
+The loop hands it each record once; it changes nothing of the run. Rank 0 writes and shows, the
+other ranks get an object that does nothing. Called by the loop.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from modern_llm.config import TrainingConfig
+from modern_llm.distributed.health import heartbeat
+from modern_llm.distributed.progress_bar import Display
+from modern_llm.training.monitoring.diagnostics import Teacher
+from modern_llm.training.monitoring.metrics import status_line
+from modern_llm.training.monitoring.profiler import Trace
+from modern_llm.training.monitoring.trackers import Trackers
+from modern_llm.training.run.folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+class Watch:
+    """Context in which a run is watched.
+
+    Args:
+        total: optimizer steps of the run; `done` of them are behind it.
+        shown: whether this is the rank that writes.
+    """
+
+    def __init__(self, config: TrainingConfig, run: RunFolder, total: int, done: int, shown: bool):
+        self._shown = shown
+        self._run, self._metrics = run, run.log()
+        self._display = Display(config.run_name, total, done, shown=shown)
+        self._trackers = Trackers(config, run, shown=shown)
+        self._teacher = Teacher(total)
+        self._trace = Trace(run.path, config.profile_steps if shown else 0, done, run.lock.check)
+        self._done = done
+
+    def __enter__(self) -> Watch:
+        heartbeat.enter("between steps")
+        self._display.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        mine = not self._run.lock.is_lost()
+        for text in self._trace.close(self._done) if mine else ():
+            self._display.line(text)
+        self._display.__exit__(*error)
+        if mine:
+            self._trackers.finish()
+
+    def advance(self, step: int) -> None:
+        """Show that `step` is done."""
+        self._done = step
+        self._display.advance(step)
+        for text in self._trace.advance(step):
+            self._display.line(text)
+
+    def line(self, text: str) -> None:
+        """Print one line on stdout."""
+        self._display.line(text)
+
+    def complete(self, step: int, head: Mapping[str, float], more: Mapping[str, float]) -> None:
+        """Add to what was logged at `step`; `head` begins the record where nothing was."""
+        if not self._shown or not more:
+            return
+        last = self._metrics.last()
+        if last.get("step") == step:
+            head = last
+            self._metrics.truncate(step - 1)
+        self._metrics.append({**head, **more})
+        self._trackers.log(step, dict(more))
+
+    def record(self, step: int, record: Mapping[str, float]) -> None:
+        """Write, show and judge what was logged at `step`; called on every process."""
+        with heartbeat.phase("logging", step):
+            if self._shown:
+                self._record(step, record)
+
+    def _record(self, step: int, record: Mapping[str, float]) -> None:
+        self._metrics.append(record)
+        self._trackers.log(step, {k: v for k, v in record.items() if k != "step"})
+        if text := status_line(record):
+            self._display.status(text)
+        for warning in self._teacher.look(record):
+            log.warning("warning: %s", warning)

@@ -1,0 +1,150 @@
+"""Whether a run that goes on reads what it has read so far; rows appended at the end may join.
+
+The order of data is a function of integers: of (seed, epoch, step) and of how many rows there are.
+A checkpoint therefore records the digest of the rows and, as (epoch, rows), how many each epoch
+has. Appended rows join, with consent, at the first epoch that begins at or after the checkpoint's
+step; every other change is refused with the first row that differs. Called by `setup`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from modern_llm.config.errors import StorageError, UserError
+from modern_llm.data.batch.order import Order
+from modern_llm.data.table.build import Prepared
+from modern_llm.data.table.token_table import TokenTable
+from modern_llm.distributed.health import heartbeat
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.storage.atomic import TEMPORARY, name_folder
+from modern_llm.storage.fault_points import around
+from modern_llm.training.checkpointing import format
+from modern_llm.training.run.folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+KEPT = "data-before"
+"""Tables of the run so far, kept beside new ones until these are known to hold the same rows."""
+
+
+def look_back(runtime: Runtime, run: RunFolder) -> None:
+    """Find the checkpoint to go on from, and keep the tables that it was trained on at hand."""
+    heartbeat.enter("looking for a checkpoint")
+    run.standing = runtime.on_main(lambda: format.find(run.checkpoints))
+    if run.standing is not None and runtime.accelerator.is_local_main_process:
+        with suppress(OSError):  # without them a change is still refused, only its row not named
+            _keep(run, run.standing[1].get("data"))
+
+
+def settle(runtime: Runtime, run: RunFolder, prepared: Prepared) -> Prepared:
+    """Return the tables with how many rows each epoch has, after comparing them with the checkpoint
+    that the run goes on from.
+
+    Raises:
+        UserError: other rows, or rows appended without consent.
+    """
+
+    def look() -> list[list[int]]:
+        run.lock.check()
+        return _history(run, prepared.train)
+
+    history = runtime.on_main(look)
+    if runtime.accelerator.is_local_main_process:
+        shutil.rmtree(run.path / KEPT, ignore_errors=True)
+    run.recorded = {"data": prepared.train.digest, "rows": history}
+    return dataclasses.replace(prepared, history=tuple((epoch, rows) for epoch, rows in history))
+
+
+def _history(run: RunFolder, table: TokenTable) -> list[list[int]]:
+    if run.standing is None:
+        return [[0, len(table)]]
+    place, facts = run.standing
+    (_, first), *grown = facts["rows"]
+    rows = grown[-1][1] if grown else first
+    if facts["data"] == table.digest:
+        return facts["rows"]
+    if len(table) <= rows or table.select(range(rows)).digest != facts["data"]:
+        raise UserError(
+            f"output_dir {run.path}: the training data, or the tokenizer that read it, is not that "
+            f"of {place.name} (digest {facts['data'][:12]} -> {table.digest[:12]}, {rows} -> "
+            f"{len(table)} rows; {_first_row(run, table, facts['data'])}; forbidden): restore it, "
+            "or name another output_dir"
+        )
+    more = f"{len(table) - rows} rows from {table.origin(rows)} on"
+    if not run.config.accept_change:
+        raise UserError(
+            f"output_dir {run.path}: the training data has {more} more than {place.name} was "
+            f"trained on (digest {facts['data'][:12]} -> {table.digest[:12]}; allowed with "
+            "--accept-change): say --accept-change to let them join at the next epoch, restore the "
+            "data, or name another output_dir"
+        )
+    order = Order(first, run.config.batch_size, run.config.seed, tuple(map(tuple, grown)))
+    return _join(run, order.joined(int(facts["step"]), len(table)), more)
+
+
+def _join(run: RunFolder, order: Order, more: str) -> list[list[int]]:
+    """Say when the appended rows are read first, and return the history with them."""
+    epoch = order.grown[-1][0] if order.grown else 0
+    step = order.steps_in(epoch) if epoch else 0
+    total = run.config.max_steps or order.steps_in(run.config.epochs or 1)
+    if step >= total:
+        log.warning(
+            "warning: %s would join at step %d, but the run ends after %d: raise train.epochs or "
+            "train.max_steps to read them",
+            more,
+            step + 1,
+            total,
+        )
+    else:
+        log.info("%s were appended: they join at step %d (epoch %d)", more, step + 1, epoch + 1)
+    return [[0, order.examples], *([first, rows] for first, rows in order.grown)]
+
+
+def _first_row(run: RunFolder, table: TokenTable, digest: str) -> str:
+    """Name the first row that differs from the run so far, with its place then and now."""
+    before = _opened(run.path / KEPT)
+    if before is None or before.digest != digest:
+        return "the tables of that time are gone, so the first differing row is not known"
+    index = before.first_difference(table)
+    assert index is not None, "equal rows have equal digests"
+    if index >= len(table):
+        return f"row {index + 1} of then, {before.origin(index)}, is missing"
+    then = before.origin(index) if index < len(before) else "no row"
+    return f"first differing row: {index + 1}, {table.origin(index)} (then {then})"
+
+
+def _keep(run: RunFolder, digest: Any) -> None:
+    """Link the tables of the run so far aside: building others replaces those that stand."""
+    kept, standing = run.path / KEPT, run.data / "train"
+    table = _opened(standing)
+    if table is None or table.digest != digest:
+        return  # replaced before; what is kept, if anything, is of then
+    temporary = run.path / f"{TEMPORARY}{KEPT}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    with around("data.keep"):
+        temporary.mkdir()
+        for path in standing.iterdir():
+            _link(path, temporary / path.name)
+    name_folder(temporary, kept)
+    shutil.rmtree(temporary, ignore_errors=True)  # what was replaced
+
+
+def _link(path: Path, to: Path) -> None:
+    with around("data.link"):
+        try:
+            to.hardlink_to(path)
+        except OSError:  # a file system without such links
+            shutil.copyfile(path, to)
+
+
+def _opened(folder: Path) -> TokenTable | None:
+    try:
+        return TokenTable.open(folder)
+    except StorageError:
+        return None

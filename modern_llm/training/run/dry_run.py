@@ -1,0 +1,191 @@
+"""`--dry-run`: a run up to its first backward, in a folder that is thrown away.
+
+The stages go their own way through it: the same checks, tables, model and placement, with the data
+cut down to the first optimizer step once it is read. Nothing is kept, the reference store of the
+user included. Called by the stages through `setup`, and by the verbs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modern_llm.config import TrainingConfig
+from modern_llm.config.data import DatasetConfig
+from modern_llm.config.errors import ConfigError, UserError
+from modern_llm.data.batch.order import Order
+from modern_llm.data.table.build import Prepared
+from modern_llm.data.table.iterate import evaluation_source, training_sources
+from modern_llm.distributed.health import heartbeat
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.models.load import inspect_checkpoint, load_tokenizer
+from modern_llm.models.scorer import TokenScorer
+from modern_llm.storage import temporary
+from modern_llm.training.monitoring.metrics import peak_memory_gb
+from modern_llm.training.optim import make_optimizer
+from modern_llm.training.run.folder import RunFolder
+from modern_llm.training.task import Task
+
+CACHE = "MODERN_LLM_CACHE"
+
+
+class DryRun:
+    """What a stage asks when it is to be tried and not run; `result` is what was found."""
+
+    def __init__(self) -> None:
+        self.result: dict[str, Any] = {}
+        self.folder: Path | None = None
+        self._removes = True
+
+    @contextmanager
+    def cleaned_up(self) -> Iterator[None]:
+        """Remove the folder at the end, whatever happened, and give the user's cache back."""
+        before = os.environ.get(CACHE)
+        try:
+            yield
+        finally:
+            if self.folder is not None:
+                temporary.remove(self.folder) if self._removes else temporary.forget(self.folder)
+            if before is None:
+                os.environ.pop(CACHE, None)
+            else:
+                os.environ[CACHE] = before
+
+    def aside(self, runtime: Runtime, run: RunFolder) -> RunFolder:
+        """Return a run folder to throw away in place of `run`, the same one on every process."""
+        place = tempfile.mkdtemp(prefix="modern-llm-dry-") if runtime.is_main else ""
+        self.folder = Path(runtime.from_main(place))
+        temporary.remember(self.folder)
+        self.folder.mkdir(exist_ok=True)
+        # The others may be done while this process still writes.
+        self._removes = runtime.accelerator.is_local_main_process
+        # Mode `store` only reads the user's store; every other one might write to it.
+        if run.record.get("dpo", {}).get("reference") != "store":
+            os.environ[CACHE] = str(self.folder / "reference")
+        config = dataclasses.replace(run.config, output_dir=self.folder / "run", resume="auto")
+        aside = RunFolder(config, run.record)
+        aside.dry_run = self
+        self.result["configuration"] = run.record
+        return aside
+
+    def first_step_only(self, prepared: Prepared, config: TrainingConfig) -> Prepared:
+        """Note what the data is, and return the examples of the first step."""
+        table = prepared.train
+        self.result["data"] = {
+            "lines": prepared.lines(),
+            "examples": len(table),
+            "evaluation_examples": len(prepared.evaluation or ()),
+        }
+        self._steps = Order(len(table), config.batch_size, config.seed).steps_per_epoch
+        rows = Order(len(table), config.batch_size, config.seed).step(0)
+        self.result["first_example"] = table.origin(int(rows[0]))
+        return dataclasses.replace(prepared, train=table.select(rows), evaluation=None)
+
+    def first_step(
+        self, runtime: Runtime, scorer: TokenScorer, task: Task, config: TrainingConfig
+    ) -> None:
+        """Build the first batch, and go once forward and backward through one micro-batch."""
+        epochs = config.epochs or 1
+        steps = config.max_steps or max(1, round(epochs * self._steps))
+        if config.warmup_steps > steps:
+            raise ConfigError(
+                [f"train.warmup_steps {config.warmup_steps} is above the {steps} steps of this run"]
+            )
+        heartbeat.enter("preparing the engine")
+        engine = runtime.prepare(scorer, make_optimizer(config, scorer))
+        model = engine.model
+        model.train()  # DeepSpeed's returns nothing
+        heartbeat.enter("loading the batch")
+        batches = task.micro_batches(0)
+        began = time.perf_counter()
+        heartbeat.enter("forward and backward")
+        (batch,) = task.prepare(model, 0, [batches[0].to(runtime.device)])
+        sums = task.run(model, batch)
+        engine.backward(sums.loss * runtime.world / task.denominator(0), last=True)
+        loss = float(sums.loss.detach())
+        heartbeat.enter("optimizer")
+        norm = engine.step(config.max_grad_norm).grad_norm
+        if not torch.isfinite(torch.tensor([loss, norm])).all():
+            raise UserError(
+                f"dry run: loss {loss} and gradient norm {norm} of the first "
+                "micro-batch: one is not finite; look at the checkpoint and the precision"
+            )
+        totals = {name: float(value) for name, value in sums.statistics.items()}
+        area = batch.ids.numel()
+        self.result |= {
+            "steps": steps,
+            "first_batch": {
+                "examples": int(task.denominator(0)) if "pairs" in totals else config.batch_size,
+                "micro_batches_per_process": len(batches),
+                "processes": runtime.world,
+                "rows": batch.ids.shape[0],
+                "row_tokens": batch.ids.shape[1],
+                "real_tokens": batch.real_tokens,
+                "padding": round(1 - batch.real_tokens / area, 4),
+                "targets": int(batch.targets.shape[1]),
+            },
+            "forward_backward": {
+                "seconds": round(time.perf_counter() - began, 3),
+                "metrics": task.metrics(totals),
+                "grad_norm": norm,
+                "memory_gb": round(peak_memory_gb(runtime.device), 3),
+                "device": str(runtime.device),
+            },
+        }
+
+
+def contradictions(
+    config: TrainingConfig,
+    data: DatasetConfig,
+    *,
+    checkpoint: str | None,
+    tokenizer: str | None,
+    max_length: int | None,
+) -> list[str]:
+    """Return everything that can be known to be wrong before the data is read or a weight loaded.
+
+    A run stops at the first of these; here each check is made whatever the others found.
+
+    Args:
+        checkpoint: what the stage starts from, None for pretraining.
+        tokenizer: the argument that comes before the checkpoint's own.
+        max_length: tokens of a sequence, where the section says it.
+    """
+    problems: list[str] = []
+
+    def noted(check: Callable[[], Any]) -> Any:
+        try:
+            return check()
+        except ConfigError as error:
+            problems.extend(error.problems)
+        except UserError as error:
+            problems.append(str(error))
+        return None
+
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        problems.append("train.mixed_precision fp16 needs a GPU: use bf16 or no on this machine")
+    found = noted(lambda: inspect_checkpoint(checkpoint)) if checkpoint else None
+    own = found.place if found is not None and found.has_tokenizer else None
+    for place in dict.fromkeys(filter(None, (tokenizer, own, config.tokenizer_name))):
+        noted(lambda place=place: load_tokenizer(place))
+    if not (tokenizer or own or config.tokenizer_name) and (found or not checkpoint):
+        problems.append("train.tokenizer_name: no tokenizer is named and the checkpoint has none")
+    if found is not None and max_length and found.positions and max_length > found.positions:
+        problems.append(
+            f"max_length {max_length} is above the {found.positions} positions of {checkpoint}"
+        )
+    if data.names or config.dataset_name:
+        named = data if data.names else dataclasses.replace(data, dataset_name=config.dataset_name)
+        noted(lambda: training_sources(named))
+        noted(lambda: evaluation_source(named))
+    else:
+        problems.append("data.dataset_name: no data set is named; give a Hub id, a file or folder")
+    return problems

@@ -1,0 +1,80 @@
+"""How a run ends: `outcome.json`, and the time in which signals and the file STOP ask it to.
+
+Entered by the stages before they read their data.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from modern_llm.config.errors import Stopped, status_of
+from modern_llm.distributed.health.peer_failure import as_peer_error
+from modern_llm.distributed.health.watchdog import Watchdog
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.distributed.shutdown import consensus
+from modern_llm.distributed.shutdown.signals import StopRequest
+from modern_llm.training.run.folder import RunFolder
+from modern_llm.training.run.summary import write_report
+from modern_llm.verbs.doctor_checks import lock_folders, locks
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
+    """Hold the lock of the run folder, and write how the run ended into `outcome.json`, which
+    survives launchers that flatten exit statuses. In the body signals and the file STOP ask the run
+    to stop."""
+    if run.dry_run is None:
+        runtime.on_main(run.lock.take)
+    if runtime.is_main:
+        run.stop_file.unlink(missing_ok=True)
+    if runtime.accelerator.is_local_main_process:
+        _warn_of_stale_locks()
+
+    runtime.may_write = run.lock.check
+
+    def close(status: int, reason: str) -> None:
+        if not run.lock.is_lost():
+            run.close(status, reason, run.last_step())
+
+    def stacks() -> Path | None:
+        # A dry run keeps nothing, and who has lost the lock writes nothing: to stderr.
+        return run.path if run.dry_run is None and not run.lock.is_lost() else None
+
+    watchdog = Watchdog(runtime, stacks, run.config.hang_timeout, close, run.what_next)
+    try:
+        with StopRequest(run.stop_file), watchdog:
+            consensus.check(runtime, "before it began")
+            yield
+    except BaseException as failure:
+        error = as_peer_error(failure, run.what_next)
+        stopped = isinstance(error, Stopped)
+        if run.lock.is_lost():
+            pass  # what stands there is another trainer's
+        elif runtime.is_main and (run.is_open() or stopped):
+            run.close(status_of(error), f"{type(error).__name__}: {error}", run.last_step())
+            write_report(run)
+        elif runtime.accelerator.is_local_main_process and not stopped:
+            run.leave_nothing()
+        if error is failure:
+            raise
+        raise error from failure
+    else:
+        if runtime.is_main:
+            run.close(0, "done", run.last_step())
+            write_report(run)
+    finally:
+        run.lock.release()
+        runtime.close()
+
+
+def _warn_of_stale_locks() -> None:
+    """Name every lock that a killed build has left: whatever is compiled next waits for it."""
+    for check in locks(lock_folders()):
+        if check.state == "problem":
+            # Of a node that has no rank 0 as well: the others are silent below errors.
+            log.error("warning: %s: %s; %s", check.name, check.found, check.cure)

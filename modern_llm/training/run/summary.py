@@ -1,0 +1,75 @@
+"""What a run notes of itself for people: `summary.json` (data, environment) and `report.html`.
+
+Neither is read by a run; what goes wrong with them does not touch it. Called by `setup`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+from typing import Any
+
+import torch
+
+from modern_llm.data.table.build import Prepared
+from modern_llm.data.table.token_table import STARTS
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.report.page import write_report as write_page
+from modern_llm.storage.atomic import write_file
+from modern_llm.training.run.folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("modern-llm", "torch", "transformers", "accelerate", "deepspeed", "peft", "tokenizers")
+
+
+def data_notes(prepared: Prepared) -> list[dict[str, Any]]:
+    """Return what became of the rows of each source, and the mean lengths of all together."""
+    reports = [*(prepared.parts or (prepared.report,))]
+    if prepared.evaluation_report is not None:
+        reports.append(prepared.evaluation_report)
+    notes = [report.as_dict() for report in reports]
+    table = prepared.train
+    if STARTS not in table.columns and len(table):
+        means = table.lengths.mean(axis=0).round(1).tolist()
+        notes[0]["mean_tokens"] = dict(zip(table.columns, means, strict=True))
+    return notes
+
+
+def environment(runtime: Runtime) -> dict[str, Any]:
+    """Return versions, machine and processes."""
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    device = runtime.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    found |= {
+        "system": f"{platform.system()} {platform.release()}",
+        "device": f"{device.type} ({name})",
+        "processes": runtime.world,
+        "distributed": str(runtime.accelerator.distributed_type).rpartition(".")[2].lower(),
+        "threads": torch.get_num_threads(),
+    }
+    return found
+
+
+def write_summary(runtime: Runtime, run: RunFolder) -> None:
+    """Write `summary.json`; rank 0 only."""
+    run.lock.check()
+    summary = {"environment": environment(runtime), **run.notes}
+    write_file(run.path / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+
+def write_report(run: RunFolder) -> None:
+    """Write `report.html` beside the metrics."""
+    try:
+        run.lock.check()
+        if run.metrics.is_file():
+            write_page([run.path], run.path / "report.html")
+    except Exception as error:
+        log.warning("report.html was not written (%s); modern-llm report writes it anew", error)

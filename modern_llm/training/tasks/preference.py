@@ -1,0 +1,215 @@
+"""DPO and its family: log-prob sums of both answers against the reference's two numbers a pair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from modern_llm.config.dpo import DPOConfig
+from modern_llm.data.batch.collate import MicroBatch, wide_dtype
+from modern_llm.data.batch.micro_batches import BatchSource, Lazy
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.objectives.preference import preference_loss, preference_statistics
+from modern_llm.training.guards.memory import TokenBudget
+from modern_llm.training.task import StepSums
+from modern_llm.training.tasks.usage import NAMES, usage_metrics, usage_sums
+
+EVALUATION_GROUP = 256
+
+# (P, 2) float32 sums of the reference for every pair of a table, or None for losses without one.
+Reference = NDArray[np.float32] | None
+
+
+class PreferenceTask:
+    """A step's loss is the mean over its pairs, on all ranks together.
+
+    A loss that looks across pairs (aot) is taken in two passes: the first, without gradient, scores
+    the whole step and differentiates the loss with respect to all sums of all ranks; the second
+    backpropagates these slopes micro-batch by micro-batch. So no loss depends on micro-batching.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        config: DPOConfig,
+        source: BatchSource,
+        reference: Reference,
+        evaluation: BatchSource | None,
+        evaluation_reference: Reference,
+        aux_coefficient: float,
+        *,
+        live: nn.Module | None = None,
+    ):
+        """`live` is a frozen model that is asked in every step, in place of stored values."""
+        self._live = live
+        self._runtime, self._config = runtime, config
+        self._source, self._reference = source, reference
+        self._evaluation, self._evaluation_reference = evaluation, evaluation_reference
+        self._aux = aux_coefficient
+        sources = [source] if evaluation is None else [source, evaluation]
+        self.budget = TokenBudget(sources, auto=source.auto)
+        self._aux_scale = 0.0
+
+    def steps_in(self, epochs: float) -> int:
+        """Return the optimizer steps of so many passes over the data."""
+        return self._source.order.steps_in(epochs)
+
+    @property
+    def plan(self) -> str:
+        """Digest of the order in which the pairs come."""
+        return self._source.order.digest
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """Return this rank's micro-batches of `step`, the reference's numbers among them."""
+        return [_with(self._reference, batch) for batch in self._source.micro_batches(step)]
+
+    def origins(self, step: int) -> list[list[str]]:
+        """Return `file:line` of the pairs of each micro-batch."""
+        return self._source.origins(step)
+
+    def denominator(self, step: int) -> float:
+        """Return the pairs of the whole step."""
+        return float(len(self._source.order.step(step)))
+
+    def prepare(
+        self, model: nn.Module, step: int, micro_batches: Sequence[MicroBatch]
+    ) -> Sequence[MicroBatch]:
+        """Ask a live reference; for a loss across pairs, also return the slopes."""
+        if self._live is not None:
+            micro_batches = [self._ask(self._live, batch) for batch in micro_batches]
+        if self._aux and model.training:
+            self._aux_scale = self.denominator(step) / self._source.tokens(step)
+        if not self._config.looks_across_pairs:
+            return micro_batches
+        with torch.no_grad():
+            policies = [self._score(model, batch)[0] for batch in micro_batches]
+        mine = torch.cat(policies).detach()
+        everyone = self._runtime.gather(
+            (
+                mine.cpu(),
+                torch.cat([batch.reference for batch in micro_batches]).cpu(),
+                torch.cat([batch.lengths for batch in micro_batches]).cpu(),
+            )
+        )
+        policy, reference, lengths = (torch.cat(column) for column in zip(*everyone, strict=True))
+        with torch.enable_grad():
+            policy.requires_grad_()
+            total = self._losses(policy, reference, lengths).sum()
+            (slopes,) = torch.autograd.grad(total, policy)
+        start = sum(len(part[0]) for part in everyone[: self._runtime.rank])
+        share = total.detach() / max(len(policy), 1)
+        prepared = []
+        for batch in micro_batches:
+            size = len(batch.lengths)
+            slope = slopes[start : start + size].to(batch.ids.device)
+            prepared.append(
+                replace(batch, slope=slope, step_loss=(share * size).to(batch.ids.device))
+            )
+            start += size
+        return prepared
+
+    def run(self, model: nn.Module, micro_batch: MicroBatch) -> StepSums:
+        """Return the summed loss of the pairs and their statistics."""
+        batch = micro_batch
+        policy, aux = self._score(model, batch)
+        if batch.slope is None:
+            loss = self._losses(policy, batch.reference, batch.lengths).sum()
+            value = loss.detach()
+        else:
+            loss, value = (policy * batch.slope).sum(), batch.step_loss
+        statistics = preference_statistics(
+            policy,
+            batch.reference,
+            batch.lengths,
+            beta=self._config.beta,
+            loss_type=self._config.loss_type,
+        )
+        statistics |= {
+            "loss": value,
+            "pairs": torch.tensor(float(len(batch.examples))),
+        }
+        statistics |= usage_sums(batch)
+        if aux is not None and self._aux:
+            weighted = aux * batch.real_tokens
+            statistics["aux"] = weighted.detach()
+            loss = loss + self._aux * self._aux_scale * weighted
+        return StepSums(loss, statistics)
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Return the means over the pairs under the names that other trainers use."""
+        pairs = max(sums["pairs"], 1)
+        names = set(sums) - {"pairs", "aux", *NAMES}
+        result = {"loss": 0.0} | {name: sums[name] / pairs for name in sorted(names)}
+        result |= usage_metrics(sums)
+        if "aux" in sums:
+            result["aux_loss"] = sums["aux"] / max(sums["tokens"], 1)
+        return result
+
+    def consumed(self, steps: int) -> int:
+        """Return the pairs in the first `steps` steps."""
+        return self._source.order.consumed(steps)
+
+    def evaluation(self) -> Iterator[list[MicroBatch]] | None:
+        """Return this rank's part of the held-out pairs."""
+        if self._evaluation is None:
+            return None
+        # A loss across pairs means the pairs of one optimizer step, in evaluation as well.
+        batch_size = self._source.order.batch_size
+        group = batch_size if self._config.looks_across_pairs else EVALUATION_GROUP
+        parts: Iterator[Lazy] = self._evaluation.in_order(group)
+        return ([_with(self._evaluation_reference, batch) for batch in part] for part in parts)
+
+    def _score(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        """Sums (P, 2) of the policy, and the routers' loss."""
+        output = model(batch.ids, batch.positions, batch.segments, batch.targets)
+        return self._sums(output.logprobs, batch), output.aux_loss
+
+    @torch.no_grad()
+    def _ask(self, live: nn.Module, batch: MicroBatch) -> MicroBatch:
+        """Fill the column `reference` of a micro-batch by a forward of the frozen model."""
+        with self._runtime.accelerator.autocast():
+            output = live(batch.ids, batch.positions, batch.segments, batch.targets)
+        return replace(batch, reference=self._sums(output.logprobs, batch).float())
+
+    def _sums(self, logprobs: Tensor, batch: MicroBatch) -> Tensor:
+        """Sums (P, 2) of the targets (N,), in their dtype; see `_weighted`."""
+        uses = batch.uses(logprobs)
+        return batch.add(self._weighted(uses, batch)).to(logprobs.dtype)
+
+    def _weighted(self, logprobs: Tensor, batch: MicroBatch) -> Tensor:
+        """Scale uses (M,) of tokens beyond the pair's shorter answer by `ld_alpha`."""
+        if self._config.ld_alpha is None or not logprobs.numel():
+            return logprobs
+        # As stored values are weighted: a product rounded to float32 would be another number.
+        logprobs = logprobs.to(wide_dtype(logprobs.device))
+        shared = batch.lengths.min(1).values.repeat_interleave(batch.lengths.shape[1])
+        # Within a slot targets stand in order, one after the other: their rank is their place.
+        order = torch.argsort(batch.slots, stable=True)
+        ends = batch.lengths.flatten().cumsum(0)
+        starts = (ends - batch.lengths.flatten())[batch.slots[order]]
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device) - starts
+        beyond = place >= shared[batch.slots]
+        return torch.where(beyond, logprobs * self._config.ld_alpha, logprobs)
+
+    def _losses(self, policy: Tensor, reference: Tensor | None, lengths: Tensor) -> Tensor:
+        return preference_loss(
+            policy,
+            reference,
+            lengths,
+            loss_type=self._config.loss_type,
+            beta=self._config.beta,
+            **self._config.loss_options,
+        )
+
+
+def _with(reference: Reference, batch: MicroBatch) -> MicroBatch:
+    """Fill the column `reference` of a micro-batch."""
+    if reference is None:  # a loss that reads none, or a live model that is asked later
+        return batch
+    return replace(batch, reference=torch.from_numpy(reference[batch.examples]))

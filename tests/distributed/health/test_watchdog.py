@@ -1,0 +1,131 @@
+"""Who is found hung, and how much the processes tell each other for it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+
+import pytest
+
+from modern_llm.distributed.collectives import Peers
+from modern_llm.distributed.health import heartbeat
+from modern_llm.distributed.health.heartbeat import LONG_S, Measure, Place
+from modern_llm.distributed.health.verdict import Heard, hung
+from modern_llm.distributed.health.watchdog import Watchdog, nowhere
+
+WORLD, LEAST = 512, 10.0
+
+
+def beat(count: int, age: float, limit: float = 10.0, **more) -> dict:
+    return {"count": count, "age": age, "limit": limit, "waiting": False} | more
+
+
+def judged(beats: dict[int, dict], silent: dict[int, float] | None = None):
+    """What rank 0 finds at time 0; `silent` says how long ago a rank was heard."""
+    heard = {r: Heard(b, -(silent or {}).get(r, 0.0)) for r, b in beats.items()}
+    return hung(heard, 0, 0.0, 3.0)
+
+
+def test_only_who_is_waited_for_beyond_its_own_limit_is_hung():
+    waits = beat(7, 11, waiting=True)
+    assert judged({0: waits, 1: beat(6, 9)}) is None
+    assert judged({0: waits, 1: beat(6, 11)}).beats.keys() == {1}
+    # Its own speed, or the phase that it is in, explains it.
+    assert judged({0: waits, 1: beat(6, 99, limit=100)}) is None
+    assert judged({0: beat(7, 5000, waiting=True), 1: beat(6, 3000, limit=LONG_S)}) is None
+    # One that is waited for makes progress, another one does not.
+    assert judged({0: waits, 1: beat(6, 11), 2: beat(6, 1)}) is None
+
+
+def test_of_several_who_do_not_wait_for_others_are_blamed():
+    found = judged({0: beat(6, 11, waiting=True), 1: beat(6, 12), 2: beat(6, 13)})
+    assert found.beats.keys() == {1, 2} and found.seconds == 12
+    everyone = judged({0: beat(6, 11, waiting=True), 1: beat(6, 12, waiting=True)})
+    assert everyone.beats.keys() == {0, 1}
+
+
+def test_one_without_a_sign_of_life_is_judged_by_those_who_wait():
+    beats = {0: beat(7, 11, waiting=True), 1: beat(6, 1, limit=LONG_S)}
+    assert judged(beats, {1: 11.0}).silent
+    assert judged(beats, {1: 5.0}) is None
+    assert judged({0: beat(7, 11, limit=LONG_S), 1: beat(6, 1)}, {1: 9.5}).beats.keys() == {1}
+
+
+class CountingStore:
+    """A store that counts the keys which are written, asked for and read."""
+
+    def __init__(self):
+        self.values: dict[str, bytes] = {}
+        self.keys: Counter[str] = Counter()
+
+    def set(self, key, value):
+        self.keys["set"] += 1
+        self.values[key] = value.encode()
+
+    def check(self, keys):
+        self.keys["check"] += len(keys)
+        return all(key in self.values for key in keys)
+
+    def get(self, key):
+        self.keys["get"] += 1
+        return self.values[key]
+
+    def multi_get(self, keys):
+        self.keys["get"] += len(keys)
+        return [self.values[key] for key in keys]
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """The watchdogs of 512 ranks that share a store, none of them started."""
+    store = CountingStore()
+    dogs = [Watchdog(Peers(rank, WORLD), nowhere, LEAST) for rank in range(WORLD)]
+    places = [Place(quick=True, phase="forward", count=8) for _ in range(WORLD)]
+    for dog, place in zip(dogs, places, strict=True):
+        dog._store = store
+        place.measures["forward"] = known = Measure()
+        known.leave()
+        place.allowance, place.waiting = 0.0, True
+
+    def exchange(seq: int) -> int:
+        """Let every rank report once; returns how many keys that took."""
+        before = sum(store.keys.values())
+        for dog, place in zip(dogs, places, strict=True):
+            monkeypatch.setattr(heartbeat, "here", place)
+            dog._exchange(seq)
+        monkeypatch.setattr(heartbeat, "here", places[0])
+        return sum(store.keys.values()) - before
+
+    return dogs, places, exchange
+
+
+def test_512_ranks_tell_each_other_a_few_keys_each_however_many_wait(world):
+    dogs, places, exchange = world
+    for place in places:
+        place.ticked -= 2 * LEAST
+    places[300].waiting, places[300].count = False, 7
+    costs = []
+    for seq in range(1, 4):
+        for dog in dogs[1:]:
+            dog._looks = True  # all of them wait
+        costs.append(exchange(seq))
+    # A square would be 262,144 keys.
+    assert max(costs) <= 8 * WORLD, costs
+    verdict = dogs[0]._verdict(time.monotonic())
+    assert list(verdict["beats"]) == ["300"] and "rank 300 (" in verdict["text"]
+    # The others leave it to rank 0.
+    assert dogs[5]._verdict(time.monotonic()) is None
+    json.dumps(verdict)
+
+
+def test_where_rank_0_gives_no_sign_the_others_name_it(world, monkeypatch):
+    dogs, places, exchange = world
+    exchange(1)
+    now = time.monotonic() + LEAST + 4
+    monkeypatch.setattr(heartbeat, "here", places[7])
+    dogs[7]._heard[0].beat["seq"], dogs[7]._looks = -1, True
+    dogs[7]._store_at = now
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now)
+    verdict = dogs[7]._verdict(now)
+    assert list(verdict["beats"]) == ["0"] and "no sign of life" in verdict["text"]

@@ -1,0 +1,51 @@
+"""The progress display: on a terminal a bar with the newest metrics, elsewhere plain lines."""
+
+from __future__ import annotations
+
+from modern_llm.distributed.progress_bar import Display
+from modern_llm.training.monitoring.metrics import status_line
+
+RECORD = {
+    "loss": 0.4523, "rewards/accuracies": 0.725, "rewards/margins": 0.912, "mfu": 0.41,
+    "tokens_per_second": 9123.4, "memory_gb": 31.24, "grad_norm": 2.0,
+}  # fmt: skip
+
+
+def test_the_status_has_what_a_person_watches():
+    assert status_line(RECORD) == (
+        "loss 0.4523  accuracy 72.5%  margin 0.912  9,123 tokens/s  MFU 41.0%  31.2 GB"
+    )
+    assert status_line({"step": 3}) == ""
+
+
+def test_a_terminal_shows_step_metrics_and_time_left(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    with Display("dpo-hh", 100, 0, shown=True) as display:
+        display.advance(40)
+        display.status(status_line(RECORD))
+        display._bar.refresh()
+        display.line("step=40 loss=0.4523")
+    out, err = capsys.readouterr()
+    assert "step=40 loss=0.4523" in out
+    for part in ("dpo-hh", "40/100", "time left", "accuracy 72.5%", "MFU 41.0%"):
+        assert part in err, part
+
+
+def test_elsewhere_there_are_plain_lines_only(capsys, monkeypatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    with Display("dpo-hh", 100, 0, shown=True) as display:
+        display.advance(40)
+        display.status("x")
+        display.line("step=40 loss=0.4523")
+    assert capsys.readouterr() == ("step=40 loss=0.4523\n", "")
+
+
+def test_other_ranks_are_silent(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with Display("dpo-hh", 100, 0, shown=False) as display:
+        display.advance(40)
+        display.status("x")
+        display.line("step=40")
+    assert capsys.readouterr() == ("", "")

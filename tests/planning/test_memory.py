@@ -1,0 +1,143 @@
+"""Planned bytes of weights, gradients and optimizer states are the bytes that engines hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from modern_llm.models.shapes import decoder_sizes, parameter_shapes
+from modern_llm.planning.memory import (
+    Parameter,
+    Setting,
+    Sizes,
+    gradient_bytes,
+    optimizer_bytes,
+    plan_memory,
+    weight_bytes,
+)
+from tests.distributed.test_frozen_engine import arguments
+from tests.helpers.ranks import run_ranks
+from tests.helpers.zero import stage, use_deepspeed
+
+# Widths that no number of processes divides: padding is part of what is counted.
+ODD = {
+    "vocab_size": 97, "hidden_size": 33, "intermediate_size": 43, "num_hidden_layers": 2,
+    "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 10, "attention_bias": True,
+}  # fmt: skip
+KINDS = [(None, "no"), (0, "no"), (0, "bf16"), *((n, p) for n in (1, 2, 3) for p in ("no", "bf16"))]
+THRESHOLD = 100
+
+
+def storage(tensors) -> int:
+    """Bytes of the memory behind tensors, shared memory once."""
+    seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(size for place, size in seen.items() if place)
+
+
+def held(engine) -> dict[str, int]:
+    """Bytes that an engine holds before a step, read from its tensors."""
+    from modern_llm.distributed.optimizer_shards import base_optimizer
+
+    parameters = list(engine.model.parameters())
+    zero = getattr(engine, "stage", 0)
+    weights = storage([p.data for p in parameters])
+    states = [value for state in base_optimizer(engine).state.values() for value in state.values()]
+    if zero == 0:
+        gradients = [p.grad for p in parameters]
+    elif zero == 3:
+        weights += storage([p.ds_tensor for p in parameters])
+        states += engine.optimizer.fp32_partitioned_groups_flat
+        gradients = [g for part in engine.optimizer.averaged_gradients.values() for g in part]
+    else:
+        states += engine.optimizer.single_partition_of_fp32_groups
+        gradients = [g for part in engine.optimizer.averaged_gradients.values() for g in part]
+    return {
+        "parameters": weights,
+        "gradients": sum(g.numel() * g.element_size() for g in gradients),
+        "optimizer": storage(states),
+    }
+
+
+def on_a_rank(folder: Path, kinds: list) -> list[dict[str, int]]:
+    from transformers import AutoModelForCausalLM
+
+    from modern_llm.config import TrainingConfig
+    from modern_llm.distributed.runtime import start
+    from modern_llm.models.load import make_scorer
+    from modern_llm.training.optim import make_optimizer
+
+    results = []
+    for number, precision in kinds:
+        options = {"stage3_param_persistence_threshold": THRESHOLD} if number == 3 else {}
+        use_deepspeed(None if number is None else stage(number, **options), folder)
+        config = TrainingConfig(run_name="x", output_dir=folder, mixed_precision=precision)
+        runtime = start(config)
+        assert torch.distributed.get_world_size() == 2
+        scorer = make_scorer(AutoModelForCausalLM.from_config(LlamaConfig(**ODD)))
+        engine = runtime.prepare(scorer, make_optimizer(config, scorer))
+        engine.model.train()
+        for again in (False, True):
+            engine.backward(engine.model(*arguments(scorer.model)).logprobs.sum(), last=True)
+            if again:
+                results.append(held(engine))
+            engine.step(1.0)
+    return results
+
+
+def test_bytes_equal_what_two_processes_hold(tmp_path):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
+    parameters = [Parameter(shape) for shape in parameter_shapes(LlamaConfig(**ODD)).values()]
+    assert sum(p.numel for p in parameters) % 4 != 0
+    for rank, found in enumerate(run_ranks(on_a_rank, 2, tmp_path, KINDS, timeout=200)):
+        for (number, precision), bytes_held in zip(KINDS, found, strict=True):
+            setting = Setting(
+                world=2, stage=number, precision=precision, persistence_threshold=THRESHOLD
+            )
+            planned = {
+                "parameters": weight_bytes(parameters, setting),
+                "gradients": gradient_bytes(parameters, setting),
+                "optimizer": optimizer_bytes(parameters, setting),
+            }
+            assert planned == bytes_held, (rank, number, precision)
+
+
+def sizes(**changes) -> Sizes:
+    return Sizes(**decoder_sizes(LlamaConfig(**(ODD | changes))))
+
+
+def test_parts_move_as_they_must():
+    parameters = [Parameter((1000, 1000)) for _ in range(10)]
+
+    def of(**setting):
+        return plan_memory(parameters, sizes(), Setting(**setting))
+
+    alone = of()
+    assert alone.device["parameters"] == 40_000_000 and alone.device["gradients"] == 40_000_000
+    assert alone.device["optimizer"] == 80_000_000 + 4 * 10
+    for number, parts in {1: "optimizer", 2: "optimizer gradients", 3: "optimizer"}.items():
+        few, many = (of(world=w, stage=number, persistence_threshold=0) for w in (2, 20))
+        for part in parts.split():
+            assert many.device[part] < few.device[part] / 9
+    offloaded = of(stage=3, world=2, offload_optimizer=True, offload_parameters=True)
+    assert not {"optimizer", "gradients", "parameters"} & set(offloaded.device)
+    assert offloaded.host["optimizer"] > 0
+    assert of().host == {} and of(background_saving=True).host == {"saving": 120_000_000}
+    assert of(background_saving=True, world=2, stage=2).host == {"saving": 60_000_000}
+    low = of(stage=3, world=2, precision="bf16", reference=True)
+    assert low.device["reference"] == low.device["parameters"]
+    with_, without = of(checkpointing=True), of()
+    assert with_.device["activations"] < without.device["activations"]
+    assert of(row=64).device["activations"] > without.device["activations"]
+    assert of(targets=10).device["head"] < without.device["head"]
+    frozen = [*parameters, Parameter((1000, 1000), trained=False)]
+    assert gradient_bytes(frozen, Setting()) == gradient_bytes(parameters, Setting())
+
+
+def test_the_table_in_the_documentation_is_what_is_computed():
+    from modern_llm.distributed.memory_table import table
+
+    text = (Path(__file__).resolve().parents[2] / "docs" / "memory.md").read_text()
+    assert table() in text

@@ -1,0 +1,100 @@
+"""Each warning speaks up for its fault, once, and stays silent over a healthy run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from modern_llm.config import TrainingConfig
+from modern_llm.training.monitoring.diagnostics import Teacher, learning_rate_warning
+
+
+def healthy(step: int, total: int) -> dict[str, float]:
+    t = step / total
+    return {
+        "step": step, "loss": 0.693 * math.exp(-t), "ties": float(step == 1), "grad_norm": 2.0,
+        "rewards/accuracies": 0.5 + 0.25 * t, "rewards/margins": t, "rewards/chosen": 0.2 * t,
+        "logps/chosen": -100 + 2 * t, "samples/policy_tokens": 50 + 5 * t,
+        "samples/reference_tokens": 50.0,
+    }  # fmt: skip
+
+
+def said(changes, total=100, every=2) -> list[str]:
+    teacher, found = Teacher(total), []
+    for step in [1, *range(every, total + 1, every)]:
+        record = healthy(step, total)
+        found += teacher.look(record | {k: v(step / total) for k, v in changes.items()})
+    return found
+
+
+def test_a_healthy_run_is_not_talked_into():
+    assert said({}) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"ties": lambda t: 1.0}, "raise train.learning_rate"),
+        ({"grad_norm": lambda t: 0.0}, "gradient norm is 0"),
+        (
+            {"logps/chosen": lambda t: -100 - 30 * t, "rewards/chosen": lambda t: -2 * t - 0.01},
+            "likelihood displacement",
+        ),
+        ({"rewards/accuracies": lambda t: 1.0}, "accuracy is 100% this early"),
+        ({"samples/policy_tokens": lambda t: 50 + 60 * t}, "sample answers are longer"),
+        ({"samples/policy_tokens": lambda t: 50 - 40 * t}, "sample answers are shorter"),
+    ],
+)
+def test_a_fault_is_named_once_with_a_setting(changes, part):
+    (text,) = said(changes)
+    assert part in text and text.startswith("step ")
+    assert any(word in text for word in ("train.", "dpo.", "inspect"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # Log-probs of other batches fall, but no chosen answer is less likely than before.
+        {"logps/chosen": lambda t: -100 - 30 * t},
+        # Both fall, but margins do not grow.
+        {
+            "logps/chosen": lambda t: -100 - 30 * t,
+            "rewards/chosen": lambda t: -t - 0.01,
+            "rewards/margins": lambda t: 0.01,
+        },
+        # All pairs are told apart at the end: that may be learnt.
+        {"rewards/accuracies": lambda t: 1.0 if t > 0.5 else 0.7},
+        {"samples/policy_tokens": lambda t: 70.0},
+    ],
+)
+def test_what_looks_alike_is_not_warned_of(changes):
+    assert said(changes) == []
+
+
+def test_the_first_steps_ties_are_none():
+    assert said({"ties": lambda t: 1.0 if t <= 0.04 else 0.0}) == []
+
+
+@pytest.mark.parametrize(
+    ("rate", "full", "new", "warned"),
+    [
+        (5e-4, True, False, True),
+        (1e-4, True, False, False),
+        (5e-4, False, False, False),
+        (5e-4, True, True, False),
+    ],
+)
+def test_high_rates_are_for_adapters_and_new_models(rate, full, new, warned):
+    config = TrainingConfig(run_name="a", output_dir=Path("b"), learning_rate=rate)
+    assert (learning_rate_warning(config, full=full, new=new) is not None) is warned
+
+
+def test_a_long_run_keeps_few_records():
+    teacher = Teacher(10**6)
+    for step in range(1, 3000):
+        teacher.look(healthy(step, 10**6))
+    assert len(teacher._records) < 20
+    assert json.dumps(teacher._records[0]) == json.dumps(healthy(1, 10**6))
