@@ -223,7 +223,7 @@ def test_generate_answers_as_transformers_does(place, capsys):
 
 def test_a_yaml_no_is_the_word_no(tmp_path):
     from modern_llm.verbs.settings import read_settings
-    from modern_llm.verbs.stages import PretrainSettings
+    from modern_llm.verbs.stage_settings import PretrainSettings
 
     file = tmp_path / "run.yaml"
     file.write_text(

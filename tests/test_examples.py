@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from modern_llm.cli import main
-from modern_llm.verbs.stages import read_stage
+from modern_llm.verbs.stage_settings import read_stage
 from tests.helpers.text import WORDS, make_checkpoint, make_tokenizer, transcripts, write_jsonl
 
 ROOT = Path(__file__).parents[1]

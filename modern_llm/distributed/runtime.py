@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,9 +44,6 @@ from modern_llm.distributed.rendezvous.input_files import named_in
 from modern_llm.distributed.shutdown import process_exit
 from modern_llm.storage.fault_points import around
 
-if TYPE_CHECKING:
-    from modern_llm.distributed.shutdown.consensus import Flag
-
 log = logging.getLogger(__name__)
 
 RELEASE_S = 10.0
@@ -64,7 +61,7 @@ class Runtime(Peers):
         super().__init__(accelerator.process_index, accelerator.num_processes)
         self.device: torch.device = accelerator.device
         self.stopping: str | None = None  # what all have agreed to stop for
-        self.flag: Flag | None = None  # a decision to stop that is under way
+        self.flag: Any = None  # a `consensus.Flag`: a decision to stop that is under way
         # Whether work beside the training is under way here, and whether none was anywhere when
         # the last decision to stop began: what ends at its own time is looked at in one step.
         self.busy: Callable[[], bool] = bool

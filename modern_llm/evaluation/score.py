@@ -30,14 +30,16 @@ from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.health.watchdog import Watchdog, nowhere
 from modern_llm.distributed.shutdown.signals import stop_here
 from modern_llm.models.load import Checkpoint, inspect_checkpoint
+from modern_llm.reference.answers import Answers
 from modern_llm.reference.nonfinite_pairs import LIST, leave_out, not_finite
-from modern_llm.reference.scoring import Answers, Scoring, score_everywhere
+from modern_llm.reference.scoring import Scoring, score_everywhere
 from modern_llm.setup import tables
 from modern_llm.setup.micro_batches import sharing
+from modern_llm.setup.scorers import check_positions, set_up_frozen
+from modern_llm.setup.tokenizer import choose_tokenizer
 from modern_llm.storage.atomic import write_file
 from modern_llm.storage.regular_files import read_text
 from modern_llm.storage.temporary import temporary_folder
-from modern_llm.training import stage
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +101,8 @@ def scored_pairs(
         then = "nothing was written: run the same command again"
         with runtime, Watchdog(runtime, nowhere, hang_timeout, then=lambda: then):
             policy = inspect_checkpoint(model)
-            tokenizer, _ = stage.choose_tokenizer(tokenizer_name, policy, config)
-            stage.check_positions(max_length, policy, "max_length")
+            tokenizer, _ = choose_tokenizer(tokenizer_name, policy, config)
+            check_positions(max_length, policy, "max_length")
             lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
             prepared = _read(runtime, data, tokenizer, folder / "data", lengths)
             models = {"policy": policy}
@@ -201,7 +203,7 @@ def _sums(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums and target counts (P, 2) of every pair under one model."""
     heartbeat.enter("preparing the model")
-    scorer = stage.set_up_frozen(runtime, checkpoint, config)
+    scorer = set_up_frozen(runtime, checkpoint, config)
     module = runtime.freeze(scorer)
     scoring = Scoring(runtime, module, config, trees=sharing(scorer))
     answers = Answers(table)

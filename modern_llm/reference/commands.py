@@ -30,7 +30,8 @@ from modern_llm.reference.reference_pass import ReferencePass, Wanted
 from modern_llm.reference.scoring import score_everywhere
 from modern_llm.reference.template_day import remember_day, with_template_day
 from modern_llm.setup import tables
-from modern_llm.training import stage
+from modern_llm.setup.scorers import check_positions
+from modern_llm.setup.tokenizer import check_agreement, choose_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -147,12 +148,12 @@ def _looked_up(
 
     The last item notes the day of the chat template in the store once it is filled.
     """
-    data = stage.with_dataset_name(request.data, request.train)
+    data = tables.with_dataset_name(request.data, request.train)
     runtime = start(request.train)
     checkpoint = inspect_checkpoint(request.sft_checkpoint)
-    tokenizer, others = stage.choose_tokenizer(request.tokenizer_name, checkpoint, request.train)
-    stage.check_positions(request.dpo.max_length, checkpoint, "dpo.max_length")
-    stage.check_agreement(tokenizer, others, data)
+    tokenizer, others = choose_tokenizer(request.tokenizer_name, checkpoint, request.train)
+    check_positions(request.dpo.max_length, checkpoint, "dpo.max_length")
+    check_agreement(tokenizer, others, data)
     then = "what was committed is stored: the same command scores only what is missing"
     watched = Watchdog(runtime, nowhere, request.train.hang_timeout, then=lambda: then)
     with runtime, watched, tables.passing_folder(runtime, "reference") as folder:

@@ -11,10 +11,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,8 @@ from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.progress_bar import Display
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.shutdown import consensus
+from modern_llm.reference.answers import AnswerBatches, Answers
+from modern_llm.reference.scoring import Scoring
 from modern_llm.reference.store.entries import Entries, concatenate
 from modern_llm.reference.store.store import ReferenceStore
 
@@ -33,34 +34,6 @@ Indices = NDArray[np.int64]
 STATE = "in the reference pass, whose values so far are stored"
 _PAUSE_S = 0.25
 """Between two looks at pieces that other jobs have claimed."""
-
-
-class Answers(Protocol):
-    """What is known here of the data: names of the answers, and where each came from."""
-
-    keys: NDArray[np.bytes_]
-    """(E,) S16, each once."""
-
-    def __len__(self) -> int: ...
-
-    def origin(self, entry: int) -> str:
-        """File and line of one answer."""
-
-
-class Trees(Protocol):
-    """Some answers laid out for the model."""
-
-    def groups(self) -> list[Indices]:
-        """Trees that are computed in one forward."""
-
-    def entries(self, group: Indices) -> Indices:
-        """Answers of the trees of a group."""
-
-
-# Lays some answers out, each alone in a forward or not.
-LayOut = Callable[[Indices, bool], Trees]
-# Scores groups of trees on this rank, yielding answers and values of each.
-Score = Callable[[Trees, Iterable[Indices]], Iterator[list[tuple[Indices, Entries]]]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +50,7 @@ class FillReport:
 class Piece:
     """Groups that are scored and committed together."""
 
-    trees: Trees
+    trees: AnswerBatches
     groups: list[Indices]
     name: str
 
@@ -86,8 +59,7 @@ def fill(
     runtime: Runtime,
     answers: Answers,
     store: ReferenceStore,
-    lay_out: LayOut,
-    score: Score,
+    scoring: Scoring,
     *,
     flush_every: int,
     tokens: bool = False,
@@ -106,9 +78,9 @@ def fill(
     heartbeat.enter("filling the reference store")
     began = time.perf_counter()
     found = runtime.on_main(lambda: _present(store, answers.keys, tokens))
-    pieces, mine = _plan(answers, lay_out, found, flush_every, part)
+    pieces, mine = _plan(answers, scoring, found, flush_every, part)
     needed, present = int(mine.sum()), int((found & mine).sum())
-    pass_ = _Pass(runtime, answers, store, score, lay_out, tokens)
+    pass_ = _Pass(runtime, answers, store, scoring, tokens)
     with Display("reference", needed, present, shown=runtime.is_main) as display:
         scored = pass_.run(pieces, lambda done: display.advance(min(present + done, needed)))
     return FillReport(needed, present, scored, time.perf_counter() - began)
@@ -123,7 +95,7 @@ def _present(store: ReferenceStore, keys: NDArray[np.bytes_], tokens: bool) -> N
 
 def _plan(
     answers: Answers,
-    lay_out: LayOut,
+    scoring: Scoring,
     found: NDArray[np.bool_],
     flush_every: int,
     part: tuple[int, int],
@@ -138,7 +110,7 @@ def _plan(
     mine = np.ones(len(answers), bool)
     if n == 1 and found.all():
         return [], mine
-    everything = lay_out(np.arange(len(answers)), False)
+    everything = scoring.lay_out(answers)
     rest = np.zeros(len(answers), bool)
     pieces = []
     for number, piece in enumerate(_pieces(answers, everything, flush_every)):
@@ -157,11 +129,11 @@ def _plan(
             ]
             pieces.append(Piece(everything, kept, piece.name))
     if rest.any():
-        pieces += _pieces(answers, lay_out(np.flatnonzero(rest), False), flush_every)
+        pieces += _pieces(answers, scoring.lay_out(answers, np.flatnonzero(rest)), flush_every)
     return pieces, mine
 
 
-def _pieces(answers: Answers, trees: Trees, flush_every: int) -> Iterator[Piece]:
+def _pieces(answers: Answers, trees: AnswerBatches, flush_every: int) -> Iterator[Piece]:
     """Cut groups, in their order, into pieces of about `flush_every` answers."""
     groups: list[Indices] = []
     names = hashlib.blake2b(digest_size=12)
@@ -186,12 +158,11 @@ class _Pass:
         runtime: Runtime,
         answers: Answers,
         store: ReferenceStore,
-        score: Score,
-        lay_out: LayOut,
+        scoring: Scoring,
         tokens: bool,
     ):
         self._runtime, self._answers, self._store = runtime, answers, store
-        self._score, self._lay_out, self._tokens = score, lay_out, tokens
+        self._scoring, self._tokens = scoring, tokens
 
     def run(self, pieces: list[Piece], advance: Callable[[int], None]) -> int:
         """See to every piece; return the number of answers that this job scored."""
@@ -248,14 +219,14 @@ class _Pass:
         trees, groups = piece.trees, piece.groups
         if not lacking.all():
             entries = np.concatenate([trees.entries(group) for group in groups])
-            trees = self._lay_out(entries[lacking], False)
+            trees = self._scoring.lay_out(self._answers, entries[lacking])
             groups = trees.groups()
         found = self._kept(trees, groups)
         suspects = found.keys[~np.isfinite(found.sums)]
         if len(suspects):
             # One that is not finite may spoil its neighbours in a forward: 0 x inf is not 0.
             entries = np.searchsorted(self._answers.keys, suspects)
-            alone = self._lay_out(entries, True)
+            alone = self._scoring.lay_out(self._answers, entries, alone=True)
             again = self._kept(alone, alone.groups())
             bad = again.keys[~np.isfinite(again.sums)]
             self._runtime.on_main(lambda: self._store.marks.add(bad))
@@ -263,7 +234,7 @@ class _Pass:
             self._store.claims.release(piece.name)
         return len(found)
 
-    def _kept(self, trees: Trees, groups: list[Indices]) -> Entries:
+    def _kept(self, trees: AnswerBatches, groups: list[Indices]) -> Entries:
         """Score groups on all ranks and commit what is finite; return all, on every rank."""
         mine, failure = self._score_share(trees, groups)
         parts = [part for part in self._runtime.gather(mine) if len(part)]
@@ -275,7 +246,9 @@ class _Pass:
             consensus.check(self._runtime, STATE)
         return found
 
-    def _score_share(self, trees: Trees, groups: list[Indices]) -> tuple[Entries, Exception | None]:
+    def _score_share(
+        self, trees: AnswerBatches, groups: list[Indices]
+    ) -> tuple[Entries, Exception | None]:
         """Score this rank's groups; every rank makes the same number of forwards, and where one
         fails or is asked to stop none makes another."""
         world, rank = self._runtime.world, self._runtime.rank
@@ -284,7 +257,7 @@ class _Pass:
         failure: Exception | None = None
         groups = groups[rank::world]
         going = True
-        results = self._score(trees, takewhile(lambda _: going, groups))
+        results = self._scoring(trees, takewhile(lambda _: going, groups))
 
         for _ in groups:
             with heartbeat.quick("reference pass"):

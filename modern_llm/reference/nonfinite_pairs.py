@@ -23,7 +23,6 @@ from modern_llm.distributed.runtime import Runtime
 from modern_llm.setup.micro_batches import LeftOut
 from modern_llm.storage.atomic import write_file
 from modern_llm.storage.regular_files import read_text
-from modern_llm.training.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -97,13 +96,18 @@ def leave_out(
 
 def leave_out_of_run(
     runtime: Runtime,
-    run: RunFolder,
     prepared: Prepared,
     values: dict[str, NDArray[np.float32] | None],
+    *,
     max_dropped: float,
+    batch_size: int,
+    folder: Path,
 ) -> LeftOut:
     """Return which training and evaluation pairs a run never reads, for values that are not finite;
     a collective where there are some.
+
+    Args:
+        folder: of the run's token tables, where they are listed.
 
     Raises:
         DataError: they are too many, or fewer than one batch are left.
@@ -113,12 +117,12 @@ def leave_out_of_run(
         "train": not_finite(values.get("training pairs")),
         "evaluation": not_finite(values.get("evaluation pairs")),
     }
-    leave_out(runtime, prepared, found, max_dropped, run.data / LIST)
-    rows, batch = len(prepared.train) - len(found["train"]), run.config.batch_size
-    if rows < batch:
+    leave_out(runtime, prepared, found, max_dropped, folder / LIST)
+    rows = len(prepared.train) - len(found["train"])
+    if rows < batch_size:
         raise DataError(
             f"{rows} examples are left to train on, fewer than one batch of train.batch_size "
-            f"{batch}: lower it, or add data"
+            f"{batch_size}: lower it, or add data"
         )
     *before, _ = prepared.history or ((0, 0),)
     if before and (found["train"] < before[-1][1]).any():

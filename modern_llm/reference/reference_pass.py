@@ -27,15 +27,16 @@ from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.adapters import has_adapters
 from modern_llm.models.load import Checkpoint, inspect_checkpoint
 from modern_llm.models.scorer import TokenScorer
+from modern_llm.reference.adapter_free import AdapterFreePolicy
 from modern_llm.reference.agreement import BOUND, must_agree
+from modern_llm.reference.answers import Answers
 from modern_llm.reference.fill import FillReport, fill, values_of
 from modern_llm.reference.locate import find_store
-from modern_llm.reference.scoring import Answers, Scoring
+from modern_llm.reference.scoring import Scoring
 from modern_llm.reference.store.entries import Entries
 from modern_llm.reference.store.store import ReferenceStore
 from modern_llm.setup.micro_batches import make_source, sharing
-from modern_llm.setup.policy import Base
-from modern_llm.training import stage
+from modern_llm.setup.scorers import set_up_frozen
 
 log = logging.getLogger(__name__)
 
@@ -203,8 +204,8 @@ class ReferencePass:
         if has_adapters(policy.model) and self._is_policy and self._runtime.stage != 3:
             if self._runtime.is_main:
                 log.info("reference: the policy without its adapters, asked in every step")
-            return Base(policy)
-        scorer = stage.set_up_frozen(self._runtime, self._checkpoint, self._config)
+            return AdapterFreePolicy(policy)
+        scorer = set_up_frozen(self._runtime, self._checkpoint, self._config)
         if self._runtime.is_main:
             log.info("reference: a frozen model beside the policy, asked in every step")
         return self._runtime.freeze(scorer)
@@ -227,7 +228,6 @@ class ReferencePass:
             self._runtime,
             answers,
             self.store,
-            lambda entries, alone: scoring.lay_out(answers, entries, alone=alone),
             scoring,
             flush_every=2 * self._dpo.flush_every,
             tokens=self._dpo.per_token,
@@ -260,7 +260,7 @@ class ReferencePass:
         if self._is_policy and policy is not None and self._runtime.stage is None:
             scorer, module = policy, policy
         else:
-            scorer = stage.set_up_frozen(self._runtime, self._checkpoint, self._config)
+            scorer = set_up_frozen(self._runtime, self._checkpoint, self._config)
             module = self._runtime.freeze(scorer)
         self._scorer = scorer
         try:

@@ -18,8 +18,11 @@ from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.attention.flex import SIDE
 from modern_llm.models.flops import IdealFlops
 from modern_llm.models.scorer import TokenScorer
-from modern_llm.training.guards.memory import AUTO_TOKENS
 
+# Tokens of one forward where the user says nothing. On a CPU small forwards stay in the caches and
+# keep few activations (seen with 6 layers of 256: 768 tokens are as fast as 1,600 and take 110 MB
+# less; 512 are 9% slower); a GPU wants enough work for every kernel.
+AUTO_TOKENS = {"cpu": 768, "cuda": 16_384}
 LeftOut = tuple[tuple[int, ...], tuple[int, ...]]
 
 

@@ -1,24 +1,17 @@
-"""Adapters in a run: what is refused, how the policy is set up, and the base as the reference.
-
-Called by SFT and DPO.
-"""
+"""The policy of a run, with LoRA adapters where they are configured."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import nn
 
 from modern_llm.config import LoraConfig, TrainingConfig
 from modern_llm.config.errors import ConfigError
 from modern_llm.distributed.runtime import Runtime
-from modern_llm.models.adapters import adapters_off, add_adapters
+from modern_llm.models.adapters import add_adapters
 from modern_llm.models.load import Checkpoint, load_model
 from modern_llm.models.scorer import TokenScorer
 from modern_llm.models.training_mode import disable_dropout
-from modern_llm.reference.locate import digest_of_checkpoint
-from modern_llm.training import stage
+from modern_llm.setup.scorers import set_up_scorer
 
 
 def check_lora(
@@ -73,7 +66,7 @@ def set_up_policy(
         lora.quantize if lora else None,
         as_stored=runtime.stage == 3 and runtime.rounds_weights,
     )
-    scorer = stage.set_up_scorer(runtime, model, config, dropout=dropout)
+    scorer = set_up_scorer(runtime, model, config, dropout=dropout)
     if lora is not None:
         add_adapters(model, lora, checkpoint.place, seed=config.seed)
         if runtime.stage != 3:
@@ -81,23 +74,3 @@ def set_up_policy(
         if not dropout:
             disable_dropout(model)
     return scorer
-
-
-def base_facts(runtime: Runtime, checkpoint: Checkpoint, lora: LoraConfig | None) -> dict[str, Any]:
-    """Return what a checkpoint of adapters must share with the run that goes on: their base."""
-    return {} if lora is None else {"base": digest_of_checkpoint(runtime, checkpoint)}
-
-
-class Base(nn.Module):
-    """The policy without its adapters, asked in place of a second model."""
-
-    def __init__(self, policy: TokenScorer):
-        super().__init__()
-        # In a tuple: its weights are the policy's, and no second module's.
-        self._policy = (policy,)
-
-    def forward(self, *arguments: Any) -> Any:
-        """Ask the frozen base."""
-        (policy,) = self._policy
-        with adapters_off(policy.model):
-            return policy(*arguments)

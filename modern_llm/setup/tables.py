@@ -1,10 +1,8 @@
-"""The token tables of a run or of one pass: built once a machine, compared, judged.
-
-Called by the stages and by the reference pass that stands alone.
-"""
+"""Token tables: built once per machine, the same on every rank, with ids the model knows."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import tempfile
 import uuid
@@ -15,38 +13,41 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from modern_llm.config import TrainingConfig
-from modern_llm.config.errors import UserError
+from modern_llm.config.data import DatasetConfig
+from modern_llm.config.errors import ConfigError
 from modern_llm.data.table.build import Prepared
 from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.shutdown.signals import stop_here
 from modern_llm.models.load import check_id
 from modern_llm.storage import temporary
-from modern_llm.training.monitoring.samples import prompt_rows
-from modern_llm.training.run.data_changes import look_back, settle
-from modern_llm.training.run.folder import RunFolder
-from modern_llm.training.run.summary import data_notes
 
 log = logging.getLogger(__name__)
 
 
-def build_tables(
-    runtime: Runtime, run: RunFolder, build: Callable[..., Prepared], config: TrainingConfig
-) -> Prepared:
-    """Tokenise once a machine, map everywhere, compare, and refuse data that cannot fill one
-    step."""
-    if run.dry_run is None:
-        look_back(runtime, run)
-    prepared = read_tables(runtime, run.data, build)
-    if len(prepared.train) < config.batch_size:
-        raise UserError(
-            f"{len(prepared.train)} examples are left to train on, fewer than one batch of "
-            f"train.batch_size {config.batch_size}: lower it, or add data"
+def with_dataset_name(data: DatasetConfig, config: TrainingConfig) -> DatasetConfig:
+    """Return `data` with the name of its data set, which either section may say but not both
+    differently."""
+    if data.sources is not None:
+        if config.dataset_name:
+            raise ConfigError(
+                ["train.dataset_name has no effect beside data.sources: remove one of them"]
+            )
+        return data
+    if data.dataset_name and config.dataset_name and data.dataset_name != config.dataset_name:
+        raise ConfigError(
+            [
+                f"data.dataset_name {data.dataset_name!r} and train.dataset_name "
+                f"{config.dataset_name!r} "
+                "name different data: remove one of them"
+            ]
         )
-    run.notes["data"], run.prompts = data_notes(prepared), prompt_rows(prepared)
-    if run.dry_run:
-        return run.dry_run.first_step_only(prepared, config)
-    return settle(runtime, run, prepared)
+    name = data.dataset_name or config.dataset_name
+    if not name:
+        raise ConfigError(
+            ["data.dataset_name: no data set is named; give a Hub id, a file or a folder"]
+        )
+    return dataclasses.replace(data, dataset_name=name)
 
 
 @contextmanager

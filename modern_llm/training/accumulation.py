@@ -23,9 +23,10 @@ from modern_llm.config.errors import UserError
 from modern_llm.distributed.engine import Engine
 from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.runtime import Runtime
+from modern_llm.models.out_of_memory import is_out_of_memory
 from modern_llm.storage.fault_points import around
 from modern_llm.training.guards import loss_spikes, nonfinite
-from modern_llm.training.guards.memory import CURES, out_of_memory
+from modern_llm.training.guards.memory import CURES
 from modern_llm.training.task import Task
 
 
@@ -127,7 +128,7 @@ def _attempt(
                     engine.backward(loss * math.nan if spiked else loss, last=last)
                 heartbeat.tick()
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _Short(str(error), meets=runtime.world > 1 and not prepared)
     return Gradients(sums, losses, busy, spiked)

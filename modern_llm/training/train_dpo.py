@@ -14,14 +14,18 @@ from modern_llm.data.table.build import Prepared
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.load import inspect_checkpoint
 from modern_llm.models.scorer import TokenScorer
+from modern_llm.reference.adapter_free import base_facts
 from modern_llm.reference.nonfinite_pairs import leave_out_of_run
 from modern_llm.reference.reference_pass import ReferencePass
 from modern_llm.reference.template_day import remember_day, with_template_day
 from modern_llm.setup import policy, tables
 from modern_llm.setup.micro_batches import make_sources
+from modern_llm.setup.scorers import check_positions
+from modern_llm.setup.tokenizer import answer_ends, check_agreement, choose_tokenizer
 from modern_llm.training import stage
 from modern_llm.training.run.dry_run import DryRun
 from modern_llm.training.run.folder import RunFolder
+from modern_llm.training.run.opening import open_run
 from modern_llm.training.run.outcome import outcome_recorded
 from modern_llm.training.tasks.preference import PreferenceTask
 
@@ -55,8 +59,8 @@ def run_dpo(
         StorageError: the reference store refuses, or its values are not this policy's.
         Stopped: a signal asked to stop; the same call goes on.
     """
-    data = stage.with_dataset_name(preference_config, train_config)
-    runtime, run = stage.open_run(
+    data = tables.with_dataset_name(preference_config, train_config)
+    runtime, run = open_run(
         train_config,
         dry_run,
         sft_checkpoint=str(sft_checkpoint),
@@ -69,9 +73,9 @@ def run_dpo(
     if run.finished():
         return run.final
     checkpoint = inspect_checkpoint(sft_checkpoint)
-    tokenizer, others = stage.choose_tokenizer(tokenizer_name, checkpoint, train_config)
-    stage.check_positions(dpo_config.max_length, checkpoint, "dpo.max_length")
-    stage.check_agreement(tokenizer, others, data)
+    tokenizer, others = choose_tokenizer(tokenizer_name, checkpoint, train_config)
+    check_positions(dpo_config.max_length, checkpoint, "dpo.max_length")
+    check_agreement(tokenizer, others, data)
     with outcome_recorded(runtime, run):
         find = cache(partial(ReferencePass, runtime, checkpoint, train_config, dpo_config))
         data = with_template_day(runtime, tokenizer, data, run.record, lambda: find().store)
@@ -83,8 +87,8 @@ def run_dpo(
         scorer = policy.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=False)
         task = _task(runtime, run, scorer, dpo_config, data, prepared, reference)
         facts = {"reference": reference.digest, "plan": task.plan}
-        facts |= policy.base_facts(runtime, checkpoint, lora_config)
-        ends = stage.answer_ends(tokenizer, data, prepared)
+        facts |= base_facts(runtime, checkpoint, lora_config)
+        ends = answer_ends(tokenizer, data, prepared)
         return stage.train_and_export(
             runtime, scorer, task, train_config, run, tokenizer, facts, ends
         )
@@ -105,7 +109,7 @@ def _prepare(
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
     )
-    return tables.build_tables(runtime, run, build, run.config)
+    return stage.build_tables(runtime, run, build, run.config)
 
 
 def _task(
@@ -124,7 +128,14 @@ def _task(
     is never built from a policy that has trained.
     """
     values = reference.complete(scorer)
-    left_out = leave_out_of_run(runtime, run, prepared, values, data.max_dropped)
+    left_out = leave_out_of_run(
+        runtime,
+        prepared,
+        values,
+        max_dropped=data.max_dropped,
+        batch_size=run.config.batch_size,
+        folder=run.data,
+    )
     source, evaluation = make_sources(
         runtime,
         run.config,

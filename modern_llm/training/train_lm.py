@@ -10,8 +10,11 @@ from modern_llm.data.document_datasets import build_document_tables
 from modern_llm.models.build import build_model
 from modern_llm.setup import tables
 from modern_llm.setup.micro_batches import make_sources
+from modern_llm.setup.scorers import set_up_scorer
+from modern_llm.setup.tokenizer import check_agreement, choose_tokenizer
 from modern_llm.training import stage
 from modern_llm.training.run.dry_run import DryRun
+from modern_llm.training.run.opening import open_run
 from modern_llm.training.run.outcome import outcome_recorded
 from modern_llm.training.tasks.language import LanguageTask
 
@@ -36,16 +39,16 @@ def run_training(
         UserError: bad configuration or data; nothing was written.
         Stopped: a signal asked to stop; the same call goes on.
     """
-    data = stage.with_dataset_name(dataset_config or DocumentDatasetConfig(), train_config)
-    runtime, run = stage.open_run(
+    data = tables.with_dataset_name(dataset_config or DocumentDatasetConfig(), train_config)
+    runtime, run = open_run(
         train_config, dry_run, model=model_config, data=data, tokenizer_name=tokenizer_name
     )
     if run.finished():
         return run.final
-    tokenizer, others = stage.choose_tokenizer(tokenizer_name, None, train_config)
-    stage.check_agreement(tokenizer, others, data)
+    tokenizer, others = choose_tokenizer(tokenizer_name, None, train_config)
+    check_agreement(tokenizer, others, data)
     with outcome_recorded(runtime, run):
-        prepared = tables.build_tables(
+        prepared = stage.build_tables(
             runtime,
             run,
             partial(build_document_tables, data, tokenizer, row_length=model_config.max_seq_len),
@@ -53,7 +56,7 @@ def run_training(
         )
         tables.check_ids_fit(prepared, tokenizer, model_config.vocab_size)
         model = build_model(model_config, seed=train_config.seed)
-        scorer = stage.set_up_scorer(runtime, model, train_config, dropout=True)
+        scorer = set_up_scorer(runtime, model, train_config, dropout=True)
         source, evaluation = make_sources(runtime, train_config, prepared, "documents", scorer)
         task = LanguageTask(source, evaluation, scorer.aux_coefficient)
         return stage.train_and_export(runtime, scorer, task, train_config, run, tokenizer, {})

@@ -8,11 +8,15 @@ from pathlib import Path
 from modern_llm.config import InstructionDatasetConfig, LoraConfig, TrainingConfig
 from modern_llm.data.instruction_datasets import build_instruction_tables
 from modern_llm.models.load import inspect_checkpoint
+from modern_llm.reference.adapter_free import base_facts
 from modern_llm.reference.template_day import with_template_day
 from modern_llm.setup import policy, tables
 from modern_llm.setup.micro_batches import make_sources
+from modern_llm.setup.scorers import check_positions
+from modern_llm.setup.tokenizer import answer_ends, check_agreement, choose_tokenizer
 from modern_llm.training import stage
 from modern_llm.training.run.dry_run import DryRun
+from modern_llm.training.run.opening import open_run
 from modern_llm.training.run.outcome import outcome_recorded
 from modern_llm.training.tasks.language import LanguageTask
 
@@ -42,8 +46,8 @@ def run_sft(
         UserError: bad configuration, checkpoint or data; nothing was written.
         Stopped: a signal asked to stop; the same call goes on.
     """
-    data = stage.with_dataset_name(dataset_config, train_config)
-    runtime, run = stage.open_run(
+    data = tables.with_dataset_name(dataset_config, train_config)
+    runtime, run = open_run(
         train_config,
         pretrain_checkpoint=str(pretrain_checkpoint),
         data=data,
@@ -55,12 +59,12 @@ def run_sft(
     if run.finished():
         return run.final
     checkpoint = inspect_checkpoint(pretrain_checkpoint)
-    tokenizer, others = stage.choose_tokenizer(tokenizer_name, checkpoint, train_config)
+    tokenizer, others = choose_tokenizer(tokenizer_name, checkpoint, train_config)
     max_length = data.max_length or min(
         DEFAULT_MAX_LENGTH, checkpoint.positions or DEFAULT_MAX_LENGTH
     )
-    stage.check_positions(max_length, checkpoint, "data.max_length")
-    stage.check_agreement(tokenizer, others, data)
+    check_positions(max_length, checkpoint, "data.max_length")
+    check_agreement(tokenizer, others, data)
     with outcome_recorded(runtime, run):
         data = with_template_day(runtime, tokenizer, data, run.record)
         build = partial(
@@ -70,13 +74,13 @@ def run_sft(
             max_length=max_length,
             max_prompt_length=data.max_prompt_length,
         )
-        prepared = tables.build_tables(runtime, run, build, train_config)
+        prepared = stage.build_tables(runtime, run, build, train_config)
         tables.check_ids_fit(prepared, tokenizer, checkpoint.vocabulary)
         scorer = policy.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=True)
         source, evaluation = make_sources(runtime, train_config, prepared, "answers", scorer)
         task = LanguageTask(source, evaluation, scorer.aux_coefficient)
-        facts = policy.base_facts(runtime, checkpoint, lora_config)
-        ends = stage.answer_ends(tokenizer, data, prepared)
+        facts = base_facts(runtime, checkpoint, lora_config)
+        ends = answer_ends(tokenizer, data, prepared)
         return stage.train_and_export(
             runtime, scorer, task, train_config, run, tokenizer, facts, ends
         )

@@ -15,14 +15,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from modern_llm.distributed.build_locks import build_locks, lock_folders
 from modern_llm.storage.fault_points import around
-from modern_llm.storage.regular_files import read_text
 
 PACKAGES = (
     "modern-llm",
@@ -38,7 +37,6 @@ PACKAGES = (
     "flash-attn",
     "liger-kernel",
 )
-COMPILERS = {"ninja", "nvcc", "cc1plus", "c++", "g++", "gcc", "cicc", "ptxas", "clang++"}
 LOW_DISK_GB = 20.0
 GROUP_SECONDS = 90
 
@@ -137,57 +135,13 @@ def _version(program: str) -> str | None:
     return numbers[0] if numbers else "?"
 
 
-def lock_folders() -> list[Path]:
-    """Return where torch and DeepSpeed build extensions, by their own rules."""
-    named = os.environ.get("TORCH_EXTENSIONS_DIR")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return [Path(named)] if named else [cache / "torch_extensions"]
-
-
 def locks(folders: Iterable[Path]) -> list[Check]:
     """Lock files of extension builds: one that a killed build left makes every later one wait."""
-    found = [lock for folder in folders if folder.is_dir() for lock in folder.rglob("lock")]
-    oldest = oldest_compiler()
-    stale = []
-    for lock in found:
-        try:
-            age = time.time() - lock.stat().st_mtime
-        except OSError:
-            continue  # released just now
-        if oldest is None or age > oldest + 5:
-            stale.append((lock, age))
+    found, stale = build_locks(folders)
     if not stale:
         held = f"{len(found)} held by a build that runs" if found else "none"
         return [Check("build locks", "ok", held)]
-    return [
-        Check(
-            "build locks",
-            "problem",
-            f"{lock} is {age / 60:.0f} minutes old and no build runs that could hold it",
-            f"remove {lock}: every later build waits for it",
-        )
-        for lock, age in stale
-    ]
-
-
-def oldest_compiler() -> float | None:
-    """Return the age in seconds of the oldest running compiler; None where none runs.
-
-    A system without /proc cannot tell: an hour is then taken for the longest build.
-    """
-    if not Path("/proc/self/stat").exists():
-        return 3600.0
-    ticks = os.sysconf("SC_CLK_TCK")
-    uptime = float(read_text("/proc/uptime").split()[0])
-    ages = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            head, _, tail = read_text(stat).rpartition(")")
-        except OSError:
-            continue
-        if head.partition("(")[2] in COMPILERS:
-            ages.append(uptime - int(tail.split()[19]) / ticks)
-    return max(ages, default=None)
+    return [Check("build locks", "problem", str(lock), lock.fix) for lock in stale]
 
 
 def _existing(place: Path) -> Path:

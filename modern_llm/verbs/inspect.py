@@ -17,7 +17,7 @@ from modern_llm.config import (
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.errors import ConfigError, UserError
 from modern_llm.verbs.settings import Settings
-from modern_llm.verbs.stages import (
+from modern_llm.verbs.stage_settings import (
     DpoSettings,
     PretrainSettings,
     TrainingSettings,

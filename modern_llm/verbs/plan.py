@@ -9,7 +9,12 @@ from pydantic import Field
 
 from modern_llm.config.errors import ConfigError
 from modern_llm.verbs.settings import Settings
-from modern_llm.verbs.stages import DpoSettings, PretrainSettings, TrainingSettings, read_stage
+from modern_llm.verbs.stage_settings import (
+    DpoSettings,
+    PretrainSettings,
+    TrainingSettings,
+    read_stage,
+)
 
 Positive = Annotated[int, Field(gt=0)]
 

@@ -13,7 +13,7 @@ from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.errors import ConfigError, StorageError
 from modern_llm.config.printable import one_line
 from modern_llm.verbs.settings import Settings
-from modern_llm.verbs.stages import DpoSettings, training_config
+from modern_llm.verbs.stage_settings import DpoSettings, training_config
 
 if TYPE_CHECKING:
     from modern_llm.reference.commands import Request

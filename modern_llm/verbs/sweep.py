@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from modern_llm.config.errors import ConfigError, NotFiniteError
-from modern_llm.verbs.stages import TrainingSettings
+from modern_llm.verbs.stage_settings import TrainingSettings
 
 log = logging.getLogger(__name__)
 

@@ -158,30 +158,41 @@ class Alone:
         return self._chosen[group]
 
 
+class Scripted:
+    """Scores four answers to a forward, or each alone, and writes down which."""
+
+    def __init__(self, log: Path, pause: float):
+        self._log, self._pause = KeyLog(log), pause
+
+    def lay_out(
+        self, answers: Numbered, entries: np.ndarray | None = None, *, alone: bool = False
+    ) -> Alone:
+        self._keys = answers.keys
+        chosen = np.arange(len(answers)) if entries is None else entries
+        return Alone(chosen, 1 if alone else 4)
+
+    def __call__(
+        self, trees: Alone, groups: Iterable[np.ndarray]
+    ) -> Iterator[list[tuple[np.ndarray, Entries]]]:
+        for group in groups:
+            time.sleep(self._pause)
+            entries = trees.entries(group)
+            self._log.add(self._keys[entries])
+            yield [(entries, scripted(self._keys[entries], tokens=True))]
+
+
 def fill_numbered(folder: Path, log: Path, count: int, flush_every: int, pause: float) -> None:
     """Fill a store with scripted values, as one of several jobs that do not know of each other.
 
     Args:
         pause: seconds that a forward of four answers takes.
     """
-    answers, keys_scored = Numbered(count), KeyLog(log)
-
-    def score(
-        trees: Alone, groups: Iterable[np.ndarray]
-    ) -> Iterator[list[tuple[np.ndarray, Entries]]]:
-        for group in groups:
-            time.sleep(pause)
-            entries = trees.entries(group)
-            keys_scored.add(answers.keys[entries])
-            yield [(entries, scripted(answers.keys[entries], tokens=True))]
-
     alone = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
     fill(
         Runtime(alone, TrainingConfig(run_name="alone", output_dir=folder)),
-        answers,
+        Numbered(count),
         ReferenceStore(folder, IDENTITY),
-        lambda entries, alone: Alone(entries, 1 if alone else 4),
-        score,
+        Scripted(log, pause),
         flush_every=flush_every,
         tokens=True,
     )

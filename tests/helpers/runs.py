@@ -30,7 +30,7 @@ from modern_llm.data.table.token_table import TokenTable
 from modern_llm.distributed.rendezvous import handshake
 from modern_llm.distributed.shutdown import process_exit
 from modern_llm.distributed.shutdown.signals import StopRequest
-from modern_llm.reference.scoring import Answers
+from modern_llm.reference.answers import Answers
 from modern_llm.reference.store.store import ReferenceStore
 from modern_llm.storage.atomic import verified_manifest
 from modern_llm.training import accumulation as step

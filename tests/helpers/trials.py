@@ -137,7 +137,7 @@ def _read(kind: str, path: Path, tokenizer: Any) -> str:
     from modern_llm.reference.store.store import ReferenceStore
     from modern_llm.storage.atomic import verified_manifest
     from modern_llm.verbs.settings import read_settings
-    from modern_llm.verbs.stages import DpoSettings
+    from modern_llm.verbs.stage_settings import DpoSettings
 
     out = path.parent / ".tables"
     if kind in ("jsonl", "json", "csv", "parquet", "txt"):

@@ -12,8 +12,9 @@ import transformers as tf
 
 from modern_llm.models.load import make_scorer
 from modern_llm.reference import cpu_parallel
+from modern_llm.reference.answers import Answers
 from modern_llm.reference.cpu_parallel import in_order, lanes
-from modern_llm.reference.scoring import Answers, Scoring
+from modern_llm.reference.scoring import Scoring
 from tests.helpers.models import SHAPE, make_model
 from tests.reference.test_scoring import config, shared_answers
 

@@ -12,7 +12,7 @@ import pytest
 
 from modern_llm.data.preference_datasets import PreferenceDatasetConfig, build_preference_tables
 from modern_llm.data.table.token_table import TokenTable
-from modern_llm.reference.scoring import Answers, Trees
+from modern_llm.reference.answers import AnswerBatches, Answers
 from modern_llm.reference.store.entries import Entries
 from modern_llm.reference.store.store import ReferenceStore
 from tests.helpers.fills import (
@@ -95,7 +95,7 @@ class PairFill:
 
     def most_in_a_piece(self) -> int:
         everything = np.arange(len(self.answers))
-        trees = Trees(self.answers, everything, trees=True, budget=200)
+        trees = AnswerBatches(self.answers, everything, trees=True, budget=200)
         return 2 * FLUSH - 1 + max(len(trees.entries(group)) for group in trees.groups())
 
 

@@ -14,8 +14,9 @@ from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.errors import UserError
 from modern_llm.distributed.runtime import start
 from modern_llm.models.load import make_scorer
+from modern_llm.reference.answers import MAX_RESPONSES, Answers
 from modern_llm.reference.commands import fill_reference
-from modern_llm.reference.scoring import BRANCHES, Answers, Scoring, score_everywhere
+from modern_llm.reference.scoring import Scoring, score_everywhere
 from modern_llm.reference.store.store import ReferenceStore
 from tests.helpers.models import Table, make_model
 from tests.helpers.ranks import run_ranks
@@ -84,7 +85,7 @@ def test_an_answer_is_computed_once_and_its_prompt_once_a_tree():
     scoring = Scoring(runtime, scorer, config(tokens_per_micro_batch=4000), trees=True)
     trees = scoring.lay_out(Answers(table))
     real = sum(trees.collate(group).real_tokens for group in trees.groups())
-    assert BRANCHES >= 4
+    assert MAX_RESPONSES >= 4
     assert real == sum((5, 0, 9, 2, 14, 1)) + 6 * (3 + 7 + 1 + 12)
 
 
@@ -95,7 +96,7 @@ def test_many_answers_of_one_prompt_are_several_trees():
         start(config()), make_scorer(make_model("llama")), config(), trees=True
     ).lay_out(Answers(table))
     sizes = [trees.branches(item) for group in trees.groups() for item in group]
-    assert sum(sizes) == 40 and max(sizes) <= BRANCHES
+    assert sum(sizes) == 40 and max(sizes) <= MAX_RESPONSES
 
 
 def test_forwards_are_halved_until_they_fit(caplog):

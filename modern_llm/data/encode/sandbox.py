@@ -1,18 +1,24 @@
 """A Jinja environment as `transformers` makes it, in which loops, calls and growth are checked.
 
 Loops and calls look at the clock; operators, functions, filters and captured text look at the size
-of what they would make before they make it. Called by `chat_rendering`.
+of what they would make before they make it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from modern_llm.data.encode.template_limits import (
+    check_call,
+    check_growth,
+    check_pieces,
+    limit,
+)
 
 
 class Generator(CodeGenerator):
@@ -34,14 +40,13 @@ class Bounded(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["*", "**", "+", "%"])
     code_generator_class = Generator
     began: float
-    limit: Callable[[float], None]
     ticks: int
 
     def tick(self) -> str:
         """Look at the clock now and then."""
         self.ticks += 1
         if self.ticks % 64 == 0:
-            self.limit(self.began)
+            limit(self.began)
         return ""
 
     def joined(self, values: tuple[Any, ...]) -> str:
@@ -50,23 +55,17 @@ class Bounded(ImmutableSandboxedEnvironment):
 
     def concat(self, pieces: Any) -> str:  # type: ignore[override]
         """Return captured pieces as one text."""
-        from modern_llm.data.encode.rendering import check_pieces
-
         found = list(pieces)
         check_pieces(found)
         return "".join(found)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Check an operation, then do it."""
-        from modern_llm.data.encode.rendering import check_growth
-
         check_growth(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, function: Any, *args: Any, **named: Any) -> Any:
         """Check a call, then make it."""
-        from modern_llm.data.encode.rendering import check_call
-
         self.tick()
         check_call(function, args, named)
         return super().call(context, function, *args, **named)
@@ -80,20 +79,18 @@ class Bounded(ImmutableSandboxedEnvironment):
         return tree
 
 
-def bounded(made: Any, limit: Callable[[float], None]) -> Bounded:
+def bounded(made: Any) -> Bounded:
     """Return a bounded environment with the extensions, filters and globals of another one."""
     environment = made.overlay()
     environment.__class__ = Bounded
     environment.shared = False
-    environment.limit, environment.began, environment.ticks = limit, 0.0, 0
+    environment.began, environment.ticks = 0.0, 0
     environment.globals = dict(made.globals)
     environment.filters = {name: _checked(filter_) for name, filter_ in made.filters.items()}
     return environment
 
 
 def _checked(function: Any) -> Any:
-    from modern_llm.data.encode.rendering import check_call
-
     @functools.wraps(function)
     def checked(*args: Any, **named: Any) -> Any:
         check_call(function, args, named)

@@ -7,15 +7,11 @@ made, and nobody waits. Called by whatever takes long.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from modern_llm.distributed.health import heartbeat
+from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.shutdown.signals import heard, stopped
-
-if TYPE_CHECKING:
-    from modern_llm.distributed.runtime import Runtime
 
 _FAILED = "a failure"
 

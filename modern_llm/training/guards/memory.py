@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Tokens of one forward where the user says nothing. On a CPU small forwards stay in the caches and
-# keep few activations (seen with 6 layers of 256: 768 tokens are as fast as 1,600 and take 110 MB
-# less; 512 are 9% slower); a GPU wants enough work for every kernel.
-AUTO_TOKENS = {"cpu": 768, "cuda": 16_384}
 SEARCH_STEPS = {"cuda": 8}
 """Steps in which several processes look for what fits. The moments exist from the second on."""
 MEMORY = {
@@ -52,16 +48,6 @@ CURES = (
     "set train.gradient_checkpointing, lower max_length, or shard the model "
     "(accelerate_configs/zero3.yaml)"
 )
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device has no memory left."""
-    text = str(error)
-    # The CPU's allocator and cuBLAS raise a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(said in text for said in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"))
-    )
 
 
 class Limited(Protocol):

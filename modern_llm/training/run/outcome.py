@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from modern_llm.config.errors import Stopped, status_of
+from modern_llm.distributed.build_locks import build_locks, lock_folders
 from modern_llm.distributed.health.peer_failure import as_peer_error
 from modern_llm.distributed.health.watchdog import Watchdog
 from modern_llm.distributed.runtime import Runtime
@@ -18,7 +19,6 @@ from modern_llm.distributed.shutdown import consensus
 from modern_llm.distributed.shutdown.signals import StopRequest
 from modern_llm.training.run.folder import RunFolder
 from modern_llm.training.run.summary import write_report
-from modern_llm.verbs.doctor_checks import lock_folders, locks
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +73,8 @@ def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
 
 
 def _warn_of_stale_locks() -> None:
-    """Name every lock that a killed build has left: whatever is compiled next waits for it."""
-    for check in locks(lock_folders()):
-        if check.state == "problem":
-            # Of a node that has no rank 0 as well: the others are silent below errors.
-            log.error("warning: %s: %s; %s", check.name, check.found, check.cure)
+    """Warn about stale compiler locks: the next build would wait for them."""
+    _, stale = build_locks(lock_folders())
+    for lock in stale:
+        # An error, so that a node without rank 0 prints it as well.
+        log.error("warning: build locks: %s; %s", lock, lock.fix)

@@ -13,6 +13,8 @@ import torch
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.errors import UserError
 from modern_llm.distributed.engine import Engine
+from modern_llm.models.out_of_memory import is_out_of_memory
+from modern_llm.setup import micro_batches
 from modern_llm.training import loop
 from modern_llm.training.guards import memory as token_budget
 from modern_llm.training.tasks.preference import PreferenceTask
@@ -86,7 +88,7 @@ def near(records: list[dict], expected: list[dict]) -> bool:
 def begun_with():
     """A step of these pairs is one forward at first, whatever a CPU begins with."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(token_budget.AUTO_TOKENS, "cpu", 1024)
+        patch.setitem(micro_batches.AUTO_TOKENS, "cpu", 1024)
         yield
 
 
@@ -214,4 +216,4 @@ def test_another_error_is_none_of_memory(tmp_path, tiny_checkpoint, tiny_pairs, 
     monkeypatch.setattr(PreferenceTask, "run", run)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         call(tmp_path / "run", tiny_checkpoint, tiny_pairs)
-    assert token_budget.out_of_memory(RuntimeError("[enforce fail] can't allocate memory: 9 bytes"))
+    assert is_out_of_memory(RuntimeError("[enforce fail] can't allocate memory: 9 bytes"))

@@ -1,0 +1,15 @@
+"""Recognise that a device has no memory left."""
+
+from __future__ import annotations
+
+import torch
+
+# The CPU's allocator and cuBLAS raise a plain RuntimeError.
+_MESSAGES = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)

@@ -1,0 +1,168 @@
+"""The answers of a table that need a reference value, and how they are laid out for a model.
+
+`Answers` are the distinct (prompt, response) of a table of pairs; `AnswerBatches` are some of these
+in trees and groups, one group to a forward.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modern_llm.data.batch.collate import MicroBatch, collate
+from modern_llm.data.batch.order import Budget, Sharing, place
+from modern_llm.data.batch.prefix_tree import Sequence as Laid
+from modern_llm.data.batch.prefix_tree import lay_out
+from modern_llm.data.table.token_table import TokenTable
+from modern_llm.reference.keys import KEY_BYTES, entry_keys
+
+SIDES = ("chosen", "rejected")
+MAX_RESPONSES = 8
+"""Most answers of one prompt in one tree."""
+
+
+class Answers:
+    """The distinct answers in a table of pairs.
+
+    Attributes:
+        keys: (E,) S16 names, each once, sorted.
+        of_pairs: (P, 2) index into `keys` of every pair's chosen and rejected answer.
+        targets: (E,) numbers of target tokens.
+    """
+
+    def __init__(self, table: TokenTable):
+        self.table = table
+        names: list[bytes] = []
+        prompts: list[bytes] = []
+        nothing = np.zeros(0, np.int32)
+        for row in range(len(table)):
+            answers = [table.ids(row, side) for side in SIDES]
+            *keys, prompt = entry_keys(table.ids(row, "prompt"), *answers, nothing)
+            names += keys
+            prompts.append(prompt)
+        every = np.frombuffer(b"".join(names), f"S{KEY_BYTES}")
+        self.keys, self._first, inverse = np.unique(every, return_index=True, return_inverse=True)
+        self.of_pairs = inverse.reshape(-1, 2)
+        self._prompts = np.frombuffer(b"".join(prompts), f"S{KEY_BYTES}")[self._first // 2]
+        columns = [table.columns.index(name) for name in ("prompt", *SIDES)]
+        lengths = np.asarray(table.lengths)[:, columns][self._first // 2]
+        self.prompt_lengths = lengths[:, 0]
+        self.lengths = np.where(self._first % 2, lengths[:, 2], lengths[:, 1])
+        # Without a prompt the first token of an answer has nothing before it.
+        self.targets = self.lengths - (self.prompt_lengths == 0)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def origin(self, entry: int) -> str:
+        """Return file and line of the first pair that has this answer."""
+        return self.table.origin(int(self._first[entry]) // 2)
+
+    def earliest(self, entries: NDArray[np.int64]) -> int:
+        """Return the one of some answers that comes first in the data."""
+        return int(entries[self._first[entries].argmin()])
+
+    def prompt(self, entry: int) -> NDArray[np.int32]:
+        """Return the ids of an answer's prompt."""
+        return self.table.ids(int(self._first[entry]) // 2, "prompt")
+
+    def response(self, entry: int) -> NDArray[np.int32]:
+        """Return the ids of an answer."""
+        row, side = divmod(int(self._first[entry]), 2)
+        return self.table.ids(row, SIDES[side])
+
+    def by_prompt(self, entries: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return `entries` (n,) so that answers of one prompt stand side by side.
+
+        Among them in the order of the data, chosen before rejected, as training lays out a pair: in
+        16 bits another order of keys in attention moves the sum of an answer by tenths of a nat.
+        """
+        return entries[np.lexsort((self._first[entries], self._prompts[entries]))]
+
+    def same_prompt(self, one: int, other: int) -> bool:
+        """Whether two answers have the same prompt."""
+        return bool(self._prompts[one] == self._prompts[other])
+
+
+class AnswerBatches:
+    """Some answers laid out for one model: trees of one prompt with up to `MAX_RESPONSES` answers.
+
+    Args:
+        entries: (n,) indices into `answers`.
+        trees: what rows may hold; answers share the computation of their prompt where several.
+        budget: tokens of one forward, padding included.
+        alone: whether each answer has a forward of its own.
+    """
+
+    slots = MAX_RESPONSES
+
+    def __init__(
+        self,
+        answers: Answers,
+        entries: NDArray[np.int64],
+        *,
+        trees: Sharing | bool,
+        budget: int,
+        alone: bool = False,
+    ):
+        self.answers, self.budget, self._trees, self._alone = answers, budget, trees, alone
+        self._items: list[list[int]] = []
+        before, size = -1, 0
+        for entry in answers.by_prompt(entries).tolist():
+            length = int(answers.lengths[entry])
+            item = self._items[-1] if self._items else []
+            fits = (
+                not alone
+                and len(item) < MAX_RESPONSES
+                and (len(item) < 2 or size + length <= budget)
+            )
+            if before >= 0 and fits and answers.same_prompt(before, entry):
+                item.append(entry)
+                size += length
+            else:
+                self._items.append([entry])
+                size = int(answers.prompt_lengths[entry]) + length
+            before = entry
+
+    def entries(self, group: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the answers of some trees, in the order in which they are scored."""
+        return np.array([e for item in group.tolist() for e in self._items[item]], np.int64)
+
+    def groups(
+        self, items: NDArray[np.int64] | None = None, budget: int | None = None
+    ) -> list[NDArray[np.int64]]:
+        """Return the trees (or some of them) in groups that fit the budget, longest first.
+
+        A function of the answers and the budget alone: the number of processes changes no group,
+        so it changes no number either.
+        """
+        chosen = np.arange(len(self._items)) if items is None else items
+        if self._alone:
+            return [chosen[at : at + 1] for at in range(len(chosen))]
+        limit = Budget(tokens=budget or self.budget)
+        (groups,) = place(chosen, self.sizes, world=1, budget=limit, shared=self._trees)
+        return [group for group in groups if len(group)]
+
+    def sequences(self, item: int) -> list[Laid]:
+        """Return the sequences of one tree, for `collate`."""
+        entries = self._items[item]
+        prompt = self.answers.prompt(entries[0])
+        responses = [self.answers.response(entry) for entry in entries]
+        if self._trees:
+            return [lay_out(prompt, responses, range(len(entries)))]
+        return [lay_out(prompt, [response], [slot]) for slot, response in enumerate(responses)]
+
+    def responses(self, item: int) -> int:
+        """Return the number of answers of one tree."""
+        return len(self._items[item])
+
+    def sizes(self, item: int) -> tuple[int, ...]:
+        """Return the tokens of each of these sequences."""
+        entries = self._items[item]
+        prompt = int(self.answers.prompt_lengths[entries[0]])
+        lengths = [int(self.answers.lengths[entry]) for entry in entries]
+        return (prompt + sum(lengths),) if self._trees else tuple(prompt + n for n in lengths)
+
+    def collate(self, group: NDArray[np.int64]) -> MicroBatch:
+        """Return the tensors of some trees; none give a forward that adds nothing."""
+        return collate(self, group, shared=self._trees)

@@ -1,0 +1,102 @@
+"""Policy and frozen scorers: probed, placed on the device, with or without dropout."""
+
+from __future__ import annotations
+
+import logging
+
+from transformers import PreTrainedModel
+
+from modern_llm.config import TrainingConfig
+from modern_llm.config.errors import UserError
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.models.load import Checkpoint, load_model, make_scorer
+from modern_llm.models.scorer import TokenScorer
+from modern_llm.models.training_mode import (
+    compile_layers,
+    disable_dropout,
+    recompute_activations,
+)
+
+log = logging.getLogger(__name__)
+
+
+def check_positions(length: int, checkpoint: Checkpoint, setting: str) -> None:
+    """Refuse sequences longer than the model has positions, or than its positions are stable."""
+    positions = checkpoint.positions
+    rope = getattr(checkpoint.config.get_text_config(), "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") == "longrope" and original and length > original:
+        raise UserError(
+            f"{setting} {length} is above {original}, where this model changes its rotary scaling "
+            "for a whole forward: a log-prob would depend on what is computed beside it; lower it"
+        )
+    if positions is not None and length > positions:
+        raise UserError(
+            f"{setting} {length} is above the {positions} positions that the model is made for: "
+            "lower it"
+        )
+
+
+def set_up_scorer(
+    runtime: Runtime, model: PreTrainedModel, config: TrainingConfig, *, dropout: bool
+) -> TokenScorer:
+    """Probe, wrap and place the model; dropout, recomputation and compilation as asked."""
+    if runtime.stage != 3:  # there no device ever holds the whole model
+        model.to(runtime.device)
+    scorer = make_scorer(
+        model,
+        _attention(runtime, model, config),
+        lean=_lean(runtime, config),
+        router_loss=config.router_loss_coefficient,
+        dropout=dropout,
+    )
+    _refuse_rows_alone(runtime, scorer)
+    if runtime.is_main:
+        rows = "one row an answer"
+        if scorer.abilities.trees:
+            rows = f"pairs share their prompt (attention: {scorer.abilities.backend})"
+        log.info(
+            "model: %s, %s parameters, %s",
+            type(model).__name__,
+            f"{model.num_parameters():,}",
+            rows,
+        )
+    if config.gradient_checkpointing:
+        recompute_activations(model, selective=config.gradient_checkpointing == "selective")
+    if config.compile:
+        compile_layers(model)
+    return scorer
+
+
+def _refuse_rows_alone(runtime: Runtime, scorer: TokenScorer) -> None:
+    """Refuse weights sharded over processes for a model that takes a forward for each row: ranks
+    with other numbers of rows would wait for each other."""
+    if runtime.shards_weights and not scorer.abilities.padded:
+        raise UserError(
+            f"{type(scorer.model).__name__}: padding changes what this architecture computes, so "
+            "each row has a forward of its own, which ZeRO-3 and FSDP cannot do; use "
+            "accelerate_configs/zero2.yaml or ddp.yaml"
+        )
+
+
+def _lean(runtime: Runtime, config: TrainingConfig) -> bool:
+    # A compiler fuses what `lean` does itself, and reads the model's own code best.
+    return runtime.device.type == "cpu" and not config.compile
+
+
+def _attention(runtime: Runtime, model: PreTrainedModel, config: TrainingConfig) -> str:
+    """The configured attention; where the probe runs on another device than the training (ZeRO-3),
+    the one backend that is the same on every device."""
+    elsewhere = model.device.type != runtime.device.type
+    return "mask" if elsewhere and config.attention in ("auto", "tree") else config.attention
+
+
+def set_up_frozen(runtime: Runtime, checkpoint: Checkpoint, config: TrainingConfig) -> TokenScorer:
+    """Load and probe a model that is only asked, never trained."""
+    model = load_model(checkpoint, as_stored=runtime.rounds_weights)
+    if runtime.stage is None:  # under DeepSpeed its engine places it, sharded
+        model.to(runtime.device)
+    disable_dropout(model)
+    scorer = make_scorer(model, _attention(runtime, model, config), lean=_lean(runtime, config))
+    _refuse_rows_alone(runtime, scorer)
+    return scorer.eval().requires_grad_(False)

@@ -1,0 +1,61 @@
+"""Start of a run: its processes and its folder, which is refused if it belongs to another run."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from modern_llm.config import TrainingConfig
+from modern_llm.config.errors import UserError
+from modern_llm.distributed.runtime import Runtime, start
+from modern_llm.training.monitoring.trackers import check_trackers
+from modern_llm.training.run.dry_run import DryRun
+from modern_llm.training.run.folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+def record_of(**sections: Any) -> dict[str, Any]:
+    """Return the configuration as plain values for `config.yaml`; sections that are None are left
+    out."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {name: plain(value) for name, value in sections.items() if value is not None}
+
+
+def open_run(
+    config: TrainingConfig, dry_run: DryRun | None = None, **sections: Any
+) -> tuple[Runtime, RunFolder]:
+    """Start the processes and return them with the run's folder, which is refused if foreign.
+
+    Args:
+        dry_run: given where the run is only tried; its folder is then a temporary one.
+        sections: what stands in `config.yaml` beside `train`; None is left out.
+    """
+    check_trackers(config)
+    record = record_of(**sections, train=config)
+    runtime = start(config, record)
+    if config.batch_size < runtime.world:
+        raise UserError(
+            f"train.batch_size {config.batch_size} is below the {runtime.world} processes, so that "
+            f"some would compute nothing in any step: use {runtime.world} or more, or at most "
+            f"{config.batch_size} processes"
+        )
+    run = RunFolder(config, record)
+    run.refuse_odd_files()
+    if dry_run is None:
+        runtime.on_main(lambda: run.finished() or run.lock.refuse_if_held())
+    run.refuse_foreign()
+    if dry_run is not None:
+        return runtime, dry_run.aside(runtime, run)
+    if run.finished():
+        log.info("%s is finished already; remove %s to train again", config.run_name, run.path)
+    return runtime, run

@@ -1,0 +1,103 @@
+"""Settings of the verbs `pretrain`, `sft` and `dpo`, and which stage a file configures."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from modern_llm.config import (
+    DocumentDatasetConfig,
+    InstructionDatasetConfig,
+    LoraConfig,
+    ModernLLMConfig,
+    PreferenceDatasetConfig,
+    TrainingConfig,
+)
+from modern_llm.config.dpo import DPOConfig
+from modern_llm.config.errors import ConfigError
+from modern_llm.verbs.settings import Settings, read_settings, sections_of
+
+
+class TrainingSettings(Settings):
+    """Shared by the three stages."""
+
+    train: TrainingConfig
+    tokenizer_name: str | None = None
+    """Hub id or folder of the tokenizer; comes before the checkpoint's own."""
+    resume: bool = False
+    """Go on with the run in output_dir, and refuse to start where there is none."""
+    accept_change: bool = False
+    """Go on although settings differ that may (--accept-change does the same); the difference is
+    printed."""
+    profile: Annotated[int, Field(gt=0)] | None = None
+    """Trace so many steps with torch.profiler into output_dir and print the largest costs."""
+    dry_run: bool = False
+    """Resolve everything, build the first batch, go once forward and backward, keep nothing
+    (--dry-run does the same)."""
+    sweep: str | None = None
+    """Run once for every value, e.g. `dpo.beta=0.05,0.1,0.3`; several options, with a space between
+    them, make a grid. Each run has a folder of its own in output_dir, beside one report of all."""
+
+
+class PretrainSettings(TrainingSettings):
+    """Pretrain a new model on documents."""
+
+    model: ModernLLMConfig
+    data: DocumentDatasetConfig = Field(default_factory=DocumentDatasetConfig)
+
+
+class SftSettings(TrainingSettings):
+    """Fine-tune a checkpoint on instructions."""
+
+    pretrain_checkpoint: str
+    """Hub id, transformers folder or .pt file to start from."""
+    data: InstructionDatasetConfig = Field(default_factory=InstructionDatasetConfig)
+    lora: LoraConfig | None = None
+    """Train adapters beside frozen weights."""
+
+
+class DpoSettings(TrainingSettings):
+    """Train a policy on preference pairs against a frozen reference, which is scored once."""
+
+    sft_checkpoint: str
+    """Hub id, transformers folder or .pt file: the policy's start and the reference."""
+    dpo: DPOConfig = Field(default_factory=DPOConfig)
+    data: PreferenceDatasetConfig = Field(default_factory=PreferenceDatasetConfig)
+    lora: LoraConfig | None = None
+    """Train adapters beside frozen weights; the reference is the model without them."""
+
+
+def read_stage(path: Path, overrides: list[str] | None = None) -> tuple[str, TrainingSettings]:
+    """Return which stage a configuration file is of, and its settings.
+
+    Raises:
+        ConfigError: it is of none, or of a wrong form.
+    """
+    names = set(sections_of(path))
+    found = [stage for stage, (mark, _) in MARKS.items() if names & mark]
+    if len(found) != 1:
+        marks = ", ".join(f"{'/'.join(sorted(mark))} ({s})" for s, (mark, _) in MARKS.items())
+        raise ConfigError([f"{path}: the stage shows by one of {marks}; found {sorted(names)}"])
+    schema = MARKS[found[0]][1]
+    return found[0], read_settings(schema, ["--config", str(path), *(overrides or [])], found[0])
+
+
+# stage -> (the names in a file that only it has, its settings)
+MARKS: dict[str, tuple[set[str], type[TrainingSettings]]] = {
+    "pretrain": ({"model"}, PretrainSettings),
+    "sft": ({"pretrain_checkpoint"}, SftSettings),
+    "dpo": ({"sft_checkpoint", "dpo"}, DpoSettings),
+}
+
+
+def training_config(settings: TrainingSettings) -> TrainingConfig:
+    """Return the section `train`, with what `--resume` and the like ask for."""
+    asked: dict[str, Any] = {"resume": "must"} if settings.resume else {}
+    if settings.accept_change:
+        asked["accept_change"] = True
+    if settings.profile:
+        asked["profile_steps"] = settings.profile
+    return dataclasses.replace(settings.train, **asked)
