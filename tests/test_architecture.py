@@ -25,7 +25,7 @@ from tests.helpers.imports import (
 )
 
 CORE = frozenset(
-    "loop accumulation optim prefetch task checkpointing guards "
+    "loop accumulation context optim prefetch task throughput checkpointing guards "
     "monitoring.diagnostics monitoring.metrics monitoring.monitor monitoring.profiler "
     "monitoring.trackers run.config_changes run.folder run.lock".split()
 )

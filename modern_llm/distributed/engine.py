@@ -7,7 +7,6 @@ norm of the whole gradient. Made by `Runtime.prepare`; used by the loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,23 +79,6 @@ class Engine:
         self.inner = model.model
         """What the scorer wraps: the names and parameters that are saved."""
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.skipped_in_a_row = 0
-        self.passed_over = {"total": 0, "in_a_row": 0}
-        """Steps whose gradient was not finite: all of them, and those in a row without a scaler;
-        part of the state."""
-        self.spikes: dict[str, Any] = {}
-        """Running statistics of the loss, where spikes are passed over; part of the state."""
-        self.judged: tuple[int, bool] = (-1, False)
-        """The last step whose loss was judged by them, and whether it is passed over."""
-        self.skips_logged = 0
-        """How many of `skips` the log knows of."""
-        self.unsettled: Callable[[], None] | None = None
-        """What is to be done once it is known what became of the last step."""
-
-    @property
-    def skips(self) -> int:
-        """Steps that are known not to have been applied, for whatever reason."""
-        return self.passed_over["total"] + self.spikes.get("skipped", 0)
 
     @property
     def decides_on_device(self) -> bool:
@@ -104,16 +86,6 @@ class Engine:
         that the host learns of it later. On a CPU there is nothing to wait for."""
         # A loss scaler reads its flag itself; a plain flag beside sharded parameters is refused.
         return self.accelerator.device.type == "cuda" and not self.scales_loss and self.recovers
-
-    def settle(self) -> None:
-        """Do what waited until it is known what became of the last step.
-
-        Raises:
-            NotFiniteError: it was not applied, and the run is to stop.
-        """
-        work, self.unsettled = self.unsettled, None
-        if work is not None:
-            work()
 
     @cached_property
     def recovers(self) -> bool:

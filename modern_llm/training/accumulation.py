@@ -1,10 +1,9 @@
-"""The gradients of one optimizer step: its forwards and backwards, made again in smaller ones where
-memory runs out.
+"""Gradient accumulation: the forwards and backwards of one optimizer step.
 
-One process alone can do that in any step. Several look for what fits in their first steps, in which
-each computes by itself, all agree, and the gradients are averaged afterwards; later on, and where
-DeepSpeed or FSDP meets the others within a forward, the run ends and the same command goes on with
-half. Called by the loop.
+A step that runs out of memory is repeated in smaller micro-batches. One process alone can do that
+in any step. Several processes search for the size that fits in their first steps: each computes by
+itself, all agree, and the gradients are averaged afterwards. Later, and where DeepSpeed or FSDP
+communicates within a forward, the run ends with an error and resumes with half the size.
 """
 
 from __future__ import annotations
@@ -18,86 +17,77 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import UserError
-from modern_llm.distributed.engine import Engine
 from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.out_of_memory import is_out_of_memory
 from modern_llm.storage.fault_points import around
+from modern_llm.training.context import TrainingContext
 from modern_llm.training.guards import loss_spikes, nonfinite
 from modern_llm.training.guards.memory import CURES
-from modern_llm.training.task import Task
 
 
 class Gradients(NamedTuple):
-    """What the forwards and backwards of a step gave on this rank, beside the gradients."""
+    """Results of the forwards and backwards of one step on this rank, beside the gradients."""
 
     sums: dict[str, Tensor]
     losses: list[Tensor]
     """() detached, one a micro-batch."""
     busy: float
-    """Seconds until this rank had to wait for another."""
+    """Seconds of work before this rank first waited for another."""
     spiked: bool
-    """Whether the step is passed over for its loss, on every rank; its gradients are spoiled."""
+    """Whether every rank skips the step for its loss; its gradients are NaN."""
 
 
-class _Short(NamedTuple):
-    """Memory ran out."""
+class _OutOfMemory(NamedTuple):
+    """A step for which this rank had not enough memory."""
 
-    said: str
-    meets: bool
-    """Whether the others may be waiting in a collective by now."""
+    message: str
+    in_collective: bool
+    """Whether other ranks may already wait in a collective."""
 
 
-def accumulate(
-    runtime: Runtime, engine: Engine, task: Task, config: TrainingConfig, step: int, began: float
-) -> Gradients:
-    """Add up the gradients of `step` over its micro-batches.
+def accumulate(context: TrainingContext, step: int, began: float) -> Gradients:
+    """Add up the gradients of `step` (counted from 0) over its micro-batches.
 
     Args:
         began: when the step began, by `time.perf_counter`.
 
     Raises:
-        UserError: memory ran out and the step cannot be made again in smaller forwards.
+        UserError: memory ran out and the step cannot be repeated in smaller micro-batches.
     """
+    runtime, engine, task = context.runtime, context.engine, context.task
     while True:
-        apart = runtime.world > 1 and engine.recovers and task.budget.searching
-        found = _attempt(runtime, engine, task, config, step, began, apart=apart)
-        short = isinstance(found, _Short)
-        lost = short and (found.meets or not (apart or runtime.world == 1) or not engine.recovers)
-        if lost or (short and not task.budget.auto):
-            raise _refusal(task, config, step, found.said)
-        if apart:
-            flag = torch.tensor(float(short), device=runtime.device)
-            short = bool(runtime.sum(flag))
-        if not short:
-            if apart:
+        alone = runtime.world > 1 and engine.recovers and task.budget.searching
+        found = _attempt(context, step, began, alone=alone)
+        failed = isinstance(found, _OutOfMemory)
+        if failed:
+            together = runtime.world > 1 and not alone
+            if found.in_collective or together or not engine.recovers or not task.budget.auto:
+                raise _out_of_memory_error(context, step, found.message)
+        if alone:
+            flag = torch.tensor(float(failed), device=runtime.device)
+            failed = bool(runtime.sum(flag))
+        if not failed:
+            if alone:
                 engine.average_gradients()
-                # Counted alone: a run is still young when it looks for what fits.
-                _spiked(runtime, engine, task, config, step, found.sums)
+                _is_spike(context, step, found.sums)  # too early in a run to skip: counted only
             task.budget.step_done(is_main=runtime.is_main)
             return found
-        engine.settle()  # it names the micro-batches of the step before, as they were
+        context.guards.settle()  # needs the micro-batches of the step before as they were
         engine.clear()
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()
-        task.budget.halve(step, Path(config.output_dir), writes=runtime.is_main)
+        task.budget.halve(step, Path(context.config.output_dir), writes=runtime.is_main)
 
 
 def _attempt(
-    runtime: Runtime,
-    engine: Engine,
-    task: Task,
-    config: TrainingConfig,
-    step: int,
-    began: float,
-    *,
-    apart: bool,
-) -> Gradients | _Short:
-    """Go once through the micro-batches; `apart` leaves the gradients on this rank."""
+    context: TrainingContext, step: int, began: float, *, alone: bool
+) -> Gradients | _OutOfMemory:
+    """Run all micro-batches once; `alone` keeps the gradients on this rank."""
+    runtime, engine, task, config = context.runtime, context.engine, context.task, context.config
     prepared = False
-    # An error is not kept: its frames hold the activations that are to be freed.
+    # The error is not kept: its frames hold the activations that must be freed.
     try:
         with heartbeat.quick("loading the batch", step + 1), around("loader"):
             batches = [batch.to(runtime.device) for batch in task.micro_batches(step)]
@@ -114,54 +104,49 @@ def _attempt(
             for at, batch in enumerate(batches):
                 _seed(runtime.device, config.seed, step, at, runtime.rank)
                 last = at == len(batches) - 1
-                with engine.forward_backward(last and not apart):
+                with engine.forward_backward(last and not alone):
                     result = task.run(engine.model, batch)
-                    if runtime.stage != 3:  # there a forward waits for the weights of the others
+                    if runtime.stage != 3:  # there a forward waits for the weights of other ranks
                         busy = time.perf_counter() - began
                     losses.append(result.loss.detach())
                     loss = result.loss * scale
                     add(sums, result.statistics)
                     if last:
                         loss = nonfinite.spoiled(loss, losses)
-                        # While each looks for what fits alone, it must not wait for others here.
-                        spiked = not apart and _spiked(runtime, engine, task, config, step, sums)
+                        # A collective, which a rank that searches alone must not enter.
+                        spiked = not alone and _is_spike(context, step, sums)
                     engine.backward(loss * math.nan if spiked else loss, last=last)
                 heartbeat.tick()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return _Short(str(error), meets=runtime.world > 1 and not prepared)
+        return _OutOfMemory(str(error), in_collective=runtime.world > 1 and not prepared)
     return Gradients(sums, losses, busy, spiked)
 
 
-def _spiked(
-    runtime: Runtime,
-    engine: Engine,
-    task: Task,
-    config: TrainingConfig,
-    step: int,
-    sums: dict[str, Tensor],
-) -> bool:
-    """Whether the step is passed over for its loss; a collective where that is asked for."""
-    if not config.skip_loss_spikes:
+def _is_spike(context: TrainingContext, step: int, sums: dict[str, Tensor]) -> bool:
+    """Whether the step is skipped for its loss; a collective where `skip_loss_spikes` is set."""
+    sigma = context.config.skip_loss_spikes
+    if not sigma:
         return False
-    loss = task.metrics(over_ranks(runtime, sums))["loss"]
-    return loss_spikes.is_spike(engine, step, loss, config.skip_loss_spikes)
+    loss = context.task.metrics(over_ranks(context.runtime, sums))["loss"]
+    return loss_spikes.is_spike(context.guards, step, loss, sigma, shown=context.runtime.is_main)
 
 
-def _refusal(task: Task, config: TrainingConfig, step: int, said: str) -> UserError:
-    """What to say of a step that cannot be made again; what is to be tried next is noted."""
+def _out_of_memory_error(context: TrainingContext, step: int, message: str) -> UserError:
+    """Return the error of a step that cannot be repeated, and note the size to try next."""
+    budget = context.task.budget
     place = f"out of memory in step {step + 1}"
-    if task.budget.auto:
-        tokens = task.budget.halve(step, Path(config.output_dir), writes=True)
+    if budget.auto:
+        tokens = budget.halve(step, Path(context.config.output_dir), writes=True)
         return UserError(
-            f"{place}: the processes cannot make it again together here; run the same command "
-            f"again, it goes on with {tokens} tokens a forward "
-            f"(train.tokens_per_micro_batch auto), or {CURES} ({_first(said)})"
+            f"{place}: the processes cannot repeat it together; run the same command again, it "
+            f"resumes with {tokens} tokens per micro-batch "
+            f"(train.tokens_per_micro_batch auto), or {CURES} ({_first(message)})"
         )
     return UserError(
-        f"{place} with train.tokens_per_micro_batch {task.budget.tokens}: lower it, set it to "
-        f"auto, or {CURES} ({_first(said)})"
+        f"{place} with train.tokens_per_micro_batch {budget.tokens}: lower it, set it to "
+        f"auto, or {CURES} ({_first(message)})"
     )
 
 

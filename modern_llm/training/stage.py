@@ -86,7 +86,7 @@ def train_and_export(
     peak, origin = peak_flops(runtime.device, config.precision)
     if runtime.is_main:
         log.info("mfu: of %.4g operations a second and process (%s)", peak, origin)
-    engine = train(runtime, scorer, task, config, run, facts, sample, peak)
+    engine = train(runtime, scorer, task, run, facts, sample, peak)
     runtime.on_main(run.lock.check)
     heartbeat.enter("writing the final model")
     give_back_freed()

@@ -106,10 +106,10 @@ def pipeline(inputs: Inputs, folder: Path) -> None:
     steps = os.open(folder / "steps", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     real = loop._optimizer_step
 
-    def noted(runtime: Any, engine: Any, task: Any, config: TrainingConfig, step: int, rate: float):
-        result = real(runtime, engine, task, config, step, rate)
+    def noted(context: Any, step: int):
+        result = real(context, step)
         if rank == "0":
-            os.write(steps, f"{config.run_name} {step}\n".encode())
+            os.write(steps, f"{context.config.run_name} {step}\n".encode())
         return result
 
     def met(*args: Any, **options: Any) -> Any:

@@ -129,7 +129,7 @@ def run_small(
             data_changes.look_back(runtime, run)
             runtime.on_main(run.open)
             task = Fit(runtime.rank, runtime.world, width, loud)
-            engine = loop.train(runtime, Scorer(width), task, config, run, {})
+            engine = loop.train(runtime, Scorer(width), task, run, {})
             state = {n: t.clone().contiguous() for n, t in full_parameters(engine)}
             with runtime.committed_folder(run.final, {}) as place:
                 if runtime.is_main:

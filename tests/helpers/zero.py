@@ -63,7 +63,7 @@ def dpo(checkpoint: Path, data: Path, case: Case) -> list[tuple[float, float, fl
     real = loop._optimizer_step
 
     def breaks(*args):
-        if args[4] == case.break_at:
+        if args[1] == case.break_at:
             raise KeyboardInterrupt
         return real(*args)
 

@@ -95,7 +95,7 @@ def test_many_answers_of_one_prompt_are_several_trees():
     trees = Scoring(
         start(config()), make_scorer(make_model("llama")), config(), trees=True
     ).lay_out(Answers(table))
-    sizes = [trees.branches(item) for group in trees.groups() for item in group]
+    sizes = [trees.responses(item) for group in trees.groups() for item in group]
     assert sum(sizes) == 40 and max(sizes) <= MAX_RESPONSES
 
 

@@ -151,7 +151,7 @@ def many_steps(inputs: tuple[Path, Path], folder: Path, count: int) -> list[Held
     real = loop._optimizer_step
 
     def noted(*arguments: Any) -> Any:
-        step = arguments[4]
+        step = arguments[1]
         if step % (count // 10) == 0 and step > count // 10:
             held.append(Held.now())
         return real(*arguments)

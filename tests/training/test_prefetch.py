@@ -146,7 +146,7 @@ def test_runs_are_the_same_to_the_bit_and_leave_no_thread_however_they_end(
         asked = loop.stop_asked
 
         def stop(runtime):
-            if loop.progress.here.step == 5:
+            if loop.heartbeat.here.step == 5:
                 runtime.stopping = "a test"
             return asked(runtime)
 

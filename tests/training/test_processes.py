@@ -144,7 +144,7 @@ def broken_dpo(checkpoint: Path, pairs: Path, folder: Path, break_at: int | None
     real = loop._optimizer_step
 
     def breaks(*args):
-        if args[4] == break_at:
+        if args[1] == break_at:
             raise KeyboardInterrupt
         return real(*args)
 

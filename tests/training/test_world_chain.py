@@ -35,7 +35,7 @@ def link(
     real, rank = loop._optimizer_step, int(os.environ.get("RANK", "0"))
 
     def noted(*args):
-        task, step = args[2], args[4]
+        task, step = args[0].task, args[1]
         world = dist.get_world_size() if dist.is_initialized() else 1
         origins = [origin for part in task.origins(step) for origin in part]
         record = {"world": world, "origins": origins}

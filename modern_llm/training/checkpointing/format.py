@@ -33,6 +33,7 @@ from modern_llm.storage.atomic import TEMPORARY, verified_manifest
 from modern_llm.storage.fault_points import around
 from modern_llm.storage.regular_files import check_regular, read_text
 from modern_llm.storage.safetensors_writer import NAMES, write_tensors
+from modern_llm.training.guards.state import GuardState
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +52,16 @@ class Snapshot:
     """What rank 0 writes besides."""
 
 
-def save(runtime: Runtime, folder: Path, step: int, engine: Engine, facts: dict[str, Any]) -> None:
+def save(
+    runtime: Runtime,
+    folder: Path,
+    step: int,
+    engine: Engine,
+    guards: GuardState,
+    facts: dict[str, Any],
+) -> None:
     """Commit `folder/step-XXXXXXXX` with the state after optimizer step `step`; a collective."""
-    commit(runtime, folder, step, lambda: snapshot(runtime, step, engine), facts)
+    commit(runtime, folder, step, lambda: snapshot(runtime, step, engine, guards), facts)
 
 
 def commit(
@@ -77,7 +85,9 @@ def commit(
                 heartbeat.tick()
 
 
-def snapshot(runtime: Runtime, step: int, engine: Engine, *, copied: bool = False) -> Snapshot:
+def snapshot(
+    runtime: Runtime, step: int, engine: Engine, guards: GuardState, *, copied: bool = False
+) -> Snapshot:
     """Return this rank's share of the state after optimizer step `step`.
 
     Args:
@@ -111,12 +121,7 @@ def snapshot(runtime: Runtime, step: int, engine: Engine, *, copied: bool = Fals
     if runtime.is_main:
         kept = buffers(engine.inner)
         weights |= {n: b.to("cpu", copy=True) for n, b in kept.items()} if copied else kept
-        state = {
-            "step": step,
-            "scaler": engine.scaler_state(),
-            "passed_over": dict(engine.passed_over),
-            "spikes": dict(engine.spikes),
-        }
+        state = {"step": step, "scaler": engine.scaler_state(), **guards.saved()}
     ending = ".safetensors" if whole else f"-{runtime.rank:05d}.safetensors"
     files = {f"{WEIGHTS}{ending}": weights, f"{OPTIMIZER}{ending}": moments}
     return Snapshot(files, {piece.name: piece.start for piece in mine}, state)
@@ -162,8 +167,8 @@ def load_weights(place: Path, model: nn.Module) -> None:
         heartbeat.tick()
 
 
-def load_state(place: Path, engine: Engine) -> None:
-    """Read what this rank holds of the optimizer's state, after `load_weights`."""
+def load_state(place: Path, engine: Engine, guards: GuardState) -> None:
+    """Read this rank's share of the optimizer's state, and the guards', after `load_weights`."""
     optimizer = base_optimizer(engine)
     stored, weights = Shards(place, OPTIMIZER), Shards(place, WEIGHTS)
     parameters = dict(engine.inner.named_parameters())
@@ -184,10 +189,7 @@ def load_state(place: Path, engine: Engine) -> None:
             moment.copy_(part)
     try:
         state = json.loads(read_text(place / STATE))
-        engine.passed_over = {k: int(state["passed_over"][k]) for k in engine.passed_over}
-        engine.spikes |= {
-            k: type(v)(state["spikes"][k]) for k, v in engine.spikes.items() if state["spikes"]
-        }
+        guards.load(state)
         scaler = state["scaler"]
     except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise StorageError(f"{place / STATE}: cannot be read ({type(error).__name__})") from error

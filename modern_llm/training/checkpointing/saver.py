@@ -17,14 +17,12 @@ from typing import Any
 
 from modern_llm.config.errors import NotFiniteError, StorageError
 from modern_llm.distributed.collectives import Peers, own_group
-from modern_llm.distributed.engine import Engine
 from modern_llm.distributed.health import heartbeat
-from modern_llm.distributed.runtime import Runtime
 from modern_llm.storage.atomic import TEMPORARY, free_bytes, refusals
 from modern_llm.storage.fault_points import around
 from modern_llm.training.checkpointing import format
 from modern_llm.training.checkpointing.async_save import Aside
-from modern_llm.training.run.folder import RunFolder
+from modern_llm.training.context import TrainingContext
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +30,8 @@ MOST_FAILURES = 3
 """Saves that may fail one after the other."""
 GRACE_S = 30.0
 """What torchrun gives a worker between SIGTERM and SIGKILL."""
-OWED = "owed"
-"""Fact of a checkpoint of a step whose evaluation or sample answers a signal cut short."""
+PENDING_EVALUATION = "owed"
+"""Manifest flag: rerun the evaluation of this step on resume."""
 PARTING_S = 5.0
 """Seconds that a save under way gets to end after an error."""
 _PROBE = 16 << 20
@@ -47,10 +45,10 @@ class Saver:
         last: the checkpoint that this run went on from, if any; it was verified then.
     """
 
-    def __init__(
-        self, runtime: Runtime, run: RunFolder, engine: Engine, facts: dict[str, Any], last: int
-    ):
-        self._runtime, self._run, self._engine = runtime, run, engine
+    def __init__(self, context: TrainingContext, facts: dict[str, Any], last: int):
+        self._runtime, self._run = context.runtime, context.run
+        self._engine, self._guards = context.engine, context.guards
+        runtime, run = context.runtime, context.run
         self._facts = {
             **facts,
             **run.recorded,
@@ -75,7 +73,9 @@ class Saver:
         elif not self._aside.wait(None if isinstance(error, NotFiniteError) else PARTING_S):
             log.warning("warning: the checkpoint of step %d was not finished", self._aside.step)
 
-    def save(self, step: int, examples: int, *, must: bool, owed: bool = False) -> None:
+    def save(
+        self, step: int, examples: int, *, must: bool, pending_evaluation: bool = False
+    ) -> None:
         """Commit the state after `step` and retire old checkpoints; a collective.
 
         Under `background_saving` the state is copied and the rest happens while training goes on,
@@ -84,7 +84,7 @@ class Saver:
         Args:
             examples: consumed so far.
             must: the run ends here, so that a failure is one of the run.
-            owed: what was due after this step (evaluation, sample answers) is still to be made.
+            pending_evaluation: the evaluation after this step was interrupted.
 
         Raises:
             StorageError: the disk refused, and `must`, or for the third time in a row; or another
@@ -93,17 +93,19 @@ class Saver:
         self._finish()
         self._run.done = step  # settled by now, see the loop
         with heartbeat.phase("saving", step, self._allowance):
-            self._save(step, examples, must=must, owed=owed)
+            self._save(step, examples, must=must, pending_evaluation=pending_evaluation)
 
-    def _save(self, step: int, examples: int, *, must: bool, owed: bool) -> None:
+    def _save(self, step: int, examples: int, *, must: bool, pending_evaluation: bool) -> None:
         self._runtime.on_main(self._run.lock.check)
-        facts = {**self._facts, "examples": examples} | ({OWED: True} if owed else {})
+        facts = {**self._facts, "examples": examples}
+        if pending_evaluation:
+            facts[PENDING_EVALUATION] = True
         folder = self._run.checkpoints
         if self._run.config.background_saving and not must:
             self._start(step, facts)
             return
         try:
-            format.save(self._runtime, folder, step, self._engine, facts)
+            format.save(self._runtime, folder, step, self._engine, self._guards, facts)
             self._saved(step)
         except StorageError as error:
             self._count(step, error, must=must)
@@ -130,7 +132,7 @@ class Saver:
         peers = Peers(runtime.rank, runtime.world, group)
         peers.may_write = runtime.may_write
         with runtime.failing_together():
-            taken = format.snapshot(runtime, step, self._engine, copied=True)
+            taken = format.snapshot(runtime, step, self._engine, self._guards, copied=True)
 
         def work() -> None:
             format.commit(peers, self._run.checkpoints, step, lambda: taken, facts)

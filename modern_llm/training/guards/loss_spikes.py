@@ -1,9 +1,9 @@
-"""Steps whose loss jumps out of its own recent range: passed over where the user asks for it.
+"""Steps whose loss jumps out of its recent range: skipped where `train.skip_loss_spikes` is set.
 
-The mean loss of a step over all ranks is known before its last backward pass, so that all decide
-the same; a step that is passed over is spoiled there, and every engine refuses it as it refuses
-what is not finite. The running mean and variance are part of the checkpoint, so a run that goes on
-decides as one that was never disturbed. Called by the loop.
+The mean loss of a step over all ranks is known before its last backward pass, so all ranks decide
+the same. A skipped step gets NaN gradients there, and every engine refuses it like a non-finite
+one. Running mean and variance are part of the checkpoint: a resumed run decides as an undisturbed
+one.
 """
 
 from __future__ import annotations
@@ -12,26 +12,20 @@ import logging
 import math
 from typing import Any
 
-from modern_llm.distributed.engine import Engine
+from modern_llm.training.guards.state import GuardState, no_spikes
 
 log = logging.getLogger(__name__)
 
 WARM = 20
-"""Steps that are looked at before one is passed over."""
+"""Steps observed before one may be skipped."""
 WINDOW = 100
 """Steps over which mean and variance run."""
 MOST_IN_A_ROW = 2
-"""The third loss out of range in a row is no spike but where the loss is now: mean and variance
-begin anew with it."""
-
-
-def fresh() -> dict[str, Any]:
-    """Return the state of a run that has seen no step."""
-    return {"count": 0, "mean": 0.0, "variance": 0.0, "skipped": 0, "in_a_row": 0}
+"""A third consecutive loss out of range is a new level, so the statistics restart."""
 
 
 def judge(state: dict[str, Any], loss: float, sigma: float) -> bool:
-    """Return whether a step is to be passed over; `state` takes note of it.
+    """Return whether to skip a step, and update `state`.
 
     Args:
         loss: mean over the whole step; one that is not finite is left to others.
@@ -45,7 +39,7 @@ def judge(state: dict[str, Any], loss: float, sigma: float) -> bool:
             state["in_a_row"] += 1
             state["skipped"] += 1
             return True
-        state |= fresh() | {"skipped": state["skipped"]}
+        state |= no_spikes() | {"skipped": state["skipped"]}
     state["in_a_row"] = 0
     state["count"] += 1
     weight = 1 / min(state["count"], WINDOW)
@@ -55,22 +49,23 @@ def judge(state: dict[str, Any], loss: float, sigma: float) -> bool:
     return False
 
 
-def is_spike(engine: Engine, step: int, loss: float, sigma: float) -> bool:
-    """Judge a step once, though its gradients may be made again in smaller forwards.
+def is_spike(guards: GuardState, step: int, loss: float, sigma: float, *, shown: bool) -> bool:
+    """Judge a step once, though its gradients may be computed again in smaller micro-batches.
 
     Args:
         step: counted from 0.
+        shown: whether this rank prints the warning.
     """
-    if engine.judged[0] != step:
-        engine.judged = step, judge(engine.spikes, loss, sigma)
-        if engine.judged[1] and engine.accelerator.is_main_process:
+    if guards.judged[0] != step:
+        guards.judged = step, judge(guards.spikes, loss, sigma)
+        if guards.judged[1] and shown:
             log.warning(
                 "warning: step %d: its loss %.4g is more than %g standard deviations (%.3g) above "
-                "the mean %.4g of the steps before; passed over, as train.skip_loss_spikes asks",
+                "the mean %.4g of the steps before; skipped, because train.skip_loss_spikes is set",
                 step + 1,
                 loss,
                 sigma,
-                math.sqrt(engine.spikes["variance"]),
-                engine.spikes["mean"],
+                math.sqrt(guards.spikes["variance"]),
+                guards.spikes["mean"],
             )
-    return engine.judged[1]
+    return guards.judged[1]

@@ -1,9 +1,8 @@
-"""A loss or gradient that is not finite: all ranks agree, nothing is applied, the examples named.
+"""Non-finite losses and gradients: all ranks skip the step or stop, and its examples are listed.
 
-The gradient carries the news: a rank whose loss is not finite spoils its last backward pass, so
-that the norm of the whole gradient, which every rank sees, is not finite either. No collective is
-added. A device that refuses such a step by itself is asked about it while it computes the next one,
-before that is applied, and before anything is logged, evaluated or saved. Called by the loop.
+A non-finite rank makes the reduced gradient norm NaN on every rank: it multiplies its last loss by
+NaN. No collective is added. Where the device itself skips such a step, the host reads the verdict
+while the next step computes, before that is applied, and before a log line, evaluation or save.
 """
 
 from __future__ import annotations
@@ -18,20 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import NotFiniteError, StorageError
-from modern_llm.distributed.engine import Engine, Update
-from modern_llm.distributed.runtime import Runtime
+from modern_llm.distributed.engine import Update
 from modern_llm.storage.atomic import write_file
-from modern_llm.training.task import Task
+from modern_llm.training.context import TrainingContext
+from modern_llm.training.guards.state import GuardState
 
 log = logging.getLogger(__name__)
 
-MOST_PASSED_OVER = 2
-"""Steps that `on_nonfinite: skip` passes over one after the other; the next one ends the run."""
-# A loss scaler halves its scale at each skip, from 65,536 down: more skips than this in a row are
-# no search for the right scale any more.
-MOST_SKIPPED = 20
+MAX_CONSECUTIVE_SKIPS = 2
+"""Consecutive steps that `on_nonfinite: skip` skips; the next one ends the run."""
+# A loss scaler halves its scale at each skip, from 65,536 down: more consecutive skips than this
+# are no search for the right scale any more.
+MAX_OVERFLOWS = 20
 _NAMED = 3
 
 
@@ -42,16 +40,8 @@ def spoiled(loss: Tensor, losses: Sequence[Tensor]) -> Tensor:
     return loss * torch.where(finite, 1.0, math.nan)
 
 
-def settle(
-    runtime: Runtime,
-    engine: Engine,
-    task: Task,
-    config: TrainingConfig,
-    step: int,
-    losses: Sequence[Tensor],
-    update: Update,
-) -> None:
-    """Count a step that was not applied, and write down what was in it; a collective then.
+def judge(context: TrainingContext, step: int, losses: Sequence[Tensor], update: Update) -> None:
+    """Count a step that was not applied, and list its examples; a collective then.
 
     Args:
         step: counted from 0.
@@ -60,59 +50,55 @@ def settle(
     Raises:
         NotFiniteError: `on_nonfinite` is `stop`, or so many steps in a row were not finite.
     """
+    config, counts = context.config, context.guards.nonfinite
     if update.applied:
-        engine.passed_over["in_a_row"] = 0
+        counts["in_a_row"] = 0
         return
-    engine.passed_over["in_a_row"] += 1
-    engine.passed_over["total"] += 1
-    path, guilty = _write_down(runtime, task, config, step, losses, update)
+    counts["in_a_row"] += 1
+    counts["total"] += 1
+    path, guilty = _write_down(context, step, losses, update)
     what = (
-        f"step {step + 1}: {guilty}; nothing of this step was applied; its examples stand in {path}"
+        f"step {step + 1}: {guilty}; nothing of this step was applied; its examples are in {path}"
     )
-    row = engine.passed_over["in_a_row"]
+    row = counts["in_a_row"]
     if config.on_nonfinite == "stop":
         raise NotFiniteError(
             f"{what}: look at them, lower train.learning_rate, or set train.on_nonfinite: skip"
         )
-    if row > MOST_PASSED_OVER:
+    if row > MAX_CONSECUTIVE_SKIPS:
         raise NotFiniteError(
-            f"{what}; that is the {row}. step in a row: look at them, or lower train.learning_rate"
+            f"{what}; {row} consecutive steps: look at them, or lower train.learning_rate"
         )
-    if runtime.is_main:
-        log.warning("warning: %s; passed over, as train.on_nonfinite: skip asks", what)
+    if context.runtime.is_main:
+        log.warning("warning: %s; skipped, because train.on_nonfinite is skip", what)
 
 
-def count_overflow(engine: Engine, update: Update, step: int) -> None:
+def count_overflow(guards: GuardState, update: Update, step: int) -> None:
     """Stop a float16 run whose loss scaler skips one step after the other: it learns nothing."""
     if update.applied:
-        engine.skipped_in_a_row = 0
+        guards.overflows_in_a_row = 0
         return
-    engine.skipped_in_a_row += 1
-    engine.passed_over["total"] += 1
-    if engine.skipped_in_a_row > MOST_SKIPPED:
+    guards.overflows_in_a_row += 1
+    guards.nonfinite["total"] += 1
+    if guards.overflows_in_a_row > MAX_OVERFLOWS:
         raise NotFiniteError(
-            f"step {step + 1}: float16 overflowed in {engine.skipped_in_a_row} steps one after "
-            "the other and none was applied; use train.mixed_precision bf16 or no"
+            f"step {step + 1}: float16 overflowed in {guards.overflows_in_a_row} consecutive steps "
+            "and none was applied; use train.mixed_precision bf16 or no"
         )
 
 
 def _write_down(
-    runtime: Runtime,
-    task: Task,
-    config: TrainingConfig,
-    step: int,
-    losses: Sequence[Tensor],
-    update: Update,
+    context: TrainingContext, step: int, losses: Sequence[Tensor], update: Update
 ) -> tuple[Path, str]:
-    """Write the examples of the step by rank and micro-batch; return the file, and which were
-    guilty."""
+    """Write the examples of the step by rank and micro-batch; return the file, and the culprit."""
+    runtime, task = context.runtime, context.task
     mine = [
         {"rank": runtime.rank, "micro_batch": at, "loss": float(loss), "examples": examples}
         for at, (loss, examples) in enumerate(zip(losses, task.origins(step), strict=True))
     ]
     parts = [part for share in runtime.gather(mine) for part in share]
     bad = [part for part in parts if not math.isfinite(part["loss"])]
-    path = Path(config.output_dir) / f"nonfinite-step-{step + 1:08d}.json"
+    path = Path(context.config.output_dir) / f"nonfinite-step-{step + 1:08d}.json"
     if runtime.is_main:
         content = {
             "step": step + 1,

@@ -36,10 +36,10 @@ KEPT = "data-before"
 def look_back(runtime: Runtime, run: RunFolder) -> None:
     """Find the checkpoint to go on from, and keep the tables that it was trained on at hand."""
     heartbeat.enter("looking for a checkpoint")
-    run.standing = runtime.on_main(lambda: format.find(run.checkpoints))
-    if run.standing is not None and runtime.accelerator.is_local_main_process:
+    run.checkpoint = runtime.on_main(lambda: format.find(run.checkpoints))
+    if run.checkpoint is not None and runtime.accelerator.is_local_main_process:
         with suppress(OSError):  # without them a change is still refused, only its row not named
-            _keep(run, run.standing[1].get("data"))
+            _keep(run, run.checkpoint[1].get("data"))
 
 
 def settle(runtime: Runtime, run: RunFolder, prepared: Prepared) -> Prepared:
@@ -62,9 +62,9 @@ def settle(runtime: Runtime, run: RunFolder, prepared: Prepared) -> Prepared:
 
 
 def _history(run: RunFolder, table: TokenTable) -> list[list[int]]:
-    if run.standing is None:
+    if run.checkpoint is None:
         return [[0, len(table)]]
-    place, facts = run.standing
+    place, facts = run.checkpoint
     (_, first), *grown = facts["rows"]
     rows = grown[-1][1] if grown else first
     if facts["data"] == table.digest:

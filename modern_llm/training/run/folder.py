@@ -55,7 +55,7 @@ class RunFolder:
         self._reopened = False
         self.done: int | None = None  # optimizer steps of the run; None before the loop knows
         # The checkpoint to go on from and its facts, once they were looked for.
-        self.standing: tuple[Path, dict[str, Any]] | None = None
+        self.checkpoint: tuple[Path, dict[str, Any]] | None = None
         self.recorded: dict[str, Any] = {}  # what each manifest says of the data besides
         self.notes: dict[str, Any] = {}  # for summary.json
         self.prompts: list[list[int]] = []  # token ids that sample answers are given to

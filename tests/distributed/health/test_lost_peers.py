@@ -29,12 +29,12 @@ from modern_llm.training import loop
 
 real = loop._optimizer_step
 
-def faulty(runtime, engine, task, config, step, rate):
-    if step == 2 and runtime.rank == {rank}:
+def faulty(context, step):
+    if step == 2 and context.runtime.rank == {rank}:
         if {how!r} == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise DataError("pairs.jsonl:17: this row alone is broken")
-    return real(runtime, engine, task, config, step, rate)
+    return real(context, step)
 
 loop._optimizer_step = faulty
 sys.exit(cli.main(sys.argv[1:]))

@@ -69,13 +69,13 @@ def call(folder: Path, model: Path, pairs: Path) -> Path:
 def due(place: str, seen: int, args: tuple) -> bool:
     """Whether this call of the patched function is the one in which the signal comes."""
     if place == "step":
-        return args[4] == 3
+        return args[1] == 3
     if place == "saving":
         return args[2] == 2
     if place.endswith("answers"):
         return seen == (2 if place == "first answers" else 7)  # 5 tokens before the first step
     if place.endswith("evaluation"):
-        return args[4] == (6 if place == "last evaluation" else 4)
+        return args[2] == (6 if place == "last evaluation" else 4)
     return seen == {"reading": 1, "scoring": 3}[place]
 
 

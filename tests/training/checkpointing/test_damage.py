@@ -19,6 +19,7 @@ from modern_llm.distributed.runtime import start
 from modern_llm.models.build import build_model
 from modern_llm.storage.atomic import MANIFEST, committed_folder, verified_manifest
 from modern_llm.training.checkpointing import format
+from modern_llm.training.guards.state import GuardState
 
 
 def made(folder: Path):
@@ -42,7 +43,7 @@ def checkpoints(tmp_path_factory) -> Path:
     for step in (1, 2):
         engine.inner(torch.arange(8)[None]).logits.square().sum().backward()
         engine.optimizer.step()
-        format.save(runtime, place, step, engine, {"data": "x" * 40})
+        format.save(runtime, place, step, engine, GuardState(), {"data": "x" * 40})
     return place
 
 
@@ -116,7 +117,7 @@ def test_a_tensor_of_another_shape_or_dtype_is_refused(
     with pytest.raises(StorageError, match=rf"{name} {found}"):
         format.load_weights(place, model["model"])
         engine = runtime.prepare(model, torch.optim.AdamW(model.parameters()))
-        format.load_state(place, engine)
+        format.load_state(place, engine, GuardState())
 
 
 def test_where_none_is_intact_nothing_starts_over(checkpoints):

@@ -60,7 +60,7 @@ def test_a_run_that_breaks_goes_on_to_the_same_end(
     real = loop._optimizer_step
 
     def breaks(*args):
-        if args[4] == stop_after:
+        if args[1] == stop_after:
             raise KeyboardInterrupt
         return real(*args)
 
@@ -195,7 +195,7 @@ def test_a_file_stop_saves_and_the_same_call_goes_on(
     real = loop._optimizer_step
 
     def touches(*args):
-        if args[4] == 2:
+        if args[1] == 2:
             (tmp_path / "run" / "STOP").touch()
         return real(*args)
 

@@ -30,9 +30,9 @@ class Run:
         """Go on to the end, or until a signal in step `stop_after`; return the final model."""
         real = loop._optimizer_step
 
-        def noted(runtime, engine, task, config, step, rate):
-            result = real(runtime, engine, task, config, step, rate)
-            rows = b"".join(b.ids.numpy().tobytes() for b in task.micro_batches(step))
+        def noted(context, step):
+            result = real(context, step)
+            rows = b"".join(b.ids.numpy().tobytes() for b in context.task.micro_batches(step))
             self.order.append(f"{step} {hashlib.sha256(rows).hexdigest()}")
             if step + 1 == stop_after:
                 os.kill(os.getpid(), signal.SIGTERM)

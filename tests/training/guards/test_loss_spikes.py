@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError
-from modern_llm.training.guards.loss_spikes import WARM, fresh, judge
+from modern_llm.training.guards.loss_spikes import WARM, judge
+from modern_llm.training.guards.state import no_spikes
 from tests.helpers.forks import fork_server
 from tests.helpers.small import MODULES, numbers, run_small
 from tests.training.test_fault_campaign import final, start
@@ -35,7 +36,7 @@ def noise(count: int, level: float = 1.0, seed: int = 0) -> list[float]:
 
 
 def test_a_spike_is_passed_over_and_leaves_no_trace_in_the_statistics():
-    state = fresh()
+    state = no_spikes()
     assert not any(judge(state, loss, 6) for loss in noise(200))
     assert state["mean"] == pytest.approx(1.0, abs=0.05)
     assert math.sqrt(state["variance"]) == pytest.approx(0.1, rel=0.3)
@@ -50,14 +51,14 @@ def test_a_spike_is_passed_over_and_leaves_no_trace_in_the_statistics():
 
 
 def test_the_first_steps_are_only_looked_at_and_a_new_level_is_followed():
-    state = fresh()
+    state = no_spikes()
     assert not any(judge(state, loss, 6) for loss in [*noise(WARM - 1), 50.0])
-    state = fresh()
+    state = no_spikes()
     for loss in noise(100):
         judge(state, loss, 6)
     assert [judge(state, loss, 6) for loss in noise(6, level=4.0)] == [True, True] + [False] * 4
     assert state["skipped"] == 2
-    constant = fresh()
+    constant = no_spikes()
     assert not any(judge(constant, 1.0, 6) for _ in range(50)) and not judge(constant, 1.1, 6)
 
 

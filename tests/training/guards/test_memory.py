@@ -38,9 +38,9 @@ class LittleMemory:
         self._run, self._step = PreferenceTask.run, loop._optimizer_step
         at = {"rank": 0, "step": 0, "batch": 0}
 
-        def step(runtime, engine, task, config, number, rate):
-            at.update(rank=runtime.rank, step=number, batch=0)
-            return self._step(runtime, engine, task, config, number, rate)
+        def step(context, number):
+            at.update(rank=context.runtime.rank, step=number, batch=0)
+            return self._step(context, number)
 
         def run(task, model, batch):
             result = self._run(task, model, batch)
@@ -131,7 +131,7 @@ def test_a_run_that_goes_on_takes_over_what_was_found(
     real = loop._optimizer_step
 
     def breaks(*args):
-        if args[4] == 4:
+        if args[1] == 4:
             raise KeyboardInterrupt
         return real(*args)
 
@@ -198,7 +198,7 @@ def test_where_a_step_cannot_be_made_again_the_next_start_goes_on_with_half(
 ):
     """As under DeepSpeed, which meets the others within a backward."""
     monkeypatch.setattr(Engine, "recovers", False)
-    text = r"memory in step 4: .* run the same command again, it goes on with (\d+) tokens"
+    text = r"memory in step 4: .* run the same command again, it resumes with (\d+) tokens"
     with LittleMemory(400, steps=range(3, 99)), pytest.raises(UserError, match=text) as error:
         call(tmp_path / "run", tiny_checkpoint, tiny_pairs)
     with LittleMemory(400) as memory:

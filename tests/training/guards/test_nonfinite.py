@@ -51,13 +51,13 @@ class Poison:
         self._step, self._run = loop._optimizer_step, PreferenceTask.run
         at = [None, None]
 
-        def step(runtime, engine, task, config, step, rate):
-            at[:] = [runtime.rank, step]
-            before = state_of(engine)
+        def step(context, step):
+            at[:] = [context.runtime.rank, step]
+            before = state_of(context.engine)
             try:
-                return self._step(runtime, engine, task, config, step, rate)
+                return self._step(context, step)
             finally:
-                self.states[step] = (before, state_of(engine))
+                self.states[step] = (before, state_of(context.engine))
 
         def run(task, model, batch):
             result = self._run(task, model, batch)
@@ -246,7 +246,7 @@ def test_the_count_of_skipped_steps_is_part_of_the_state(tmp_path, tiny_checkpoi
         real = loop._optimizer_step
 
         def breaks(*args):
-            if args[4] == 3:
+            if args[1] == 3:
                 raise KeyboardInterrupt
             return real(*args)
 

@@ -23,7 +23,7 @@ def until(step: int, *arguments, **changes) -> None:
     """Run the call and break it in the step after `step`."""
 
     def breaks(*args):
-        if args[4] == step:
+        if args[1] == step:
             raise KeyboardInterrupt
         return REAL(*args)
 

@@ -26,7 +26,7 @@ def main(arguments: list[str], held_at: str = "", ready: str = "") -> None:
         real = loop._optimizer_step
 
         def waits(*args):
-            if args[4] == int(held_at):
+            if args[1] == int(held_at):
                 open(ready, "w").close()
                 time.sleep(600)
             return real(*args)
@@ -76,7 +76,7 @@ def test_the_second_ends_at_once_and_a_killed_ones_lock_is_taken_over(tmp_path, 
         third = forks.start(main, command)
         assert third.wait(60) and third.status == 0, third.text
         assert "took over the lock" in third.text
-        assert "going on from" in third.text and "step-00000002" in third.text
+        assert "resuming from" in third.text and "step-00000002" in third.text
         assert json.loads((run / "outcome.json").read_text())["status"] == 0
         assert not (run / NAME).exists()
 
@@ -188,7 +188,7 @@ def standing(folder) -> dict[str, bytes]:
 
 # Where a run is when it loses its lock: after which function, and which call of it.
 PLACES = {
-    "before the first step": ("loop._start_engine", 1),
+    "before the first step": ("loop.start_training", 1),
     "before the metrics": ("loop._optimizer_step", 3),
     "within a save": ("checkpoint.snapshot", 2),
     "before the end": ("run_folder.RunFolder.last_step", 1),

@@ -1,0 +1,105 @@
+"""Start of training: the engine, with the state of the checkpoint that the run resumes from."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from modern_llm.config.errors import UserError
+from modern_llm.distributed.engine import Engine
+from modern_llm.distributed.health import heartbeat
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.storage.fault_points import around
+from modern_llm.training.checkpointing import format
+from modern_llm.training.checkpointing.saver import PENDING_EVALUATION
+from modern_llm.training.context import TrainingContext
+from modern_llm.training.guards.state import GuardState, no_spikes
+from modern_llm.training.optim import make_optimizer
+from modern_llm.training.run.folder import RunFolder
+from modern_llm.training.task import Task
+
+log = logging.getLogger(__name__)
+
+
+def start_training(
+    runtime: Runtime,
+    scorer: nn.Module,
+    task: Task,
+    run: RunFolder,
+    fingerprints: dict[str, Any],
+    total: int,
+) -> tuple[TrainingContext, int, bool]:
+    """Prepare model and optimizer, and load the newest checkpoint if there is one.
+
+    Args:
+        fingerprints: digests that the checkpoint must share with this run.
+        total: optimizer steps of the whole run.
+
+    Returns:
+        The context, the number of steps already done, and whether the evaluation after the last of
+        them was interrupted.
+
+    Raises:
+        UserError: `resume: must` without a checkpoint, or the checkpoint is of another run.
+    """
+    heartbeat.enter("preparing the first step")
+    found = run.checkpoint
+    if found is None and run.config.resume == "must":
+        raise UserError(f"resume: {run.checkpoints} holds no checkpoint to resume from")
+    guards = GuardState(spikes=no_spikes() if run.config.skip_loss_spikes else {})
+    if found is None:
+        if runtime.is_main:
+            run.log().truncate(0)
+        engine = _prepare(runtime, scorer, run)
+        return TrainingContext(runtime, engine, task, run, guards, total), 0, False
+    folder, manifest = found
+    step = _check(folder, manifest, run, fingerprints, total)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    reading = size / heartbeat.SLOWEST_DISK + heartbeat.DISK_PAUSE_S
+    # Before it is prepared: ZeRO and FSDP then shard these weights.
+    with heartbeat.phase("loading the checkpoint", None, reading), around("checkpoint.load"):
+        format.load_weights(folder, scorer.model)
+    engine = _prepare(runtime, scorer, run)
+    with heartbeat.phase("loading the checkpoint", None, reading):
+        format.load_state(folder, engine, guards)
+    guards.logged = guards.skipped
+    if runtime.is_main:
+        run.log().truncate(step)
+        log.info("resuming from %s", folder)
+    context = TrainingContext(runtime, engine, task, run, guards, total)
+    return context, step, bool(manifest.get(PENDING_EVALUATION))
+
+
+def _prepare(runtime: Runtime, scorer: nn.Module, run: RunFolder) -> Engine:
+    with heartbeat.phase("preparing the engine"):
+        return runtime.prepare(scorer, make_optimizer(run.config, scorer))
+
+
+def _check(
+    folder: Path,
+    manifest: dict[str, Any],
+    run: RunFolder,
+    fingerprints: dict[str, Any],
+    total: int,
+) -> int:
+    """Return the step of a checkpoint, or refuse it."""
+    changed = [
+        f"{name}: {str(manifest.get(name))[:12]} -> {str(value)[:12]}"
+        for name, value in fingerprints.items()
+        if name in manifest and manifest[name] != value  # absent: a later version records it
+    ]
+    if changed:
+        raise UserError(
+            f"output_dir {run.path}: since {folder.name} was written another content has come "
+            f"({'; '.join(changed)}; forbidden): restore it, or name another output_dir"
+        )
+    step = int(manifest["step"])
+    if step > total:
+        raise UserError(
+            f"{folder} is past the {total} steps of this run: raise train.max_steps or "
+            "train.epochs, or name another output_dir"
+        )
+    return step

@@ -1,0 +1,30 @@
+"""What the functions of the loop share: one run while it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modern_llm.config import TrainingConfig
+from modern_llm.distributed.engine import Engine
+from modern_llm.distributed.runtime import Runtime
+from modern_llm.training.guards.state import GuardState
+from modern_llm.training.run.folder import RunFolder
+from modern_llm.training.task import Task
+
+
+@dataclass
+class TrainingContext:
+    """One run while it trains: its processes, prepared model, work, folder and guards."""
+
+    runtime: Runtime
+    engine: Engine
+    task: Task
+    run: RunFolder
+    guards: GuardState
+    total: int
+    """Optimizer steps of the whole run."""
+
+    @property
+    def config(self) -> TrainingConfig:
+        """The section `train`."""
+        return self.run.config

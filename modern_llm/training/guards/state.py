@@ -1,0 +1,59 @@
+"""State of the guards that can veto an optimizer step: non-finite gradients and loss spikes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def no_spikes() -> dict[str, Any]:
+    """Return the running statistics of a loss of which no step has been seen."""
+    return {"count": 0, "mean": 0.0, "variance": 0.0, "skipped": 0, "in_a_row": 0}
+
+
+@dataclass
+class GuardState:
+    """Which steps were skipped, and what decides about the next one. Part of every checkpoint."""
+
+    nonfinite: dict[str, int] = field(default_factory=lambda: {"total": 0, "in_a_row": 0})
+    """Steps whose gradient was not finite: all of them, and those in a row without a scaler."""
+    spikes: dict[str, Any] = field(default_factory=dict)
+    """Running statistics of the loss where `skip_loss_spikes` is set, else empty."""
+    overflows_in_a_row: int = 0
+    """Steps in a row that a float16 loss scaler skipped; not saved, as the scaler's scale is."""
+    judged: tuple[int, bool] = (-1, False)
+    """The last step whose loss was compared with `spikes`, and whether it is skipped."""
+    logged: int = 0
+    """How many of `skipped` are in the log."""
+    pending: Callable[[], None] | None = None
+    """Check of the last step, run once its finite flag has arrived from the device."""
+
+    @property
+    def skipped(self) -> int:
+        """Number of steps known to be skipped, for any reason."""
+        return self.nonfinite["total"] + self.spikes.get("skipped", 0)
+
+    def settle(self) -> None:
+        """Run the pending check of the last step.
+
+        Raises:
+            NotFiniteError: it was not applied, and the run must stop.
+        """
+        check, self.pending = self.pending, None
+        if check is not None:
+            check()
+
+    def saved(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, as JSON can hold it."""
+        return {"passed_over": dict(self.nonfinite), "spikes": dict(self.spikes)}
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Take over what `saved` returned in an earlier part of the run.
+
+        Raises:
+            LookupError, TypeError, ValueError: it is damaged.
+        """
+        self.nonfinite = {name: int(saved["passed_over"][name]) for name in self.nonfinite}
+        if saved["spikes"]:
+            self.spikes = {k: type(v)(saved["spikes"][k]) for k, v in self.spikes.items()}
