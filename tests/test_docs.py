@@ -175,3 +175,16 @@ def test_pages_and_api_reference_build_without_a_warning(tmp_path):
     api = (tmp_path / "html" / "api.html").read_text("utf-8")
     for name in ("run_dpo", "TrainingConfig.learning_rate", "preference_loss", "evaluate_pairs"):
         assert name.split(".")[-1] in api, name
+
+
+def test_the_picture_of_the_architecture_is_up_to_date():
+    source = (ROOT / "docs" / "draw_architecture.py").read_text()
+    names: dict = {"__name__": "draw_architecture"}
+    exec(compile(source, "draw_architecture.py", "exec"), names)
+    picture = (ROOT / "docs" / "architecture.svg").read_text()
+    assert names["draw"]() == picture, "run python docs/draw_architecture.py"
+    drawn = {box.name for row in names["ROWS"] for box in row}
+    package = ROOT / "modern_llm"
+    assert all((package / name).is_dir() for name in drawn - {"cli"})
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert folders == {name.partition("/")[0] for name in drawn - {"cli"}}
