@@ -88,7 +88,7 @@ def _reported(verb: str, rest: list[str]) -> int:
         return _run(verb, rest)
     except KeyboardInterrupt as interrupt:
         print(
-            "modern-llm: error: interrupted; the same command goes on from what is on disk",
+            "modern-llm: error: interrupted; run the same command again to resume",
             file=sys.stderr,
             flush=True,
         )
@@ -187,7 +187,7 @@ def _overview(verbs: Iterable[str] = VERBS) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """Return an error's words in one printable line: it may quote what stands in a damaged file."""
+    """Return an error's message as one printable line: it may quote bytes of a damaged file."""
     words = (
         word if len(word) <= LONGEST_WORD else f"{word[: LONGEST_WORD // 2]}...{word[-20:]}"
         for word in str(error).split()

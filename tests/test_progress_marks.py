@@ -33,16 +33,16 @@ def test_long_work_is_marked_and_never_within_a_step():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("while block:\n    digest.update(block)", "without progress.tick()"),
-        ("for path in paths:\n    hashlib.file_digest(path)", "without progress.tick()"),
-        ("for batch in batches:\n    task.run(model, batch)", "without progress.tick()"),
+        ("while block:\n    digest.update(block)", "without heartbeat.tick()"),
+        ("for path in paths:\n    hashlib.file_digest(path)", "without heartbeat.tick()"),
+        ("for batch in batches:\n    task.run(model, batch)", "without heartbeat.tick()"),
         ("with around('collective.sum'):\n    pass", "without waiting()"),
-        ("progress.quick('forward')", "outside a `with`"),
-        ("with progress.phase(name()):\n    pass", "without a name"),
-        ("with progress.phase('saving'):\n    progress.enter('x')", "within a phase"),
-        ("with progress.quick('step'):\n    runtime.prepare(model)", "no time for it"),
-        ("with progress.quick('step'):\n    self._metrics.append(x)", "no time for it"),
-        ("with progress.quick('step'):\n    load_model(place)", "no time for it"),
+        ("heartbeat.quick('forward')", "outside a `with`"),
+        ("with heartbeat.phase(name()):\n    pass", "without a name"),
+        ("with heartbeat.phase('saving'):\n    heartbeat.enter('x')", "within a phase"),
+        ("with heartbeat.quick('step'):\n    runtime.prepare(model)", "no time for it"),
+        ("with heartbeat.quick('step'):\n    self._metrics.append(x)", "no time for it"),
+        ("with heartbeat.quick('step'):\n    load_model(place)", "no time for it"),
     ],
 )
 def test_the_rule_refuses(text, said):
@@ -53,13 +53,13 @@ def test_the_rule_refuses(text, said):
 @pytest.mark.parametrize(
     "text",
     [
-        "while block:\n    digest.update(block)\n    progress.tick()",
-        "for batch in batches:\n    with progress.quick('evaluation'):\n        task.run(batch)",
-        "with progress.quick('step'):\n    for batch in batches:\n        task.run(batch)",
+        "while block:\n    digest.update(block)\n    heartbeat.tick()",
+        "for batch in batches:\n    with heartbeat.quick('evaluation'):\n        task.run(batch)",
+        "with heartbeat.quick('step'):\n    for batch in batches:\n        task.run(batch)",
         "with around('collective.sum'), waiting():\n    pass",
-        "with progress.quick('step'):\n    task.prepare(model)\n    losses.append(x)",
-        "progress.enter('reading')\nload_model(place)",
-        "with progress.quick('step'):\n    f = lambda: load_model(place)",
+        "with heartbeat.quick('step'):\n    task.prepare(model)\n    losses.append(x)",
+        "heartbeat.enter('reading')\nload_model(place)",
+        "with heartbeat.quick('step'):\n    f = lambda: load_model(place)",
     ],
 )
 def test_the_rule_allows(text):

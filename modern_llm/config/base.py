@@ -1,5 +1,4 @@
-"""`section`: the decorator that makes a class a typed, keyword-only, self-checking configuration
-section.
+"""The decorator `section`: typed, keyword-only, self-checking configuration classes.
 
 A section is a pydantic dataclass: field types and bounds are checked together when it is built, an
 unknown name is refused, and the docstring below each field is its help text on the command line.

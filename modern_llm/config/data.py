@@ -1,4 +1,4 @@
-"""What to read: one section for each kind of data (documents, instructions, preferences)."""
+"""Configuration of the data: one section per kind (documents, instructions, preferences)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Day = Annotated[str, AfterValidator(known_day)]
 
 @section
 class MixtureSource:
-    """One of several data sets that are trained on together."""
+    """One of several data sets to train on together."""
 
     dataset_name: Annotated[str, Field(min_length=1)]
     """Hub id, or a local file or folder."""
@@ -53,7 +53,7 @@ class MixtureSource:
 
 @section
 class DatasetConfig:
-    """What every kind of data shares: where it is, what is held out, what happens to bad rows."""
+    """Options of every kind of data: its source, the held-out part, the handling of bad rows."""
 
     dataset_name: str | None = None
     """Hub id, or a local .jsonl .json .csv .parquet .arrow (documents: .txt) file, or a folder of
@@ -64,16 +64,16 @@ class DatasetConfig:
     subset: str | None = None
     """Configuration name of a Hub data set that has several."""
     split: str | None = None
-    """Split to train on ("train" unless said). In a local folder it chooses files by any word of
+    """Split to train on (default "train"). In a local folder it chooses files by any word of
     their name or of their folder's (`hh_test_0.jsonl`, `train-00000-of-00002.parquet`,
     `test/a.jsonl`); files that name none belong to train, and several splits of one kind
     (`train_sft`, `train_prefs`) are told apart by their whole name. A single local file has no
     splits: any but "train" is refused there."""
     eval_split: str | None = None
-    """Split to evaluate on, of the same data set, or of `eval_dataset_name` where that is said."""
+    """Split to evaluate on, of the same data set, or of `eval_dataset_name` where that is set."""
     eval_dataset_name: str | None = None
     """Another data set (Hub id, file or folder) to evaluate on; of a Hub data set the split
-    `eval_split` ("test" unless said), of a folder all files unless said; a folder whose files name
+    `eval_split` (default "test"), of a folder all files by default; a folder whose files name
     several splits needs `eval_split`."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the examples (or documents) held out for evaluation, chosen by content, so that they
@@ -127,7 +127,7 @@ class DatasetConfig:
 
     @property
     def names(self) -> list[str]:
-        """What is trained on, by name."""
+        """Names of the training data sets."""
         if self.sources is not None:
             return [source.dataset_name for source in self.sources]
         return [] if self.dataset_name is None else [self.dataset_name]
@@ -152,7 +152,7 @@ class InstructionDatasetConfig(DatasetConfig):
     """Instructions with answers: Alpaca fields, message lists, or `prompt`/`response` strings."""
 
     format: Literal["auto", "alpaca", "messages", "strings"] = "auto"
-    """How rows are read; found by their columns unless said."""
+    """How rows are read; by default found by their columns."""
     template: Template | None = None
     """`chat` wraps string prompts as a user turn; a text with `{prompt}` frames them; a Jinja chat
     template is used in place of the tokenizer's own, for strings and message lists. None uses
@@ -165,10 +165,10 @@ class InstructionDatasetConfig(DatasetConfig):
     append_end_token: bool = True
     """Append the end token to an answer that lacks it (never to one that truncation cut)."""
     max_length: Annotated[int, Field(ge=2)] | None = None
-    """Tokens of prompt and answer together; the model's positions, at most 1,024, unless said."""
+    """Tokens of prompt and answer together; by default the model's positions, at most 1,024."""
     max_prompt_length: Annotated[int, Field(ge=0)] | None = None
-    """Tokens of the prompt's end that are kept at least when prompt and answer are too long; half
-    of max_length unless said."""
+    """Tokens of the prompt's end that are kept at least when prompt and answer are too long; by
+    default half of max_length."""
 
     @model_validator(mode="after")
     def _room_for_an_answer(self) -> InstructionDatasetConfig:
@@ -183,10 +183,10 @@ class InstructionDatasetConfig(DatasetConfig):
 
 @section
 class PreferenceDatasetConfig(DatasetConfig):
-    """Preference pairs; lengths are said in `DPOConfig`."""
+    """Preference pairs; `DPOConfig` sets their lengths."""
 
     format: Literal["auto", "hh", "shp", "strings", "messages", "sharegpt"] = "auto"
-    """How rows are read; found by their columns unless said."""
+    """How rows are read; by default found by their columns."""
     template: Template | None = None
     """`chat` wraps string prompts as a user turn; a text with `{prompt}` frames them; a Jinja chat
     template is used in place of the tokenizer's own, for strings and message lists. None uses

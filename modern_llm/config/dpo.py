@@ -36,48 +36,46 @@ class DPOConfig:
     max_length: Annotated[int, Field(ge=2)] = 512
     """Tokens of prompt and response together."""
     label_smoothing: float = 0.0
-    """Share of pairs assumed to be labelled the wrong way round. With exo_pair, which cannot do
-    with 0,
-    0 means its default of 0.001."""
+    """Share of pairs assumed to be labelled the wrong way round. exo_pair needs a positive value:
+    with it, 0 means its default of 0.001."""
     max_prompt_length: Annotated[int, Field(ge=0)] | None = None
-    """Tokens of the prompt's end that are kept at least when both are too long; half of max_length
-    unless said."""
+    """Tokens of the prompt's end that are kept at least when both are too long; by default half of
+    max_length."""
     loss_type: str = "sigmoid"
     """sigmoid, robust, hinge, ipo, exo_pair, nca_pair, bco_pair, sppo_hard, aot, aot_unpaired,
-    apo_zero,
-    apo_down, discopop, sigmoid_norm, simpo, orpo or dpop."""
+    apo_zero, apo_down, discopop, sigmoid_norm, simpo, orpo or dpop."""
     group_by_prompt: bool = False
     """Put pairs with one prompt into one optimizer step, where prompt and equal answers are
     computed once. Another order of the data."""
     nll_coefficient: float = 0.0
     """Weight of the chosen answer's mean negative log-likelihood, added to any loss."""
     discopop_tau: float | None = None
-    """Temperature of discopop (0.05 unless said)."""
+    """Temperature of discopop (default 0.05)."""
     simpo_gamma: float | None = None
-    """Target reward margin of simpo (0.5 unless said)."""
+    """Target reward margin of simpo (default 0.5)."""
     dpop_lambda: float | None = None
-    """Weight of dpop's penalty (50 unless said)."""
+    """Weight of dpop's penalty (default 50)."""
     ld_alpha: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Weight of the longer answer's tokens beyond the length of the shorter one (LD-DPO, Liu et al.
-    2024); all tokens count whole unless said."""
+    2024); by default all tokens count fully."""
     reference: Literal["cache", "store", "model"] = "cache"
     """cache: score with the reference what the store lacks, then train without it. store: never
     score; the values must be there, the reference's weights need not. model: no store, a frozen
     model beside the policy."""
     reference_checkpoint: str | None = None
-    """Hub id, transformers folder or .pt file of the reference; the policy's start unless said."""
+    """Hub id, transformers folder or .pt file of the reference; by default the policy's start."""
     reference_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")] | None = None
     """With reference: store, the digest that the reference's weights should have (hex, at least
-    the first 16 digits), where the weights themselves are not at hand."""
+    the first 16 digits), where the weights themselves are not available."""
     reference_store: Path | None = None
-    """With reference: store, the folder of the store; one under MODERN_LLM_CACHE unless said."""
+    """With reference: store, the folder of the store; by default one under MODERN_LLM_CACHE."""
     keep_token_logprobs: bool = False
     """Also keep the log-prob of every token in the store; ld_alpha needs it and does so by
     itself."""
     flush_every: Annotated[int, Field(gt=0)] = 2048
     """Pairs between two shards of the reference pass: what a killed pass scores again at most."""
     self_check_pairs: Annotated[int, Field(gt=0)] | None = None
-    """Pairs whose stored reference values are scored again before step 1; 16 unless said."""
+    """Pairs whose stored reference values are scored again before step 1 (default 16)."""
 
     @model_validator(mode="after")
     def _check(self) -> DPOConfig:
@@ -101,7 +99,7 @@ class DPOConfig:
         return self
 
     def _reference_problems(self) -> list[str]:
-        """Options about the reference that would have no effect, or contradict each other."""
+        """Return reference options that have no effect or contradict each other."""
         row = LOSSES[self.loss_type]
         default = {f.name: f.default for f in dataclasses.fields(self) if f.name in REFERENCE}
         said = [name for name, value in default.items() if getattr(self, name) != value]

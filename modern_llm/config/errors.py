@@ -1,7 +1,7 @@
-"""The errors that are the user's to mend, each with the exit status that the command line gives it.
+"""Errors that users can fix, each with its exit status on the command line.
 
-Everything else that escapes is a bug of ours and keeps its traceback (status 1). The messages name
-the rule, the value, the place and the cure; they are one line when printed.
+Any other exception is a bug of ours and keeps its traceback (status 1). A message names the rule,
+the value, the place and the fix, and is printed as one line.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A source that cannot be read as what it should be; the message starts with `file:line`."""
+    """A source with unreadable or invalid data; the message starts with `file:line`."""
 
 
 class StorageError(RuntimeError):
-    """A disk that refuses, or stored bytes that are not what was written: exit status 3."""
+    """A failed disk operation, or stored bytes that differ from those written: exit status 3."""
 
     status = 3
 
@@ -39,7 +39,7 @@ class NotFiniteError(RuntimeError):
 
 
 class PeerError(RuntimeError):
-    """Another process was lost, or the world is not what was asked for: exit status 5."""
+    """Another process was lost, or the world size is not the requested one: exit status 5."""
 
     status = 5
 
@@ -53,8 +53,8 @@ class Stopped(RuntimeError):
 def status_of(error: BaseException) -> int:
     """Return the exit status of a run that ends with `error`; 1 is a bug of ours.
 
-    An OSError that nobody turned into a sentence is a disk that refuses; an interrupted command
-    goes on from what is on disk, as after any other signal.
+    A plain OSError counts as a storage error. An interrupt counts as a stop by a signal, because
+    the same command resumes from what is on disk.
     """
     if isinstance(error, KeyboardInterrupt):
         return Stopped.status

@@ -51,7 +51,7 @@ class PrintableFormatter(logging.Formatter):
 
 
 def json_line(value: Any) -> str:
-    """Return a value as one line of JSON; controls stand as JSON escapes, so it reads the same."""
+    """Return a value as one line of JSON; controls become JSON escapes, so it parses the same."""
     return _UNSAFE.sub(_json_escape, json.dumps(value, ensure_ascii=False))
 
 

@@ -47,7 +47,7 @@ def _file_name(name: str) -> str:
 
 @section
 class TrainingConfig:
-    """One run of one stage. `batch_size` counts examples of one optimizer step over all
+    """Options of one training run. `batch_size` counts the examples of one optimizer step over all
     processes."""
 
     run_name: Annotated[str, Field(min_length=1), AfterValidator(_file_name)]
@@ -74,7 +74,7 @@ class TrainingConfig:
     max_steps: Positive | None = None
     """Optimizer steps; excludes epochs."""
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over the data; 1 where neither it nor max_steps is said."""
+    """Epochs of the data; 1 if neither this nor max_steps is set."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -132,8 +132,8 @@ class TrainingConfig:
     log_every: Positive = 10
     """Steps between lines on the console and in metrics.jsonl."""
     profile_steps: Annotated[int, Field(ge=0)] = 0
-    """Trace so many steps of rank 0 with torch.profiler into the run folder, and print the largest
-    costs."""
+    """Trace this many steps of rank 0 with torch.profiler into the run folder, and print the
+    largest costs."""
     trackers: list[Tracker] = Field(default_factory=list)
     """Experiment trackers that get every logged metric: tensorboard, wandb, trackio, mlflow,
     comet_ml, aim, clearml, dvclive, swanlab."""
@@ -141,10 +141,10 @@ class TrainingConfig:
     """Project (of mlflow: experiment) that the trackers file this run under; those that write into
     the run folder (tensorboard) need none."""
     generate_every: Positive | None = None
-    """Steps between sample answers to fixed prompts, written to samples.jsonl beside those of the
-    start; none unless said."""
+    """Steps between sample answers to fixed prompts, written to samples.jsonl after those of the
+    start; off by default."""
     generate_prompts: list[str] | None = None
-    """The prompts; the first three of the held-out (else training) examples unless said."""
+    """The prompts; by default the first three of the held-out (else training) examples."""
     generate_tokens: Positive = 128
     """Most tokens of a sample answer."""
     eval_every: Positive = 500
@@ -156,15 +156,14 @@ class TrainingConfig:
     """Newest checkpoints that are kept."""
     background_saving: bool = False
     """Copy the state into the host's memory (12 bytes a trained parameter, shared by the processes
-    under ZeRO) and write it while training goes on, one checkpoint at a time. The last one before
+    under ZeRO) and write it while training continues, one checkpoint at a time. The last one before
     a stop is written at once."""
     resume: Literal["auto", "must", "never"] = "auto"
-    """auto: go on from the newest checkpoint in output_dir if there is one; must: refuse to start
-    without;
-    never: refuse an output_dir that holds a run."""
+    """auto: resume from the newest checkpoint in output_dir if there is one; must: refuse to start
+    without one; never: refuse an output_dir that holds a run."""
     accept_change: bool = False
-    """Go on with the run in output_dir although settings differ that change how its rest goes
-    (learning rate, steps, places of the same data); of one start alone (--accept-change)."""
+    """Resume the run in output_dir although settings differ that change the rest of it (learning
+    rate, steps, paths of the same data); applies to this start only (--accept-change)."""
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -192,7 +191,7 @@ class TrainingConfig:
                 both and micro * accumulation != self.batch_size,
                 f"micro_batch_size {micro} x gradient_accumulation_steps {accumulation} is not "
                 "batch_size "
-                f"{self.batch_size}: change one, or leave one out (they are said for one process)",
+                f"{self.batch_size}: change one, or leave one out (both count for one process)",
             ),
             (
                 micro is not None and micro > self.batch_size,
@@ -210,7 +209,7 @@ class TrainingConfig:
             (
                 self.skip_loss_spikes > 0 and self.precision == "fp16",
                 "skip_loss_spikes and mixed_precision fp16 exclude each other: the loss scaler "
-                "would take a step that is passed over for an overflow; use bf16",
+                "would take a skipped step for an overflow; use bf16",
             ),
             (
                 self.generate_every is None and self.generate_prompts is not None,
@@ -241,7 +240,7 @@ class TrainingConfig:
 
     @property
     def most_tokens(self) -> int | None:
-        """Most tokens in one forward on one process, or None where that is to be found."""
+        """Most tokens in one forward on one process, or None if it is chosen by the run."""
         said = self.tokens_per_micro_batch
         return None if said == "auto" else said
 

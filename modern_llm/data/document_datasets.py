@@ -1,4 +1,4 @@
-"""Documents for pretraining: from a section to a token table of full rows (text, starts)."""
+"""Token tables of documents for pretraining: full rows with the columns (text, starts)."""
 
 from __future__ import annotations
 

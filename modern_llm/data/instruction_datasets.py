@@ -1,4 +1,4 @@
-"""Instructions for SFT: from a section to a token table (prompt, response)."""
+"""Token tables of instructions for SFT, with the columns (prompt, response)."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def build_instruction_tables(
     """Return tables with the columns (prompt, response), built in `folder` or reused from it.
 
     Args:
-        max_length: most tokens of prompt and answer together; the section's, else 1,024, unless
-            said. The caller, who knows the model, sees to it that they do not exceed its positions.
-        max_prompt_length: tokens of the prompt's end that are kept at least; the section's, else
-            half of `max_length`, unless said.
+        max_length: most tokens of prompt and answer together; by default the section's, else
+            1,024. The caller must keep it within the model's positions.
+        max_prompt_length: tokens of the prompt's end that are kept at least; by default the
+            section's, else half of `max_length`.
         check: called now and then; what it raises ends the build.
 
     Raises:

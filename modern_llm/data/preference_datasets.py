@@ -1,4 +1,4 @@
-"""Preference pairs for DPO: from a section to a token table (prompt, chosen, rejected)."""
+"""Token tables of preference pairs for DPO, with the columns (prompt, chosen, rejected)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ def build_preference_tables(
     max_prompt_length: int | None = None,
     check: Callable[[], None] | None = None,
 ) -> Prepared:
-    """Return tables with the columns (prompt, chosen, rejected), built in `folder` or reused from
-    it.
+    """Return tables with the columns (prompt, chosen, rejected), built in `folder` or reused.
 
     Args:
         max_length: most tokens of prompt and one answer together.
-        max_prompt_length: tokens of the prompt's end that are kept at least; half of `max_length`
-            unless said.
+        max_prompt_length: tokens of the prompt's end that are kept at least; by default half of
+            `max_length`.
         check: called now and then; what it raises ends the build.
 
     Raises:

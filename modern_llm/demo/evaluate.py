@@ -18,7 +18,7 @@ import torch
 
 from modern_llm.config import InstructionDatasetConfig, PreferenceDatasetConfig
 from modern_llm.data.batch.collate import collate
-from modern_llm.data.batch.order import Budget, place
+from modern_llm.data.batch.order import Budget, pack
 from modern_llm.data.batch.prefix_tree import Examples
 from modern_llm.data.instruction_datasets import build_instruction_tables
 from modern_llm.demo.corpus import CorpusPaths, read_questions
@@ -108,17 +108,17 @@ def _perplexity(folder: Path, instructions: Path, max_length: int) -> float:
         table = build_instruction_tables(
             config, load_tokenizer(folder), Path(temporary) / "data", max_length=max_length
         ).train
-        examples = Examples(table, "answers", trees=scorer.abilities.trees)
-        groups = place(
+        examples = Examples(table, "answers", trees=scorer.capabilities.trees)
+        groups = pack(
             np.arange(len(table)),
             examples.sizes,
             world=1,
             budget=Budget(tokens=2048),
-            shared=scorer.abilities.trees,
+            shared=scorer.capabilities.trees,
         )[0]
         nll = tokens = 0.0
         for group in groups:
-            batch = collate(examples, group, shared=scorer.abilities.trees)
+            batch = collate(examples, group, shared=scorer.capabilities.trees)
             output = scorer(batch.ids, batch.positions, batch.segments, batch.targets)
             nll -= float(output.logprobs.double().sum())
             tokens += float(batch.lengths.sum())

@@ -2,7 +2,7 @@
 
 The run says batch sizes, rates, clipping and precision; the JSON says what is sharded and where it
 lies. What both say differently is refused with both values. DeepSpeed itself passes over unknown
-keys at the top level without a word, so they are looked for here. Called by `runtime.start`.
+keys at the top level without a word, so they are looked for here.
 """
 
 from __future__ import annotations

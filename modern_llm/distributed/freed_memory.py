@@ -10,7 +10,7 @@ import ctypes
 import sys
 
 
-def give_back_freed() -> bool:
+def release_freed_memory() -> bool:
     """Return free pages of the C library's heaps to the system; False where it has no such call."""
     if not sys.platform.startswith("linux"):
         return False

@@ -40,19 +40,19 @@ def shard(module: nn.Module, config: dict[str, Any]) -> nn.Module:
     """Return `module` in a ZeRO-3 engine that only does forwards; its weights are sharded."""
     import deepspeed
 
-    still(module)
+    freeze_parameters(module)
     engine, *_ = deepspeed.initialize(model=module, config=config)
     engine.eval()
     return engine
 
 
-def still(module: nn.Module) -> nn.Module:
+def freeze_parameters(module: nn.Module) -> nn.Module:
     """Switch dropout and gradients off."""
     module.requires_grad_(False)
     return module.eval()
 
 
-def let_go(frozen: nn.Module) -> None:
+def release_frozen(frozen: nn.Module) -> None:
     """Free a frozen model's weights now, not when the last name for it goes away."""
     if not hasattr(frozen, "destroy"):
         frozen.to("meta")

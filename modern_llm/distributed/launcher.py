@@ -2,7 +2,7 @@
 
 Accelerate reads a variable wherever an argument is left out. While it starts and prepares a model,
 it sees only those in `KEPT`; every other one is compared here with the run's configuration and
-refused where it differs. Called by `Runtime` and `runtime.start`.
+refused where it differs.
 """
 
 from __future__ import annotations

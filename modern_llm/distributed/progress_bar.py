@@ -1,6 +1,6 @@
 """What a person sees while something long runs: lines and, on a terminal, a bar with the time left.
 
-Rank 0 only. Called by the loop and by the reference pass.
+Rank 0 only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from modern_llm.config.printable import printable
 
 
-class Display:
+class ProgressBar:
     """Lines and, on a terminal, a bar. Silent on every rank but 0."""
 
     def __init__(self, title: str, total: int, done: int, *, shown: bool):
@@ -36,7 +36,7 @@ class Display:
             )
             self._task = self._bar.add_task(title, total=total, completed=done, status="")
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> ProgressBar:
         if self._bar:
             self._bar.start()
         return self

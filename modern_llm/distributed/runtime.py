@@ -1,9 +1,8 @@
 """From `TrainingConfig` to an `Accelerator`, and the few collectives that the rest may use.
 
 The only place that starts the process group. On a CPU several processes talk through gloo; the
-world
-size is compared with what the launcher said, because a bare `Accelerator()` there quietly trains N
-separate runs. Called by the stages; nothing else asks about ranks.
+world size is compared with what the launcher said, because a bare `Accelerator()` there quietly
+trains N separate runs.
 """
 
 from __future__ import annotations
@@ -118,7 +117,7 @@ class Runtime(Peers):
         by an engine of its own.
         """
         if self.stage is None:
-            return self._frozen(frozen_engine.still(module).to(self.device))
+            return self._frozen(frozen_engine.freeze_parameters(module).to(self.device))
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         content = frozen_engine.engine_config(self.deepspeed_content, file, self.config)
         self._in_use[id(module)] = partial(deepspeed_release.forget, module)
@@ -127,7 +126,7 @@ class Runtime(Peers):
         return self._frozen(engine)
 
     def _frozen(self, module: nn.Module) -> nn.Module:
-        self._in_use[id(module)] = partial(frozen_engine.let_go, module)
+        self._in_use[id(module)] = partial(frozen_engine.release_frozen, module)
         return module
 
     def release(self, used: Engine | nn.Module) -> None:

@@ -26,12 +26,12 @@ from modern_llm.models.attention.prefix_tree import (
     backends,
     register_tree_attention,
 )
-from modern_llm.models.cpu.fused_ops import slim, unslim
+from modern_llm.models.cpu.fused_ops import patch_cpu_ops, restore_ops
 from modern_llm.models.cpu.last_layer import narrow_last_layer
 from modern_llm.models.logits import LastStates, bounds_of, fuse
 from modern_llm.models.modes import settle
 from modern_llm.models.routers import without_router_loss
-from modern_llm.models.scorer import Abilities, TokenScorer
+from modern_llm.models.scorer import Capabilities, TokenScorer
 from modern_llm.models.twin import one_thread, twin_of
 
 log = logging.getLogger(__name__)
@@ -95,41 +95,41 @@ class Subject:
         """Say how the plain forward differs from what it gave at first, or ""."""
         return self._difference(lambda: _plain_all(self.model, self.pairs))
 
-    def shares(self, abilities: Abilities) -> str:
+    def shares(self, capabilities: Capabilities) -> str:
         """Switch to the tree attention; say why the model does not do with it, or ""."""
-        if self.gradients and abilities.backend == "flex":
+        if self.gradients and capabilities.backend == "flex":
             # FlexAttention has a backward on a GPU only: the twin shows what is visible to whom.
-            abilities = replace(abilities, backend="mask")
+            capabilities = replace(capabilities, backend="mask")
         try:
             self.model.set_attn_implementation(TREE_ATTENTION)
         except Exception as error:  # foreign code
             return f"the tree attention is refused ({' '.join(str(error).split())[:120]})"
         if self.model.config._attn_implementation != TREE_ATTENTION:
             return "the architecture has an attention of its own"
-        why = self.differs(abilities)
+        why = self.differs(capabilities)
         return f"the tree attention {why}" if why else ""
 
-    def differs(self, abilities: Abilities) -> str:
+    def differs(self, capabilities: Capabilities) -> str:
         """Say how the answers of a scorer with `abilities` differ, or ""."""
-        for merge_below in (0, MERGE_BELOW) if abilities.trees else (0,):
-            scorer = TokenScorer(self.model, abilities)
+        for merge_below in (0, MERGE_BELOW) if capabilities.trees else (0,):
+            scorer = TokenScorer(self.model, capabilities)
             # The few tokens of the probe must take the way of long trees, and that of short ones.
             scorer.merge_below = merge_below
-            rows = _rows(self.pairs, self.model.device, abilities.trees)
+            rows = _rows(self.pairs, self.model.device, capabilities.trees)
             why = self._difference(lambda s=scorer, r=rows: s(*r).logprobs)
-            why = why or (self._leak(scorer) if abilities.trees else "")
+            why = why or (self._leak(scorer) if capabilities.trees else "")
             if why:
                 return why
-        if abilities.trees:
+        if capabilities.trees:
             self.windows = tuple(scorer.asked)
         return ""
 
-    def pads(self, abilities: Abilities) -> str:
+    def pads(self, capabilities: Capabilities) -> str:
         """Say how rows of several lengths in one forward differ, or ""."""
-        why = self.differs(abilities)
+        why = self.differs(capabilities)
         if why or not self.gradients:  # the model itself may be too slow, or have fewer positions
             return why
-        return Subject(self.model, UNEVEN, self.tolerance).differs(abilities)
+        return Subject(self.model, UNEVEN, self.tolerance).differs(capabilities)
 
     def _difference(self, forward: Callable[[], Tensor]) -> str:
         try:
@@ -187,7 +187,7 @@ def probe(
     tried: tuple[Backend, ...] | None = None,
     lean: bool = True,
     dropout: bool | None = None,
-) -> Abilities:
+) -> Capabilities:
     """Measure what `model` does exactly and leave it set up to be asked that way.
 
     Args:
@@ -223,7 +223,7 @@ def probe(
         subjects.append(Subject(twin, LONG, TWIN_TOLERANCE, gradients=True))
     trial = _Trial(subjects)
     trial.notes += modes
-    trial.slim(lean and model.device.type == "cpu")
+    trial.patch_cpu_ops(lean and model.device.type == "cpu")
     trial.pad()
     trial.fuse()
     if trees:
@@ -231,7 +231,7 @@ def probe(
     model.train(training)
     for note in trial.notes:
         log.info("%s: %s", type(model).__name__, note)
-    return replace(trial.abilities, windows=subjects[0].windows, notes=tuple(trial.notes))
+    return replace(trial.capabilities, windows=subjects[0].windows, notes=tuple(trial.notes))
 
 
 class _Trial:
@@ -239,38 +239,38 @@ class _Trial:
 
     def __init__(self, subjects: list[Subject]):
         self.subjects = subjects
-        self.abilities = Abilities(trees=False, fused=False)
+        self.capabilities = Capabilities(trees=False, fused=False)
         self.notes: list[str] = []
-        self._slim = False
+        self._patched = False
 
     def _why_not(self, ask: Callable[[Subject], str]) -> str:
         return next(filter(None, map(ask, self.subjects)), "")
 
-    def slim(self, wanted: bool) -> None:
+    def patch_cpu_ops(self, wanted: bool) -> None:
         """Put the functions of `lean` into the layers."""
         if not wanted:
             return
         for subject in self.subjects:
-            slim(subject.model)
+            patch_cpu_ops(subject.model)
         why = self._why_not(Subject.differs_plainly)
         if why:
-            self._unslim(f"their version for a CPU {why}")
+            self._restore_ops(f"their version for a CPU {why}")
             return
-        self._slim = True
+        self._patched = True
         for subject in self.subjects:
             narrow_last_layer(subject.model)
 
-    def _unslim(self, reason: str) -> None:
-        self._slim = False
+    def _restore_ops(self, reason: str) -> None:
+        self._patched = False
         for subject in self.subjects:
-            unslim(subject.model)
+            restore_ops(subject.model)
         self.notes.append(f"the model's own layers: {reason}")
 
     def pad(self) -> None:
         """Put rows of several lengths into one forward."""
-        why = self._why_not(lambda subject: subject.pads(self.abilities))
+        why = self._why_not(lambda subject: subject.pads(self.capabilities))
         if why:
-            self.abilities = replace(self.abilities, padded=False)
+            self.capabilities = replace(self.capabilities, padded=False)
             self.notes.append(f"one row at a time: a padded row {why}")
 
     def fuse(self) -> None:
@@ -284,7 +284,7 @@ class _Trial:
         if why:
             self.notes.append(f"plain logits: {why}")
         else:
-            self.abilities = replace(self.abilities, fused=True)
+            self.capabilities = replace(self.capabilities, fused=True)
 
     def _why_not_fused(self, bounds: list[float | None]) -> str:
         pairs = zip(self.subjects, bounds, strict=True)
@@ -292,7 +292,7 @@ class _Trial:
             return "the head is not a linear layer"
         if not any(subject.last.can_grow for subject in self.subjects):
             return "what bounds the logits cannot be measured: they cannot be enlarged"
-        fused = replace(self.abilities, fused=True)
+        fused = replace(self.capabilities, fused=True)
         why = self._why_not(lambda subject: subject.differs(fused))
         why = why or self._why_not(lambda subject: subject.last.differs(fused))
         return why and f"the fused head {why}"
@@ -301,23 +301,23 @@ class _Trial:
         """Let answers share their prompt, by the first backend that is exact."""
         register_tree_attention()
         why = self._first_of(tried)
-        if why and self._slim:
+        if why and self._patched:
             kept = list(self.notes)
-            self._unslim(f"with their version for a CPU {why}")
+            self._restore_ops(f"with their version for a CPU {why}")
             why = self._first_of(tried)
             if why:  # it was not they: they come back
                 self.notes = kept
-                self.slim(True)
+                self.patch_cpu_ops(True)
         if why:
             self.notes.append(f"separate rows: {why}")
 
     def _first_of(self, tried: tuple[Backend, ...]) -> str:
         why = ""
         for backend in tried:
-            abilities = replace(self.abilities, trees=True, padded=True, backend=backend)
-            why = self._why_not(lambda subject, a=abilities: subject.shares(a))
+            capabilities = replace(self.capabilities, trees=True, padded=True, backend=backend)
+            why = self._why_not(lambda subject, a=capabilities: subject.shares(a))
             if not why:
-                self.abilities = abilities
+                self.capabilities = capabilities
                 return ""
             log.debug("attention %s: %s", backend, why)
         for subject in self.subjects:

@@ -213,13 +213,15 @@ def make_scorer(
     # Before the probe: afterwards the model may be asked through `TokenScorer` only.
     routers = router_loss_of(model, router_loss)
     tried = None if attention in ("auto", "tree", "separate") else (attention,)
-    abilities = probe(model, trees=attention != "separate", tried=tried, lean=lean, dropout=dropout)
-    if attention not in ("auto", "separate") and not abilities.trees:
+    capabilities = probe(
+        model, trees=attention != "separate", tried=tried, lean=lean, dropout=dropout
+    )
+    if attention not in ("auto", "separate") and not capabilities.trees:
         raise UserError(
             f"attention: {attention}: {type(model).__name__} cannot "
-            f"({'; '.join(abilities.notes)}); use attention: auto or separate"
+            f"({'; '.join(capabilities.notes)}); use attention: auto or separate"
         )
-    return TokenScorer(model, abilities, routers)
+    return TokenScorer(model, capabilities, routers)
 
 
 def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from modern_llm.models.head import LogitTransform, fuse_head
 from modern_llm.models.routers import without_router_loss
-from modern_llm.models.scorer import Abilities, TokenScorer
+from modern_llm.models.scorer import Capabilities, TokenScorer
 
 log = logging.getLogger(__name__)
 
@@ -135,12 +135,12 @@ class LastStates:
         return [float(n) for n in values if isinstance(n, int | float) and n > 0]
 
     @torch.no_grad()
-    def differs(self, abilities: Abilities) -> str:
+    def differs(self, capabilities: Capabilities) -> str:
         """Say how a scorer with `abilities` differs where logits are large, or ""."""
         for size in SIZES if self.can_grow else ():
             try:
                 with self._enlarged(size):
-                    worst, allowed = self._distance(abilities)
+                    worst, allowed = self._distance(capabilities)
             except Exception as error:  # foreign code
                 reason = " ".join(str(error).split())[:120] or type(error).__name__
                 return f"does not run where logits are near {size:g} ({reason})"
@@ -148,7 +148,7 @@ class LastStates:
                 return f"differs by {worst:.2g} nats a token where logits are near {size:g}"
         return ""
 
-    def _distance(self, abilities: Abilities) -> tuple[float, float]:
+    def _distance(self, capabilities: Capabilities) -> tuple[float, float]:
         """Return the largest difference of a log-prob, and how large it may be."""
         expected = self._logits()
         if not bool(torch.isfinite(expected).all()):
@@ -156,7 +156,7 @@ class LastStates:
         targets = _extremes(expected)
         positions = torch.arange(self._ids.shape[1], device=self._ids.device)[None]
         segments = positions.new_zeros(*self._ids.shape, 2)
-        scorer = TokenScorer(self._model, replace(abilities, trees=False))
+        scorer = TokenScorer(self._model, replace(capabilities, trees=False))
         found = scorer(self._ids, positions, segments, targets).logprobs
         worst = (found - expected.log_softmax(-1)[targets[0], targets[1]]).abs().max()
         return float(worst), self._tolerance * max(1.0, float(expected.abs().max()) / USUAL)

@@ -4,7 +4,7 @@ It wraps any causal LM of `transformers` and is the only thing that is given to
 `accelerator.prepare`,
 so that DDP, ZeRO and FSDP always see a whole forward. Logits never leave it. How a model may be
 asked
-(`Abilities`) is measured by `probe`, not assumed.
+(`Capabilities`) is measured by `probe`, not assumed.
 
 Letters: R rows, L tokens of a row, N target tokens.
 """
@@ -36,7 +36,7 @@ class ScorerOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Abilities:
+class Capabilities:
     """What a model was seen to do exactly; see `probe`."""
 
     trees: bool
@@ -61,14 +61,17 @@ class TokenScorer(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, abilities: Abilities, router_loss: RouterLoss | None = None
+        self,
+        model: PreTrainedModel,
+        capabilities: Capabilities,
+        router_loss: RouterLoss | None = None,
     ):
         super().__init__()
         self.model = model
-        self.abilities = abilities
+        self.capabilities = capabilities
         self.merge_below = MERGE_BELOW
         self._router_loss = router_loss
-        self._narrows = abilities.fused and narrows(model)
+        self._narrows = capabilities.fused and narrows(model)
 
     @property
     def config(self):  # noqa: ANN201
@@ -109,10 +112,10 @@ class TokenScorer(nn.Module):
                 f"{tuple(positions.shape)}, {tuple(segments.shape)}"
             )
         real = segments[..., 0] >= 0
-        if self.abilities.trees:
+        if self.capabilities.trees:
             tree = self._masks(segments, positions, targets[0])
             return self._ask(ids, real, targets, position_ids=positions, tree=tree)
-        if self.abilities.padded:
+        if self.capabilities.padded:
             # Positions are the model's own: some begin at another number than 0.
             return self._ask(ids, real, targets, attention_mask=real.long())
         return self._ask_row_by_row(ids, real, targets)
@@ -145,7 +148,7 @@ class TokenScorer(nn.Module):
             inputs["output_router_logits"] = True
         else:
             inputs |= without_router_loss(self.model)
-        if self.abilities.fused:
+        if self.capabilities.fused:
             outputs = self.model.base_model(**inputs)
             hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, sources)
             logprobs = self.model.get_output_embeddings()(hidden, labels)
@@ -163,16 +166,16 @@ class TokenScorer(nn.Module):
         device = segments.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.model.dtype
-        masks = TreeMasks(segments, positions, dtype, self.abilities.backend, self.merge_below)
+        masks = TreeMasks(segments, positions, dtype, self.capabilities.backend, self.merge_below)
         if self._narrows:
             masks.needed = needed_of(masks, sources, segments.shape[:2])
-        if not self.abilities.windows:
+        if not self.capabilities.windows:
             self.asked = masks  # the probe reads from it which windows there are
             return masks
         if masks.needed is not None:
             return masks
-        known = {window: masks[window] for window in self.abilities.windows}
-        return Parts(known) if self.abilities.backend == "blocks" else known
+        known = {window: masks[window] for window in self.capabilities.windows}
+        return Parts(known) if self.capabilities.backend == "blocks" else known
 
 
 def _plain_logprobs(logits: Tensor, sources: Tensor, labels: Tensor) -> Tensor:
@@ -182,4 +185,4 @@ def _plain_logprobs(logits: Tensor, sources: Tensor, labels: Tensor) -> Tensor:
     return chosen.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
 
 
-__all__ = ["Abilities", "FusedHead", "ScorerOutput", "TokenScorer", "target_logprobs"]
+__all__ = ["Capabilities", "FusedHead", "ScorerOutput", "TokenScorer", "target_logprobs"]

@@ -49,7 +49,7 @@ class Sizes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class ParallelLayout:
     """How a run is laid out."""
 
     world: int = 1
@@ -96,7 +96,7 @@ class Memory:
         return sum(self.device.values())
 
 
-def plan_memory(parameters: Sequence[Parameter], sizes: Sizes, setting: Setting) -> Memory:
+def plan_memory(parameters: Sequence[Parameter], sizes: Sizes, setting: ParallelLayout) -> Memory:
     """Return what each process holds right before an optimizer step that is not the first."""
     memory = Memory()
     weights = weight_bytes(parameters, setting)
@@ -114,7 +114,7 @@ def plan_memory(parameters: Sequence[Parameter], sizes: Sizes, setting: Setting)
     return memory
 
 
-def weight_bytes(parameters: Sequence[Parameter], setting: Setting) -> int:
+def weight_bytes(parameters: Sequence[Parameter], setting: ParallelLayout) -> int:
     """Bytes of the weights that a forward reads, between two forwards."""
     if setting.stage == 3:
         return setting.item * _sharded(parameters, setting)
@@ -124,7 +124,7 @@ def weight_bytes(parameters: Sequence[Parameter], setting: Setting) -> int:
     return FLOAT32 * sum(p.numel for p in parameters)
 
 
-def gradient_bytes(parameters: Sequence[Parameter], setting: Setting) -> int:
+def gradient_bytes(parameters: Sequence[Parameter], setting: ParallelLayout) -> int:
     """Bytes of the reduced gradients before a step, float32 where they are offloaded."""
     item = FLOAT32 if setting.offload_optimizer else setting.item
     if setting.stage == 3:
@@ -136,7 +136,7 @@ def gradient_bytes(parameters: Sequence[Parameter], setting: Setting) -> int:
     return FLOAT32 * sum(p.numel for p in parameters if p.trained)
 
 
-def optimizer_bytes(parameters: Sequence[Parameter], setting: Setting) -> int:
+def optimizer_bytes(parameters: Sequence[Parameter], setting: ParallelLayout) -> int:
     """Bytes of AdamW's two moments and counts of steps, and of ZeRO's float32 copy of the
     weights."""
     if setting.stage is None or setting.stage == 0:
@@ -151,7 +151,7 @@ def optimizer_bytes(parameters: Sequence[Parameter], setting: Setting) -> int:
     return sum(3 * FLOAT32 * numel + FLOAT32 for numel in flats)
 
 
-def activation_bytes(sizes: Sizes, setting: Setting) -> int:
+def activation_bytes(sizes: Sizes, setting: ParallelLayout) -> int:
     """Bytes kept for the backward pass of one forward: an estimate.
 
     A decoder layer with a gated MLP keeps for each token its two norm inputs and outputs (4h), the
@@ -168,7 +168,7 @@ def activation_bytes(sizes: Sizes, setting: Setting) -> int:
     return setting.tokens * item * layer * sizes.layers
 
 
-def head_bytes(sizes: Sizes, setting: Setting) -> int:
+def head_bytes(sizes: Sizes, setting: ParallelLayout) -> int:
     """Bytes of the fused head at its largest moment: three chunks of logits, the hidden states of
     the targets and their gradients, and the float32 gradient of the weight."""
     targets = setting.tokens if setting.targets is None else setting.targets
@@ -177,20 +177,20 @@ def head_bytes(sizes: Sizes, setting: Setting) -> int:
     return 3 * logits + states + sizes.vocabulary * sizes.hidden * FLOAT32
 
 
-def _reference_bytes(parameters: Sequence[Parameter], setting: Setting) -> int:
+def _reference_bytes(parameters: Sequence[Parameter], setting: ParallelLayout) -> int:
     if setting.stage is None:
         return FLOAT32 * sum(p.numel for p in parameters)
     return setting.item * _sharded(parameters, setting)
 
 
-def _sharded(parameters: Sequence[Parameter], setting: Setting) -> int:
+def _sharded(parameters: Sequence[Parameter], setting: ParallelLayout) -> int:
     """Elements under ZeRO-3: equal shares, and small parameters gathered with their padding."""
     shares = [(p.numel, _ceil(p.numel, setting.world)) for p in parameters]
     kept = [share for numel, share in shares if numel <= setting.persistence_threshold]
     return sum(share for _, share in shares) + setting.world * sum(kept)
 
 
-def _buffer_bytes(parameters: Sequence[Parameter], sizes: Sizes, setting: Setting) -> int:
+def _buffer_bytes(parameters: Sequence[Parameter], sizes: Sizes, setting: ParallelLayout) -> int:
     """Gradients on their way, and under ZeRO-3 the weights that are whole at one time."""
     if setting.stage in (None, 0):
         return 0
@@ -205,7 +205,7 @@ def _buffer_bytes(parameters: Sequence[Parameter], sizes: Sizes, setting: Settin
     return bucket + setting.item * live
 
 
-def _saving_bytes(parameters: Sequence[Parameter], setting: Setting) -> int:
+def _saving_bytes(parameters: Sequence[Parameter], setting: ParallelLayout) -> int:
     """Float32 weights and two moments: of this rank's pieces, or whole on the one that writes."""
     sharers = setting.world if setting.stage else 1
     return sum(3 * FLOAT32 * _ceil(p.numel, sharers) for p in parameters if p.trained)
@@ -218,12 +218,12 @@ def _groups(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
     return [group for group in groups if group]
 
 
-def _padded(group: Iterable[Parameter], setting: Setting) -> int:
+def _padded(group: Iterable[Parameter], setting: ParallelLayout) -> int:
     unit = ALIGNMENT * setting.world
     return _ceil(sum(p.numel for p in group), unit) * unit
 
 
-def _sub_groups(group: Iterable[Parameter], setting: Setting) -> list[int]:
+def _sub_groups(group: Iterable[Parameter], setting: ParallelLayout) -> list[int]:
     """Elements of this rank in each part of a group that ZeRO-3 steps at once."""
     parts = [0]
     for parameter in group:

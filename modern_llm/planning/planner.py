@@ -15,7 +15,7 @@ from typing import Any
 
 from modern_llm.config import LoraConfig
 from modern_llm.config.errors import ConfigError, UserError
-from modern_llm.planning.memory import Memory, Parameter, Setting, Sizes, plan_memory
+from modern_llm.planning.memory import Memory, ParallelLayout, Parameter, Sizes, plan_memory
 from modern_llm.storage.untrusted import finite, json_lines
 
 USABLE = 0.9
@@ -49,7 +49,7 @@ PRESETS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class PlanRequest:
     """What is to be planned.
 
     Attributes:
@@ -132,7 +132,9 @@ def measured_throughput(run: Path) -> float:
     return float(statistics.median(rates))
 
 
-def plan(shapes: dict[str, tuple[int, ...]], sizes: dict[str, int], wish: Wish) -> dict[str, Any]:
+def plan(
+    shapes: dict[str, tuple[int, ...]], sizes: dict[str, int], wish: PlanRequest
+) -> dict[str, Any]:
     """Return the plan.
 
     Args:
@@ -190,7 +192,7 @@ def _has_adapter(module: str, shape: tuple[int, ...], targets: str | list[str]) 
 
 
 class _Planner:
-    def __init__(self, parameters: Sequence[Parameter], sizes: Sizes, wish: Wish):
+    def __init__(self, parameters: Sequence[Parameter], sizes: Sizes, wish: PlanRequest):
         self._parameters, self._sizes, self._wish = parameters, sizes, wish
         self._usable = int(USABLE * wish.gpu_memory)
         self._least = -(-max(wish.longest, STEP) // STEP) * STEP
@@ -242,7 +244,7 @@ class _Planner:
         return self._memory(name, live, checkpointing, tokens).device_total <= self._usable
 
     def _memory(self, name: str, live: bool, checkpointing: bool, tokens: int) -> Memory:
-        setting = Setting(
+        setting = ParallelLayout(
             world=self._wish.gpus,
             precision=self._wish.precision,
             # With adapters the reference is the base, the adapters switched off.
@@ -254,7 +256,7 @@ class _Planner:
         return plan_memory(self._parameters, self._sizes, replace(setting, **PRESETS[name].setting))
 
 
-def _launch(wish: Wish, row: dict[str, Any]) -> str:
+def _launch(wish: PlanRequest, row: dict[str, Any]) -> str:
     """The command, to be run on every machine where there are several."""
     preset = PRESETS[row["preset"]]
     file = preset.file if wish.nodes == 1 else preset.several_nodes
@@ -273,7 +275,7 @@ def _launch(wish: Wish, row: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def _time(wish: Wish) -> dict[str, Any]:
+def _time(wish: PlanRequest) -> dict[str, Any]:
     """Seconds and cost of the run, None where no throughput is known."""
     if wish.tokens_per_second is None or wish.steps is None:
         return {"seconds": None, "cost": None, "tokens": None}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modern_llm.data.batch.collate import MicroBatch, collate
-from modern_llm.data.batch.order import Budget, Sharing, place
+from modern_llm.data.batch.order import Budget, Sharing, pack
 from modern_llm.data.batch.prefix_tree import Sequence as Laid
 from modern_llm.data.batch.prefix_tree import lay_out
 from modern_llm.data.table.token_table import TokenTable
@@ -140,7 +140,7 @@ class AnswerBatches:
         if self._alone:
             return [chosen[at : at + 1] for at in range(len(chosen))]
         limit = Budget(tokens=budget or self.budget)
-        (groups,) = place(chosen, self.sizes, world=1, budget=limit, shared=self._trees)
+        (groups,) = pack(chosen, self.sizes, world=1, budget=limit, shared=self._trees)
         return [group for group in groups if len(group)]
 
     def sequences(self, item: int) -> list[Laid]:

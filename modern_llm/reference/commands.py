@@ -26,7 +26,7 @@ from modern_llm.distributed.runtime import Runtime, start
 from modern_llm.models.load import inspect_checkpoint
 from modern_llm.reference.agreement import must_agree
 from modern_llm.reference.nonfinite_pairs import leave_out
-from modern_llm.reference.reference_pass import ReferencePass, Wanted
+from modern_llm.reference.reference_pass import PendingTable, ReferencePass
 from modern_llm.reference.scoring import score_everywhere
 from modern_llm.reference.template_day import remember_day, with_template_day
 from modern_llm.setup import tables
@@ -120,7 +120,7 @@ def verify_reference(request: Request, sample: int) -> dict[str, Any]:
         shards, problems = runtime.on_main(store.verify)
         if problems:
             raise StorageError(f"{store.folder}: {'; '.join(problems)}; fill it again")
-        rescored, largest = _rescore(runtime, references, references.wanted[0], sample)
+        rescored, largest = _rescore(runtime, references, references.pending[0], sample)
         return {
             "store": str(store.folder),
             "shards": shards,
@@ -135,7 +135,7 @@ def keep_needed(request: Request) -> dict[str, Any]:
         store = references.store
         if store is None:
             raise ConfigError(["dpo: this run reads no store (loss_type or reference: model)"])
-        keys = np.unique(np.concatenate([wanted.answers.keys for wanted in references.wanted]))
+        keys = np.unique(np.concatenate([wanted.answers.keys for wanted in references.pending]))
         kept = runtime.on_main(lambda: store.keep_only(keys))
         return {"store": str(store.folder), "kept": kept}
 
@@ -156,7 +156,7 @@ def _looked_up(
     check_agreement(tokenizer, others, data)
     then = "what was committed is stored: the same command scores only what is missing"
     watched = Watchdog(runtime, nowhere, request.train.hang_timeout, then=lambda: then)
-    with runtime, watched, tables.passing_folder(runtime, "reference") as folder:
+    with runtime, watched, tables.temporary_tables(runtime, "reference") as folder:
         find = cache(
             partial(ReferencePass, runtime, checkpoint, request.train, request.dpo, part=part)
         )
@@ -171,7 +171,7 @@ def _looked_up(
         prepared = tables.read_tables(runtime, folder, build)
         references = find()
         tables.check_ids_fit(prepared, tokenizer, references.vocabulary)
-        references.want(training_pairs=prepared.train, evaluation_pairs=prepared.evaluation)
+        references.register(training_pairs=prepared.train, evaluation_pairs=prepared.evaluation)
         yield (
             runtime,
             references,
@@ -181,7 +181,7 @@ def _looked_up(
 
 
 def _rescore(
-    runtime: Runtime, references: ReferencePass, wanted: Wanted, sample: int
+    runtime: Runtime, references: ReferencePass, wanted: PendingTable, sample: int
 ) -> tuple[int, float]:
     """Score some stored answers again; return how many, and the largest difference a token."""
     answers = wanted.answers

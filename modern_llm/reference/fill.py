@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from modern_llm.config.errors import StorageError
 from modern_llm.distributed.health import heartbeat
-from modern_llm.distributed.progress_bar import Display
+from modern_llm.distributed.progress_bar import ProgressBar
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.shutdown import consensus
 from modern_llm.reference.answers import AnswerBatches, Answers
@@ -81,7 +81,7 @@ def fill(
     pieces, mine = _plan(answers, scoring, found, flush_every, part)
     needed, present = int(mine.sum()), int((found & mine).sum())
     pass_ = _Pass(runtime, answers, store, scoring, tokens)
-    with Display("reference", needed, present, shown=runtime.is_main) as display:
+    with ProgressBar("reference", needed, present, shown=runtime.is_main) as display:
         scored = pass_.run(pieces, lambda done: display.advance(min(present + done, needed)))
     return FillReport(needed, present, scored, time.perf_counter() - began)
 

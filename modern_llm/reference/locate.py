@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Place:
+class FoundStore:
     """A reference by its digest, and the store of its values (None for a live reference)."""
 
     digest: str
@@ -36,7 +36,7 @@ class Place:
     """Whether the weights are not at hand: the digest was told."""
 
 
-def find_store(runtime: Runtime, checkpoint: Checkpoint, dpo: DPOConfig) -> Place:
+def find_store(runtime: Runtime, checkpoint: Checkpoint, dpo: DPOConfig) -> FoundStore:
     """Return the store of the reference's values; it need not exist yet.
 
     Args:
@@ -48,10 +48,10 @@ def find_store(runtime: Runtime, checkpoint: Checkpoint, dpo: DPOConfig) -> Plac
     recipe = recipe_of(checkpoint, runtime)
     if dpo.reference_digest is not None:
         store = _opened(runtime, lambda: _told(runtime.forward_dtype, dpo))
-        return Place(store.identity.reference, store, foreign=True)
+        return FoundStore(store.identity.reference, store, foreign=True)
     digest = digest_of_checkpoint(runtime, checkpoint)
     if dpo.reference == "model":
-        return Place(digest, None)
+        return FoundStore(digest, None)
     identity = Identity(digest, recipe)
     if dpo.reference_store is None:
         store = ReferenceStore.at(cache_root(), identity)
@@ -63,7 +63,7 @@ def find_store(runtime: Runtime, checkpoint: Checkpoint, dpo: DPOConfig) -> Plac
         log.info("reference: store %s", store.folder)
         if not store.shards:
             _say_what_differs(identity)
-    return Place(digest, store)
+    return FoundStore(digest, store)
 
 
 def _opened(runtime: Runtime, find: Callable[[], Path]) -> ReferenceStore:

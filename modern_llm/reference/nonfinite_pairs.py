@@ -20,7 +20,7 @@ from modern_llm.data.table.build import Prepared
 from modern_llm.data.table.counts import DataReport
 from modern_llm.data.table.token_table import TokenTable
 from modern_llm.distributed.runtime import Runtime
-from modern_llm.setup.micro_batches import LeftOut
+from modern_llm.setup.micro_batches import ExcludedRows
 from modern_llm.storage.atomic import write_file
 from modern_llm.storage.regular_files import read_text
 
@@ -94,7 +94,7 @@ def leave_out(
     return count
 
 
-def leave_out_of_run(
+def exclude_from_run(
     runtime: Runtime,
     prepared: Prepared,
     values: dict[str, NDArray[np.float32] | None],
@@ -102,7 +102,7 @@ def leave_out_of_run(
     max_dropped: float,
     batch_size: int,
     folder: Path,
-) -> LeftOut:
+) -> ExcludedRows:
     """Return which training and evaluation pairs a run never reads, for values that are not finite;
     a collective where there are some.
 

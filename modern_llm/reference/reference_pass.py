@@ -21,7 +21,7 @@ from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.errors import StorageError
 from modern_llm.data.table.build import Prepared
 from modern_llm.data.table.token_table import TokenTable
-from modern_llm.distributed.freed_memory import give_back_freed
+from modern_llm.distributed.freed_memory import release_freed_memory
 from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.adapters import has_adapters
@@ -48,7 +48,7 @@ Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PendingTable:
     """One table whose answers need values: its name in the log, and what it needs."""
 
     what: str
@@ -77,7 +77,7 @@ class ReferencePass:
         self.store: ReferenceStore | None = None
         self._checkpoint: Checkpoint | None = policy
         self._is_policy = dpo.reference_checkpoint is None
-        self._wanted: list[Wanted] = []
+        self._pending: list[PendingTable] = []
         self._scorer: TokenScorer | None = None  # of the frozen module, while there is one
         if not dpo.needs_reference:
             if runtime.is_main:
@@ -106,15 +106,15 @@ class ReferencePass:
         return self._config.precision
 
     @property
-    def wanted(self) -> list[Wanted]:
+    def pending(self) -> list[PendingTable]:
         """The tables whose answers need values."""
-        return self._wanted
+        return self._pending
 
-    def want(self, **tables: TokenTable | None) -> None:
+    def register(self, **tables: TokenTable | None) -> None:
         """Name the tables whose pairs need values, each by what the log calls it."""
         if self.store is not None:
-            self._wanted = [
-                Wanted(name.replace("_", " "), Answers(table))
+            self._pending = [
+                PendingTable(name.replace("_", " "), Answers(table))
                 for name, table in tables.items()
                 if table is not None
             ]
@@ -125,7 +125,7 @@ class ReferencePass:
         Raises:
             StorageError: values are missing and may not be scored, or could not be written.
         """
-        self.want(training_pairs=prepared.train, evaluation_pairs=prepared.evaluation)
+        self.register(training_pairs=prepared.train, evaluation_pairs=prepared.evaluation)
         self._runtime.on_main(self.make_room)
 
     def make_room(self) -> None:
@@ -138,8 +138,8 @@ class ReferencePass:
             return
         tokens = self._dpo.per_token
         rows = targets = 0
-        for wanted in self._wanted:
-            answers = wanted.answers
+        for pending in self._pending:
+            answers = pending.answers
             known = self.store.find(answers.keys, tokens=tokens).keys
             lacking = ~np.isin(answers.keys, known) & ~np.isin(
                 answers.keys, self.store.marks.keys()
@@ -150,17 +150,17 @@ class ReferencePass:
                 kind = " with per-token values" if tokens else ""
                 raise StorageError(
                     f"dpo.reference: store: {self.store.folder} lacks {int(lacking.sum())} of "
-                    f"{len(answers)} answers of the {wanted.what}{kind}, the first at {first}; "
+                    f"{len(answers)} answers of the {pending.what}{kind}, the first at {first}; "
                     "fill it with `modern-llm reference fill` (same tokenizer, template and "
                     "lengths), or use dpo.reference: cache"
                 )
         if rows:
             self.store.make_room(rows, targets, tokens=tokens)
 
-    def stored(self, wanted: Wanted, sample: int) -> Entries:
+    def stored(self, pending: PendingTable, sample: int) -> Entries:
         """Return up to `sample` stored values of a table, in the order of keys, on every rank."""
         assert self.store is not None
-        keys = wanted.answers.keys
+        keys = pending.answers.keys
         keys = keys[np.unique(np.linspace(0, len(keys) - 1, sample).astype(np.int64))]
         store = self.store
         return self._runtime.on_main(lambda: store.find(keys))
@@ -170,11 +170,11 @@ class ReferencePass:
         assert self.store is not None
         marked = self._runtime.on_main(self.store.marks.keys)
         return [
-            np.flatnonzero(np.isin(wanted.answers.keys, marked)[wanted.answers.of_pairs].any(1))
-            for wanted in self._wanted
+            np.flatnonzero(np.isin(pending.answers.keys, marked)[pending.answers.of_pairs].any(1))
+            for pending in self._pending
         ]
 
-    def complete(self, policy: TokenScorer) -> dict[str, Values | None]:
+    def compute(self, policy: TokenScorer) -> dict[str, Values | None]:
         """Score what is missing, check a sample, and return the values of every table by its name.
 
         Args:
@@ -188,12 +188,12 @@ class ReferencePass:
             return {}
         reports = []
         with self.frozen(policy) as scoring:
-            for wanted in self._wanted:
-                reports.append(self.fill(wanted, scoring))
-            give_back_freed()
-            self._check(self._wanted[0], scoring)
-            values = [self._values(wanted) for wanted in self._wanted]
-        return {wanted.what: found for wanted, found in zip(self._wanted, values, strict=True)}
+            for pending in self._pending:
+                reports.append(self.fill(pending, scoring))
+            release_freed_memory()
+            self._check(self._pending[0], scoring)
+            values = [self._values(pending) for pending in self._pending]
+        return {pending.what: found for pending, found in zip(self._pending, values, strict=True)}
 
     def live(self, policy: TokenScorer) -> nn.Module | None:
         """Return the frozen model of `reference: model`, else None."""
@@ -213,15 +213,15 @@ class ReferencePass:
     def fill_all(self) -> list[FillReport]:
         """Score what is missing of every table; the values stay in the store."""
         with self.frozen(None) as scoring:
-            reports = [self.fill(wanted, scoring) for wanted in self._wanted]
+            reports = [self.fill(pending, scoring) for pending in self._pending]
             if self._part == (1, 1):
-                self._check(self._wanted[0], scoring)
+                self._check(self._pending[0], scoring)
         return reports
 
-    def fill(self, wanted: Wanted, scoring: Scoring | None) -> FillReport:
+    def fill(self, pending: PendingTable, scoring: Scoring | None) -> FillReport:
         """Score what the store lacks of one table and say what was done."""
         assert self.store is not None
-        answers = wanted.answers
+        answers = pending.answers
         if scoring is None:
             return FillReport(len(answers), len(answers), 0, 0.0)
         report = fill(
@@ -237,7 +237,7 @@ class ReferencePass:
             rate = report.scored / 2 / max(report.seconds, 1e-9)
             log.info(
                 "reference pass over %s: needed %d, found %d, scored %d in %.1f s%s",
-                wanted.what,
+                pending.what,
                 report.needed,
                 report.found,
                 report.scored,
@@ -276,12 +276,12 @@ class ReferencePass:
         # After an error the runtime frees it, within a deadline.
         if module is not policy:
             self._runtime.release(module)
-        give_back_freed()
+        release_freed_memory()
 
-    def _values(self, wanted: Wanted) -> Values:
+    def _values(self, pending: PendingTable) -> Values:
         """Return the two numbers of every pair of a table."""
         assert self.store is not None
-        answers, alpha = wanted.answers, self._dpo.ld_alpha
+        answers, alpha = pending.answers, self._dpo.ld_alpha
         found = values_of(self._runtime, answers.keys, self.store, tokens=alpha is not None)
         sums = found.sums[answers.of_pairs]
         if alpha is None:
@@ -289,7 +289,7 @@ class ReferencePass:
         weighted = desensitised(found, answers.of_pairs, alpha)
         return np.where(np.isfinite(sums).all(1, keepdims=True), weighted, np.float32(np.nan))
 
-    def _check(self, wanted: Wanted, scoring: Scoring | None) -> None:
+    def _check(self, pending: PendingTable, scoring: Scoring | None) -> None:
         """Score a sample of pairs again as training lays them out: both answers of each must be as
         stored, whatever the loss makes of them.
 
@@ -298,7 +298,7 @@ class ReferencePass:
         """
         if scoring is None:
             return
-        answers = wanted.answers
+        answers = pending.answers
         pairs = answers.of_pairs
         assert self.store is not None
         marked = np.isin(answers.keys, self._runtime.on_main(self.store.marks.keys))
@@ -307,7 +307,7 @@ class ReferencePass:
             return  # what is left out is judged by whoever reads the values
         count = min(self._dpo.self_check_pairs or SELF_CHECK_PAIRS, len(good))
         sample = good[np.unique(np.linspace(0, len(good) - 1, count).astype(np.int64))]
-        rows, fresh = self._scored_as_trained(wanted, scoring, sample)
+        rows, fresh = self._scored_as_trained(pending, scoring, sample)
         entries = pairs[rows].ravel()
         chosen = np.unique(entries)
         stored = values_of(self._runtime, answers.keys[chosen], self.store)
@@ -329,12 +329,12 @@ class ReferencePass:
             )
 
     def _scored_as_trained(
-        self, wanted: Wanted, scoring: Scoring, sample: Indices
+        self, pending: PendingTable, scoring: Scoring, sample: Indices
     ) -> tuple[Indices, Values]:
         """Return pairs and their sums (P, 2), from micro-batches as training makes them; a
         collective."""
         assert self._scorer is not None
-        table = wanted.answers.table
+        table = pending.answers.table
         source = make_source(self._runtime, self._config, table, "pairs", self._scorer)
         mine = [source.collate(part) for part in source.parts(sample)[self._runtime.rank]]
         failure: Exception | None = None

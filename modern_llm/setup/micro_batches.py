@@ -23,7 +23,7 @@ from modern_llm.models.scorer import TokenScorer
 # keep few activations (seen with 6 layers of 256: 768 tokens are as fast as 1,600 and take 110 MB
 # less; 512 are 9% slower); a GPU wants enough work for every kernel.
 AUTO_TOKENS = {"cpu": 768, "cuda": 16_384}
-LeftOut = tuple[tuple[int, ...], tuple[int, ...]]
+ExcludedRows = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def make_sources(
@@ -34,7 +34,7 @@ def make_sources(
     scorer: TokenScorer,
     *,
     group_by_prompt: bool = False,
-    left_out: LeftOut = ((), ()),
+    left_out: ExcludedRows = ((), ()),
 ) -> tuple[BatchSource, BatchSource | None]:
     """Return this rank's sources of training and, where there is some, evaluation data.
 
@@ -78,7 +78,7 @@ def make_source(
     Raises:
         UserError: one example alone is above `tokens_per_micro_batch`.
     """
-    examples = Examples(table, kind, trees=scorer.abilities.trees)
+    examples = Examples(table, kind, trees=scorer.capabilities.trees)
     shared = sharing(scorer)
     budget = token_budget(runtime, config, examples, shared=shared)
     groups = examples.prompt_numbers() if group_by_prompt else None
@@ -92,7 +92,7 @@ def make_source(
         world=runtime.world,
         shared=shared,
         # Compiled kernels want lengths that share a factor, and few of them.
-        align=SIDE if scorer.abilities.backend == "flex" or config.compile else 1,
+        align=SIDE if scorer.capabilities.backend == "flex" or config.compile else 1,
         flops=partial(IdealFlops(scorer.model), training=True),
         auto=config.most_tokens is None,
     )
@@ -100,9 +100,9 @@ def make_source(
 
 def sharing(scorer: TokenScorer) -> Sharing:
     """Return what rows may hold: one line where attention makes no mask of it."""
-    if not scorer.abilities.trees:
+    if not scorer.capabilities.trees:
         return Sharing.ALONE
-    return Sharing.ROWS if scorer.abilities.backend == "mask" else Sharing.LINE
+    return Sharing.ROWS if scorer.capabilities.backend == "mask" else Sharing.LINE
 
 
 def token_budget(

@@ -53,8 +53,8 @@ def set_up_scorer(
     _refuse_rows_alone(runtime, scorer)
     if runtime.is_main:
         rows = "one row an answer"
-        if scorer.abilities.trees:
-            rows = f"pairs share their prompt (attention: {scorer.abilities.backend})"
+        if scorer.capabilities.trees:
+            rows = f"pairs share their prompt (attention: {scorer.capabilities.backend})"
         log.info(
             "model: %s, %s parameters, %s",
             type(model).__name__,
@@ -71,7 +71,7 @@ def set_up_scorer(
 def _refuse_rows_alone(runtime: Runtime, scorer: TokenScorer) -> None:
     """Refuse weights sharded over processes for a model that takes a forward for each row: ranks
     with other numbers of rows would wait for each other."""
-    if runtime.shards_weights and not scorer.abilities.padded:
+    if runtime.shards_weights and not scorer.capabilities.padded:
         raise UserError(
             f"{type(scorer.model).__name__}: padding changes what this architecture computes, so "
             "each row has a forward of its own, which ZeRO-3 and FSDP cannot do; use "

@@ -51,7 +51,7 @@ def with_dataset_name(data: DatasetConfig, config: TrainingConfig) -> DatasetCon
 
 
 @contextmanager
-def passing_folder(runtime: Runtime, purpose: str) -> Iterator[Path]:
+def temporary_tables(runtime: Runtime, purpose: str) -> Iterator[Path]:
     """Give a folder for tables that is the same for all processes of a machine, and goes again."""
     token = runtime.from_main(uuid.uuid4().hex if runtime.is_main else None)
     folder = Path(tempfile.gettempdir()) / f"modern-llm-{purpose}-{token}"

@@ -1,14 +1,14 @@
-"""Folders and files that are either whole or not there: write beside, flush, digest, rename.
+"""Atomic writes of folders and files: write beside the target, flush, digest, rename.
 
 A committed folder holds `MANIFEST.json` with the size and digest of every other file. Readers
-believe only the manifest. A digest shows damage, not forgery, so it is the fast one of the stores
-(XXH3, 128 bits): SHA-256 took longer than a disk takes to write the same bytes.
-`Runtime.committed_folder` lets many processes write into one folder by the same steps: `begin`,
-`seal`, `finish`, `abandon`.
+trust only the manifest. A digest detects damage, not forgery, so a fast one is used (XXH3, 128
+bits): SHA-256 took longer than a disk takes to write the same bytes. With
+`Runtime.committed_folder` many processes write into one folder by the same steps: `begin`, `seal`,
+`finish`, `abandon`.
 
-This is the one place where anything gets its final name: checkpoints, exports, token tables, shards
-of stores, pages and small files. Of the project it imports nothing but the errors, the fault points
-and the marks of progress, so that every layer may use it.
+Everything gets its final name in this module: checkpoints, exports, token tables, shards of stores,
+pages and small files. It imports only the errors, the fault points and the marks of progress of
+this project, so that every layer may use it.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from modern_llm.storage.untrusted import read_json
 
 MANIFEST = "MANIFEST.json"
 LARGEST_MANIFEST = 100_000_000
-"""Bytes; a line for each file, of which thousands of ranks write two."""
+"""Bytes. A manifest has one line per file, and thousands of ranks write two files each."""
 VERSION = 2
 DIGESTS: dict[int, tuple[str, Callable[[], Any]]] = {
     1: ("sha256", hashlib.sha256),
     2: ("xxh3_128", xxhash.xxh3_128),
 }
-"""Of each version of the manifest: what the digest of a file is called in it, and how it is made.
-Folders of every version here are read; those of `VERSION` are written."""
+"""Manifest version -> name and function of its file digest. All of these versions can be read;
+`VERSION` is written."""
 TEMPORARY = ".tmp-"
-"""What a name begins with that is not committed; such a folder is nobody's but its writer's."""
+"""Prefix of uncommitted names, owned by the creating process."""
 
 _BLOCK = 16 << 20
 _noted: dict[Path, dict[str, Any]] = {}
@@ -60,7 +60,7 @@ def committed_folder(target: Path, facts: dict[str, Any] | None = None) -> Itera
         facts: written into the manifest beside the list of files.
 
     Raises:
-        StorageError: the disk refuses; nothing is left behind and what stood there before stands.
+        StorageError: a write fails. Nothing is left behind, and the earlier content is unchanged.
     """
     with refusals(target):
         place = begin(target)
@@ -74,7 +74,7 @@ def committed_folder(target: Path, facts: dict[str, Any] | None = None) -> Itera
 
 @contextmanager
 def refusals(target: Path) -> Iterator[None]:
-    """Turn what a disk refuses in the body into a `StorageError` that names `target`."""
+    """Convert an OSError in the body to a `StorageError` that names `target`."""
     try:
         yield
     except OSError as error:
@@ -84,7 +84,7 @@ def refusals(target: Path) -> Iterator[None]:
 
 
 def begin(target: Path) -> Path:
-    """Make the temporary folder of `target` and return it."""
+    """Create the temporary folder of `target` and return it."""
     place = target.with_name(f"{TEMPORARY}{target.name}-{os.getpid()}")
     shutil.rmtree(place, ignore_errors=True)
     try:
@@ -97,12 +97,12 @@ def begin(target: Path) -> Path:
 
 
 def note_digest(path: Path, digest: str) -> None:
-    """Note what this process has flushed and digested while it wrote it: `seal` will not again."""
+    """Record files that were flushed and digested while written, so that `seal` skips them."""
     _noted[path] = _entry(path, digest)
 
 
 def noted(place: Path) -> dict[str, dict[str, Any]]:
-    """Take what was noted of the files in `place`: name -> size and digest."""
+    """Remove and return the recorded files of `place`: name -> size and digest."""
     paths = [path for path in list(_noted) if path.is_relative_to(place)]
     return {str(path.relative_to(place)): _noted.pop(path) for path in paths}
 
@@ -115,7 +115,7 @@ def seal(
     A file is flushed while it is read: neither waits for the other.
 
     Args:
-        done: names that some rank has noted.
+        done: names that some rank has recorded.
     """
     found = sorted(p for p in place.rglob("*") if p.is_file())
     paths = [p for p in found if str(p.relative_to(place)) not in done][rank::world]
@@ -136,7 +136,7 @@ def _entry(path: Path, digest: str) -> dict[str, Any]:
 def finish(
     place: Path, target: Path, files: dict[str, dict[str, Any]], facts: dict[str, Any]
 ) -> None:
-    """Write the manifest of what was sealed and give the folder its name."""
+    """Write the manifest of the sealed files and give the folder its name."""
     _write_manifest(place, files, facts)
     for folder in {path.parent for path in place.rglob("*")} - {place}:
         flush_folder(folder)
@@ -145,14 +145,14 @@ def finish(
 
 
 def flush_tree(place: Path) -> None:
-    """Put all files and folders below `place` on disk."""
+    """Flush all files and folders below `place` to disk."""
     for path in sorted(place.rglob("*")):
         flush_folder(path) if path.is_dir() else flush_file(path)
     flush_folder(place)
 
 
 def name_folder(place: Path, target: Path) -> None:
-    """Give a flushed folder its name; where one of that name stood, `place` may hold it after."""
+    """Give a flushed folder its name; `place` may then hold the folder that it replaced."""
     with around("commit.rename"):
         if not target.exists():
             place.rename(target)
@@ -165,14 +165,14 @@ def name_folder(place: Path, target: Path) -> None:
 
 
 def abandon(place: Path) -> None:
-    """Remove what stands under the temporary name: what failed, or what was replaced."""
+    """Remove the folder with the temporary name: a failed write, or the replaced folder."""
     noted(place)
     shutil.rmtree(place, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders swap names in one step, so that there is never none; False where the system
-    or file system cannot."""
+    """Swap the names of two folders in one step, so that neither is ever missing. Return False
+    where the system or file system does not support it."""
     with suppress(OSError, AttributeError):
         swap = ctypes.CDLL(None, use_errno=True).renameat2  # Linux
         names = os.fsencode(one), os.fsencode(other)
@@ -181,7 +181,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def write_file(path: Path, text: str | Iterable[str]) -> None:
-    """Write a text, or its pieces, in one piece: a reader sees the old content or the new."""
+    """Write a text, or its pieces, atomically: a reader sees the old content or the new."""
     with new_file(path) as temporary:
         with around("text.write"), temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.writelines([text] if isinstance(text, str) else text)
@@ -189,13 +189,12 @@ def write_file(path: Path, text: str | Iterable[str]) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; on leaving without an error what was written there
-    becomes `path`.
+    """Yield a temporary name beside `path`; without an error, that file then becomes `path`.
 
     Raises:
-        StorageError: the disk refuses; what stood there before stands.
+        StorageError: a write fails. The earlier content is unchanged.
     """
-    # Not the process's number: on a shared file system, jobs in containers often have the same.
+    # No process id: on a shared file system, jobs in containers often have the same one.
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex}")
     try:
         with refusals(path):
@@ -242,12 +241,12 @@ def verified_manifest(folder: Path) -> dict[str, Any]:
 
 
 def new_digest() -> Any:
-    """Return an empty digest of the kind that is written: `update` it and take its `hexdigest`."""
+    """Return an empty digest of the written kind; call `update`, then `hexdigest`."""
     return DIGESTS[VERSION][1]()
 
 
 def digest_file(path: Path, version: int = VERSION) -> str:
-    """Return the digest of a file's bytes, in hex, as manifests of `version` hold it."""
+    """Return the hex digest of a file's bytes, as in manifests of `version`."""
     digest = DIGESTS[version][1]()
     with open_regular(path) as file:
         while block := file.read(_BLOCK):
@@ -279,7 +278,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _is_entry(name: str, entry: Any, key: str) -> bool:
-    """Whether a line of a manifest names a file inside its folder, with size and digest."""
+    """Return whether a manifest entry names a file inside its folder, with size and digest."""
     path = Path(name)
     inside = path.parts and not path.is_absolute() and ".." not in path.parts
     return bool(inside) and isinstance(entry["size"], int) and isinstance(entry[key], str)
@@ -294,19 +293,19 @@ def _write_manifest(place: Path, files: dict[str, Any], facts: dict[str, Any]) -
 
 
 def flush_file(path: Path) -> None:
-    """Put a file's bytes on disk."""
+    """Flush a file's bytes to disk."""
     with open_regular(path) as file, around("file.flush"):
         os.fsync(file.fileno())
 
 
 def _own_digest(manifest: dict[str, Any]) -> str:
-    """Digest of the manifest without this digest: one changed byte in it must show as well."""
+    """Return the digest of the manifest without this field, to detect a changed byte in it."""
     content = {key: value for key, value in manifest.items() if key != "own"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def flush_folder(folder: Path) -> None:
-    """Put on disk which names a folder holds."""
+    """Flush a folder's list of names to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with around("folder.flush"):
@@ -316,7 +315,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that may be written under `folder`, which need not exist yet."""
+    """Return the free bytes for `folder`, which need not exist yet."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     state = os.statvfs(folder)

@@ -1,9 +1,9 @@
-"""Named places at which a test may kill, hang or refuse: nothing happens there otherwise.
+"""Named points at which a test injects a kill, a hang or a disk error; otherwise no-ops.
 
 `MODERN_LLM_FAULT=point:rank:nth:action` makes the process of that rank (`*` for every one) act when
 it reaches the point for the nth time (from 1). A point is `name.before` or `name.after` of what
-`around(name)` encloses. Actions: `kill` (SIGKILL), `raise`, `sleep` (an hour), and the refusals of
-a disk: `enospc eio estale edquot erofs`. A test finds writes that no point encloses.
+`around(name)` encloses. Actions: `kill` (SIGKILL), `raise`, `sleep` (an hour), and the errors of a
+disk: `enospc eio estale edquot erofs`. A test finds writes that no point encloses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _reached: dict[str, int] = {}
 
 
 class InjectedFault(RuntimeError):
-    """What the action `raise` raises."""
+    """Error raised by the action `raise`."""
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def around(name: str) -> Iterator[None]:
 
 
 def reach(point: str) -> None:
-    """Act if this is the point that the environment names; it must name one."""
+    """Act if this is the point that `MODERN_LLM_FAULT` names; the variable must be set."""
     wanted, rank, nth, action = os.environ[VARIABLE].split(":")
     if wanted != point or rank not in ("*", os.environ.get("RANK", "0")):
         return

@@ -1,6 +1,6 @@
-"""Digests of local files, remembered with the identity of each, so that none is read twice.
+"""Digests of local files, cached by the identity of each file, so that none is read twice.
 
-A file is the same where path, size, times of content and inode, and inode number are. Called for
+A file counts as unchanged if its path, size, mtime, ctime and inode number are the same. Used for
 data, for the inputs that nodes compare, and for the weights of a reference.
 """
 
@@ -21,16 +21,16 @@ from modern_llm.storage.regular_files import open_regular, read_text
 
 Identity = tuple[str, int, int, int, int]
 VERSION = 1
-"""Changes with the way in which the digest of a file is made."""
-# A file system counts time in steps: within one, a file may change and keep its time. Files younger
-# than this when they were read are read again next time.
+"""Version of the digest; raise it when the way of computing changes."""
+# File times are coarse: a file may change within one tick and keep its time. Files younger than
+# this when they were read are read again next time.
 SETTLED_S = 2.0
 _BLOCK = 4 << 20
 
 
 def cache_root() -> Path:
-    """Return the folder of all that is kept between runs: `MODERN_LLM_CACHE`, or one beside the
-    Hub's cache."""
+    """Return the cache folder shared by all runs: `MODERN_LLM_CACHE`, or one beside the Hub's
+    cache."""
     named = os.environ.get("MODERN_LLM_CACHE")
     if named:
         return Path(named)
@@ -39,29 +39,29 @@ def cache_root() -> Path:
 
 
 def identity_of(path: Path) -> Identity:
-    """Return path, size, times of content and of inode (ns), and inode of a file."""
+    """Return path, size, mtime and ctime (ns), and inode number of a file."""
     state = os.stat(path)
     place = str(path.resolve())
     return place, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino
 
 
 def is_settled(identities: Iterable[Identity]) -> bool:
-    """Whether files are old enough that a later change shows in their times."""
+    """Return whether files are old enough that a later change alters their times."""
     youngest = max(max(identity[2], identity[3]) for identity in identities)
     return time.time_ns() - youngest > SETTLED_S * 1e9
 
 
 def place_of(memory: Path, about: str) -> Path:
-    """Return the file in which a folder of memory keeps what is known of something."""
+    """Return the file of the cache entry `about` in the folder `memory`."""
     return memory / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.json"
 
 
 def file_digests(files: Sequence[Path], memory: Path | None = None) -> list[str]:
-    """Return the digest of the bytes of each file; only those not seen before are read.
+    """Return the digest of the bytes of each file; only files not in the cache are read.
 
     Args:
-        memory: folder where digests are remembered, `digests` in the cache by default; nothing is
-            remembered where it cannot be written.
+        memory: folder of the cached digests, by default `digests` in the cache. If it cannot be
+            written, nothing is cached.
 
     Raises:
         OSError: a file cannot be read; names it.
@@ -94,7 +94,7 @@ def file_digests(files: Sequence[Path], memory: Path | None = None) -> list[str]
 
 
 def _known(place: Path) -> dict[str, object]:
-    """What was remembered of the files of a folder; nothing where that is damaged."""
+    """Return the cached digests of a folder's files; empty if the cache is damaged."""
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         content = json.loads(read_text(place))
         if content["version"] == VERSION:

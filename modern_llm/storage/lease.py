@@ -1,11 +1,10 @@
-"""Claims: which of several jobs on one file system does a piece of work. No clock is compared.
+"""Claims: locks that divide work among jobs on one file system, without comparing clocks.
 
-A claim is a file that exists once, made by linking (a link to a name that is taken fails). Its
-owner holds a lock on it (`flock`) and appends a byte every few seconds. Another job takes it over
-when its owner is dead: on the same machine when the lock is free, on another when the file has not
-grown for `patience` seconds of the watcher's own monotonic clock. Two jobs that both come to hold a
-claim do work twice and nothing wrong: entries are named by content. Called by the store and by
-the lock of a run folder.
+A claim is a file created by a hard link, which fails if the name exists. Its owner holds a lock on
+it (`flock`) and appends a byte every few seconds. Another job takes it over when the owner is dead:
+on the same machine when the lock is free, on another machine when the file has not grown for
+`patience` seconds of the watcher's own monotonic clock. If two jobs hold the same claim, work is
+done twice but stays correct: entries are named by content.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from modern_llm.storage.fault_points import around
 from modern_llm.storage.regular_files import open_regular, read_text
 
 PATIENCE = 60.0
-"""Seconds without a sign of life from another machine. Network file systems may show a file's
-growth up to half a minute late."""
+"""Seconds without a heartbeat from another machine. Network file systems may show a file's growth
+up to half a minute late."""
 _BEATS = 12
-"""Signs of life within that time."""
+"""Heartbeats within that time."""
 _ASIDE = ".dead-"
 
 
 class Claims:
-    """The claims of one job in one folder, which is made when the first is taken.
+    """The claims of one job in one folder, which is created with the first claim.
 
     Args:
         patience: seconds after which a claim of another machine that does not grow is taken over.
@@ -45,22 +44,22 @@ class Claims:
         self._me = uuid.uuid4().hex
         self._machine = _machine()
         self._held: dict[str, int] = {}
-        # name -> (what was seen of it, when it was first seen so, by the monotonic clock)
+        # name -> (last observed state, monotonic time at which it was first observed)
         self._seen: dict[str, tuple[tuple[int, int], float]] = {}
         self._stop = threading.Event()
         self._guard = threading.Lock()
         self._beat: threading.Thread | None = None
 
     def take(self, name: str) -> bool:
-        """Take the claim `name` if it is free or its owner is dead; never waits."""
+        """Take the claim `name` if it is free or its owner is dead, without waiting."""
         path = self.folder / name
         if self._make(path):
             return True
         dead = self._dead_head(path)
         if dead is None:
             return False
-        # Only one of several watchers can move the file away. One that was slow may have moved the
-        # new owner's: it puts that back, where nobody was faster.
+        # Only one of several watchers can move the file away. A slow watcher may have moved the
+        # new owner's file: it puts that back, unless another job has taken the claim.
         aside = self.folder / f"{_ASIDE}{name}-{self._me}"
         try:
             with around("claim.aside"):
@@ -75,7 +74,7 @@ class Claims:
         return not theirs and self._make(path)
 
     def release(self, name: str) -> None:
-        """Give a claim back; one that was lost meanwhile is left to its new owner."""
+        """Release a claim; a claim lost in the meantime is left to its new owner."""
         with self._guard:
             descriptor = self._held.pop(name, None)
         if descriptor is None:
@@ -87,7 +86,7 @@ class Claims:
 
     @contextmanager
     def holding(self, name: str) -> Iterator[bool]:
-        """Hold the claim for the body if it can be had; yields whether it is held."""
+        """Try to hold the claim during the body; yield whether it is held."""
         taken = self.take(name)
         try:
             yield taken
@@ -96,7 +95,7 @@ class Claims:
                 self.release(name)
 
     def close(self) -> None:
-        """Give back what is held and stop the signs of life."""
+        """Release all claims and stop the heartbeats."""
         for name in list(self._held):
             self.release(name)
         self._stop.set()
@@ -105,8 +104,8 @@ class Claims:
             self._beat = None
 
     def owner(self, name: str) -> dict[str, Any] | None:
-        """Return who holds the claim `name`: `host`, `pid`, whether that is this `machine` and
-        whether it is this very job (`me`), and `size`, which grows while it lives; None if free."""
+        """Return the owner of the claim `name`, or None if it is free: `host`, `pid`, whether it is
+        on this `machine`, whether it is this job (`me`), and `size`, which grows while it lives."""
         path = self.folder / name
         try:
             head, size = _head(path), path.stat().st_size
@@ -122,8 +121,8 @@ class Claims:
         }
 
     def is_mine(self, name: str) -> bool:
-        """Whether this job still owns a claim that it took. A disk that cannot be asked at the
-        moment says nothing against it."""
+        """Return whether this job still owns a claim that it took; True while the disk gives no
+        answer."""
         try:
             with open_regular(self.folder / name) as file:
                 return self._me.encode() in file.readline()
@@ -133,12 +132,12 @@ class Claims:
             return True
 
     def is_held(self, name: str) -> bool:
-        """Whether a process of this machine holds the claim; nothing is waited for or changed."""
+        """Return whether a process of this machine holds the claim, without waiting or changes."""
         owner = self.owner(name)
         return bool(owner and owner["machine"]) and _lock_is(self.folder / name) == "held"
 
     def clean(self) -> int:
-        """Remove claims and leftovers of owners that are dead on this machine; return how many."""
+        """Remove claims and leftovers of dead owners of this machine; return how many."""
         removed = self.clear_leftovers()
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if self._dead_head(path) is not None:
@@ -147,10 +146,10 @@ class Claims:
         return removed
 
     def clear_leftovers(self) -> int:
-        """Remove what was left under temporary names on this machine; return how many.
+        """Remove leftover files with temporary names of this machine; return how many.
 
-        Whoever was killed before it signed what it made, or while it moved a dead one's claim away,
-        has left that. A live job from which it is taken within that moment makes another.
+        A job leaves one if it is killed before it signs its claim or while it moves a dead job's
+        claim away. A live job that loses its file in that moment creates another.
         """
         removed = 0
         for start in (_unsigned(""), _ASIDE):
@@ -166,11 +165,11 @@ class Claims:
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         try:
             descriptor = os.open(temporary, flags, 0o644)
-        except FileNotFoundError:  # the folder was removed under us, empty as it was
+        except FileNotFoundError:  # another job removed the empty folder
             return False
         made = False
         try:
-            with suppress(OSError):  # a file system without locks has the growth to go by
+            with suppress(OSError):  # without file locks, growth alone decides
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             head = {"owner": self._me, "machine": self._machine, "pid": os.getpid()}
             with around("claim.write"):
@@ -178,7 +177,7 @@ class Claims:
             with around("claim.link"):
                 os.link(temporary, path)
             made = True
-        except (FileExistsError, FileNotFoundError):  # taken, or cleaned away under us
+        except (FileExistsError, FileNotFoundError):  # taken, or removed by another job
             return False
         finally:
             temporary.unlink(missing_ok=True)
@@ -193,12 +192,12 @@ class Claims:
         return True
 
     def _live(self) -> None:
-        """Append a byte to every claim that is held, again and again."""
+        """Append a byte to every held claim at regular intervals."""
         while not self._stop.wait(self._patience / _BEATS):
             with self._guard:
                 for descriptor in self._held.values():
-                    # A full disk must not end the work; a claim that no longer grows is at worst
-                    # taken over, and the work done twice.
+                    # A full disk must not end the work. At worst, the claim is taken over and the
+                    # work is done twice.
                     with suppress(OSError), around("claim.beat"):
                         os.write(descriptor, b".")
                         os.fsync(descriptor)
@@ -209,7 +208,7 @@ class Claims:
             with open_regular(path) as file:
                 state, head = os.fstat(file.fileno()), file.readline()
         except OSError:
-            return None  # given back just now: the next round takes it
+            return None  # just released: the next round takes it
         if _signature(head)[0] == self._machine and (lock := _lock_is(path)) != "unknown":
             return head if lock == "free" else None
         sign = (state.st_ino, state.st_size)
@@ -222,12 +221,12 @@ class Claims:
 
 
 def lock_is_free(path: Path) -> bool:
-    """Whether no process of this machine holds the lock of a file that exists."""
+    """Return whether no process of this machine holds the lock of an existing file."""
     return _lock_is(path) == "free"
 
 
 def _lock_is(path: Path) -> str:
-    """`held` or `free`; `unknown` where the file is gone or its file system has no locks."""
+    """Return `held`, `free`, or `unknown` if the file is gone or locks are not supported."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -256,7 +255,7 @@ def _head(path: Path) -> bytes:
 
 
 def _signature(head: bytes) -> tuple[str | None, int | None]:
-    """Return machine and process number of a claim's first line; None for what cannot be read."""
+    """Return machine and process id of a claim's first line; None for unreadable parts."""
     try:
         said = json.loads(head)
         machine = str(said["machine"])
@@ -267,9 +266,9 @@ def _signature(head: bytes) -> tuple[str | None, int | None]:
 
 
 def _machine() -> str:
-    """Name of this machine since it was started; containers on it count as machines of their own.
+    """Return an id of this machine since its boot; each container counts as its own machine.
 
-    A lock says something only among processes that share it.
+    A lock is meaningful only among processes that share it.
     """
     parts = [platform.node()]
     for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):

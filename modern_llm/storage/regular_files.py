@@ -1,8 +1,8 @@
-"""Open for reading what a name says, if it is a regular file.
+"""Opening of paths for reading, which must be regular files.
 
-A named pipe or a device in the place of a file would let the program wait for a writer that never
-comes, or read without end. Everything that is opened by name comes through here, or is checked here
-before a library opens it.
+A named pipe or a device in place of a file would make the program wait for a writer that never
+comes, or read without end. Every path is opened by this module, or checked here before a library
+opens it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KINDS = (
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Refuse what is not a regular file.
+    """Raise unless `path` is a regular file.
 
     Raises:
         OSError: it is something else, or nothing.
@@ -40,13 +40,13 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def open_descriptor(path: str | os.PathLike[str]) -> int:
-    """Open a regular file for reading at places of it.
+    """Open a regular file for reading at offsets.
 
     Raises:
         OSError: it is something else, or cannot be opened.
     """
     check_regular(path)  # opening a device can have effects
-    # A pipe that took the place of the file since is opened without waiting.
+    # O_NONBLOCK: the file may have been replaced by a pipe in the meantime.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _check(path, os.fstat(descriptor).st_mode)
@@ -65,7 +65,7 @@ def open_plain(path: str | os.PathLike[str], *, follow: bool = True) -> BinaryIO
     Raises:
         OSError: it is something else, or cannot be opened.
     """
-    # The shell's <(command) is a FIFO that the user made for this very process.
+    # The shell's <(command) is a FIFO that the user made for this process.
     if str(path).startswith(_STREAMS):
         return open(path, "rb")
     if not follow and os.path.islink(path):
@@ -79,7 +79,7 @@ def read_bytes(
     """Return the content of a regular file.
 
     Args:
-        most: bytes that it may have; None for a file that this program wrote.
+        most: largest size in bytes; None for a file that this program wrote.
         follow: as in `open_plain`.
 
     Raises:

@@ -1,9 +1,8 @@
-"""One safetensors file; what was written is digested and looked at while it is flushed.
+"""Writer of one safetensors file that checks and digests the data while it is flushed.
 
-A flush waits for the disk and leaves the cores alone; it begins with the first group of tensors, so
-that the disk does not wait for the last. What is digested are the bytes in memory: nothing is read
-back. The layout is that of `safetensors.torch.save_file`, whose own call gives no way in. Called by
-checkpoints and exports.
+A flush waits for the disk and uses no CPU. It begins with the first group of tensors, so that the
+disk does not wait for the last. The bytes in memory are digested: nothing is read back. The layout
+is that of `safetensors.torch.save_file`, which has no hook for this.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from modern_llm.distributed.health import heartbeat
 from modern_llm.storage.atomic import flush_file, new_digest, note_digest
 from modern_llm.storage.fault_points import around
 
-# In the order in which safetensors puts them: the widest first, so that each stands aligned.
+# In the order of safetensors: the widest first, so that each tensor is aligned.
 NAMES = {
     "uint64": "U64", "int64": "I64", "float64": "F64", "complex64": "C64", "float32": "F32",
     "uint32": "U32", "int32": "I32", "bfloat16": "BF16", "float16": "F16", "uint16": "U16",
@@ -28,19 +27,18 @@ NAMES = {
     "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
 GROUP = 2**26
-"""Bytes that are written before a flush of them begins."""
+"""Bytes written per flush."""
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write and flush one file, and note its digest for the commit of its folder.
+    """Write and flush one file, and record its digest for the commit of its folder.
 
     Args:
-        tensors: contiguous, of any device; about `GROUP` bytes of them are copied to the host at a
-            time.
+        tensors: contiguous, on any device; about `GROUP` bytes are copied to the host at a time.
 
     Raises:
         NotFiniteError: a tensor holds a value that is not finite; no checkpoint may hold one.
-        OSError: the disk refuses.
+        OSError: a write fails.
     """
     order = sorted(tensors, key=lambda name: (_place(tensors[name]), name))
     digest = new_digest()
@@ -63,14 +61,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             for name, tensor in held.items():
                 _look(name, tensor)
             waiting = []
-        for flush in flushes:  # each of them: the system tells of a lost write once
+        for flush in flushes:  # all of them: the system reports a lost write only once
             flush.result()
             heartbeat.tick()
     note_digest(path, digest.hexdigest())
 
 
 def _groups(tensors: dict[str, Tensor], order: list[str]) -> list[list[str]]:
-    """Part the names of `order`, in turn, so that each part but the last makes `GROUP` bytes."""
+    """Split the names of `order` into groups of about `GROUP` bytes, in order."""
     groups, room = [], 0
     for name in order:
         if room <= 0:
@@ -85,12 +83,12 @@ def _look(name: str, tensor: Tensor) -> None:
     """Raise `NotFiniteError` if `tensor` holds a value that is not finite."""
     if not tensor.is_floating_point():
         return
-    if tensor.element_size() == 1:  # no sums are made of these
+    if tensor.element_size() == 1:  # these have no sum
         tensor = tensor.float()
-    # A sum is several times faster than a look at each value; where it overflows, each is seen.
+    # A sum is several times faster than checking each value, which is done only on overflow.
     if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
         raise NotFiniteError(
-            f"{name}: holds values that are not finite, so no checkpoint is written; go on "
+            f"{name}: holds values that are not finite, so no checkpoint is written; resume "
             "from the last one with a lower train.learning_rate"
         )
 

@@ -1,8 +1,7 @@
-"""Folders that are whole or not there: written beside their place, flushed, and moved there.
+"""Atomic creation of folders: written beside the target, flushed, and moved there.
 
-`new_folder` is the only way in which this layer writes. A process that is killed leaves a `.tmp-*`
-folder behind, which the next build of the same folder on the same machine removes. Called by
-`tokens` and `prepare`.
+This layer writes only through `new_folder`. A killed process leaves a `.tmp-*` folder behind, which
+the next build of the same folder on the same machine removes.
 """
 
 from __future__ import annotations
@@ -20,15 +19,14 @@ from modern_llm.storage.atomic import flush_tree, name_folder
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write in, which becomes `folder` at the end, in place of an older
-    one.
+    """Yield an empty folder that becomes `folder` at the end, replacing an older one.
 
-    When the body raises, nothing is left, not even parents that did not exist before. Where another
-    machine has put its own `folder` there in the meantime, that one stays and ours is dropped: it
-    may be in use.
+    When the body raises, nothing is left, not even parents that did not exist before. If another
+    machine has created `folder` in the meantime, that one is kept, since it may be in use, and ours
+    is removed.
 
     Raises:
-        StorageError: the disk refused; names the path and the reason.
+        StorageError: a write fails; names the path and the reason.
     """
     missing: list[Path] = []
     temporary = folder.with_name(f"{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}")
@@ -43,7 +41,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         flush_tree(temporary)
         if _state(folder) == before:
             name_folder(temporary, folder)
-        shutil.rmtree(temporary, ignore_errors=True)  # ours, or what was replaced
+        shutil.rmtree(temporary, ignore_errors=True)  # ours, or the replaced folder
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in missing:
@@ -59,7 +57,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _state(folder: Path) -> tuple[int, int] | None:
-    """What changes when another folder takes this place, or something is put into it."""
+    """Return a value that changes when the folder is replaced or its entries change."""
     try:
         found = folder.stat()
     except FileNotFoundError:
@@ -68,7 +66,7 @@ def _state(folder: Path) -> tuple[int, int] | None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what dead processes of this machine have left; others may still be at work."""
+    """Remove leftovers of dead processes of this machine; live ones may still write."""
     prefix = f"{folder.name}.tmp-{socket.gethostname()}-"
     for path in folder.parent.iterdir():
         if path.name.startswith(prefix):

@@ -1,7 +1,6 @@
-"""Temporary folders of this process, removed also where it ends without unwinding its stack.
+"""Temporary folders of this process, removed even if it ends without unwinding its stack.
 
-A process that the watchdog ends leaves by `os._exit`, past every `finally`. Called by whoever makes
-a temporary folder, and by the watchdog.
+The watchdog ends a process by `os._exit`, which skips every `finally`.
 """
 
 from __future__ import annotations
@@ -16,24 +15,24 @@ _folders: dict[Path, None] = {}
 
 
 def remember(folder: Path) -> None:
-    """Note a folder that must not outlive this process."""
+    """Register a folder that must not outlive this process."""
     _folders[folder] = None
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder and forget it."""
+    """Remove a folder and unregister it."""
     shutil.rmtree(folder, ignore_errors=True)
     _folders.pop(folder, None)
 
 
 def forget(folder: Path) -> None:
-    """Leave the removal of a folder to another process."""
+    """Unregister a folder that another process removes."""
     _folders.pop(folder, None)
 
 
 @contextmanager
 def temporary_folder(purpose: str) -> Iterator[Path]:
-    """Give a new folder that is removed afterwards."""
+    """Yield a new folder that is removed afterwards."""
     folder = Path(tempfile.mkdtemp(prefix=f"modern-llm-{purpose}-"))
     remember(folder)
     try:
@@ -43,6 +42,6 @@ def temporary_folder(purpose: str) -> Iterator[Path]:
 
 
 def remove_all() -> None:
-    """Remove every folder that was remembered: this process ends now."""
+    """Remove every registered folder: this process ends now."""
     for folder in list(_folders):
         remove(folder)

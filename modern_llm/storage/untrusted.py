@@ -1,7 +1,7 @@
-"""Small files that somebody else may have written: read within bounds of size, depth and time.
+"""Readers for small untrusted files, with limits on size, depth and time.
 
-For configurations, notes of a run folder and the like, never for data or weights. A device, a FIFO
-or an endless file is refused, and so is YAML that grows when its aliases are followed.
+For configurations, notes of a run folder and the like, never for data or weights. They refuse
+devices, FIFOs, endless files, and YAML that grows when its aliases are followed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import yaml
 from modern_llm.storage.regular_files import open_plain, read_text
 
 LARGEST = 8_000_000
-"""Bytes of a file; what people write has thousands."""
+"""Bytes of a file; files written by hand have thousands."""
 LARGEST_YAML = 1_000_000
 """Bytes of YAML: its parser takes seconds for more."""
 DEEPEST = 60
 """Levels of nesting."""
 MOST_NODES = 50_000
-"""Values in a YAML file, each alias counted as all that it stands for."""
+"""Values in a YAML file, with each alias expanded."""
 LONGEST_NUMBER = 400
 """Characters of a number; converting a longer one takes time that grows with its square."""
 LONGEST_LINE = 1_000_000
@@ -34,7 +34,7 @@ LARGEST_LINES = 1_000_000_000
 LARGEST_SAMPLES = 100_000_000
 """Bytes of a file of answers, which is read whole."""
 BEYOND = 1e30
-"""Numbers of this size are no measurement."""
+"""Numbers of this size are not measurements."""
 
 YAMLError = yaml.YAMLError
 
@@ -58,7 +58,7 @@ def parse_json(text: str) -> Any:
 
 
 def _of_bounded_depth(value: Any) -> Any:
-    """Return a value, or raise `ValueError`: what is parsed at once may be too deep to write."""
+    """Return a value, or raise `ValueError` if it is nested too deeply to be written again."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(DEEPEST):
         if not level:
@@ -96,7 +96,7 @@ def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
             return None, None
         _size(root, {})
         return loader.construct_document(root), root
-    # A value that is none of its explicit tag (!!bool x) raises what its reader stumbles over.
+    # A value that does not fit its explicit tag (!!bool x) raises any of these.
     except (
         ValueError, ArithmeticError, RecursionError, LookupError, AttributeError, TypeError
     ) as error:  # fmt: skip
@@ -113,7 +113,7 @@ class _Bounded(yaml.SafeLoader):
         self._depth = self._nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Count what is composed."""
+        """Compose a node and count it."""
         self._depth += 1
         self._nodes += 1
         if self._depth > DEEPEST or self._nodes > MOST_NODES:
@@ -125,9 +125,9 @@ class _Bounded(yaml.SafeLoader):
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """Return how many values a node has with its aliases followed; refuses too many."""
+    """Return the number of values in a node with aliases expanded; raise if too many."""
     if id(node) in known:
-        if known[id(node)] == 0:  # on the way down
+        if known[id(node)] == 0:  # still being counted: a cycle
             raise _refusal("an alias to what it is part of", node.start_mark)
         return known[id(node)]
     known[id(node)] = 0
@@ -156,17 +156,17 @@ def _refusal(problem: str, mark: Any) -> yaml.MarkedYAMLError:
 def json_lines(
     path: str | Path, most: int = LARGEST_LINES, *, follow: bool = True
 ) -> Iterator[tuple[int, Any]]:
-    """Yield number and value of each line of a JSON lines file; None where a line is damaged.
+    """Yield number and value of each line of a JSON lines file; None for a damaged line.
 
-    The last line is left out unless it ends: the process was killed while it wrote, or writes now.
-    Numbers that are not finite read as null. One line is in memory at a time.
+    An unfinished last line is left out: the writer was killed, or is still writing. Numbers that
+    are not finite are read as null. One line is in memory at a time.
 
     Raises:
         OSError: it cannot be opened, is no regular file, or has more than `most` bytes.
     """
     number = 0
     with open_plain(path, follow=follow) as file:
-        # Before the first line: a reader takes all of a file or nothing.
+        # Checked before the first line: a reader gets all of a file or nothing.
         if os.fstat(file.fileno()).st_size > most:
             raise OSError(errno.EFBIG, f"has more than {most:,} bytes", str(path))
         while file.tell() <= most and (line := file.readline(LONGEST_LINE)):
@@ -193,6 +193,6 @@ def finite(value: Any) -> float | None:
 
 
 def whole_number(value: Any) -> int | None:
-    """Return a JSON number as a count, None where it is none."""
+    """Return a JSON number as a count; None for anything else."""
     found = finite(value)
     return int(value) if found is not None and found == int(found) and found >= 0 else None

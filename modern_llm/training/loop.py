@@ -25,9 +25,9 @@ from modern_llm.training.checkpointing.saver import Saver
 from modern_llm.training.context import TrainingContext
 from modern_llm.training.guards import nonfinite
 from modern_llm.training.monitoring.metrics import console_line, peak_memory_gb
-from modern_llm.training.monitoring.monitor import Watch
+from modern_llm.training.monitoring.monitor import Monitor
 from modern_llm.training.optim import is_due, learning_rate, set_learning_rate
-from modern_llm.training.prefetch import Ahead
+from modern_llm.training.prefetch import Prefetch
 from modern_llm.training.run.folder import RunFolder
 from modern_llm.training.task import Task
 from modern_llm.training.throughput import Throughput
@@ -87,8 +87,8 @@ def train(
     if sample is not None:
         sample.start(start)
     with (
-        Ahead(task, runtime.device, total) as context.task,
-        Watch(run.config, run, total, start, runtime.is_main) as monitor,
+        Prefetch(task, runtime.device, total) as context.task,
+        Monitor(run.config, run, total, start, runtime.is_main) as monitor,
         saver,
     ):
         if pending:
@@ -205,7 +205,7 @@ def _position(context: TrainingContext, throughput: Throughput, step: int) -> di
 
 
 def _evaluate_if_due(
-    context: TrainingContext, sample: Sample | None, monitor: Watch, step: int
+    context: TrainingContext, sample: Sample | None, monitor: Monitor, step: int
 ) -> dict[str, float]:
     """Evaluate and answer the fixed prompts if it is time; return metrics.
 
@@ -222,7 +222,7 @@ def _evaluate_if_due(
 
 
 @torch.no_grad()
-def _evaluate(context: TrainingContext, monitor: Watch, step: int) -> dict[str, float]:
+def _evaluate(context: TrainingContext, monitor: Monitor, step: int) -> dict[str, float]:
     runtime, task, model = context.runtime, context.task, context.engine.model
     groups = task.evaluation()
     if groups is None:

@@ -1,7 +1,7 @@
 """The micro-batches of the next step, made in a thread while this step computes.
 
 One step ahead and no more, so that order, position and errors are those of making each when its
-turn comes: what making them raises is raised by the step that needs them. Called by the loop.
+turn comes: what making them raises is raised by the step that needs them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class _Made(NamedTuple):
     result: Future[tuple[list[Any], float]]
 
 
-class Ahead:
+class Prefetch:
     """A task whose micro-batches and denominators are there when they are asked for, in the order
     of the steps; all else is the task's own. A context: its thread ends with it.
 
@@ -39,7 +39,7 @@ class Ahead:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task, name)
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> Prefetch:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -13,7 +13,7 @@ from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import UserError
 from modern_llm.data.encode.tokenizer import tokenizer_identity
 from modern_llm.data.table.build import Prepared
-from modern_llm.distributed.freed_memory import give_back_freed
+from modern_llm.distributed.freed_memory import release_freed_memory
 from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.export.final_model import export
@@ -24,7 +24,7 @@ from modern_llm.training.checkpointing.saver import digest_of
 from modern_llm.training.loop import train
 from modern_llm.training.monitoring.diagnostics import learning_rate_warning
 from modern_llm.training.monitoring.samples import make_sampler, prompt_rows
-from modern_llm.training.run.data_changes import look_back, settle
+from modern_llm.training.run.data_changes import check_data, find_checkpoint
 from modern_llm.training.run.folder import RunFolder
 from modern_llm.training.run.summary import data_notes, write_summary
 from modern_llm.training.task import Task
@@ -38,7 +38,7 @@ def build_tables(
     """Tokenise once a machine, map everywhere, compare, and refuse data that cannot fill one
     step."""
     if run.dry_run is None:
-        look_back(runtime, run)
+        find_checkpoint(runtime, run)
     prepared = read_tables(runtime, run.data, build)
     if len(prepared.train) < config.batch_size:
         raise UserError(
@@ -48,7 +48,7 @@ def build_tables(
     run.notes["data"], run.prompts = data_notes(prepared), prompt_rows(prepared)
     if run.dry_run:
         return run.dry_run.first_step_only(prepared, config)
-    return settle(runtime, run, prepared)
+    return check_data(runtime, run, prepared)
 
 
 def train_and_export(
@@ -89,7 +89,7 @@ def train_and_export(
     engine = train(runtime, scorer, task, run, facts, sample, peak)
     runtime.on_main(run.lock.check)
     heartbeat.enter("writing the final model")
-    give_back_freed()
+    release_freed_memory()
     export(runtime, engine, tokenizer, run.final, ends)
     runtime.release(engine)
     heartbeat.enter("ending")

@@ -15,7 +15,7 @@ from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.load import inspect_checkpoint
 from modern_llm.models.scorer import TokenScorer
 from modern_llm.reference.adapter_free import base_facts
-from modern_llm.reference.nonfinite_pairs import leave_out_of_run
+from modern_llm.reference.nonfinite_pairs import exclude_from_run
 from modern_llm.reference.reference_pass import ReferencePass
 from modern_llm.reference.template_day import remember_day, with_template_day
 from modern_llm.setup import policy, tables
@@ -127,8 +127,8 @@ def _task(
     After a resume too: the checkpoint's weights are loaded later, by the loop, so that a reference
     is never built from a policy that has trained.
     """
-    values = reference.complete(scorer)
-    left_out = leave_out_of_run(
+    values = reference.compute(scorer)
+    left_out = exclude_from_run(
         runtime,
         prepared,
         values,

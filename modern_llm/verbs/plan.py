@@ -87,7 +87,7 @@ def _model(settings: PlanSettings, stage: TrainingSettings | None) -> str:
 
 
 def _wish(settings: PlanSettings, stage: TrainingSettings | None) -> Any:
-    from modern_llm.planning.planner import Wish, measured_throughput, memory_size
+    from modern_llm.planning.planner import PlanRequest, measured_throughput, memory_size
 
     if settings.measured is not None and settings.tokens_per_second is not None:
         raise ConfigError(["measured and tokens_per_second exclude each other: keep one"])
@@ -100,7 +100,7 @@ def _wish(settings: PlanSettings, stage: TrainingSettings | None) -> Any:
     if checkpointing is None and train is not None and train.gradient_checkpointing:
         # Of `selective` only an upper bound is known.
         checkpointing = train.gradient_checkpointing is True
-    return Wish(
+    return PlanRequest(
         model=_model(settings, stage),
         gpus=settings.gpus,
         gpus_per_node=settings.gpus_per_node,

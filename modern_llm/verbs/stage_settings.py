@@ -33,7 +33,7 @@ class TrainingSettings(Settings):
     """Go on although settings differ that may (--accept-change does the same); the difference is
     printed."""
     profile: Annotated[int, Field(gt=0)] | None = None
-    """Trace so many steps with torch.profiler into output_dir and print the largest costs."""
+    """Trace this many steps with torch.profiler into output_dir and print the largest costs."""
     dry_run: bool = False
     """Resolve everything, build the first batch, go once forward and backward, keep nothing
     (--dry-run does the same)."""

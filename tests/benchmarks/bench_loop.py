@@ -65,9 +65,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     bare: list[float] = []
     train = stage.train
 
-    def both(runtime: Any, scorer: Any, task: Any, config: Any, *args: Any) -> Any:
-        bare.append(bare_loop(copy.deepcopy(scorer), task, config, options.steps))
-        return train(runtime, scorer, task, config, *args)
+    def both(runtime: Any, scorer: Any, task: Any, run: Any, *args: Any) -> Any:
+        bare.append(bare_loop(copy.deepcopy(scorer), task, run.config, options.steps))
+        return train(runtime, scorer, task, run, *args)
 
     stage.train = both
     found = train_ours(

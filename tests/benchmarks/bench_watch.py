@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from modern_llm.config import TrainingConfig
-from modern_llm.training.monitoring.monitor import Watch
+from modern_llm.training.monitoring.monitor import Monitor
 from modern_llm.training.run.folder import RunFolder
 
 STEPS = 2000
@@ -24,7 +24,7 @@ def cost(every: int, trackers: list[str]) -> float:
             run_name="watched", output_dir=Path(folder), log_every=every, trackers=trackers
         )
         run = RunFolder(config, {"train": {"run_name": "watched"}})
-        with Watch(config, run, STEPS, 0, True) as watch:
+        with Monitor(config, run, STEPS, 0, True) as watch:
             began = time.perf_counter()
             for step in range(1, STEPS + 1):
                 watch.advance(step)

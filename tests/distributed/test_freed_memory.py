@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modern_llm.distributed.freed_memory import give_back_freed
+from modern_llm.distributed.freed_memory import release_freed_memory
 
 
 def resident() -> int:
@@ -24,6 +24,6 @@ def test_what_was_freed_between_things_that_stay_goes_back():
     kept = blocks[::100]
     del blocks
     before = resident()
-    assert give_back_freed()
+    assert release_freed_memory()
     assert before - resident() > 50 * size
     assert all(block.all() for block in kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modern_llm.distributed.progress_bar import Display
+from modern_llm.distributed.progress_bar import ProgressBar
 from modern_llm.training.monitoring.metrics import status_line
 
 RECORD = {
@@ -22,7 +22,7 @@ def test_a_terminal_shows_step_metrics_and_time_left(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    with Display("dpo-hh", 100, 0, shown=True) as display:
+    with ProgressBar("dpo-hh", 100, 0, shown=True) as display:
         display.advance(40)
         display.status(status_line(RECORD))
         display._bar.refresh()
@@ -35,7 +35,7 @@ def test_a_terminal_shows_step_metrics_and_time_left(capsys, monkeypatch):
 
 def test_elsewhere_there_are_plain_lines_only(capsys, monkeypatch):
     monkeypatch.delenv("FORCE_COLOR", raising=False)
-    with Display("dpo-hh", 100, 0, shown=True) as display:
+    with ProgressBar("dpo-hh", 100, 0, shown=True) as display:
         display.advance(40)
         display.status("x")
         display.line("step=40 loss=0.4523")
@@ -44,7 +44,7 @@ def test_elsewhere_there_are_plain_lines_only(capsys, monkeypatch):
 
 def test_other_ranks_are_silent(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with Display("dpo-hh", 100, 0, shown=False) as display:
+    with ProgressBar("dpo-hh", 100, 0, shown=False) as display:
         display.advance(40)
         display.status("x")
         display.line("step=40")

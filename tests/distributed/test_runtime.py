@@ -115,7 +115,7 @@ def test_fewer_examples_than_processes_name_what_works(tmp_path):
 
 
 def too_many(folder: Path) -> None:
-    from modern_llm.training.stage import open_run
+    from modern_llm.training.run.opening import open_run
 
     open_run(TrainingConfig(run_name="x", output_dir=folder / "run", batch_size=1))
 

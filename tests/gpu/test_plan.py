@@ -10,7 +10,7 @@ import torch
 from modern_llm.config import ModernLLMConfig
 from modern_llm.models.build import build_model
 from modern_llm.models.load import make_scorer
-from modern_llm.planning.memory import Parameter, Setting, Sizes, plan_memory
+from modern_llm.planning.memory import ParallelLayout, Parameter, Sizes, plan_memory
 from modern_llm.planning.outline import outline_of_new
 
 pytestmark = pytest.mark.gpu
@@ -29,7 +29,7 @@ def test_the_peak_of_a_step_is_within_ten_percent(checkpointing):
     expected = plan_memory(
         [Parameter(shape) for shape in shapes.values()],
         Sizes(**sizes),
-        Setting(precision="bf16", tokens=rows * length, checkpointing=checkpointing),
+        ParallelLayout(precision="bf16", tokens=rows * length, checkpointing=checkpointing),
     ).device_total
     gc.collect()
     torch.cuda.empty_cache()

@@ -124,7 +124,7 @@ def fill_pairs(checkpoint: Path, table: Path, cache: Path, log: Path, flush_ever
     dpo = DPOConfig(max_length=96, flush_every=flush_every, keep_token_logprobs=True)
     found = inspect_checkpoint(checkpoint)
     reference = ReferencePass(runtime, found, config, dpo)
-    reference.want(training_pairs=TokenTable.open(table))
+    reference.register(training_pairs=TokenTable.open(table))
     runtime.on_main(reference.make_room)
     reference.fill_all()
 

@@ -51,11 +51,11 @@ def _found(node: ast.AST, within: str | None) -> Iterator[tuple[int, str]]:
     if isinstance(node, ast.With):
         yield from _waits(node)
         for item in node.items:
-            name = _progress(item.context_expr)
+            name = _heartbeat(item.context_expr)
             if name in ENCLOSING:
                 within = name
                 if not _is_text(item.context_expr):
-                    yield node.lineno, f"progress.{name} without a name: give the phase one"
+                    yield node.lineno, f"heartbeat.{name} without a name: give the phase one"
             else:
                 yield from _found(item.context_expr, within)
         for child in node.body:
@@ -64,11 +64,11 @@ def _found(node: ast.AST, within: str | None) -> Iterator[tuple[int, str]]:
     if isinstance(node, ast.For | ast.While):
         yield from _loop(node, within)
     if isinstance(node, ast.Call):
-        name = _progress(node)
+        name = _heartbeat(node)
         if name in ENCLOSING:
-            yield node.lineno, f"progress.{name} outside a `with`: its phase would never end"
+            yield node.lineno, f"heartbeat.{name} outside a `with`: its phase would never end"
         if name == "enter" and within is not None:
-            yield node.lineno, "progress.enter within a phase: what follows would keep its limit"
+            yield node.lineno, "heartbeat.enter within a phase: what follows would keep its limit"
         if within == "quick" and (long := _is_long(node)):
             yield node.lineno, f"{long}() within a step or a forward, which has no time for it"
     for child in ast.iter_child_nodes(node):
@@ -89,7 +89,7 @@ def _loop(node: ast.For | ast.While, within: str | None) -> Iterator[tuple[int, 
     calls = [n for part in node.body for n in ast.walk(part) if isinstance(n, ast.Call)]
     pieces = [_name(call) for call in calls if _is_piece(call)]
     if pieces and not MARKS & {_name(call) for call in calls} and within != "quick":
-        yield node.lineno, f"a loop over {pieces[0]}() without progress.tick()"
+        yield node.lineno, f"a loop over {pieces[0]}() without heartbeat.tick()"
 
 
 def _is_piece(call: ast.Call) -> bool:
@@ -104,9 +104,9 @@ def _is_long(call: ast.Call) -> str | None:
     return name if name in LONG else None
 
 
-def _progress(node: ast.AST) -> str | None:
-    """The name of a function of `progress` that is called."""
-    if isinstance(node, ast.Call) and _of(node) == "progress":
+def _heartbeat(node: ast.AST) -> str | None:
+    """The name of a function of `heartbeat` that is called."""
+    if isinstance(node, ast.Call) and _of(node) == "heartbeat":
         return _name(node)
     return None
 

@@ -57,7 +57,7 @@ def _play(kind: str, value: str) -> None:
     def around(name: str) -> Any:
         if name == "loader" and kind == "slow":
             ctypes.CDLL(None).usleep(int(float(value) * 1e6))
-        if name == "loader" and kind == "gil" and step.progress.here.step == int(value):
+        if name == "loader" and kind == "gil" and step.heartbeat.here.step == int(value):
             ctypes.PyDLL(None).sleep(600)
         return real(name)
 

@@ -126,7 +126,7 @@ def run_small(
     saver.Saver._saved = noted
     try:
         with outcome.outcome_recorded(runtime, run):
-            data_changes.look_back(runtime, run)
+            data_changes.find_checkpoint(runtime, run)
             runtime.on_main(run.open)
             task = Fit(runtime.rank, runtime.world, width, loud)
             engine = loop.train(runtime, Scorer(width), task, run, {})

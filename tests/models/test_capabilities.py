@@ -62,8 +62,8 @@ def test_rows_beyond_every_special_length_are_scored_as_plain_sequences(name):
     model, table = make(config()), random_pairs([(90, 40, 60), (5, 70, 3)])
     expected = plain_sums(model, table)
     scorer = make_scorer(model)
-    assert not getattr(scorer.abilities, off), scorer.abilities
-    assert scorer.abilities.notes
+    assert not getattr(scorer.capabilities, off), scorer.capabilities
+    assert scorer.capabilities.notes
     torch.testing.assert_close(score(scorer, table)[0].double(), expected, rtol=0, atol=1e-3)
 
 

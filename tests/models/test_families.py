@@ -59,7 +59,7 @@ def plain_in(dtype, model, table):
 def asked(scorer, table, shared, groups):
     """The same by the scorer, in forwards of the given groups."""
     scorer.zero_grad()
-    examples = Examples(table, "pairs", trees=scorer.abilities.trees)
+    examples = Examples(table, "pairs", trees=scorer.capabilities.trees)
     sums = torch.zeros(len(table), 2, dtype=torch.float64)
     for group in groups:
         batch = collate(examples, np.array(group), shared=shared)
@@ -77,8 +77,8 @@ def check(name):
     scorer = make_scorer(model, dropout=False)
     model.train()
     ways = [Sharing.ALONE]
-    if scorer.abilities.trees:
-        ways = [Sharing.ROWS] + [Sharing.LINE] * (scorer.abilities.backend != "mask")
+    if scorer.capabilities.trees:
+        ways = [Sharing.ROWS] + [Sharing.LINE] * (scorer.capabilities.backend != "mask")
     norm = sum(float(g.square().sum()) for g in gradients.values()) ** 0.5
     for way in ways:
         for groups in ([[0, 1, 2, 3]], [[0], [1, 2], [3]]):
@@ -86,7 +86,7 @@ def check(name):
             torch.testing.assert_close(sums, expected, rtol=0, atol=1e-3)
             off = sum(float((ours[n] - g).square().sum()) for n, g in gradients.items()) ** 0.5
             assert off <= 1e-3 * norm, f"{way}: gradient is {off / norm:.1e} of its norm off"
-    return scorer.abilities
+    return scorer.capabilities
 
 
 @pytest.mark.parametrize("name", SHORT)

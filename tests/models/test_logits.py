@@ -82,8 +82,8 @@ def test_logits_that_grow_after_the_probe_are_those_of_the_model(name, with_twin
     plain = copy.deepcopy(model)
     monkeypatch.setattr(kind, "sealed", not with_twin)
     scorer = make_scorer(model)
-    assert scorer.abilities.fused is KINDS[name], scorer.abilities.notes
-    assert any("plain logits" in note for note in scorer.abilities.notes) is not KINDS[name]
+    assert scorer.capabilities.fused is KINDS[name], scorer.capabilities.notes
+    assert any("plain logits" in note for note in scorer.capabilities.notes) is not KINDS[name]
     for key, value in model.state_dict().items():
         assert torch.equal(value, plain.state_dict()[key]), key
     assert not model.model._forward_hooks and not model.lm_head._forward_pre_hooks
@@ -99,28 +99,28 @@ def test_logits_that_grow_after_the_probe_are_those_of_the_model(name, with_twin
 def test_sixteen_bits_take_the_number_of_the_configuration(ceiling, monkeypatch):
     model = build(SoftCap, torch.bfloat16, ceiling=ceiling)
     monkeypatch.setattr(SoftCap, "sealed", True)
-    assert make_scorer(model).abilities.fused
+    assert make_scorer(model).capabilities.fused
     assert model.lm_head.transform.softcap == ceiling
 
 
 def test_sixteen_bits_without_the_number_keep_plain_logits(monkeypatch):
     model = build(SoftCapOfTheCode, torch.bfloat16)
     monkeypatch.setattr(SoftCapOfTheCode, "sealed", True)
-    assert not make_scorer(model).abilities.fused
+    assert not make_scorer(model).capabilities.fused
 
 
 def test_a_head_of_zeros_is_judged_by_the_twin_alone(monkeypatch):
     model = build(SoftCap)
     torch.nn.init.zeros_(model.lm_head.weight)
-    assert make_scorer(model).abilities.fused
+    assert make_scorer(model).capabilities.fused
     assert model.lm_head.transform.softcap == 30.0
     model = build(SoftCap)
     torch.nn.init.zeros_(model.lm_head.weight)
     monkeypatch.setattr(SoftCap, "sealed", True)
     assert twin_of(model) is None
     scorer = make_scorer(model)
-    assert not scorer.abilities.fused
-    assert "cannot be measured" in "".join(scorer.abilities.notes)
+    assert not scorer.capabilities.fused
+    assert "cannot be measured" in "".join(scorer.capabilities.notes)
 
 
 def test_hooks_are_removed_when_the_model_fails(monkeypatch):
@@ -134,5 +134,5 @@ def test_hooks_are_removed_when_the_model_fails(monkeypatch):
 
     monkeypatch.setattr(SoftCap, "bend", fails_when_large)
     scorer = make_scorer(model)
-    assert not scorer.abilities.fused
+    assert not scorer.capabilities.fused
     assert not model.model._forward_hooks and not model.lm_head._forward_pre_hooks

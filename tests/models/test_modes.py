@@ -156,7 +156,7 @@ def test_weights_that_an_evaluation_would_change_are_saved_as_they_are():
     before = copy.deepcopy(model.state_dict())
     expected = plain_sums(copy.deepcopy(model).eval(), table)
     scorer = make_scorer(model, "separate", dropout=False)
-    assert any("in training mode" in note for note in scorer.abilities.notes)
+    assert any("in training mode" in note for note in scorer.capabilities.notes)
     for training in (True, False):
         scorer.train(training)
         torch.testing.assert_close(score(scorer, table)[0].double(), expected, rtol=0, atol=1e-3)

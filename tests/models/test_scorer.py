@@ -26,8 +26,8 @@ from tests.helpers.models import (
 def test_trees_equal_plain_sequences(name, unequal_pairs):
     expected = plain_sums(make_model(name), unequal_pairs)
     scorer = make_scorer(make_model(name)).eval()
-    assert scorer.abilities.trees, scorer.abilities.notes
-    assert scorer.abilities.fused, scorer.abilities.notes
+    assert scorer.capabilities.trees, scorer.capabilities.notes
+    assert scorer.capabilities.fused, scorer.capabilities.notes
     for shared in Sharing:
         sums, _ = score(scorer, unequal_pairs, shared=shared)
         torch.testing.assert_close(sums.double(), expected, rtol=0, atol=1e-3)
@@ -57,7 +57,7 @@ def test_pairs_of_one_prompt_equal_plain_sequences(name, merge_below):
 def test_separate_rows_equal_plain_sequences(name, unequal_pairs):
     expected = plain_sums(make_model(name), unequal_pairs)
     scorer = make_scorer(make_model(name), "separate").eval()
-    assert not scorer.abilities.trees
+    assert not scorer.capabilities.trees
     sums, _ = score(scorer, unequal_pairs)
     torch.testing.assert_close(sums.double(), expected, rtol=0, atol=1e-3)
 
@@ -67,7 +67,7 @@ def test_a_model_that_cannot_is_reported_and_runs_with_separate_rows(name, unequ
     expected = plain_sums(make_model(name), unequal_pairs)
     with caplog.at_level("INFO", logger="modern_llm"):
         scorer = make_scorer(make_model(name)).eval()
-    assert not scorer.abilities.trees
+    assert not scorer.capabilities.trees
     assert [r.message for r in caplog.records if "separate rows" in r.message]
     sums, _ = score(scorer, unequal_pairs)
     torch.testing.assert_close(sums.double(), expected, rtol=0, atol=1e-3)

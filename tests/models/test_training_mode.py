@@ -134,7 +134,7 @@ def test_layers_are_compiled_once_for_all_lengths(backend, monkeypatch):
     training = backend != "flex"  # which has no backward on a CPU
     with torch.set_grad_enabled(training):
         scorer = make_scorer(make_model("llama"), backend, lean=False)
-        assert scorer.abilities.backend == backend
+        assert scorer.capabilities.backend == backend
         compile_layers(scorer.model)
         made, widths = [], set()
         for _ in range(10):

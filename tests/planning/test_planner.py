@@ -17,13 +17,13 @@ from modern_llm.config import LoraConfig, ModernLLMConfig
 from modern_llm.config.errors import ConfigError
 from modern_llm.models.adapters import add_adapters
 from modern_llm.models.build import build_model
-from modern_llm.planning.memory import Parameter, Setting, Sizes, plan_memory
+from modern_llm.planning.memory import ParallelLayout, Parameter, Sizes, plan_memory
 from modern_llm.planning.outline import outline, outline_of_new
 from modern_llm.planning.planner import (
     PRESETS,
     STEP,
     USABLE,
-    Wish,
+    PlanRequest,
     measured_throughput,
     memory_size,
     plan,
@@ -49,7 +49,7 @@ def eight_billion(tmp_path_factory):
 
 
 def planned(folder, **changes) -> dict:
-    return plan(*outline(str(folder)), Wish(**(WISH | changes)))
+    return plan(*outline(str(folder)), PlanRequest(**(WISH | changes)))
 
 
 def test_a_copy_that_is_saved_beside_the_training_is_counted_in_the_host(eight_billion):
@@ -70,7 +70,7 @@ def test_bytes_are_the_memory_models(eight_billion):
     expected = plan_memory(
         [Parameter(shape) for shape in shapes.values()],
         Sizes(**sizes),
-        Setting(world=8, stage=3, precision="bf16", reference=True, tokens=row["tokens"],
+        ParallelLayout(world=8, stage=3, precision="bf16", reference=True, tokens=row["tokens"],
                 checkpointing=row["checkpointing"]),
     )  # fmt: skip
     assert row["device"] == expected.device and row["device_total"] == sum(expected.device.values())
@@ -235,7 +235,7 @@ def test_adapters_are_counted_as_they_are_added(options):
     trained = sorted(tuple(p.shape) for p in model.parameters() if p.requires_grad)
     assert sorted(p.shape for p in found if p.trained) == trained
     assert sum(p.numel for p in found) == sum(p.numel() for p in model.parameters())
-    result = plan(shapes, sizes, Wish(**WISH, lora=lora))
+    result = plan(shapes, sizes, PlanRequest(**WISH, lora=lora))
     assert result["trained"] == sum(p.numel for p in found if p.trained)
     live, cached = (
         [r["device_total"] for r in result["rows"] if r["reference"] == how]

@@ -57,9 +57,9 @@ def plain(model, table: Named, pair: int, side: str) -> torch.Tensor:
 def test_sums_counts_and_tokens_are_the_models_own(name, budget):
     table, runtime = shared_answers(), start(config())
     scorer = make_scorer(make_model(name))
-    assert scorer.abilities.trees == (name == "llama")
+    assert scorer.capabilities.trees == (name == "llama")
     settings = config(tokens_per_micro_batch=budget)
-    scoring = Scoring(runtime, scorer, settings, trees=scorer.abilities.trees, tokens=True)
+    scoring = Scoring(runtime, scorer, settings, trees=scorer.capabilities.trees, tokens=True)
     answers = Answers(table)
     assert len(answers) == 24 and len(table) == 60
     found = score_everywhere(runtime, scoring, answers)

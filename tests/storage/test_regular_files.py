@@ -15,7 +15,7 @@ from modern_llm.storage.regular_files import check_regular, open_regular, read_b
 from tests.helpers.text import make_checkpoint, make_tokenizer
 
 PACKAGE = Path(__file__).resolve().parents[2] / "modern_llm"
-FREE = ("demo/", "config/regular_files.py")  # the demo reads what it has just written
+FREE = ("demo/", "storage/regular_files.py")  # the demo reads what it has just written
 
 
 def special(path: Path, kind: str) -> None:

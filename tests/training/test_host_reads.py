@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from modern_llm.config import InstructionDatasetConfig, PreferenceDatasetConfig, TrainingConfig
 from modern_llm.data.batch.micro_batches import BatchSource
 from modern_llm.distributed.engine import Engine
+from modern_llm.setup import scorers
 from modern_llm.training import loop, stage
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
 from modern_llm.training.train_sft import run_sft
@@ -86,7 +87,7 @@ def reads(monkeypatch):
     monkeypatch.setattr(stage, "train", train)
     monkeypatch.setattr(loop, "_optimizer_step", step)
     monkeypatch.setattr(Engine, "decides_on_device", True)
-    monkeypatch.setattr(stage, "_lean", lambda *_: False)  # what only a CPU computes
+    monkeypatch.setattr(scorers, "_lean", lambda *_: False)  # what only a CPU computes
     return mode
 
 

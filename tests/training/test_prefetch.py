@@ -13,7 +13,7 @@ from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.errors import Stopped
 from modern_llm.data.batch.micro_batches import BatchSource
 from modern_llm.training import loop
-from modern_llm.training.prefetch import Ahead
+from modern_llm.training.prefetch import Prefetch
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def workers() -> list[str]:
 
 def test_each_step_gets_its_own_and_the_next_is_made_meanwhile():
     task = Numbers()
-    with Ahead(task, CPU, 4) as ahead:
+    with Prefetch(task, CPU, 4) as ahead:
         assert not task.made
         for step in range(4):
             assert ahead.micro_batches(step) == [step * 10, step * 10 + 1]
@@ -60,7 +60,10 @@ def test_each_step_gets_its_own_and_the_next_is_made_meanwhile():
 
 def test_an_error_is_raised_by_the_step_that_needs_the_batch():
     task = Numbers(breaks_at=2)
-    with pytest.raises(LookupError, match="row of step 2") as error, Ahead(task, CPU, 9) as ahead:
+    with (
+        pytest.raises(LookupError, match="row of step 2") as error,
+        Prefetch(task, CPU, 9) as ahead,
+    ):
         ahead.micro_batches(0)
         assert ahead.micro_batches(1) == [10, 11] and task.began[2].wait(10)
         assert ahead.denominator(1) == 1.0
@@ -72,7 +75,7 @@ def test_an_error_is_raised_by_the_step_that_needs_the_batch():
 
 def test_a_step_that_is_made_again_gets_smaller_forwards_and_so_does_the_next():
     task = Numbers()
-    with Ahead(task, CPU, 3) as ahead:
+    with Prefetch(task, CPU, 3) as ahead:
         ahead.micro_batches(0)
         assert task.began[1].wait(10)
         task.budget.tokens = 50
@@ -90,7 +93,7 @@ def test_batches_for_a_gpu_are_pinned_by_the_thread(monkeypatch):
     task = Numbers()
     task.micro_batches = lambda step: [SimpleNamespace(pin=lambda: f"pinned {step}")]
     device = torch.device("cuda", 1)
-    with Ahead(task, device, 2) as ahead:
+    with Prefetch(task, device, 2) as ahead:
         assert ahead.micro_batches(0) == ["pinned 0"]
     assert [at for at, _ in set_on] == [device] and set_on[0][1].startswith("batches")
 
@@ -114,7 +117,7 @@ def records(folder) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in drawn} for line in lines]
 
 
-class InTurn(Ahead):
+class InTurn(Prefetch):
     """Without a thread, as it would be done otherwise."""
 
     def micro_batches(self, step):
@@ -127,7 +130,7 @@ def test_runs_are_the_same_to_the_bit_and_leave_no_thread_however_they_end(
     call(tmp_path / "ahead", tiny_checkpoint, tiny_pairs)
     assert not workers()
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "Ahead", InTurn)
+        patch.setattr(loop, "Prefetch", InTurn)
         call(tmp_path / "turn", tiny_checkpoint, tiny_pairs)
     assert records(tmp_path / "ahead") == records(tmp_path / "turn")
     real = BatchSource.micro_batches

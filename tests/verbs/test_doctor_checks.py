@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from modern_llm.distributed import build_locks
 from modern_llm.verbs import doctor_checks
 
 
@@ -23,7 +24,7 @@ def test_a_lock_without_a_build_is_stale_and_named(tmp_path, monkeypatch):
     lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
     lock.parent.mkdir(parents=True)
     lock.write_text("")
-    monkeypatch.setattr(doctor_checks, "oldest_compiler", lambda: None)
+    monkeypatch.setattr(build_locks, "oldest_compiler", lambda: None)
     (check,) = doctor_checks.locks([tmp_path])
     assert check.state == "problem" and str(lock) in check.found and str(lock) in check.cure
 
@@ -31,24 +32,13 @@ def test_a_lock_without_a_build_is_stale_and_named(tmp_path, monkeypatch):
 def test_a_lock_younger_than_a_running_compiler_is_held(tmp_path, monkeypatch):
     lock = tmp_path / "lock"
     lock.write_text("")
-    monkeypatch.setattr(doctor_checks, "oldest_compiler", lambda: 60.0)
+    monkeypatch.setattr(build_locks, "oldest_compiler", lambda: 60.0)
     (check,) = doctor_checks.locks([tmp_path])
     assert check.state == "ok" and "1 held" in check.found
     before = time.time() - 600
     os.utime(lock, (before, before))
     (check,) = doctor_checks.locks([tmp_path])
     assert check.state == "problem"
-
-
-def test_running_programs_are_seen_by_name(monkeypatch):
-    """This very process is taken for a compiler: its age is that of the process."""
-    import psutil
-
-    own = psutil.Process()
-    with open(f"/proc/{own.pid}/comm") as file:
-        monkeypatch.setattr(doctor_checks, "COMPILERS", {file.read().strip()})
-    age = doctor_checks.oldest_compiler()
-    assert age is not None and age >= time.time() - own.create_time() - 2
 
 
 def test_a_place_that_does_not_exist_yet_is_judged_by_what_is_above(tmp_path):

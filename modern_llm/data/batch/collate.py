@@ -1,6 +1,6 @@
-"""From planned examples to the tensors of one forward: the only part of `data` that knows torch.
+"""Collation of planned examples into the tensors of one forward, on the CPU.
 
-Called by the tasks and the reference pass; it does not move anything to a device by itself.
+The only part of `data` that imports torch.
 
 Letters: R rows, L tokens of a row, N target tokens, P examples, S slots of an example (2 for a
 pair), M uses of target tokens: more than N where examples share an answer, which is computed once.
@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modern_llm.data.batch.order import Rows, Sharing
+from modern_llm.data.batch.order import FirstFitPacker, Sharing
 from modern_llm.data.batch.prefix_tree import Examples, Laid, one_by_one
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward on one process computes."""
+    """Tensors of one forward on one process."""
 
     ids: Tensor
     """(R, L) int64."""
@@ -40,7 +40,7 @@ class MicroBatch:
     real_tokens: int
     """Tokens that are not padding."""
     separate_tokens: int = 0
-    """Tokens if each answer stood in a row with its own prompt."""
+    """Tokens if each answer had a row with its own prompt."""
     flops: float = 0.0
     """Operations that the ideal algorithm needs for forward and backward; 0 where nobody counts."""
     used: Tensor | None = None
@@ -129,7 +129,7 @@ def collate(
     width = len(laid[0].sequence.ids)
     if shared == Sharing.LINE:
         width = -(-real // align) * align
-    rows = Rows(width, shared=bool(shared))
+    rows = FirstFitPacker(width, shared=bool(shared))
     places = [rows.add(len(item.sequence.ids)) for item in laid]
     shape = (len(rows.free), width)
     ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -159,8 +159,7 @@ def collate(
 def _targets(
     laid: list[Laid], places: list[tuple[int, int]], width: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64] | None]:
-    """Flat source index and label of every target (N,) in row order; slot and target of every use
-    (M,)."""
+    """Return flat source index and label (N,) of the targets, slot and target (M,) of the uses."""
     sources, labels, slots, used = [], [], [], []
     before = 0
     for item, (row, at) in zip(laid, places, strict=True):

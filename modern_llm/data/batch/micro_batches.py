@@ -1,6 +1,6 @@
-"""Which micro-batches this rank computes in a step: order, place and tensors together.
+"""Micro-batches of one rank: which examples, in which order, as which tensors.
 
-What both tasks share. Called by them; the loop sees only the tasks.
+Both tasks use it; the loop sees only the tasks.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modern_llm.data.batch.collate import MicroBatch, collate
-from modern_llm.data.batch.order import Budget, Order, Sharing, area, place
+from modern_llm.data.batch.order import Budget, Order, Sharing, area, pack
 from modern_llm.data.batch.prefix_tree import Examples
 
 Indices = NDArray[np.int64]
 
 
 class Lazy(Sequence[MicroBatch]):
-    """Micro-batches that are built when they are looked at."""
+    """A sequence of micro-batches that are collated on access."""
 
     def __init__(self, source: BatchSource, parts: list[Indices]):
         self._source, self._parts = source, parts
@@ -29,7 +29,7 @@ class Lazy(Sequence[MicroBatch]):
         return len(self._parts)
 
     def origins(self) -> list[list[str]]:
-        """Return where the examples of each came from."""
+        """Return the origins of the examples of each micro-batch."""
         table = self._source.examples.table
         return [[table.origin(int(index)) for index in part] for part in self._parts]
 
@@ -71,7 +71,7 @@ class BatchSource:
         return self.budget.tokens
 
     def limit(self, tokens: int) -> None:
-        """Let forwards take at most so many tokens from here on."""
+        """Lower the token budget of all later forwards."""
         self.budget = replace(self.budget, tokens=tokens)
 
     def collate(self, indices: Indices) -> MicroBatch:
@@ -87,7 +87,7 @@ class BatchSource:
         return Lazy(self, self.parts(self.order.step(step))[self.rank])
 
     def origins(self, step: int) -> list[list[str]]:
-        """Return where the examples of each micro-batch of this rank came from: `file:line`."""
+        """Return the origins (`file:line`) of the examples of each micro-batch of this rank."""
         return self.micro_batches(step).origins()
 
     def targets(self, step: int) -> int:
@@ -110,7 +110,7 @@ class BatchSource:
         )
 
     def largest_example(self) -> tuple[int, str]:
-        """Return (tokens, origin) of the example that takes most room alone in a forward."""
+        """Return (padded tokens, origin) of the largest example."""
         tokens, index = largest_example(self.examples, shared=self.shared)
         return tokens, self.examples.table.origin(index)
 
@@ -121,10 +121,10 @@ class BatchSource:
             yield Lazy(self, self.parts(kept[start : start + group])[self.rank])
 
     def parts(self, indices: Indices) -> list[list[Indices]]:
-        """Place examples: for each rank its micro-batches, those with equal prompts together."""
+        """Distribute examples: the micro-batches of each rank, equal prompts together."""
         groups = self._groups(indices)
         sizes = [self.examples.group_sizes(group) for group in groups]
-        placed = place(
+        placed = pack(
             np.arange(len(groups)),
             sizes.__getitem__,
             world=self.world,
@@ -139,8 +139,7 @@ class BatchSource:
         ]
 
     def _groups(self, indices: Indices) -> list[Indices]:
-        """Examples that must share a micro-batch: equal prompts, cut where they exceed the budget
-        or would leave a rank without work."""
+        """Return groups of equal prompts, split above the budget or if a rank would be idle."""
         waiting = self.examples.together(np.sort(indices))
         groups: list[Indices] = []
         while waiting:
@@ -160,7 +159,7 @@ class BatchSource:
 
 
 def largest_example(examples: Examples, *, shared: Sharing | bool) -> tuple[int, int]:
-    """Return (tokens, index) of the example that takes most room alone in a forward."""
+    """Return (padded tokens, index) of the largest example."""
     return max(
         ((area([examples.sizes(i)], shared=shared), i) for i in range(len(examples))),
         default=(0, 0),

@@ -1,8 +1,7 @@
-"""Which examples form a step, and where each of them is computed. Pure functions of integers.
+"""Order of the examples, and their distribution over ranks and micro-batches.
 
-The order is a function of (seed, epoch, step) alone; the place (rank, micro-batch) also depends on
-the
-number of processes and the token budget, and changes nothing but rounding. Called by the tasks.
+Pure functions of integers. The order depends on (seed, epoch, step) alone. The distribution also
+depends on the number of processes and the token budget, and changes only rounding.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Sizes = tuple[int, ...]
 
 
 class Sharing(IntEnum):
-    """What a row may hold. Plain booleans say the same for the first two."""
+    """Rule for what one row may hold. Plain booleans mean the first two."""
 
     ALONE = 0
     """One sequence; rows are as wide as the longest."""
@@ -34,16 +33,16 @@ class Sharing(IntEnum):
 
 @dataclass(frozen=True)
 class Order:
-    """Every example once an epoch, in an order drawn from (seed, epoch); the last step of an epoch
-    may be short.
+    """Order that reads every example once per epoch, drawn from (seed, epoch).
+
+    The last step of an epoch may be short.
 
     Args:
         examples: number of examples, at least 1.
         batch_size: examples of one optimizer step over the whole world.
-        grown: (epoch, examples) where rows were appended while a run went: from that epoch on there
-            are so many, the earlier ones among them.
-        left_out: ascending; examples that are never read, as if they were not there. The numbers of
-            the others stay.
+        grown: (epoch, examples) of rows appended during a run: the number of examples from that
+            epoch on, the earlier ones included.
+        left_out: ascending indices to exclude; the others keep their numbers.
         groups: (examples,) numbers; examples of one number are put into one step where it has room
             for them. None leaves every example to itself.
     """
@@ -62,12 +61,12 @@ class Order:
 
     @property
     def kept(self) -> Indices:
-        """Every example that is read at some time, ascending."""
+        """Indices of all examples that are ever read, ascending."""
         last = self.grown[-1][1] if self.grown else self.examples
         return np.setdiff1d(np.arange(last), self.left_out)
 
     def steps_in(self, epochs: float) -> int:
-        """Return the optimizer steps of so many passes over the data, at least 1."""
+        """Return the optimizer steps of `epochs` epochs, at least 1."""
         if not self.grown:  # the sum of two roundings is not the rounding of the sum
             return max(1, round(epochs * self.steps_per_epoch))
         whole = int(epochs)
@@ -88,8 +87,8 @@ class Order:
         return before + min(within * self.batch_size, size)
 
     def joined(self, step: int, examples: int) -> Order:
-        """Return the order in which there are `examples` from the first epoch on that begins at or
-        after `step`; the steps before that are as they were."""
+        """Return the order with appended rows: `examples` from the first epoch that starts at or
+        after `step`. Earlier steps stay the same."""
         epoch, within, _ = self._place(step)
         first = epoch + (within > 0)
         if first == 0:
@@ -99,14 +98,14 @@ class Order:
 
     @property
     def _spans(self) -> list[tuple[int, int]]:
-        """(first epoch, examples that are read) of each part of the order."""
+        """List (first epoch, number of examples read) of each part of the order."""
         return [
             (first, examples - bisect_left(self.left_out, examples))
             for first, examples in [(0, self.examples), *self.grown]
         ]
 
     def _until(self, epoch: int) -> list[tuple[int, int]]:
-        """Return (epochs, examples in each of them) of what lies before an epoch."""
+        """Return (epochs, examples per epoch) of each part before an epoch."""
         spans = self._spans
         ends = [*(first for first, _ in spans[1:]), epoch]
         return [
@@ -118,7 +117,7 @@ class Order:
         return -(-examples // self.batch_size)
 
     def _place(self, step: int) -> tuple[int, int, int]:
-        """Return the epoch that a step is in, which step of it it is, and the epoch's examples."""
+        """Return the epoch of a step, the step's number in it, and the epoch's example count."""
         spans = self._spans
         for (first, size), (end, _) in zip(spans, spans[1:], strict=False):
             here = self._steps(size) * (end - first)
@@ -132,9 +131,9 @@ class Order:
 
     @property
     def digest(self) -> str:
-        """A name of the plan: what decides which examples form a step, beside the data itself."""
+        """Digest of the settings, besides the data, that decide which examples form a step."""
         facts = f"{self.batch_size} {self.seed} grouped={self.groups is not None}"
-        # Of appended rows a run that goes on learns as it learns of the rows themselves.
+        # Appended rows are excluded: the check of the data covers them on resume.
         if missing := [row for row in self.left_out if row < self.examples]:
             facts += f" without {missing}"
         return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
@@ -161,11 +160,10 @@ LOOK_AHEAD = 256
 
 
 def _grouped(permutation: Indices, groups: Indices, batch_size: int) -> Indices:
-    """Reorder so that steps of `batch_size` hold whole groups, which stand where their first member
-    stood.
+    """Reorder so that steps of `batch_size` hold whole groups, ordered by their first members.
 
-    A step is filled with the next groups that fit; only where none of those that wait does, one is
-    cut. Groups above `batch_size` are cut into pieces of that size first.
+    A step is filled with the next groups that fit. If none of the waiting groups fits, one is
+    split. Groups above `batch_size` are split into pieces of that size first.
     """
     _, first, which = np.unique(groups[permutation], return_index=True, return_inverse=True)
     place_of = np.argsort(np.argsort(first, kind="stable"), kind="stable")
@@ -193,8 +191,8 @@ def _grouped(permutation: Indices, groups: Indices, batch_size: int) -> Indices:
     return np.concatenate(result)
 
 
-class Rows:
-    """Rows of one width, filled first-fit: the row count that a set of sequences needs.
+class FirstFitPacker:
+    """First-fit packer of sequences into rows of one width.
 
     Args:
         width: tokens of a row.
@@ -223,7 +221,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Budget:
-    """What one forward on one process may hold."""
+    """Limits of one forward on one process."""
 
     tokens: int | None = None
     """Most tokens, padding included."""
@@ -238,13 +236,13 @@ def area(sizes: Sequence[Sizes], *, shared: Sharing | bool) -> int:
     flat = sorted((size for example in sizes for size in example), reverse=True)
     if not flat:
         return 0
-    rows = Rows(flat[0], shared=bool(shared))
+    rows = FirstFitPacker(flat[0], shared=bool(shared))
     for size in flat:
         rows.add(size)
     return rows.area
 
 
-def place(
+def pack(
     examples: Indices,
     size_of: Callable[[int], Sizes],
     *,
@@ -283,10 +281,10 @@ def place(
 def _pack(
     sizes: dict[int, Sizes], counts: dict[int, int], world: int, budget: Budget
 ) -> tuple[list[list[int]], list[int]]:
-    """Cut examples into as few groups as fit the budget, a multiple of `world`, of equal length.
+    """Split examples into the fewest balanced groups in budget, in a multiple of `world`.
 
-    Longest first, each to the group with fewest tokens; with one group more (in large sets some
-    more) until none exceeds the budget. An example above the budget stands alone.
+    Longest first, each to the group with the fewest tokens. Groups are added, in large sets several
+    at once, until none exceeds the budget. An example above the budget has its own group.
     """
     totals = {i: sum(size) for i, size in sizes.items()}
     order = sorted(totals, key=lambda i: (-totals[i], i))
@@ -322,9 +320,9 @@ def _fill(
     shared: bool,
     count_of: Callable[[int], int],
 ) -> list[list[int]]:
-    """Cut the sorted examples into groups that each fit the budget."""
+    """Split the sorted examples into groups that each fit the budget."""
     groups: list[list[int]] = []
-    rows: Rows | None = None
+    rows: FirstFitPacker | None = None
     held = 0
     for index in order:
         more = count_of(index)
@@ -334,18 +332,18 @@ def _fill(
         else:
             groups.append([index])
             held = more
-            rows = Rows(max(sizes[index], default=0), shared=shared)
+            rows = FirstFitPacker(max(sizes[index], default=0), shared=shared)
         for size in sorted(sizes[index], reverse=True):
             rows.add(size)
     return groups
 
 
-def _exceeds(rows: Rows, held: int, sizes: Sizes, budget: Budget) -> bool:
+def _exceeds(rows: FirstFitPacker, held: int, sizes: Sizes, budget: Budget) -> bool:
     if budget.examples is not None and held > budget.examples:
         return True
     if budget.tokens is None:
         return False
-    trial = Rows(rows.width, shared=rows.shared)
+    trial = FirstFitPacker(rows.width, shared=rows.shared)
     trial.free = list(rows.free)
     for size in sorted(sizes, reverse=True):
         trial.add(size)
@@ -353,8 +351,7 @@ def _exceeds(rows: Rows, held: int, sizes: Sizes, budget: Budget) -> bool:
 
 
 def _split_until_divisible(groups: list[list[int]], sizes: dict[int, Sizes], world: int) -> None:
-    """Halve the heaviest group until all ranks can have the same number, or nothing is left to
-    halve."""
+    """Halve the heaviest groups until the count divides evenly among the ranks, if possible."""
     while len(groups) % world:
         heaviest = max(
             (g for g in groups if len(g) > 1),

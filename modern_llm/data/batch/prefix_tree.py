@@ -1,7 +1,6 @@
-"""From token ids to sequences: trees that share their prompt, or one sequence an answer.
+"""Sequences from token ids: trees of responses that share a prefix, or one sequence per response.
 
-A sequence is what must stand unbroken in one row. From here on there is no text and no side: an
-answer is a branch, the prompt its trunk. Called by `batches`; `plan` uses the sizes.
+A sequence is a unit that is never split across rows: one prefix plus its responses.
 """
 
 from __future__ import annotations
@@ -44,10 +43,9 @@ class Sequence:
 
 
 def lay_out(trunk: Ids, branches: List[Ids], slots: List[int]) -> Sequence:
-    """Return `[trunk | branch | branch ...]`; the positions of each branch restart at the trunk's
-    end.
+    """Return `[trunk | branch | branch ...]`; the positions of each branch continue the trunk's.
 
-    Targets stand on branch tokens only. With an empty trunk the first token of a branch has nothing
+    Only branch tokens are targets. With an empty trunk the first token of a branch has no token
     before it and is no target.
     """
     start = len(trunk)
@@ -81,8 +79,8 @@ class Laid:
 
     sequence: Sequence
     uses: list[list[int]]
-    """For each slot of the sequence, the slots of the micro-batch (example * S + slot) that want
-    it: several where examples share an answer."""
+    """For each slot of the sequence, the slots of the micro-batch (example * S + slot) that use
+    it: several if examples share an answer."""
 
 
 def one_by_one(examples: Examples, indices: NDArray[np.int64]) -> list[Laid]:
@@ -168,7 +166,7 @@ class Examples:
         return (prompt + sum(distinct.values()),)
 
     def separate_tokens(self, index: int) -> int:
-        """Return the tokens of one example if each answer stood in a row with its own prompt."""
+        """Return the tokens of one example if each answer had a row with its own prompt."""
         if self.kind == "documents":
             return sum(self.sizes(index))
         lengths = self.table.lengths[index]

@@ -1,4 +1,4 @@
-"""Where the prompt ends and the answer begins, in token ids.
+"""Boundary between prompt and answer in token ids.
 
 A conversation is tokenised as one text, and the answer is what follows the ids of its prompt, so
 that prompt and answer together are the ids of the whole. A token that spans the boundary belongs to
@@ -89,7 +89,7 @@ class Boundary:
         return Parts(columns, tuple(ends))
 
     def _closed(self, answer: Ids) -> tuple[Ids, int | None]:
-        """An answer without its end token and what follows that, and the end token.
+        """Return an answer cut before its end token, and the end token.
 
         The end token is among the special and blank tokens with which the answer ends.
         """
@@ -122,7 +122,7 @@ class Boundary:
         return False
 
     def _unmarked(self, prompt: Ids, whole: Ids, text: str) -> Ids:
-        """The ids of an answer as the joined text has them."""
+        """Return the ids of an answer as they are in the joined text."""
         if _common(prompt, whole) == len(prompt):
             return whole[len(prompt) :]
         # A token of the joined text spans the boundary.
@@ -134,7 +134,7 @@ class Boundary:
 
 
 def _common(first: Ids, second: Ids) -> int:
-    """The number of ids with which both begin."""
+    """Return the length of the common prefix of two id sequences."""
     size = min(len(first), len(second))
     differ = first[:size] != second[:size]
     return int(differ.argmax()) if differ.any() else size

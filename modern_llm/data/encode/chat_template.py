@@ -1,9 +1,9 @@
-"""From a record to the texts that are tokenised: literal, framed, or through a chat template.
+"""Texts to tokenise from a record: literal, framed, or rendered by a chat template.
 
 Strings are used as they are unless the user gives a template; message lists always go through a
 chat template: the user's, the tokenizer's or, for a tokenizer without one,
-`FALLBACK_CHAT_TEMPLATE`, which the report then names. Called by `prepare`; a stage that exports a
-tokenizer can ask `chat_template_of` for the template that was used.
+`FALLBACK_CHAT_TEMPLATE`, which the report then names. `chat_template_of` returns the template in
+use, for stages that export a tokenizer.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MOST_OPENINGS = 10
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """One record as the texts that are tokenised.
+    """Texts of one record, ready to tokenise.
 
     `head` is the prompt. With `chat` each of `wholes` is the conversation up to the end of its
     answer and begins with `head`; without, it is the text of an answer.
@@ -54,7 +54,7 @@ class Written:
 
 
 class Template:
-    """How prompts and answers become text.
+    """Converter of prompts and answers to text.
 
     Args:
         tokenizer: gives the chat template where `template` does not.
@@ -140,14 +140,14 @@ class Template:
         return Written(head, tuple(wholes), True)
 
     def _closed(self, messages: list[Message]) -> str:
-        """The conversation without the text that the template writes after its end marker."""
+        """Return the conversation without the text after the template's end marker."""
         text = self.turns(messages, open_answer=False)
         self._keys.see(messages, text)
         ended = self._footer and text.endswith(self._end + self._footer)
         return text[: -len(self._footer)] if ended else text
 
     def _head(self, text: str, wholes: Sequence[str], prompt: list[Message]) -> str:
-        """The part of the rendered prompt with which every conversation begins."""
+        """Return the part of the rendered prompt that starts every conversation."""
         if all(whole.startswith(text) for whole in wholes):
             return text
         head = commonprefix([text, *wholes])
@@ -170,7 +170,7 @@ class Template:
         return head
 
     def _unwritten(self, first: Message, second: Message) -> str:
-        """Why two different answers have one text, for a message."""
+        """Return the reason why two different answers have one text, for a message."""
         keys = sorted(k for k in first.keys() | second.keys() if first.get(k) != second.get(k))
         keys = [key for key in keys if key != "content"]
         return (
@@ -228,7 +228,7 @@ class Template:
         return mark, tail.partition(mark)[2]
 
     def take_remarks(self) -> list[str]:
-        """Return what a user should know of the rows written since the last call, a line each."""
+        """Return remarks for the user about the rows rendered since the last call, one per line."""
         lines = []
         if keys := self._keys.take_unwritten():
             names = ", ".join(map(repr, keys[:20])) + (", ..." if len(keys) > 20 else "")

@@ -1,4 +1,4 @@
-"""What distinguishes the three kinds of data on their way to ids: columns, texts, cells.
+"""Recipes of the three kinds of data: columns, texts and cells on the way to token ids.
 
 A `Recipe` tells `prepare` which formats there are, which texts of a record to tokenise, and how
 their ids become the cells of one row of a table. `answers_recipe` serves preferences and
@@ -23,7 +23,13 @@ from modern_llm.config.data import (
 from modern_llm.config.errors import UserError
 from modern_llm.data.encode.boundary import Boundary, Parts
 from modern_llm.data.encode.chat_template import Template, Tokenizer, end_tokens
-from modern_llm.data.encode.tokenizer import Cuts, Encoder, Ids, Truncation, default_limits
+from modern_llm.data.encode.tokenizer import (
+    Encoder,
+    Ids,
+    Truncation,
+    TruncationCounts,
+    default_limits,
+)
 from modern_llm.data.read.formats import (
     DOCUMENT,
     INSTRUCTIONS,
@@ -47,7 +53,7 @@ class Item:
 
 @dataclass
 class Recipe:
-    """How the records of one kind become rows of a table.
+    """Recipe that turns the records of one kind into rows of a table.
 
     Attributes:
         formats, name: the table of formats, and the one that the user named or `auto`.
@@ -75,7 +81,7 @@ class Recipe:
     cells: Callable[[Parts], list[Ids]]
     settings: dict[str, Any]
     row_length: int | None = None
-    cuts: Cuts = field(default_factory=Cuts)
+    cuts: TruncationCounts = field(default_factory=TruncationCounts)
     fell_back: bool = False
     remarks: Callable[[], list[str]] = list
     ends: frozenset[int] = frozenset()
@@ -114,7 +120,7 @@ def answers_recipe(
             "the tokenizer has no end token (eos_token) to close answers with: "
             "give one that has, or set append_end_token: false"
         )
-    cuts = Cuts()
+    cuts = TruncationCounts()
     plain = Truncation(limits, plain_end, config.append_end_token, cuts)
     boundary = Boundary(encoder, tokenizer, ends, config.append_end_token)
 

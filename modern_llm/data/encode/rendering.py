@@ -1,8 +1,7 @@
 """Chat templates, rendered within bounds and on one day.
 
-A template comes with a checkpoint and is somebody's program. It runs in the sandbox that
-`transformers` makes for it, and besides may neither run long nor make long texts. What it writes
-as today's date is a day of the caller's. Called by `templates`.
+A template comes with a checkpoint and is untrusted code. It runs in the sandbox of `transformers`
+with additional limits on time and output size. The caller sets the day that it reads as today.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def render_chat(
 
 @functools.cache
 def _lock() -> threading.RLock:
-    """One for the process: the renderer of `transformers` is exchanged for a moment."""
+    """Return the lock of this process: the renderer of `transformers` is replaced temporarily."""
     return threading.RLock()
 
 
@@ -86,7 +85,7 @@ def reads_date(template: str) -> bool:
 
 
 class _Rendering:
-    """What `transformers` calls of a compiled template."""
+    """The parts of a compiled template that `transformers` calls."""
 
     def __init__(self, template: Any):
         self._template, self.environment = template, template.environment

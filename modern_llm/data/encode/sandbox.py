@@ -1,4 +1,4 @@
-"""A Jinja environment as `transformers` makes it, in which loops, calls and growth are checked.
+"""The Jinja environment of `transformers` with checks of loops, calls and growth.
 
 Loops and calls look at the clock; operators, functions, filters and captured text look at the size
 of what they would make before they make it.
@@ -43,7 +43,7 @@ class Bounded(ImmutableSandboxedEnvironment):
     ticks: int
 
     def tick(self) -> str:
-        """Look at the clock now and then."""
+        """Check the time limit, once per several calls."""
         self.ticks += 1
         if self.ticks % 64 == 0:
             limit(self.began)
@@ -71,7 +71,7 @@ class Bounded(ImmutableSandboxedEnvironment):
         return super().call(context, function, *args, **named)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """Parse, and look at the clock in every round of a loop."""
+        """Parse, and add a check of the time limit to every iteration of a loop."""
         tree = super()._parse(source, name, filename)
         for loop in tree.find_all(nodes.For):
             look = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)

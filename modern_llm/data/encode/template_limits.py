@@ -1,4 +1,4 @@
-"""Bounds on the time and size of rendering a chat template, which is somebody else's program."""
+"""Bounds on the time and size of rendering a chat template, which is untrusted code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WIDTH = re.compile(r"[%:][^a-zA-Z%]*\d{5,}|%[^a-zA-Z%]*\*")
 
 
 class TemplateLimit(Exception):
-    """A template that runs too long or makes too much."""
+    """A template exceeded the limits of time or size."""
 
 
 def check_widths(form: Any) -> None:
@@ -28,7 +28,7 @@ def check_widths(form: Any) -> None:
 
 
 def limit(began: float) -> None:
-    """Refuse to run on where `SECONDS` of processor time have passed since `began`."""
+    """Refuse to continue after `SECONDS` of processor time since `began`."""
     if time.thread_time() - began > SECONDS:
         raise TemplateLimit(f"it runs for more than {SECONDS:.0f} s on one conversation")
 
@@ -56,7 +56,7 @@ def check_growth(operator: str, left: Any, right: Any) -> None:
 
 
 def check_call(function: Any, args: Sequence[Any], named: dict[str, Any]) -> None:
-    """Refuse arguments with which a function of text would make too much."""
+    """Refuse arguments that make a text function return too much."""
     for value in (*args, *named.values()):
         if isinstance(value, int) and value > LARGEST_NUMBER:
             raise TemplateLimit(f"it asks a function for {str(value)[:20]} repetitions")

@@ -1,8 +1,8 @@
-"""From texts to token ids: batched encoding, leading special tokens, end token, truncation.
+"""Token ids of texts: batched encoding, leading special tokens, end token, truncation.
 
 A prompt gets the special tokens that the tokenizer itself puts in front (usually none, or one that
 begins a text); an answer gets none but its end token. Where the prompt ends and the answer begins
-is found by `boundary`. Called by `recipes`; `check_tokenizers_agree` by the stages.
+is found by `boundary`.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Encoder:
 
 
 @dataclass
-class Cuts:
-    """What truncation took away, in counts."""
+class TruncationCounts:
+    """Counts of truncated examples and tokens."""
 
     prompts: int = 0
     responses: int = 0
@@ -97,7 +97,7 @@ class Limits:
 
 
 def default_limits(max_length: int, max_prompt_length: int | None, lead: int) -> Limits:
-    """Return the limits; at least half of `max_length` is left to the prompt unless said."""
+    """Return the limits; by default the prompt keeps at least half of `max_length`."""
     prompt = max_length // 2 if max_prompt_length is None else max_prompt_length
     if max_prompt_length is None:
         prompt = max(0, min(prompt, max_length - lead - 1))
@@ -116,7 +116,7 @@ class Truncation:
     limits: Limits
     end: int | None
     append: bool = True
-    cuts: Cuts = field(default_factory=Cuts)
+    cuts: TruncationCounts = field(default_factory=TruncationCounts)
 
     def __call__(
         self,
@@ -171,7 +171,7 @@ class Truncation:
         return np.append(ids, np.int32(end))
 
     def _without_end(self, ids: Ids, end: int | None = None) -> Ids:
-        """Without end tokens at its end: a cut answer must not be trained as a finished one."""
+        """Strip trailing end tokens: a truncated answer must not be trained as a finished one."""
         ends = {self.end, end} - {None}
         size = len(ids)
         while size and int(ids[size - 1]) in ends:

@@ -1,4 +1,4 @@
-"""What is used of a tokenizer, and which of its tokens are special."""
+"""Interface of a tokenizer, and the ids of its special tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from modern_llm.data.read.records import Message
 
 
 class Tokenizer(Protocol):
-    """What is used of a `transformers` tokenizer, so that this package part does not import it."""
+    """The parts of a `transformers` tokenizer in use, declared here to avoid its import."""
 
     is_fast: bool
     eos_token_id: int | None

@@ -1,7 +1,4 @@
-"""The result of `modern-llm inspect` as JSON can hold it: totals, sources, warnings, examples.
-
-Called by the verb; shown in a terminal by `report.terminal`.
-"""
+"""The result of `modern-llm inspect` as JSON values: totals, sources, warnings, examples."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ from modern_llm.data.inspect.warnings import (
 
 
 def inspection(sources: Sequence[Examined], setup: Setup, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return everything that was found.
+    """Return the whole result of an inspection.
 
     Args:
         tokenizer: decodes the examples.
@@ -95,7 +92,7 @@ def _source(source: Examined) -> dict[str, Any]:
 
 
 def _example(source: Examined, entry: tuple[str, list[Ids]], tokenizer: Tokenizer) -> dict:
-    """One example token by token, with which of them are targets: as training lays it out."""
+    """Return one example token by token, with the targets marked, as training lays it out."""
     origin, cells = entry
     if len(cells) == 1:
         trunk, branches = cells[0][:0], cells
@@ -118,7 +115,7 @@ def _example(source: Examined, entry: tuple[str, list[Ids]], tokenizer: Tokenize
 
 
 def _pieces(ids: Ids, tokenizer: Tokenizer) -> list[str]:
-    """The text of each token; a character that several tokens make stands at the last of them."""
+    """Return the text of each token; a character of several tokens belongs to the last one."""
     pieces, waiting = [], []
     for number in ids.tolist():
         waiting.append(number)

@@ -1,9 +1,9 @@
-"""What a data section holds, measured before a run: the numbers behind `modern-llm inspect`.
+"""Statistics of a data section before a run: the numbers of `modern-llm inspect`.
 
-One pass over each source through the very readers, formats, templates and truncation that training
-uses; nothing is written and no text is kept but of a few examples. `examine` gives counts and
-lengths, `findings` (in `advice`) turns them into warnings. Where training would stop at a broken
-row, this goes on and counts, so that one look shows all that must be mended.
+One pass over each source through the readers, formats, templates and truncation of training.
+Nothing is written, and only a few examples keep their text. `examine` returns counts and lengths;
+`findings` (in `warnings`) turns them into warnings. Training stops at a broken row; this pass
+counts it and continues, so that one run lists everything to fix.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from modern_llm.data.read.records import Broken, ContentFault, Dropped, RowFault
 from modern_llm.data.read.sources import Source
 from modern_llm.data.table.counts import DataReport, Drops
 from modern_llm.data.table.iterate import (
-    Part,
     RecordReader,
+    WeightedSource,
     evaluation_source,
     in_batches,
     read_items,
@@ -108,12 +108,12 @@ def examine(
         found.append(_Tally(part, "train", recipe, examples, sink).run(tolerant))
     if (source := evaluation_source(tolerant)) is not None:
         whole = replace(tolerant, eval_fraction=None)
-        found.append(_Tally(Part(source), "evaluation", recipe, examples).run(whole))
+        found.append(_Tally(WeightedSource(source), "evaluation", recipe, examples).run(whole))
     return found
 
 
 class _Noting:
-    """The rows of a source as they are, with what only raw rows show noted as they pass."""
+    """The rows of a source, unchanged, with notes on properties that only raw rows have."""
 
     def __init__(self, source: Source, recipe: Recipe):
         self._source = source
@@ -148,7 +148,7 @@ class _Tally:
 
     def __init__(
         self,
-        part: Part,
+        part: WeightedSource,
         role: str,
         recipe: Recipe,
         examples: int,
@@ -247,8 +247,8 @@ def _mixed(parts: Sequence[int]) -> int:
 
 
 def shared_rows(train: Sequence[Examined], evaluation: Sequence[Examined]) -> dict[str, int]:
-    """Return how many evaluation rows stand in the training data too: the same prompt, and the
-    same prompt with the same answers (in either order)."""
+    """Return how many evaluation rows are also in the training data: those with the same prompt,
+    and those with the same prompt and answers (in either order)."""
 
     def column(name: str, held: bool) -> NDArray[np.int64]:
         parts = [getattr(e, name)[e.held_out == held] for e in train]

@@ -1,6 +1,6 @@
-"""From the numbers of `examine` to what a person should change: one warning, one setting.
+"""Warnings from the numbers of `examine`, each with the setting to change.
 
-Plain functions of numbers, each with the bound at which it speaks up. Called by `inspect`.
+Plain functions of numbers, each with the threshold of its warning.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ALPHA_Z = 3.0
 
 @dataclass(frozen=True)
 class Setup:
-    """What the run around the data says, as far as it is known."""
+    """Settings of the run that reads the data, as far as they are known."""
 
     kind: str
     max_length: int
@@ -36,19 +36,19 @@ class Setup:
 
 @dataclass(frozen=True)
 class Finding:
-    """A warning and the setting that mends it ("" where only the data can be mended)."""
+    """A warning and the setting that fixes it ("" if only the data can be fixed)."""
 
     source: str
     message: str
     setting: str
 
     def as_dict(self) -> dict[str, str]:
-        """Return it as JSON can hold it."""
+        """Return the finding as JSON values."""
         return {"source": self.source, "message": self.message, "setting": self.setting}
 
 
 def repeated(values: NDArray[np.int64]) -> int:
-    """Return how many values are a repetition of an earlier one."""
+    """Return the number of repeated values."""
     return len(values) - len(np.unique(values))
 
 

@@ -67,7 +67,7 @@ def card_configs(folder: Path) -> list[CardConfig]:
 def choose_config(
     folder: Path, configs: Sequence[CardConfig], subset: str | None
 ) -> CardConfig | None:
-    """Return the configuration that is meant, None where the README.md names none.
+    """Return the selected configuration, None if the README.md names none.
 
     Without a name it is the only one, or the one that the file marks as the default.
 
@@ -93,7 +93,7 @@ def choose_config(
 
 
 def matching(files: Sequence[PurePosixPath], patterns: Sequence[str]) -> set[PurePosixPath]:
-    """Return the paths that one of the patterns fits; `**` stands for any folders."""
+    """Return the paths that match one of the patterns; `**` matches any folders."""
     parts = [PurePosixPath(pattern).parts for pattern in patterns]
     return {file for file in files if any(_fits(file.parts, pattern) for pattern in parts)}
 

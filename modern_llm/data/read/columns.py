@@ -1,4 +1,4 @@
-"""What the formats read from the columns of a row: texts, messages, tools, system words.
+"""Columns of a row as the formats read them: texts, messages, tools, system text.
 
 Every function takes texts as they are, and raises `RowFault` for broken structure.
 """
@@ -173,7 +173,7 @@ def prompt_before(values: Values, lead: list[Message]) -> list[Message]:
     both."""
     if values.get("prompt") is None:
         if not lead:
-            raise RowFault("no turn stands before the answers, and there is no column 'prompt'")
+            raise RowFault("no turn precedes the answers, and there is no column 'prompt'")
         return lead
     if isinstance(values["prompt"], list):
         prompt = [without_weight(message) for message in messages_in(values, "prompt")]

@@ -1,4 +1,4 @@
-"""Which files of a folder are the data of a split.
+"""Selection of the files of a folder that belong to a split.
 
 Knows folders as the Hub and the `datasets` library leave them: snapshots of repositories, shards,
 `save_to_disk`. A split is found by any word of a file's name or of its folders' names. Where names
@@ -51,7 +51,7 @@ _NUMBER = re.compile(r"([-_.]?\d+)+$")
 
 @dataclass(frozen=True)
 class Found:
-    """Files of a split in the order of their paths, and what a user should know of the others."""
+    """Files of a split in the order of their paths, with remarks about the other files."""
 
     files: tuple[Path, ...]
     notes: tuple[str, ...]
@@ -137,7 +137,7 @@ def _of_config(
 
 
 class _Name:
-    """What the path of a file, relative to the folder of the data, says of its split."""
+    """The split named in a file's path, relative to the folder of the data."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -235,7 +235,7 @@ def _check_regular(files: Sequence[Path]) -> None:
 
 
 def _saved_files(state: Path) -> list[Path]:
-    """The files of a data set that `save_to_disk` wrote; its caches may lie beside them."""
+    """Return the files of a data set written by `save_to_disk`, without its caches."""
     try:
         listed = json.loads(read_text(state)).get("_data_files", [])
         files = [state.parent / Path(entry["filename"]).name for entry in listed]

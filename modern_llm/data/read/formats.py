@@ -3,7 +3,7 @@
 A format is found by the columns of a row, never by the name of a data set. To add one, write one
 function `(values, origin) -> record` and one row of a table at the end of this file. A function
 checks every row: it raises `RowFault` for broken structure and `ContentFault` for content that
-cannot be learnt from. It takes texts as they are. Called by `prepare`.
+cannot be learnt from. It takes texts as they are.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ def document(name: str) -> Format:
     return Format(DOCUMENT, name, lambda values: name in values, convert)
 
 
-# Tables: a more special format stands before one that would also fit.
+# Tables: a more specific format precedes one that would also fit.
 
 
 def _has(*names: str) -> Callable[[Values], bool]:

@@ -1,8 +1,8 @@
-"""A `.json` file to rows: one array of objects, parsed element by element in a moving window.
+"""Reader of `.json` files: one array of objects, parsed element by element in a moving window.
 
 Rows carry `file:line[index]`, because such a file is often one long line. An element that parses
-but is no usable row is `Broken`; corrupt JSON ends the reading with `DataError`, since where the
-next element begins is then a guess. Called by `sources` alone.
+but is no usable row is `Broken`; corrupt JSON ends the reading with `DataError`, because the start
+of the next element is then unknown.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _array(path: Path) -> Rows:
 
 
 class _Window:
-    """A part of a UTF-8 file as text, read on as the parser asks; the parser stands at `at`."""
+    """A window of a UTF-8 file as text, extended on request; `at` is the parser's position."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -96,7 +96,7 @@ class _Window:
                 return ""
 
     def element(self, decoder: json.JSONDecoder, repeated: list[str]) -> tuple[str, Any]:
-        """Parse the value at hand and step over it; return its text and its value."""
+        """Parse the next value and move past it; return its text and its value."""
         wanted = _CHUNK
         while True:
             try:
@@ -116,27 +116,27 @@ class _Window:
                 continue
             except ValueError as error:  # an integer with more digits than Python converts
                 raise self.error(f"corrupt JSON: {error}") from None
-            # A number that ends the window may go on in the next chunk.
+            # A number at the end of the window may continue in the next chunk.
             if end == len(self.text) and self._read_on(1):
                 continue
             text, self.at = self.text[self.at : end], end
             return text, value
 
     def line(self) -> int:
-        """Return the number, from 1, of the line at hand."""
+        """Return the number, from 1, of the current line."""
         return self._line + self.text.count("\n", 0, self.at)
 
     def column(self) -> int:
-        """Return the number, from 1, of the character at hand in its line."""
+        """Return the number, from 1, of the current character in its line."""
         newline = self.text.rfind("\n", 0, self.at)
         return self.at - newline if newline >= 0 else self._column + self.at
 
     def error(self, reason: str) -> DataError:
-        """Return an error that stands where the parser does."""
+        """Return an error at the parser's position."""
         return DataError(f"{self.path}:{self.line()}:{self.column()}: {reason}; {UNREADABLE}")
 
     def _read_on(self, characters: int) -> bool:
-        """Forget what was consumed and read so much more at least; False at the end of the file."""
+        """Drop consumed text and read at least this much more; False at the end of the file."""
         self._line, self._column = self.line(), self.column()
         parts, size = [self.text[self.at :]], 0
         self.at = 0

@@ -1,10 +1,9 @@
-"""One local file to rows, streamed: JSON lines, CSV, text.
+"""Readers that stream the rows of one local file: JSON lines, CSV, text.
 
 Each reader yields `Row` or `Broken` in file order and holds one row in memory; what is longer than
 `MAX_ROW_BYTES` is broken, not read. A row is broken when its bytes are not what the file type
-promises; what then happens is decided in `prepare`. Where the rest of a file makes no sense any
-more, the reader raises `DataError`. `json_arrays` and `arrow_files` have the other types. Called by
-`sources` and `json_arrays`.
+promises; `prepare` decides what happens to it. If the rest of a file is unreadable, the reader
+raises `DataError`. `json_arrays` and `arrow_files` read the other types.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from modern_llm.data.read.records import Broken
 from modern_llm.storage.regular_files import open_regular
 
 MAX_ROW_BYTES = 32 * 2**20
-# An escape that stands for NUL or for half of a surrogate pair without its other half.
+# An escape of NUL or of half of a surrogate pair without its other half.
 _BAD_ESCAPE = re.compile(
     r"\\u0000"
     r"|\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
@@ -34,7 +33,7 @@ UNREADABLE = "nothing after it can be read"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The values of one row by column, and where it stood (`file:line`, `file:line[index]`)."""
+    """The values of one row by column, and its origin (`file:line`, `file:line[index]`)."""
 
     values: Mapping[str, Any]
     origin: str
@@ -56,7 +55,7 @@ def read_jsonl(path: Path) -> Rows:
 
 
 def _parse(text: str, origin: str) -> Row | Broken:
-    """One JSON object, or what is wrong with it."""
+    """Return one JSON object, or what is wrong with it."""
     repeated: list[str] = []
     try:
         values = json.loads(text, object_pairs_hook=noting(repeated))
@@ -70,7 +69,7 @@ def _parse(text: str, origin: str) -> Row | Broken:
 
 
 def noting(repeated: list[str]) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
-    """Return a hook that builds objects as usual and notes keys that stand twice in one of them."""
+    """Return a hook that builds objects as usual and notes duplicate keys."""
 
     def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
@@ -83,7 +82,7 @@ def noting(repeated: list[str]) -> Callable[[list[tuple[str, Any]]], dict[str, A
 
 
 def checked(values: Any, text: str, origin: str, repeated: list[str]) -> Row | Broken:
-    """Return the value parsed from `text` as a row, or what makes it none."""
+    """Return the value parsed from `text` as a row, or the reason why it is no row."""
     if not isinstance(values, dict):
         return Broken(origin, f"a JSON {_json_kind(values)} where an object belongs", 1)
     if repeated:
@@ -174,7 +173,7 @@ def _record(header: list[str], fields: list[str], origin: str) -> Row | Broken:
 def read_text(path: Path, column: str) -> Rows:
     """Yield documents as rows of one `column`.
 
-    A document is what stands between blank lines or, in a file without blank lines, one line.
+    Blank lines separate documents; in a file without blank lines each line is a document.
     """
     apart = _has_blank_line_inside(path)
     part: list[str] = []
@@ -203,7 +202,7 @@ def read_text(path: Path, column: str) -> Rows:
 
 
 def _has_blank_line_inside(path: Path) -> bool:
-    """Whether a blank line stands between two lines of text."""
+    """Return whether a blank line separates two lines of text."""
     text_seen = blank_seen = False
     for _, line in lines_of(path):
         blank = line is not None and line.isspace()
@@ -215,7 +214,7 @@ def _has_blank_line_inside(path: Path) -> bool:
 
 
 def _bad_line(line: bytes, origin: str) -> Broken | None:
-    """What makes a line no text, with its column; None for a good line."""
+    """Return the reason why a line is not text, with its column; None for a good line."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:

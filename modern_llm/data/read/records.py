@@ -1,4 +1,4 @@
-"""What a row becomes before it is tokens: a pair, an instruction, a document, or a dropped row.
+"""Records made from rows before tokenisation: pairs, instructions, documents, dropped rows.
 
 Texts are literal: nothing is stripped, joined or trimmed. A prompt is a string or a list of
 messages `{"role": ..., "content": ...}`; a response is a string or one message, with every key that
@@ -83,7 +83,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A row that is not used: where it stood and why; `kind` is the name it is counted under."""
+    """A row that is not used: origin and reason; `kind` is the name it is counted under."""
 
     origin: str
     reason: str
@@ -116,13 +116,13 @@ BROKEN = "broken structure"
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """Stands for a value that could not be read; a fault only where its column is needed."""
+    """Placeholder of a value that could not be read; a fault only if its column is needed."""
 
     reason: str
 
 
 class RowFault(ValueError):
-    """A row whose structure is not what its format asks for."""
+    """A row whose structure violates its format."""
 
 
 class ContentFault(ValueError):

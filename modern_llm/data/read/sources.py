@@ -1,4 +1,4 @@
-"""From a name to rows: a local file or folder, or a data set of the Hub, in one order, one by one.
+"""Sources of rows in a fixed order: a local file, a folder, or a data set of the Hub.
 
 `open_source` decides what a name is and refuses what cannot be read; the `Source` it returns can be
 iterated (any number of times) and has an identity: the digest of its bytes, or the fingerprint that
@@ -135,16 +135,15 @@ def open_source(
     evaluation: bool = False,
     streaming: bool = False,
 ) -> Source:
-    """Find what `name` stands for.
+    """Return the source that `name` refers to.
 
     Args:
         name: an existing file or folder; else, unless it looks like a path, a Hub id.
         split: as in `DatasetConfig.split`.
         subset: configuration name of a Hub data set, or of a folder whose README.md names some.
         text_column: given where documents are read, and only then `.txt` files are.
-        evaluation: the data set is there to evaluate on: where no split is said, all files of a
-            folder are taken (names of several splits are refused), and of a Hub data set the split
-            "test".
+        evaluation: the data set is for evaluation: by default all files of a folder are taken
+            (names of several splits are refused), and of a Hub data set the split "test".
         streaming: read a data set of the Hub row by row instead of fetching it first.
 
     Raises:

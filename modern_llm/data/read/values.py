@@ -1,4 +1,4 @@
-"""Values of a row: the same record from every type of file.
+"""Values of a row, converted so that every file type gives the same record.
 
 Formats see a row through `Columns`. It converts a column on first use, so that a column
 that no format reads cannot stop a run. Nulls inside a value are removed: Arrow fills the keys that

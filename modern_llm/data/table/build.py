@@ -1,9 +1,9 @@
-"""From a data section to token tables on disk: read, judge, tokenise, hold out, write; or reuse.
+"""Token tables of a data section: read, check, tokenise, hold out and write, or reuse.
 
 One pass in batches, so that memory does not grow with the data. A folder that already holds the
-tables of the same bytes, tokenizer and settings is mapped as it is. When anything fails nothing is
-left. On a machine with several processes the caller lets one of them build first. Called by the
-three `*_datasets` modules, which choose the recipe.
+tables of the same bytes, tokenizer and settings is reused. A failed build leaves nothing on disk.
+On a machine with several processes the caller lets one of them build first. The three `*_datasets`
+modules choose the recipe.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from modern_llm.data.read.sources import Source
 from modern_llm.data.table.counts import DataReport, Drops
 from modern_llm.data.table.iterate import (
     FELL_BACK,
-    Part,
     RecordReader,
+    WeightedSource,
     evaluation_source,
     in_batches,
     read_items,
@@ -65,7 +65,7 @@ class Prepared:
     """(epoch, rows) from which there were so many, where a run has gone on with appended rows."""
 
     def lines(self) -> list[str]:
-        """Return what a person should read of it: every source, and the sum of several."""
+        """Return a report to print: every source, and the sum of several."""
         reports = [*self.parts, self.report] if len(self.parts) > 1 else [self.report]
         return [line for report in reports for line in report.lines()]
 
@@ -98,7 +98,7 @@ def prepare(
             if evaluation is not None:
                 whole = replace(config, eval_fraction=None)
                 build = _Build(whole, recipe, new, out, check)
-                (other,) = build.tables([Part(evaluation)], "evaluation")
+                (other,) = build.tables([WeightedSource(evaluation)], "evaluation")
         summary = {
             "key": key,
             "reports": [report.as_dict() for report in reports],
@@ -143,7 +143,7 @@ def _key(
     config: DatasetConfig,
     tokenizer: Tokenizer,
     recipe: Recipe,
-    parts: Sequence[Part],
+    parts: Sequence[WeightedSource],
     evaluation: Source | None,
 ) -> str:
     """Digest of everything that the tables depend on."""
@@ -162,7 +162,7 @@ def _key(
 
 
 def _reuse(folder: Path, key: str) -> Prepared | None:
-    """The tables in `folder` if they are whole and have this key."""
+    """Return the tables in `folder` if they are complete and have this key."""
     try:
         summary = parse_json(read_text(folder / "prepared.json", 100_000_000, follow=False))
         if summary["key"] != key:
@@ -196,7 +196,7 @@ class _Build:
         self._config, self._recipe, self._folder, self._out = config, recipe, folder, out
         self._check = check
 
-    def tables(self, parts: Sequence[Part], name: str) -> list[DataReport]:
+    def tables(self, parts: Sequence[WeightedSource], name: str) -> list[DataReport]:
         """Write the table `name` (and `evaluation`, if a fraction is held out) from all sources.
 
         Returns:
@@ -220,7 +220,7 @@ class _Build:
                     raise DataError(f"{whole.source}: {self._nothing_in(table, sink, whole)}")
         return reports
 
-    def _source(self, part: Part, sinks: dict[str, _Sink], name: str) -> DataReport:
+    def _source(self, part: WeightedSource, sinks: dict[str, _Sink], name: str) -> DataReport:
         config, report = self._config, DataReport(part.source.name)
         drops = Drops(self._out, report)
         before = {table: (sink.rows, sink.tokens) for table, sink in sinks.items()}
@@ -249,7 +249,7 @@ class _Build:
             report.notes.append(f"{part.source.name}: weight {part.weight:g}")
         return report
 
-    def _rows(self, part: Part, drops: Drops) -> Iterator[tuple[list[Ids], str]]:
+    def _rows(self, part: WeightedSource, drops: Drops) -> Iterator[tuple[list[Ids], str]]:
         """Cells and origin of every row that is kept, tokenised in batches."""
         recipe = self._recipe
         if part.format is not None:

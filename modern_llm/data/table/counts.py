@@ -1,4 +1,4 @@
-"""What became of the rows of a source: counts, and the list of dropped rows.
+"""Counts of the used and dropped rows of a source, and the list of dropped rows.
 
 `DataReport` is plain numbers, made by `prepare` and shown by the stages and `inspect`. `Drops`
 writes `dropped_rows.jsonl` as the rows go by, and says when too many were dropped.
@@ -94,7 +94,7 @@ class DataReport:
         return whole
 
     def lines(self) -> list[str]:
-        """Return what a person should read of it, a few short lines."""
+        """Return a report of a few short lines to print."""
         formats = ", ".join(f"{count:,} {name}" for name, count in self.formats.items())
         lines = [f"{self.source}: {self.rows:,} rows, {self.kept:,} kept ({formats})"]
         if self.drops:
@@ -157,5 +157,5 @@ class Drops:
                 f"{report.source}: {content} of {report.rows} rows "
                 f"({content / report.rows:.1%}) are bad in content, more than "
                 f"max_dropped {max_dropped:.1%}: {counts}. First: {first}. "
-                "Mend them or raise max_dropped"
+                "Fix them or raise max_dropped"
             )

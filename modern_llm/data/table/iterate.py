@@ -1,6 +1,6 @@
-"""One pass over the sources of a section: open them, read rows, judge them, group them.
+"""One pass over the sources of a section: open them, read rows, check them, group them.
 
-What `prepare` (which writes tables) and `examine` (which measures) have in common. Called by both.
+The common part of `prepare`, which writes tables, and `examine`, which measures.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ FELL_BACK = (
 
 
 @dataclass(frozen=True)
-class Part:
-    """One of the sources that are trained on; `format` is None where the section's own holds."""
+class WeightedSource:
+    """One training source with its weight; `format` is None to use the section's."""
 
     source: Source
     weight: float = 1.0
     format: str | None = None
 
     def times(self, cells: Sequence[Ids]) -> int:
-        """Return how often an example stands in an epoch: by weight and content alone."""
+        """Return how often an example occurs in an epoch, by weight and content alone."""
         whole = int(self.weight)
         rest = self.weight - whole
         return whole + (rest > 0 and share_of(cells, b"weight") < rest)
 
 
-def training_sources(config: DatasetConfig) -> list[Part]:
-    """Return what the section trains on.
+def training_sources(config: DatasetConfig) -> list[WeightedSource]:
+    """Return the training sources of a section.
 
     Raises:
         UserError: it names nothing.
@@ -55,9 +55,9 @@ def training_sources(config: DatasetConfig) -> list[Part]:
     if config.sources is None:
         if config.dataset_name is None:
             raise UserError("dataset_name is missing: give a Hub id, or a local file or folder")
-        return [Part(_open(config, config.dataset_name, config.split, config.subset))]
+        return [WeightedSource(_open(config, config.dataset_name, config.split, config.subset))]
     return [
-        Part(
+        WeightedSource(
             _open(config, part.dataset_name, part.split, part.subset),
             part.weight,
             None if part.format == "auto" else part.format,
@@ -125,7 +125,7 @@ def read_items(
             break
     if first is not None:
         among = f"{broken} broken of {report.rows} rows read"
-        raise DataError(f"{first} ({among}; mend them, or on_bad_row: skip drops such rows)")
+        raise DataError(f"{first} ({among}; fix them, or on_bad_row: skip drops such rows)")
     report.formats = {reader.format.name: 0} if reader.format else {}
     if recipe.fell_back and reader.saw_chat:
         report.notes.append(FELL_BACK)
@@ -136,7 +136,7 @@ def read_items(
 
 
 class _RowReader:
-    """One row to an item, or to why it is none; the first row that fits a format decides it."""
+    """Converter of rows to items or dropped rows; the first row that fits decides the format."""
 
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
@@ -167,8 +167,10 @@ class _RowReader:
 
 
 class RecordReader:
-    """One row to a record; `format` is that of the first row that fits one, `unread` the columns
-    with a value that no format function asked for.
+    """Converter of rows to records.
+
+    `format` is that of the first row that fits one; `unread` lists the columns with a value that no
+    format function read.
 
     A column that is null is read as an absent one, because Arrow has no absent columns. Where that
     gives no record the row is read with its nulls, so that a fault names them.

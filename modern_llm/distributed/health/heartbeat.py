@@ -58,7 +58,7 @@ class Measure:
 
 
 @dataclass
-class Place:
+class Phase:
     """Where a thread of this process is.
 
     Attributes:
@@ -125,13 +125,13 @@ class Place:
         self.count += 1
 
 
-here = Place()
+here = Phase()
 """Where the thread is that opened the watchdog."""
-aside: Place | None = None
+aside: Phase | None = None
 """Where a save beside the training is, while there is one."""
 
 
-def _mine() -> Place | None:
+def _mine() -> Phase | None:
     """The place whose marks the calling thread makes; None for a thread that nobody waits for."""
     thread = threading.get_ident()
     if aside is not None and thread in aside.threads:
@@ -140,7 +140,7 @@ def _mine() -> Place | None:
 
 
 @contextmanager
-def beside(place: Place) -> Iterator[None]:
+def beside(place: Phase) -> Iterator[None]:
     """Let marks of this thread go to `place`, while the main thread continues with its own work."""
     global aside
     place.threads = {threading.get_ident()}
@@ -164,7 +164,7 @@ def helper() -> Callable[[], None]:
 
 def begin() -> None:
     """Reset all marks: a stage begins in this thread."""
-    fresh = Place(threads={threading.get_ident()})
+    fresh = Phase(threads={threading.get_ident()})
     for name, value in vars(fresh).items():
         setattr(here, name, value)
 

@@ -2,8 +2,7 @@
 
 A process that ends while others wait in a collective breaks it for them, and what they then see is
 a transport's message. It becomes a `PeerError`; and the line of whoever failed by itself comes
-before the lines of those who only lost a partner. After an error there is no collective. Called by
-the stages and by the command line.
+before the lines of those who only lost a partner. After an error there is no collective.
 """
 
 from __future__ import annotations

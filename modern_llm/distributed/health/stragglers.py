@@ -1,7 +1,4 @@
-"""Processes that take much longer than the others: what a step computes before anybody waits.
-
-Called by the watchdog of rank 0 with what all processes tell of themselves.
-"""
+"""Processes that take much longer than the others: what a step computes before anybody waits."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """How a process writes its last line, shows its stacks on request, and ends one that cannot.
 
-None of this needs the main thread, which may hang. Called by the watchdog.
+None of this needs the main thread, which may hang.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 Pure: times are arguments, so that any number of processes can be judged in a test. A slow process
 is never found hung: its limit is its own measured speed, and a long phase has a long allowance.
-Called by the watchdog.
 """
 
 from __future__ import annotations

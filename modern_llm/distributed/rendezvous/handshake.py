@@ -5,7 +5,7 @@ first leaves a note (where it runs, versions, configuration) in the rendezvous s
 itself; rank 0 reads the notes when all have come, or after `MEET_SECONDS`, and leaves its verdict
 for the others: who is missing or differs, in one line. A process makes a few requests, however many
 there are. The same meeting of nodes, before a launcher starts, is `python -m
-modern_llm.distributed.rendezvous.preflight`. Called by `runtime.start`.
+modern_llm.distributed.rendezvous.preflight`.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@
 
 Launchers wait minutes for a node that is missing, and say little of one that claims another's rank.
 This says it in one line within a minute, and what differs: packages, the configuration file, and
-every local input that it names, which are read when all have met. Called by the scripts in
-`launch/`.
+every local input that it names, which are read when all have met.
 """
 
 from __future__ import annotations

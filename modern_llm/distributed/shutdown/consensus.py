@@ -2,7 +2,7 @@
 
 Asked after each optimizer step, forward of an evaluation or of the reference pass, and generated
 token. In a step the reduction begins before the optimizer and is collected after it: by then it is
-made, and nobody waits. Called by whatever takes long.
+made, and nobody waits.
 """
 
 from __future__ import annotations

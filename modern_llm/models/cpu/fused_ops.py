@@ -2,8 +2,8 @@
 
 `transformers` writes them as many small operations; on a CPU each is a pass over the activations,
 and autograd keeps what they leave behind. Here each is one function with a backward of its own.
-`slim` puts them into a model where a trial with random numbers gives the same, and nowhere else.
-Called by `probe`, which then checks the whole model.
+`patch_cpu_ops` installs them where a trial with random numbers gives the same values.
+`capabilities` then checks the whole model.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def rotary(
 
 
 @torch.no_grad()
-def slim(model: nn.Module) -> dict[str, int]:
+def patch_cpu_ops(model: nn.Module) -> dict[str, int]:
     """Put the functions of this file into `model`, in place; return how many of each kind.
 
     Modules keep their class, parameters, names and hooks: only `forward` is set on the instance.
@@ -104,28 +104,28 @@ def slim(model: nn.Module) -> dict[str, int]:
     rotary_fits: dict[Callable, bool] = {}
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            counts["norms"] += _slim_norm(module)
+            counts["norms"] += _patch_norm(module)
         elif hasattr(module, "gate_proj"):
-            counts["products"] += _slim_product(module)
+            counts["products"] += _patch_product(module)
         elif type(module).__name__.endswith("Attention"):
-            counts["rotary"] += _slim_rotary(module, rotary_fits)
+            counts["rotary"] += _patch_rotary(module, rotary_fits)
     return counts
 
 
-def unslim(model: nn.Module) -> None:
-    """Undo `slim`."""
+def restore_ops(model: nn.Module) -> None:
+    """Undo `patch_cpu_ops`."""
     for module in model.modules():
-        if getattr(module.__dict__.get("forward"), "slim", False):
+        if getattr(module.__dict__.get("forward"), "patched", False):
             del module.forward
 
 
 def set_forward(module: nn.Module, function: Callable) -> None:
-    """Give this one module another `forward`, until `unslim`."""
-    function.slim = True
+    """Give this one module another `forward`, until `restore_ops`."""
+    function.patched = True
     module.forward = MethodType(function, module)
 
 
-def _slim_norm(module: nn.Module) -> bool:
+def _patch_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(eps, float):
@@ -149,7 +149,7 @@ def _slim_norm(module: nn.Module) -> bool:
     return True
 
 
-def _slim_product(module: nn.Module) -> bool:
+def _patch_product(module: nn.Module) -> bool:
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if not all(isinstance(p, nn.Linear) and p.weight.dtype == torch.float32 for p in parts):
         return False
@@ -168,7 +168,7 @@ def _slim_product(module: nn.Module) -> bool:
     return True
 
 
-def _slim_rotary(module: nn.Module, fits: dict[Callable, bool]) -> bool:
+def _patch_rotary(module: nn.Module, fits: dict[Callable, bool]) -> bool:
     """Let this module's `forward` find `rotary` under the name of its file's own function.
 
     The function is a global of the file that defines the architecture. Changing that would change

@@ -2,7 +2,7 @@
 
 Its collectives go over a process group of their own, so that they are never mistaken for those of
 the training. Whether it has ended is decided by all processes in one step, with the decision to
-stop. Called by `saving`.
+stop.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from modern_llm.distributed.health import heartbeat
 _LOOK_S = 0.1
 
 
-class Aside:
+class AsyncSave:
     """One save under way.
 
     Args:
@@ -29,7 +29,7 @@ class Aside:
         self.step = step
         self.failure: BaseException | None = None
         self._work, self._allowance = work, allowance
-        self._place = heartbeat.Place(phase="saving beside the training", step=step)
+        self._place = heartbeat.Phase(phase="saving beside the training", step=step)
         self._place.allowance = allowance
         self._thread = threading.Thread(target=self._run, name="saving", daemon=True)
         self._thread.start()

@@ -4,7 +4,7 @@ counts.
 Holds everything that a run needs to go on: order, rate and random draws are functions of the step,
 so the position is one integer. Nothing is pickled. Under ZeRO every rank writes the pieces that it
 holds and reads those that it needs, so that a run goes on under another stage or on another number
-of processes. Called by the loop.
+of processes.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A save that fails leaves the one before and the run goes on with a warning; the third in a row, and
 one that the run ends with, end it with status 3. Under `train.background_saving` the state is
 copied to the host's memory and written while training goes on, one save at a time. Room is asked
-for before the first step. Called by the loop.
+for before the first step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from modern_llm.distributed.health import heartbeat
 from modern_llm.storage.atomic import TEMPORARY, free_bytes, refusals
 from modern_llm.storage.fault_points import around
 from modern_llm.training.checkpointing import format
-from modern_llm.training.checkpointing.async_save import Aside
+from modern_llm.training.checkpointing.async_save import AsyncSave
 from modern_llm.training.context import TrainingContext
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Saver:
         }
         self._failures, self._seconds = 0, 0.0
         self._good = {f"step-{last:08d}"} if last else set()
-        self._aside: Aside | None = None
+        self._aside: AsyncSave | None = None
         runtime.busy = lambda: self._aside is not None and self._aside.running
 
     def __enter__(self) -> Saver:
@@ -139,7 +139,7 @@ class Saver:
             self._saved(step)
 
         runtime.all_idle = False
-        self._aside = Aside(step, work, self._allowance)
+        self._aside = AsyncSave(step, work, self._allowance)
 
     def _finish(self) -> None:
         """Wait for a save beside the training, on all ranks, and take note of what came of it."""

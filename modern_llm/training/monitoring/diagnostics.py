@@ -1,7 +1,7 @@
 """Warnings that teach: what a person would see in the curves, said once while there is time.
 
 Each rule looks at the records logged so far and says what it saw, what it usually means and which
-setting to change. Plain functions of numbers. Called by `watch`, on rank 0.
+setting to change. Plain functions of numbers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def learning_rate_warning(config: TrainingConfig, *, full: bool, new: bool) -> s
     )
 
 
-class Teacher:
+class Diagnostics:
     """Looks at every record, and says each thing once.
 
     Args:

@@ -1,7 +1,7 @@
 """Everything that looks at a run while it goes: the display, `metrics.jsonl`, trackers, warnings.
 
 The loop hands it each record once; it changes nothing of the run. Rank 0 writes and shows, the
-other ranks get an object that does nothing. Called by the loop.
+other ranks get an object that does nothing.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Mapping
 
 from modern_llm.config import TrainingConfig
 from modern_llm.distributed.health import heartbeat
-from modern_llm.distributed.progress_bar import Display
-from modern_llm.training.monitoring.diagnostics import Teacher
+from modern_llm.distributed.progress_bar import ProgressBar
+from modern_llm.training.monitoring.diagnostics import Diagnostics
 from modern_llm.training.monitoring.metrics import status_line
-from modern_llm.training.monitoring.profiler import Trace
+from modern_llm.training.monitoring.profiler import StepProfiler
 from modern_llm.training.monitoring.trackers import Trackers
 from modern_llm.training.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 
-class Watch:
+class Monitor:
     """Context in which a run is watched.
 
     Args:
@@ -32,13 +32,15 @@ class Watch:
     def __init__(self, config: TrainingConfig, run: RunFolder, total: int, done: int, shown: bool):
         self._shown = shown
         self._run, self._metrics = run, run.log()
-        self._display = Display(config.run_name, total, done, shown=shown)
+        self._display = ProgressBar(config.run_name, total, done, shown=shown)
         self._trackers = Trackers(config, run, shown=shown)
-        self._teacher = Teacher(total)
-        self._trace = Trace(run.path, config.profile_steps if shown else 0, done, run.lock.check)
+        self._teacher = Diagnostics(total)
+        self._trace = StepProfiler(
+            run.path, config.profile_steps if shown else 0, done, run.lock.check
+        )
         self._done = done
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Monitor:
         heartbeat.enter("between steps")
         self._display.__enter__()
         return self

@@ -1,7 +1,7 @@
 """`--profile N`: what N steps of a run spend their time on.
 
 A `torch.profiler` trace of rank 0 in the run folder, to be opened in a browser (perfetto.dev or
-chrome://tracing), and the costs that are largest, told in lines. Called by `watch`.
+chrome://tracing), and the costs that are largest, told in lines.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SHOWN = 5
 """Costs that are printed."""
 
 
-class Trace:
+class StepProfiler:
     """Traces the steps after `first`, as many as asked for.
 
     Args:

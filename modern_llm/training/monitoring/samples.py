@@ -2,8 +2,7 @@
 
 What the policy says before its first step is what the reference says: they are the same weights.
 All processes generate together, because sharded weights are whole only inside a forward of all;
-rank 0 writes `samples.jsonl`. Greedy, so that a difference is the training's. Called by the loop
-through `Sampler`.
+rank 0 writes `samples.jsonl`. Greedy, so that a difference is the training's.
 """
 
 from __future__ import annotations

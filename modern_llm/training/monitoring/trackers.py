@@ -1,7 +1,7 @@
 """Experiment trackers through Accelerate: tensorboard, wandb, trackio, mlflow and the others.
 
 Rank 0 only. A tracker that cannot be had is an error before anything is loaded; one that fails
-later (its server is away) is switched off with a line: it does not end a run. Called by `watch`.
+later (its server is away) is switched off with a line: it does not end a run.
 """
 
 from __future__ import annotations

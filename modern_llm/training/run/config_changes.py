@@ -1,8 +1,7 @@
 """Which settings may differ between a run and its continuation, and what a difference costs.
 
 Every field of every section has one class. A run folder that holds a run is gone on with under
-other settings only as its class allows; the difference is printed either way. Called by the run
-folder; what is read from the places that settings name is compared by content elsewhere.
+other settings only as its class allows; the difference is printed either way.
 """
 
 from __future__ import annotations

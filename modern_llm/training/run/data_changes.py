@@ -3,7 +3,7 @@
 The order of data is a function of integers: of (seed, epoch, step) and of how many rows there are.
 A checkpoint therefore records the digest of the rows and, as (epoch, rows), how many each epoch
 has. Appended rows join, with consent, at the first epoch that begins at or after the checkpoint's
-step; every other change is refused with the first row that differs. Called by `setup`.
+step; every other change is refused with the first row that differs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KEPT = "data-before"
 """Tables of the run so far, kept beside new ones until these are known to hold the same rows."""
 
 
-def look_back(runtime: Runtime, run: RunFolder) -> None:
+def find_checkpoint(runtime: Runtime, run: RunFolder) -> None:
     """Find the checkpoint to go on from, and keep the tables that it was trained on at hand."""
     heartbeat.enter("looking for a checkpoint")
     run.checkpoint = runtime.on_main(lambda: format.find(run.checkpoints))
@@ -42,7 +42,7 @@ def look_back(runtime: Runtime, run: RunFolder) -> None:
             _keep(run, run.checkpoint[1].get("data"))
 
 
-def settle(runtime: Runtime, run: RunFolder, prepared: Prepared) -> Prepared:
+def check_data(runtime: Runtime, run: RunFolder, prepared: Prepared) -> Prepared:
     """Return the tables with how many rows each epoch has, after comparing them with the checkpoint
     that the run goes on from.
 

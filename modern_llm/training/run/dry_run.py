@@ -2,7 +2,7 @@
 
 The stages go their own way through it: the same checks, tables, model and placement, with the data
 cut down to the first optimizer step once it is read. Nothing is kept, the reference store of the
-user included. Called by the stages through `setup`, and by the verbs.
+user included.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 `outcome.json`.
 
 Decides whether a run starts, goes on or is done already, and refuses to mix two runs in one folder.
-Called by the stages before anything is loaded and by the loop.
 """
 
 from __future__ import annotations

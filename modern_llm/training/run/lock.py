@@ -2,7 +2,7 @@
 
 The lock is a claim (see `distributed.claims`): a file `.lock` in the run folder, locked and growing
 while its owner lives. No clock is compared and no process number believed. Rank 0 holds it from
-before the first file is written until the last one is. Called by `setup`.
+before the first file is written until the last one is.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a run notes of itself for people: `summary.json` (data, environment) and `report.html`.
 
-Neither is read by a run; what goes wrong with them does not touch it. Called by `setup`.
+Neither is read by a run; what goes wrong with them does not touch it.
 """
 
 from __future__ import annotations

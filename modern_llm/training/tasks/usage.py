@@ -1,7 +1,4 @@
-"""What micro-batches cost and saved: counts that stay on the host, and the metrics made of them.
-
-Called by the tasks; the loop divides `tokens` and `flops` by time.
-"""
+"""What micro-batches cost and saved: counts that stay on the host, and the metrics made of them."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def test_the_worst_shapes_are_those_of_plain_sequences(sizes):
     expected = plain_sums(model, table)
     for attention, shared in (("blocks", 2), ("mask", 1), ("mask", 0), ("separate", 0)):
         scorer = make_scorer(make_model("llama"), attention)
-        examples = Examples(table, "pairs", trees=scorer.abilities.trees)
+        examples = Examples(table, "pairs", trees=scorer.capabilities.trees)
         source = BatchSource(
             examples, Order(len(table), len(table), 0), Budget(tokens=520), rank=0, world=1,
             shared=Sharing(shared),

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modern_llm.data.batch.order import Budget, Order, Sharing, area, place
+from modern_llm.data.batch.order import Budget, Order, Sharing, area, pack
 
 sizes = st.lists(
     st.tuples(st.integers(1, 60)) | st.tuples(st.integers(1, 40), st.integers(1, 40)),
@@ -23,7 +23,7 @@ budgets = st.builds(
 def test_every_example_once_equal_numbers_and_within_budget(lengths, world, budget, shared):
     indices = np.arange(len(lengths)) * 3 + 1
     table = {int(i): lengths[n] for n, i in enumerate(indices)}
-    ranks = place(indices, table.__getitem__, world=world, budget=budget, shared=shared)
+    ranks = pack(indices, table.__getitem__, world=world, budget=budget, shared=shared)
     assert len(ranks) == world
     assert len({len(rank) for rank in ranks}) == 1
     placed = sorted(int(i) for rank in ranks for group in rank for i in group)
@@ -46,8 +46,8 @@ def test_placement_does_not_depend_on_the_order_in_which_examples_are_named(
     indices = np.arange(len(lengths))
     shuffled = indices.tolist()
     random.shuffle(shuffled)
-    once = place(indices, lengths.__getitem__, world=world, budget=budget, shared=shared)
-    again = place(
+    once = pack(indices, lengths.__getitem__, world=world, budget=budget, shared=shared)
+    again = pack(
         np.array(shuffled, dtype=np.int64),
         lengths.__getitem__,
         world=world,
@@ -100,7 +100,7 @@ def test_examples_consumed_counts_the_short_step():
 def test_work_is_about_even_over_ranks():
     rng = np.random.default_rng(0)
     lengths = [(int(n),) for n in rng.integers(20, 500, 64)]
-    ranks = place(
+    ranks = pack(
         np.arange(64), lengths.__getitem__, world=4, budget=Budget(tokens=1024), shared=True
     )
     work = [sum(lengths[int(i)][0] for group in rank for i in group) for rank in ranks]
@@ -150,7 +150,7 @@ def test_lines_are_few_equally_long_and_not_padded():
     rng = np.random.default_rng(0)
     lengths = [(int(n),) for n in rng.integers(20, 500, 200)]
     total = sum(map(sum, lengths))
-    (parts,) = place(
+    (parts,) = pack(
         np.arange(200), lengths.__getitem__, world=1, budget=Budget(tokens=2048),
         shared=Sharing.LINE,
     )  # fmt: skip
@@ -161,7 +161,7 @@ def test_lines_are_few_equally_long_and_not_padded():
 
 
 def test_an_example_may_count_for_several():
-    ranks = place(
+    ranks = pack(
         np.arange(6), lambda i: (10,), world=1, budget=Budget(examples=4), shared=Sharing.LINE,
         count_of=lambda i: 3 if i == 0 else 1,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from datetime import date
 import pytest
 
 from modern_llm.config.errors import DataError
-from modern_llm.data.encode import rendering
+from modern_llm.data.encode import template_limits
 from modern_llm.data.encode.chat_template import FALLBACK_CHAT_TEMPLATE
 from modern_llm.data.encode.rendering import reads_date, render_chat
 from tests.helpers.text import make_tokenizer
@@ -96,7 +96,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_an_endless_or_huge_template_is_one_line(name, tokenizer, monkeypatch):
-    monkeypatch.setattr(rendering, "SECONDS", 0.5)
+    monkeypatch.setattr(template_limits, "SECONDS", 0.5)
     began = time.thread_time()
     with pytest.raises(DataError, match="chat template [0-9a-f]{12}") as raised:
         render_chat(tokenizer, TALK, template=BOMBS[name])

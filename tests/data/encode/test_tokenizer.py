@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from modern_llm.config.errors import UserError
 from modern_llm.data.encode.tokenizer import (
-    Cuts,
     Encoder,
     Limits,
     Truncation,
+    TruncationCounts,
     check_tokenizers_agree,
     default_limits,
     tokenizer_identity,
@@ -77,7 +77,7 @@ def test_leading_tokens_are_put_once(make_tokenizer):
 def truncation(
     total: int, prompt: int, lead: int = 0, end: int | None = END, **options
 ) -> Truncation:
-    return Truncation(Limits(total, prompt, lead), end, cuts=Cuts(), **options)
+    return Truncation(Limits(total, prompt, lead), end, cuts=TruncationCounts(), **options)
 
 
 def run(cut: Truncation, prompt, *responses, has_lead: bool = False) -> list[list[int]]:
@@ -91,21 +91,21 @@ def test_what_fits_gets_its_end_token_and_loses_nothing():
         [10, 11, END],
         [20, END],
     ]
-    assert cut.cuts == Cuts()
+    assert cut.cuts == TruncationCounts()
 
 
 def test_the_prompt_loses_its_start_as_far_as_the_longer_answer_needs():
     cut = truncation(8, 2)
     parts = run(cut, ids(1, 2, 3, 4, 5, 6), ids(10, 11, 12), ids(20))
     assert parts == [[3, 4, 5, 6], [10, 11, 12, END], [20, END]]
-    assert cut.cuts == Cuts(prompts=1, responses=0, tokens=2)
+    assert cut.cuts == TruncationCounts(prompts=1, responses=0, tokens=2)
 
 
 def test_then_the_answers_lose_their_ends_and_get_no_end_token():
     cut = truncation(6, 3)
     parts = run(cut, ids(1, 2, 3, 4, 5), ids(10, 11, 12, 13), ids(20))
     assert parts == [[3, 4, 5], [10, 11, 12], [20, END]]
-    assert cut.cuts == Cuts(prompts=1, responses=1, tokens=2 + 2)
+    assert cut.cuts == TruncationCounts(prompts=1, responses=1, tokens=2 + 2)
 
 
 def test_an_answer_that_fits_without_its_end_token_is_cut():
@@ -159,7 +159,7 @@ def test_nothing_to_learn_from_is_bad_content(limits, prompt, responses, reason)
     cut = truncation(*limits)
     with pytest.raises(ContentFault, match=f"^{reason}$"):
         cut(prompt, responses, has_lead=False)
-    assert cut.cuts == Cuts(), "what is dropped is not counted as cut"
+    assert cut.cuts == TruncationCounts(), "what is dropped is not counted as cut"
 
 
 def test_without_any_prompt_the_first_token_is_no_target():

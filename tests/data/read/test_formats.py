@@ -289,7 +289,7 @@ BROKEN = {
     "no prompt": (
         "pairs",
         {"chosen": [assistant("c")], "rejected": [assistant("r")]},
-        "no turn stands before the answers",
+        "no turn precedes the answers",
     ),
     "another prompt": ("pairs", {**LISTS, "prompt": [user("else")]}, "neither starts with"),
     "sharegpt speaker": (

@@ -168,7 +168,7 @@ def test_broken_structure_stops_with_its_place(name, build, jsonl, pairs, tmp_pa
         build(path)
     text = str(caught.value)
     assert text.startswith(f"{path}:5{message}")
-    assert "(2 broken of 10 rows read; mend them, or on_bad_row: skip drops such rows)" in text
+    assert "(2 broken of 10 rows read; fix them, or on_bad_row: skip drops such rows)" in text
     assert "\n" not in text
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 

@@ -56,7 +56,7 @@ def slow_run(folder: str, world: int, again: bool) -> None:
     if again:
         slow(format, "verified_manifest", "resume", rank=0)
     else:
-        batches, look_back = small.Fit.micro_batches, data_changes.look_back
+        batches, find_checkpoint = small.Fit.micro_batches, data_changes.find_checkpoint
 
         def slow_batches(self, step):
             time.sleep(STEP_S)
@@ -66,12 +66,12 @@ def slow_run(folder: str, world: int, again: bool) -> None:
             built = SimpleNamespace(train=SimpleNamespace(digest=""), lines=list, evaluation=None)
             build = sleep_once(log, "tokenizing", lambda folder, check: built, rank=0)
             tables.read_tables(runtime, run.data, build)
-            return look_back(runtime, run)
+            return find_checkpoint(runtime, run)
 
         held_out = small.Fit(0, 1, 8).micro_batches(0)
         small.Fit.micro_batches = slow_batches
         small.Fit.evaluation = lambda self: [held_out, held_out]
-        data_changes.look_back = tokenizes
+        data_changes.find_checkpoint = tokenizes
         slow(small.Fit, "micro_batches", "loader", rank=other, at=4)
         slow(small.Fit, "run", "forward", rank=other)
         slow(small.Fit, "evaluation", "evaluation", rank=other)

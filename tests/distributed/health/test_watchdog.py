@@ -10,7 +10,7 @@ import pytest
 
 from modern_llm.distributed.collectives import Peers
 from modern_llm.distributed.health import heartbeat
-from modern_llm.distributed.health.heartbeat import LONG_S, Measure, Place
+from modern_llm.distributed.health.heartbeat import LONG_S, Measure, Phase
 from modern_llm.distributed.health.verdict import Heard, hung
 from modern_llm.distributed.health.watchdog import Watchdog, nowhere
 
@@ -81,7 +81,7 @@ def world(monkeypatch):
     """The watchdogs of 512 ranks that share a store, none of them started."""
     store = CountingStore()
     dogs = [Watchdog(Peers(rank, WORLD), nowhere, LEAST) for rank in range(WORLD)]
-    places = [Place(quick=True, phase="forward", count=8) for _ in range(WORLD)]
+    places = [Phase(quick=True, phase="forward", count=8) for _ in range(WORLD)]
     for dog, place in zip(dogs, places, strict=True):
         dog._store = store
         place.measures["forward"] = known = Measure()

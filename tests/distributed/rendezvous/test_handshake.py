@@ -96,7 +96,7 @@ def test_who_waits_in_vain_for_a_connection_ends_with_one_line():
     """A peer that is killed between the meeting and the connection: torch would wait for long."""
     code = (
         "import time\n"
-        "from modern_llm.distributed import handshake\n"
+        "from modern_llm.distributed.rendezvous import handshake\n"
         "with handshake.connecting(2): pass\n"
         "handshake.JOIN_SECONDS = 0.3\n"
         "with handshake.connecting(3): time.sleep(60)\n"

@@ -263,7 +263,7 @@ def test_a_lock_that_a_killed_build_left_is_named_at_start(
     lock.parent.mkdir(parents=True)
     lock.touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    monkeypatch.setattr("modern_llm.verbs.doctor_checks.oldest_compiler", lambda: None)
+    monkeypatch.setattr("modern_llm.distributed.build_locks.oldest_compiler", lambda: None)
     with StopRequest() as request:
         request.asked = "SIGTERM"
         with pytest.raises(Stopped, match="before it began"):

@@ -42,7 +42,7 @@ def test_a_slim_model_gives_the_same_values_and_gradients(name):
                 if parameter.ndim == 1:
                     parameter += 0.3 * torch.randn(parameter.shape, generator=g)
     expected, gradients = outputs_and_gradients(other)
-    counts = fused_ops.slim(model)
+    counts = fused_ops.patch_cpu_ops(model)
     if name in FOUND:
         assert tuple(counts.values()) == FOUND[name]
     logits, ours = outputs_and_gradients(model)
@@ -52,7 +52,7 @@ def test_a_slim_model_gives_the_same_values_and_gradients(name):
         torch.testing.assert_close(
             gradient, gradients[n], rtol=1e-3, atol=2e-4, msg=lambda m, n=n: f"{n}: {m}"
         )
-    fused_ops.unslim(model)
+    fused_ops.restore_ops(model)
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
@@ -87,13 +87,13 @@ def test_a_module_that_only_looks_alike_is_left_alone():
             return self.weight * x / (x.abs().mean(-1, keepdim=True) + self.eps)
 
     module = torch.nn.Sequential(OddRMSNorm())
-    assert fused_ops.slim(module)["norms"] == 0
+    assert fused_ops.patch_cpu_ops(module)["norms"] == 0
     assert "forward" not in module[0].__dict__
 
 
 def test_other_dtypes_take_the_models_own_way():
     model = make_model("llama")
-    fused_ops.slim(model)
+    fused_ops.patch_cpu_ops(model)
     ids = torch.arange(3, 9)[None]
     with torch.no_grad():
         wide = model.double()(input_ids=ids, use_cache=False).logits
@@ -106,7 +106,7 @@ def test_less_is_kept_for_the_backward():
     for slim in (False, True):
         model = make_model("llama")
         if slim:
-            fused_ops.slim(model)
+            fused_ops.patch_cpu_ops(model)
         sizes = {}
 
         def note(tensor, sizes=sizes):

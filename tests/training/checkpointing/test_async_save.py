@@ -83,10 +83,10 @@ def test_a_stop_waits_for_the_save_under_way_and_makes_its_own(tmp_path, monkeyp
     slow(monkeypatch, 0.3)
     real = format.snapshot
 
-    def signalled(runtime, step, engine, **options):
+    def signalled(runtime, step, *state, **options):
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(runtime, step, engine, **options)
+        return real(runtime, step, *state, **options)
 
     monkeypatch.setattr(format, "snapshot", signalled)
     with pytest.raises(Stopped, match="stopped by SIGTERM after step 3, saved"):

@@ -119,8 +119,8 @@ def logged_rarely(checkpoint: Path, data: Path, folder: Path) -> dict[str, tuple
     for name, zero in {"ddp": None, "device": None, "zero2": stage(2), "zero3": stage(3)}.items():
         steps, told = set(), Told()
 
-        def noted(engine, config, step, total, steps=steps):
-            if logged := real_logged(engine, config, step, total):
+        def noted(context, step, steps=steps):
+            if logged := real_logged(context, step):
                 steps.add(step)
             return logged
 
@@ -233,7 +233,10 @@ def test_three_in_a_row_stop_a_run_that_skips(tmp_path, tiny_checkpoint, tiny_pa
     with Poison(0, {2, 3, 5, 6}, "nan"):
         call(tmp_path / "scattered", tiny_checkpoint, tiny_pairs, **call_)
     assert records(tmp_path / "scattered")[-1]["skipped_steps"] == 4
-    with Poison(0, {4, 5, 6}, "nan"), pytest.raises(NotFiniteError, match="step 7: .* 3. step"):
+    with (
+        Poison(0, {4, 5, 6}, "nan"),
+        pytest.raises(NotFiniteError, match="step 7: .* 3 consecutive steps"),
+    ):
         call(tmp_path / "row", tiny_checkpoint, tiny_pairs, **call_)
     for place in (tmp_path / "row" / "checkpoints").iterdir():
         assert int(place.name[5:]) <= 6

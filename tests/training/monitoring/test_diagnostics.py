@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from modern_llm.config import TrainingConfig
-from modern_llm.training.monitoring.diagnostics import Teacher, learning_rate_warning
+from modern_llm.training.monitoring.diagnostics import Diagnostics, learning_rate_warning
 
 
 def healthy(step: int, total: int) -> dict[str, float]:
@@ -23,7 +23,7 @@ def healthy(step: int, total: int) -> dict[str, float]:
 
 
 def said(changes, total=100, every=2) -> list[str]:
-    teacher, found = Teacher(total), []
+    teacher, found = Diagnostics(total), []
     for step in [1, *range(every, total + 1, every)]:
         record = healthy(step, total)
         found += teacher.look(record | {k: v(step / total) for k, v in changes.items()})
@@ -93,7 +93,7 @@ def test_high_rates_are_for_adapters_and_new_models(rate, full, new, warned):
 
 
 def test_a_long_run_keeps_few_records():
-    teacher = Teacher(10**6)
+    teacher = Diagnostics(10**6)
     for step in range(1, 3000):
         teacher.look(healthy(step, 10**6))
     assert len(teacher._records) < 20

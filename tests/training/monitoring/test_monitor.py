@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.errors import ConfigError
 from modern_llm.training.monitoring import trackers as trackers_module
-from modern_llm.training.monitoring.monitor import Watch
+from modern_llm.training.monitoring.monitor import Monitor
 from modern_llm.training.run.folder import RunFolder
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
 from tests.helpers.ranks import run_ranks
@@ -205,7 +205,7 @@ def test_watching_takes_under_one_percent_of_a_100_ms_step(tmp_path, capsys):
     training = config(tmp_path, trackers=["tensorboard"], max_steps=400, log_every=10)
     folder = RunFolder(training, {"train": {"run_name": "w"}})
     record = {f"metric/{n}": float(n) for n in range(20)} | {"loss": 0.5, "grad_norm": 1.0}
-    with Watch(training, folder, 400, 0, shown=True) as watch:
+    with Monitor(training, folder, 400, 0, shown=True) as watch:
         began = time.process_time()
         for step in range(1, 401):
             watch.advance(step)

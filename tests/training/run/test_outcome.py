@@ -62,12 +62,14 @@ def endings(folder: Path) -> dict[str, tuple[int, int]]:
     """Status and last step of runs that end in several ways."""
     found = {"step 7": fails(folder / "a", in_a_step(6))}
     # Started again, it fails before the loop, at first before it is known where it resumes.
-    found["before the loop"] = fails(folder / "a", Trouble(data_changes, "look_back", UserError))
+    found["before the loop"] = fails(
+        folder / "a", Trouble(data_changes, "find_checkpoint", UserError)
+    )
     found["preparing"] = fails(folder / "a", Trouble(Runtime, "prepare", UserError))
     found["resumed"] = fails(folder / "a", in_a_step(4))
-    found["evaluation"] = fails(folder / "b", Trouble(loop, "_look", ValueError, 5))
+    found["evaluation"] = fails(folder / "b", Trouble(loop, "_evaluate_if_due", ValueError, 5))
     found["first"] = fails(folder / "c", in_a_step(0))
-    with Trouble(loop, "_look", Stopped, 3), pytest.raises(Stopped):
+    with Trouble(loop, "_evaluate_if_due", Stopped, 3), pytest.raises(Stopped):
         # A stop within what is due after a step: the step is done, saved, and told.
         real, loop.stop_asked = loop.stop_asked, lambda runtime: True
         check, loop.check = loop.check, _stop_after_a_step(loop.check)
