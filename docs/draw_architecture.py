@@ -107,7 +107,7 @@ def _box(box: Box, left: float, top: int, wide: float) -> list[str]:
         if len(lines[-1]) + len(word) + 1 > room and lines[-1]:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
-    label = box.name.removeprefix("training") or box.name  # `/tasks` stands right of `training`
+    label = box.name.removeprefix("training") or box.name  # `/tasks` is right of `training`
     parts = [
         f'<rect class="box" x="{left:.0f}" y="{top}" width="{wide:.0f}" height="{ROW}" rx="6"/>',
         f'<text class="name" x="{left + 10:.0f}" y="{top + 22}">{escape(label)}</text>',

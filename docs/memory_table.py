@@ -1,8 +1,8 @@
-"""The table of `docs/memory.md`: `python -m modern_llm.distributed.memory_table` prints it."""
+"""The table of `docs/memory.md`: `python docs/memory_table.py` prints it."""
 
 from __future__ import annotations
 
-from modern_llm.planning.memory import Parameter, Setting, Sizes, plan_memory
+from modern_llm.planning.memory import ParallelLayout, Parameter, Sizes, plan_memory
 
 # Shapes of the Llama family: layers, hidden, mlp, heads, kv_heads, head_dim, vocabulary.
 MODELS = {
@@ -33,7 +33,7 @@ def table() -> str:
         parameters = parameters_of(sizes)
         for world in WORLDS:
             for stage in (2, 3):
-                setting = Setting(
+                setting = ParallelLayout(
                     world=world, stage=stage, precision="bf16", reference=True,
                     tokens=16_384, targets=8192, checkpointing=True,
                 )  # fmt: skip

@@ -4,15 +4,15 @@
 #   bash launch/setup.sh              what running needs
 #   bash launch/setup.sh test         and the extras named `test` in pyproject.toml (`test,lora` for two)
 #
-# Exact versions come from constraints.txt. Nothing is done when nothing changed, so that the second call
+# Exact versions come from constraints.txt. Nothing is done when nothing changed, so a second call
 # takes no time. PYTHON=/path/to/python3 chooses the interpreter for a new environment.
 # demo.sh and test.sh call this; it leaves nothing running and changes nothing outside the repository.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
-stamp=$venv/.modern-llm-installed     # digest of what was asked for, then the extras, one a line
-unfinished=$venv/.modern-llm-unfinished  # there while pip writes: an environment that holds it is half made
+stamp=$venv/.modern-llm-installed     # digest of the requirements, then the extras, one per line
+unfinished=$venv/.modern-llm-unfinished  # exists while pip writes: an environment with it is incomplete
 log=$venv/install.log
 
 fail() {
@@ -45,7 +45,7 @@ make_venv() {
   local python
   # Killed while pip replaced files: pip would take a package with missing files for a complete one.
   if [ -e "$unfinished" ]; then
-    printf 'setup: an earlier installation was interrupted; making .venv anew\n'
+    printf 'setup: an earlier installation was interrupted; making .venv again\n'
     rm -rf "$venv"
   fi
   python=$venv/bin/python
@@ -55,16 +55,16 @@ make_venv() {
     if "$python" -m pip --version >/dev/null 2>&1; then return; fi
   else
     python=$(find_python)
-    rm -f "$venv/bin/python" "$venv/bin/python3" # links to an interpreter that is gone would be kept
+    rm -f "$venv/bin/python" "$venv/bin/python3" # else links to a deleted interpreter would be kept
   fi
   printf 'setup: making .venv with %s\n' "$("$python" --version 2>&1)"
-  # Over what is there: an environment without pip gets it, one that was cut off in the making is completed.
+  # Over an existing environment: pip is added if it is missing, and an incomplete one is completed.
   "$python" -m venv "$venv" ||
     fail "$python could not make $venv (reason above);" \
       "on Debian and Ubuntu: apt install python3-venv, then run this again"
 }
 
-digest() { # of all that decides what is installed; the place too, because scripts hold absolute paths
+digest() { # of all that decides what is installed; the path too, because scripts hold absolute paths
   "$venv/bin/python" - "$root" <<'PY'
 import hashlib, pathlib, sys
 root = pathlib.Path(sys.argv[1])
@@ -82,7 +82,7 @@ up_to_date() { # DIGEST EXTRA...: whether the stamp is of this digest and lists 
   done
 }
 
-show_progress() { # PID: for how long pip has worked, how much lies on disk and what it is doing, until it ends
+show_progress() { # PID: for how long pip has worked, how much is on disk and what it is doing, until it ends
   local begun=$SECONDS pause=15 line
   if [ -t 1 ]; then pause=2; fi
   while kill -0 "$1" 2>/dev/null; do
@@ -108,12 +108,12 @@ install() { # EXTRA...
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off \
     -c constraints.txt -e "$target" >"$log" 2>&1 &
   pid=$!
-  # A pip left behind would go on writing into an environment that the next call takes for its own.
+  # A pip left behind would keep writing into an environment that the next call takes for its own.
   trap 'kill "$pid" 2>/dev/null || true; wait "$pid" 2>/dev/null || true; exit 130' INT TERM HUP
   show_progress "$pid"
   if ! wait "$pid"; then
     tail -n 25 "$log" >&2
-    fail "pip could not install (above: the end of $log); mend the cause and run this again"
+    fail "pip could not install (above: the end of $log); fix the cause and run this again"
   fi
   trap - INT TERM HUP
 }
@@ -121,7 +121,7 @@ install() { # EXTRA...
 main() {
   local want extra extras=()
   if [ -n "${1:-}" ]; then IFS=, read -r -a extras <<<"$1"; fi
-  # Two calls at once must not install into one environment; where flock is missing (macOS) the user sees to that.
+  # Two calls at once must not install into one environment; without flock (macOS) the user must prevent it.
   if command -v flock >/dev/null 2>&1; then
     exec 9>"$root/.venv.lock"
     flock -n 9 || { printf 'setup: waiting for another setup in this folder\n' && flock 9; }

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Runs a verb on every process of one or several nodes; call it on each node with the same words:
+# Runs a verb on every process of one or several nodes; call it on each node with the same arguments:
 #
 #   NODES=2 NODE_RANK=0 MAIN_ADDRESS=10.0.0.1 PROCESSES_PER_NODE=8 \
 #     bash launch/torchrun.sh dpo --config run.yaml
 #
-# NODES, NODE_RANK        number of nodes and this one's place, from 0        (1, 0)
+# NODES, NODE_RANK        number of nodes and this one's rank, from 0         (1, 0)
 # MAIN_ADDRESS, MAIN_PORT where node 0 is reached; the port after it is used too (127.0.0.1, 29500)
 # PROCESSES_PER_NODE      usually the GPUs of one node                        (1)
 # ACCELERATE_CONFIG       a file of accelerate_configs/; torchrun and DDP without it
 # PYTHON                  the interpreter                                     (.venv beside this folder, else python3)
 #
-# Without GPUs on several machines say GLOO_SOCKET_IFNAME too, the network interface to talk through.
+# Without GPUs on several machines set GLOO_SOCKET_IFNAME too, the network interface to use.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -18,7 +18,7 @@ if [ -z "${PYTHON:-}" ]; then
   PYTHON=$root/.venv/bin/python
   [ -x "$PYTHON" ] || PYTHON=python3
 fi
-# Kubernetes' PyTorchJob names the pod's place RANK and the number of pods WORLD_SIZE.
+# Kubernetes' PyTorchJob names the pod's rank RANK and the number of pods WORLD_SIZE.
 nodes=${NODES:-${WORLD_SIZE:-1}}
 rank=${NODE_RANK:-${RANK:-0}}
 address=${MAIN_ADDRESS:-${MASTER_ADDR:-127.0.0.1}}
@@ -31,7 +31,7 @@ if [ $# -eq 0 ]; then
   sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
   exit 2
 fi
-# A launcher alone would wait minutes for a node that is missing or claims another's place.
+# A launcher alone would wait minutes for a node that is missing or claims another's rank.
 "$PYTHON" -m modern_llm.distributed.rendezvous.preflight --nodes "$nodes" --node_rank "$rank" \
   --main_address "$address" --main_port $((port + 1)) "${@:2}"
 

@@ -20,7 +20,7 @@ name=mllm$$
 pids=()
 clean() {
   local node
-  # Each node is a group of processes; what is left of one would keep its namespace.
+  # Each node is a group of processes; a remaining process would keep its namespace.
   for node in ${pids[@]+"${pids[@]}"}; do kill -- "-$node" 2>/dev/null || true; done
   wait 2>/dev/null || true
   ip netns del "$name-0" 2>/dev/null || true
