@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 
 import torch
@@ -45,7 +45,7 @@ def settle(asked: list[tuple[PreTrainedModel, int, float]], *, dropout: bool) ->
             f"{_names(changing)}: stays in training mode, because its evaluation mode changes "
             "weights in place"
         )
-    with _without_dropout(models) if dropout else _nothing():
+    with _without_dropout(models) if dropout else nullcontext():
         if not dropout:
             for model in models:
                 disable_dropout(model)
@@ -160,11 +160,6 @@ def _names(found: dict[type, str]) -> str:
 
 def _reason(found: dict[type, str]) -> str:
     return next(iter(found.values()))
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager

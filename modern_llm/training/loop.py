@@ -139,7 +139,7 @@ def _optimizer_step(
         guards.pending = partial(nonfinite.judge, context, step, losses, update)
         if update.is_known:
             guards.settle()
-    heartbeat.step_done(time.perf_counter() - began, busy)
+    heartbeat.step_done(busy)
     return sums, update.norm
 
 

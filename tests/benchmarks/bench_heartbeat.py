@@ -42,7 +42,7 @@ def measure(folder: Path) -> dict[str, float]:
         for name in ("loading the batch", "forward and backward", "optimizer", "deciding"):
             with heartbeat.quick(name, step):
                 heartbeat.tick()
-        heartbeat.step_done(STEP_S, STEP_S)
+        heartbeat.step_done(STEP_S)
 
     def compute(seconds: float) -> None:
         end = time.perf_counter() + seconds

@@ -51,8 +51,8 @@ def use_deepspeed(content: dict[str, Any] | None, folder: Path) -> None:
 def dpo(checkpoint: Path, data: Path, case: Case) -> list[tuple[float, float, float]]:
     """Run a case; return (loss, gradient norm, learning rate) of every step."""
     from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
-    from modern_llm.training import loop
     from modern_llm.training.train_dpo import DPOConfig, run_dpo
+    from tests.helpers.steps import broken_at
 
     use_deepspeed(case.zero, case.folder.parent)
     fields = {
@@ -60,25 +60,16 @@ def dpo(checkpoint: Path, data: Path, case: Case) -> list[tuple[float, float, fl
         "learning_rate": 1e-3, "warmup_steps": 3, "log_every": 1, "tokens_per_micro_batch": 300,
         "save_every": 1000,
     }  # fmt: skip
-    real = loop._optimizer_step
-
-    def breaks(*args):
-        if args[1] == case.break_at:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    loop._optimizer_step = breaks
     try:
-        run_dpo(
-            case.checkpoint or checkpoint,
-            TrainingConfig(**(fields | case.train)),
-            DPOConfig(**({"max_length": 64} | case.dpo)),
-            PreferenceDatasetConfig(dataset_name=str(data)),
-        )
+        with broken_at(case.break_at):
+            run_dpo(
+                case.checkpoint or checkpoint,
+                TrainingConfig(**(fields | case.train)),
+                DPOConfig(**({"max_length": 64} | case.dpo)),
+                PreferenceDatasetConfig(dataset_name=str(data)),
+            )
     except KeyboardInterrupt:
         assert case.break_at is not None
-    finally:
-        loop._optimizer_step = real
     if dist.is_initialized():  # no step waits for the one that writes the log
         dist.barrier()
     return numbers(case.folder)

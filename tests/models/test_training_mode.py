@@ -21,7 +21,7 @@ from modern_llm.models.attention.flex import SIDE
 from modern_llm.models.load import make_scorer
 from modern_llm.models.training_mode import compile_layers, decoder_layers, recompute_activations
 from modern_llm.setup.micro_batches import make_source
-from modern_llm.training.tasks.usage import usage_metrics, usage_sums
+from modern_llm.training.tasks.base import shared_metrics, usage_sums
 from tests.helpers.models import make_model, plain_sums, random_pairs, score
 
 PAIRS = [(30, 12, 9), (5, 40, 22), (17, 3, 8), (0, 25, 31)]
@@ -165,7 +165,7 @@ def test_compiled_runs_pad_lines_to_a_multiple_and_say_so():
         source = make_source(runtime, config, table, "pairs", scorer)
         (batch,) = source.micro_batches(0)
         areas[compiled] = batch.area
-        usage = usage_metrics({n: float(v) for n, v in usage_sums(batch).items()})
+        usage = shared_metrics({n: float(v) for n, v in usage_sums(batch).items()})
         assert usage["padding"] == pytest.approx(1 - sum(map(sum, PAIRS)) / batch.area)
         output = scorer(batch.ids, batch.positions, batch.segments, batch.targets)
         torch.testing.assert_close(

@@ -18,10 +18,10 @@ from modern_llm.evaluation.pairs import evaluate_pairs
 from modern_llm.evaluation.score import score_pairs
 from modern_llm.reference.commands import fill_reference
 from modern_llm.reference.scoring import Scoring
-from modern_llm.training import loop
 from modern_llm.training.tasks.preference import PreferenceTask
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
 from tests.helpers.ranks import run_ranks
+from tests.helpers.steps import broken_at
 from tests.helpers.text import transcripts, write_jsonl
 
 ROWS, BAD = 45, (12, 30)
@@ -94,7 +94,7 @@ def listed(folder: Path) -> list[dict]:
 
 
 def test_a_run_reads_none_of_them_on_one_process_or_two_and_goes_on_the_same(
-    tmp_path, tiny_checkpoint, bad, monkeypatch
+    tmp_path, tiny_checkpoint, bad
 ):
     data = pairs(tmp_path)
     whole = run(tmp_path / "whole", tiny_checkpoint, bad, data)
@@ -103,17 +103,8 @@ def test_a_run_reads_none_of_them_on_one_process_or_two_and_goes_on_the_same(
     assert [line["reason"] for line in listed(tmp_path / "whole" / "data")] == [REASON] * 2
     assert all(np.isfinite(value) for record in whole for value in record)
 
-    real = loop._optimizer_step
-
-    def breaks(*args):
-        if args[1] == 10:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(loop, "_optimizer_step", breaks)
-    with pytest.raises(KeyboardInterrupt):
+    with broken_at(10), pytest.raises(KeyboardInterrupt):
         run(tmp_path / "broken", tiny_checkpoint, bad, data)
-    monkeypatch.setattr(loop, "_optimizer_step", real)
     assert run(tmp_path / "broken", tiny_checkpoint, bad, data) == whole
     assert len(listed(tmp_path / "broken" / "data")) == 2, "listed once, not once a start"
 

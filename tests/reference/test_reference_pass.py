@@ -22,8 +22,8 @@ from modern_llm.reference.commands import fill_reference
 from modern_llm.reference.scoring import Scoring
 from modern_llm.reference.store.store import ReferenceStore
 from modern_llm.storage.lease import Claims
-from modern_llm.training import loop
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
+from tests.helpers.steps import broken_at
 from tests.helpers.text import make_checkpoint, transcripts, write_jsonl
 
 
@@ -225,20 +225,11 @@ def test_no_value_that_is_not_finite_is_written(tmp_path, tiny_checkpoint, tiny_
 
 
 def test_after_a_resume_the_original_reference_is_asked(
-    tmp_path, tiny_checkpoint, tiny_pairs, monkeypatch, own_reference_cache
+    tmp_path, tiny_checkpoint, tiny_pairs, own_reference_cache
 ):
     whole = run(tmp_path / "whole", tiny_checkpoint, tiny_pairs, {}, save_every=2)
-    real = loop._optimizer_step
-
-    def breaks(*args):
-        if args[1] == 5:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(loop, "_optimizer_step", breaks)
-    with pytest.raises(KeyboardInterrupt):
+    with broken_at(5), pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", tiny_checkpoint, tiny_pairs, {}, save_every=2)
-    monkeypatch.setattr(loop, "_optimizer_step", real)
     shutil.rmtree(own_reference_cache)  # all values are lost: they must be made again
     again = run(tmp_path / "run", tiny_checkpoint, tiny_pairs, {}, save_every=2)
     assert [r["loss"] for r in again] == [r["loss"] for r in whole]

@@ -20,6 +20,7 @@ from modern_llm.config.errors import ConfigError, UserError
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
 from modern_llm.training.train_sft import run_sft
 from tests.helpers.ranks import run_ranks
+from tests.helpers.steps import broken_at
 from tests.helpers.text import WORDS, write_jsonl
 from tests.helpers.zero import stage, use_deepspeed
 
@@ -110,21 +111,11 @@ def test_the_reference_is_the_base_whatever_the_mode(
 
 
 def test_a_run_that_breaks_goes_on_and_adapters_train_on(
-    trained, tiny_checkpoint, tiny_pairs, tmp_path, monkeypatch
+    trained, tiny_checkpoint, tiny_pairs, tmp_path
 ):
-    from modern_llm.training import loop
 
-    real = loop._optimizer_step
-
-    def breaks(*args):
-        if args[1] == 5:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(loop, "_optimizer_step", breaks)
-    with pytest.raises(KeyboardInterrupt):
+    with broken_at(5), pytest.raises(KeyboardInterrupt):
         dpo(tiny_checkpoint, tiny_pairs, tmp_path / "run")
-    monkeypatch.setattr(loop, "_optimizer_step", real)
     saved = tmp_path / "run" / "checkpoints" / "step-00000003" / "model.safetensors"
     whole = (tiny_checkpoint / "model.safetensors").stat().st_size
     assert saved.stat().st_size < whole / 2, "the frozen weights are not saved again"

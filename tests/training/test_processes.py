@@ -14,12 +14,12 @@ from modern_llm.config import (
     PreferenceDatasetConfig,
     TrainingConfig,
 )
-from modern_llm.training import loop
 from modern_llm.training.guards import memory as token_budget
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
 from modern_llm.training.train_lm import run_training
 from modern_llm.training.train_sft import run_sft
 from tests.helpers.ranks import run_ranks
+from tests.helpers.steps import broken_at
 from tests.helpers.text import WORDS, make_checkpoint, write_jsonl
 from tests.helpers.zero import stage, use_deepspeed
 from tests.training.guards.test_memory import LittleMemory, call, near
@@ -141,25 +141,16 @@ def evaluations(folder: Path) -> list[float]:
 
 def broken_dpo(checkpoint: Path, pairs: Path, folder: Path, break_at: int | None) -> list[float]:
     """A DPO run that breaks in step `break_at`, or goes on to its end."""
-    real = loop._optimizer_step
-
-    def breaks(*args):
-        if args[1] == break_at:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    loop._optimizer_step = breaks
     try:
-        run_dpo(
-            checkpoint,
-            config(folder, save_every=2, max_steps=8),
-            DPOConfig(max_length=96),
-            PreferenceDatasetConfig(dataset_name=str(pairs)),
-        )
+        with broken_at(break_at):
+            run_dpo(
+                checkpoint,
+                config(folder, save_every=2, max_steps=8),
+                DPOConfig(max_length=96),
+                PreferenceDatasetConfig(dataset_name=str(pairs)),
+            )
     except KeyboardInterrupt:
         assert break_at is not None
-    finally:
-        loop._optimizer_step = real
     return losses(folder)
 
 

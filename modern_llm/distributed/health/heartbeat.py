@@ -8,7 +8,6 @@ a few writes of plain values, cheap enough for every micro-batch. Nothing here d
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 from collections import deque
@@ -69,8 +68,8 @@ class Phase:
         waiting: whether it waits for others in a collective of our own.
         threads: those whose marks are this place's.
         measures: of each phase.
-        steps, busy: seconds of the last optimizer steps, and of what each computed before it had to
-            wait for another process.
+        busy: seconds that each of the last optimizer steps computed before it waited for another
+            process.
     """
 
     count: int = 0
@@ -82,13 +81,7 @@ class Phase:
     waiting: bool = False
     threads: set[int] = field(default_factory=set)
     measures: dict[str, Measure] = field(default_factory=dict)
-    steps: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     busy: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
-
-    @property
-    def median_step(self) -> float:
-        """Seconds of a step, 0 before the first."""
-        return statistics.median(self.steps) if self.steps else 0.0
 
     @property
     def name(self) -> str:
@@ -225,7 +218,6 @@ def waiting() -> Iterator[None]:
         place.mark(own=False)
 
 
-def step_done(seconds: float, busy: float) -> None:
-    """Note what an optimizer step took, and its part before this process waited for any other."""
-    here.steps.append(seconds)
+def step_done(busy: float) -> None:
+    """Note the seconds that an optimizer step computed before this process waited for another."""
     here.busy.append(busy)

@@ -15,17 +15,14 @@ from modern_llm.data.batch.collate import MicroBatch, wide_dtype
 from modern_llm.data.batch.micro_batches import BatchSource, Lazy
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.objectives.preference import preference_loss, preference_statistics
-from modern_llm.training.guards.memory import TokenBudget
 from modern_llm.training.task import StepSums
-from modern_llm.training.tasks.usage import NAMES, usage_metrics, usage_sums
-
-EVALUATION_GROUP = 256
+from modern_llm.training.tasks.base import EVALUATION_GROUP, SHARED, SourceTask, shared_metrics
 
 # (P, 2) float32 sums of the reference for every pair of a table, or None for losses without one.
 Reference = NDArray[np.float32] | None
 
 
-class PreferenceTask:
+class PreferenceTask(SourceTask):
     """A step's loss is the mean over its pairs, on all ranks together.
 
     A loss that looks across pairs (aot) is taken in two passes: the first, without gradient, scores
@@ -46,18 +43,10 @@ class PreferenceTask:
         live: nn.Module | None = None,
     ):
         """`live` is a frozen model that is asked in every step, in place of stored values."""
+        super().__init__(source, evaluation, aux_coefficient)
         self._live = live
         self._runtime, self._config = runtime, config
-        self._source, self._reference = source, reference
-        self._evaluation, self._evaluation_reference = evaluation, evaluation_reference
-        self._aux = aux_coefficient
-        sources = [source] if evaluation is None else [source, evaluation]
-        self.budget = TokenBudget(sources, auto=source.auto)
-        self._aux_scale = 0.0
-
-    def steps_in(self, epochs: float) -> int:
-        """Return the optimizer steps of so many passes over the data."""
-        return self._source.order.steps_in(epochs)
+        self._reference, self._evaluation_reference = reference, evaluation_reference
 
     @property
     def plan(self) -> str:
@@ -67,10 +56,6 @@ class PreferenceTask:
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of `step`, the reference's numbers among them."""
         return [_with(self._reference, batch) for batch in self._source.micro_batches(step)]
-
-    def origins(self, step: int) -> list[list[str]]:
-        """Return `file:line` of the pairs of each micro-batch."""
-        return self._source.origins(step)
 
     def denominator(self, step: int) -> float:
         """Return the pairs of the whole step."""
@@ -82,8 +67,7 @@ class PreferenceTask:
         """Ask a live reference; for a loss across pairs, also return the slopes."""
         if self._live is not None:
             micro_batches = [self._ask(self._live, batch) for batch in micro_batches]
-        if self._aux and model.training:
-            self._aux_scale = self.denominator(step) / self._source.tokens(step)
+        self._weigh_routers(model, step)
         if not self._config.looks_across_pairs:
             return micro_batches
         with torch.no_grad():
@@ -129,30 +113,15 @@ class PreferenceTask:
             beta=self._config.beta,
             loss_type=self._config.loss_type,
         )
-        statistics |= {
-            "loss": value,
-            "pairs": torch.tensor(float(len(batch.examples))),
-        }
-        statistics |= usage_sums(batch)
-        if aux is not None and self._aux:
-            weighted = aux * batch.real_tokens
-            statistics["aux"] = weighted.detach()
-            loss = loss + self._aux * self._aux_scale * weighted
-        return StepSums(loss, statistics)
+        statistics |= {"loss": value, "pairs": torch.tensor(float(len(batch.examples)))}
+        return self._sums(loss, statistics, aux, batch)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Return the means over the pairs under the names that other trainers use."""
         pairs = max(sums["pairs"], 1)
-        names = set(sums) - {"pairs", "aux", *NAMES}
+        names = set(sums) - {"pairs", *SHARED}
         result = {"loss": 0.0} | {name: sums[name] / pairs for name in sorted(names)}
-        result |= usage_metrics(sums)
-        if "aux" in sums:
-            result["aux_loss"] = sums["aux"] / max(sums["tokens"], 1)
-        return result
-
-    def consumed(self, steps: int) -> int:
-        """Return the pairs in the first `steps` steps."""
-        return self._source.order.consumed(steps)
+        return result | shared_metrics(sums)
 
     def evaluation(self) -> Iterator[list[MicroBatch]] | None:
         """Return this rank's part of the held-out pairs."""
@@ -167,16 +136,16 @@ class PreferenceTask:
     def _score(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """Sums (P, 2) of the policy, and the routers' loss."""
         output = model(batch.ids, batch.positions, batch.segments, batch.targets)
-        return self._sums(output.logprobs, batch), output.aux_loss
+        return self._logprob_sums(output.logprobs, batch), output.aux_loss
 
     @torch.no_grad()
     def _ask(self, live: nn.Module, batch: MicroBatch) -> MicroBatch:
         """Fill the column `reference` of a micro-batch by a forward of the frozen model."""
         with self._runtime.accelerator.autocast():
             output = live(batch.ids, batch.positions, batch.segments, batch.targets)
-        return replace(batch, reference=self._sums(output.logprobs, batch).float())
+        return replace(batch, reference=self._logprob_sums(output.logprobs, batch).float())
 
-    def _sums(self, logprobs: Tensor, batch: MicroBatch) -> Tensor:
+    def _logprob_sums(self, logprobs: Tensor, batch: MicroBatch) -> Tensor:
         """Sums (P, 2) of the targets (N,), in their dtype; see `_weighted`."""
         uses = batch.uses(logprobs)
         return batch.add(self._weighted(uses, batch)).to(logprobs.dtype)

@@ -21,6 +21,7 @@ from modern_llm.data.preference_datasets import PreferenceDatasetConfig
 from modern_llm.storage import atomic
 from modern_llm.training import loop
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
+from tests.helpers.steps import broken_at
 
 
 def call(folder: Path, checkpoint, pairs, **changes) -> Path:
@@ -54,20 +55,11 @@ def undisturbed(tmp_path_factory, tiny_checkpoint, tiny_pairs):
 
 @pytest.mark.parametrize("stop_after", [1, 4, 5])
 def test_a_run_that_breaks_goes_on_to_the_same_end(
-    tmp_path, tiny_checkpoint, tiny_pairs, undisturbed, monkeypatch, stop_after
+    tmp_path, tiny_checkpoint, tiny_pairs, undisturbed, stop_after
 ):
     folder, final = undisturbed
-    real = loop._optimizer_step
-
-    def breaks(*args):
-        if args[1] == stop_after:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(loop, "_optimizer_step", breaks)
-    with pytest.raises(KeyboardInterrupt):
+    with broken_at(stop_after), pytest.raises(KeyboardInterrupt):
         call(tmp_path / "run", tiny_checkpoint, tiny_pairs)
-    monkeypatch.setattr(loop, "_optimizer_step", real)
     again = call(tmp_path / "run", tiny_checkpoint, tiny_pairs)
     assert same(again, final)
     assert numbers(tmp_path / "run") == numbers(folder)

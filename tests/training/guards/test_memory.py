@@ -19,6 +19,7 @@ from modern_llm.training import loop
 from modern_llm.training.guards import memory as token_budget
 from modern_llm.training.tasks.preference import PreferenceTask
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
+from tests.helpers.steps import broken_at
 
 
 class LittleMemory:
@@ -126,20 +127,10 @@ def test_what_was_added_up_before_memory_ran_out_goes_again(
 
 
 def test_a_run_that_goes_on_takes_over_what_was_found(
-    tmp_path, tiny_checkpoint, tiny_pairs, plain, monkeypatch, caplog
+    tmp_path, tiny_checkpoint, tiny_pairs, plain, caplog
 ):
-    real = loop._optimizer_step
-
-    def breaks(*args):
-        if args[1] == 4:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    with LittleMemory(300):
-        monkeypatch.setattr(loop, "_optimizer_step", breaks)
-        with pytest.raises(KeyboardInterrupt):
-            call(tmp_path / "run", tiny_checkpoint, tiny_pairs)
-        monkeypatch.setattr(loop, "_optimizer_step", real)
+    with LittleMemory(300), broken_at(4), pytest.raises(KeyboardInterrupt):
+        call(tmp_path / "run", tiny_checkpoint, tiny_pairs)
     with LittleMemory(300) as memory, caplog.at_level(logging.INFO, "modern_llm"):
         # What a forward holds stays the same: what was found is kept.
         found = call(tmp_path / "run", tiny_checkpoint, tiny_pairs, hang_timeout=500.0)

@@ -17,6 +17,7 @@ from modern_llm.training import loop
 from modern_llm.training.guards import nonfinite
 from modern_llm.training.tasks.preference import PreferenceTask
 from tests.helpers.ranks import run_ranks
+from tests.helpers.steps import broken_at
 from tests.helpers.text import transcripts, write_jsonl
 from tests.helpers.zero import Case, dpo, stage, weights
 from tests.training.checkpointing.test_resume import call, same
@@ -246,17 +247,8 @@ def test_the_count_of_skipped_steps_is_part_of_the_state(tmp_path, tiny_checkpoi
     settings = {"on_nonfinite": "skip", "save_every": 1}
     with Poison(0, {1, 4}, "nan"):
         whole = call(tmp_path / "whole", tiny_checkpoint, tiny_pairs, **settings)
-        real = loop._optimizer_step
-
-        def breaks(*args):
-            if args[1] == 3:
-                raise KeyboardInterrupt
-            return real(*args)
-
-        loop._optimizer_step = breaks
-        with pytest.raises(KeyboardInterrupt):
+        with broken_at(3), pytest.raises(KeyboardInterrupt):
             call(tmp_path / "broken", tiny_checkpoint, tiny_pairs, **settings)
-        loop._optimizer_step = real
         assert same(call(tmp_path / "broken", tiny_checkpoint, tiny_pairs, **settings), whole)
     counts = [[r.get("skipped_steps") for r in records(tmp_path / n)] for n in ("whole", "broken")]
     assert counts[0] == counts[1] == [None, 1, 1, 1, 2, 2, 2, 2, 2]

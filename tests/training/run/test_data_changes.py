@@ -10,29 +10,18 @@ import pytest
 from modern_llm.config.errors import UserError
 from modern_llm.data.batch.order import Order
 from modern_llm.storage.atomic import verified_manifest
-from modern_llm.training import loop
 from modern_llm.training.run.data_changes import KEPT
+from tests.helpers.steps import broken_at
 from tests.helpers.text import transcripts, write_jsonl
 from tests.training.checkpointing.test_resume import call, numbers, same
 
 ROWS = 30
-REAL = loop._optimizer_step
 
 
 def until(step: int, *arguments, **changes) -> None:
     """Run the call and break it in the step after `step`."""
-
-    def breaks(*args):
-        if args[1] == step:
-            raise KeyboardInterrupt
-        return REAL(*args)
-
-    loop._optimizer_step = breaks
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            call(*arguments, **changes)
-    finally:
-        loop._optimizer_step = REAL
+    with broken_at(step), pytest.raises(KeyboardInterrupt):
+        call(*arguments, **changes)
 
 
 def rows(more: int = 0) -> list[dict]:
