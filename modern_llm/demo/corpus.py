@@ -2,7 +2,7 @@
 
 `write_corpus(folder, seed)` makes six JSON-lines files in the package's ordinary formats, the same
 bytes for the same seed on every machine. About a tenth of all questions is held out: a held-out
-question stands in no training file, but its fact does, stated and asked in other words, so what
+question is in no training file, but its fact is, stated and asked in other words, so what
 the demo measures is whether a fact answers to a new wording, and whether a style carries over.
 
 It trains nothing and judges nothing; the demo's runner calls it.

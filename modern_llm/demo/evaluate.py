@@ -1,7 +1,7 @@
 """What the demo's table says of each stage, measured on held-out questions, pairs and answers.
 
 Answers are really generated, at temperature 1: that shows the mixture of styles that a model has
-learnt, where the likeliest answer would show one of them. Called by the demo's runner.
+learnt, where the likeliest answer would show one of them.
 """
 
 from __future__ import annotations

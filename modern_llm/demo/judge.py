@@ -21,7 +21,7 @@ TERSE_CHARACTERS = 40
 _COUNTED = re.compile(r"\w+(?:[-'’]\w+)*")
 _WORD = re.compile(r"[^\W\d_]+")
 _GROUPED = re.compile(r"(?<![\w,])\d{1,3}(?:,\d{3})+(?![\w,]|\.\d)")
-# A hyphen is a sign unless it stands behind a word: "-12" is not 12, "7-5" is two numbers.
+# A hyphen is a sign unless it follows a word: "-12" is not 12, "7-5" is two numbers.
 _NUMBER = re.compile(r"(?:(?<!\w)-|(?<!\w))\w*?\d\w*(?:\.\d\w*)*")
 # Letters joined by hyphens, to the end of the run: "C-A-TS" and "C-A-T-3" do not spell CAT.
 _SPELLED = re.compile(r"(?<![\w-])[^\W\d_](?:-[^\W\d_])+(?!\w|-\w)")

@@ -1,7 +1,6 @@
 """The demo: pretrain -> SFT -> reference pass -> DPO on the generated corpus, then the table.
 
 Everything goes through the ordinary stages and files of the package, as a user would call them.
-Called by `modern-llm demo`.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ BETA = 0.1
 def run_demo(output_dir: Path, *, seed: int = 0) -> dict[str, Any]:
     """Run the three stages, print the table and three questions with each answer.
 
-    An unfinished demo in `output_dir` goes on where it stopped; a finished one is made anew.
+    An unfinished demo in `output_dir` resumes where it stopped; a finished one is made again.
 
     Returns:
         `stages` (one object a row of the table), `questions`, `seconds`; also in `demo.json`.

@@ -36,7 +36,7 @@ class Peers:
 
     def __init__(self, rank: int, world: int, group: dist.ProcessGroup | None = None):
         self.rank, self.world, self.group = rank, world, group
-        # Called by rank 0 before it writes for all; raises where it may no longer do so.
+        # Rank 0 checks this before it writes for all; it raises after the run's lock is lost.
         self.may_write: Callable[[], None] = lambda: None
 
     @property
@@ -185,7 +185,7 @@ def own_group(name: str) -> dist.ProcessGroup:
     # Stages run one after another in one process; a group of the first serves all.
     world, group = _groups.get(name, (None, None))
     if world is not dist.group.WORLD:
-        # Met first, however far apart they come; whoever is lost after that is not waited for.
+        # Barrier first: late ranks are tolerated, later losses time out.
         with around("collective.barrier"), waiting():
             dist.barrier()
         with around("collective.group"), waiting(), connecting(dist.get_rank()):

@@ -1,8 +1,8 @@
 """The DeepSpeed JSON that `accelerate launch` names, checked against the run's configuration.
 
-The run says batch sizes, rates, clipping and precision; the JSON says what is sharded and where it
-lies. What both say differently is refused with both values. DeepSpeed itself passes over unknown
-keys at the top level without a word, so they are looked for here.
+The run sets batch sizes, rates, clipping and precision; the JSON sets what is sharded and where it
+is kept. A setting that both give differently is refused with both values. DeepSpeed itself ignores
+unknown keys at the top level silently, so they are looked for here.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def resolve(content: dict[str, Any], config: TrainingConfig, place: str) -> dict
 
     Args:
         content: the JSON as read; it is not changed.
-        place: where it stands, for messages.
+        place: its path, for messages.
 
     Raises:
         ConfigError: unknown keys, contradictions and what a stage cannot do, all at once.

@@ -103,7 +103,7 @@ class Engine:
         return self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
 
     def load_scaler_state(self, state: dict[str, Any] | None) -> None:
-        """Go on with the scale of an earlier part of the run."""
+        """Restore the loss scale of an earlier part of the run."""
         if state and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state)
 
@@ -206,7 +206,7 @@ class DeepSpeedEngine(Engine):
             vars(self.optimizer.loss_scaler).update(state)
 
     def forward_backward(self, last: bool) -> AbstractContextManager[Any]:
-        """Nothing to do around a forward: the boundary is said at the backward."""
+        """Nothing to do around a forward: the boundary is set at the backward."""
         return nullcontext()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

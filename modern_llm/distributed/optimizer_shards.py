@@ -2,7 +2,7 @@
 
 One `Piece` is a range of one parameter with its float32 weights and AdamW moments. Under ZeRO every
 rank holds different pieces, else every rank holds all parameters whole. Checkpoints are made of
-pieces, so that a run may go on under another stage or on another number of processes; export
+pieces, so that a run may resume under another stage or on another number of processes; export
 gathers them one parameter at a time. Knows DeepSpeed's flat buffers, which are not public: the
 tests read every piece back.
 """
@@ -139,7 +139,7 @@ def _stage_1_and_2(engine: DeepSpeedEngine) -> Iterator[Piece]:
     for group, flat in zip(sharded.bit16_groups, flat_of_group, strict=True):
         for parameter in group:
             mapping = parameter._hp_mapping
-            if mapping is None:  # all of it lies on other ranks
+            if mapping is None:  # all of it is on other ranks
                 continue
             here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
             yield Piece(

@@ -216,7 +216,7 @@ def start(config: TrainingConfig, record: dict[str, Any] | None = None) -> Runti
     )
     accelerator = _accelerator(config, plugin, on_cpu=on_cpu)
     if plugin is not None:
-        # Transformers shards what it loads while this stands, and the probe needs whole weights.
+        # Transformers shards what it loads while this is set, and the probe needs whole weights.
         plugin.dschf = None
     _check_started(accelerator, announced, deepspeed=deepspeed)
     runtime = Runtime(accelerator, config)
@@ -226,10 +226,10 @@ def start(config: TrainingConfig, record: dict[str, Any] | None = None) -> Runti
 
 
 def _check_started(accelerator: Accelerator, announced: int, *, deepspeed: bool) -> None:
-    """Raise `PeerError` where Accelerate started something else than was asked for."""
+    """Raise `PeerError` where Accelerate started something else than requested."""
     if deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise PeerError(
-            f"DeepSpeed was asked for, but Accelerate started {accelerator.distributed_type}: a "
+            f"DeepSpeed was requested, but Accelerate started {accelerator.distributed_type}: a "
             "bug of this combination of versions, please report it"
         )
     if accelerator.num_processes != announced:
@@ -295,7 +295,7 @@ def _deepspeed_plugin(config: TrainingConfig) -> DeepSpeedPlugin:
         import deepspeed
     except ImportError as error:
         raise ConfigError(
-            ["DeepSpeed was asked for and is not installed: pip install modern-llm[deepspeed]"]
+            ["DeepSpeed was requested and is not installed: pip install modern-llm[deepspeed]"]
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it writes to stdout
     # Of calls between DeepSpeed and torch, once a tensor.

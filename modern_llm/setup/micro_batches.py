@@ -1,7 +1,4 @@
-"""The micro-batches of a run: what rows hold, how many tokens a forward takes, who computes what.
-
-Called by the stages once the scorer has been probed.
-"""
+"""Micro-batches of a run: what a row holds, tokens per forward, which rank computes what."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from modern_llm.models.attention.flex import SIDE
 from modern_llm.models.flops import IdealFlops
 from modern_llm.models.scorer import TokenScorer
 
-# Tokens of one forward where the user says nothing. On a CPU small forwards stay in the caches and
+# Tokens of one forward by default. On a CPU small forwards stay in the caches and
 # keep few activations (seen with 6 layers of 256: 768 tokens are as fast as 1,600 and take 110 MB
 # less; 512 are 9% slower); a GPU wants enough work for every kernel.
 AUTO_TOKENS = {"cpu": 768, "cuda": 16_384}
@@ -73,7 +70,7 @@ def make_source(
     """Return this rank's source of micro-batches over `table`.
 
     Args:
-        history: (epoch, rows) from which there were so many; all from the start unless said.
+        history: (epoch, rows) from which there were so many; all from the start by default.
 
     Raises:
         UserError: one example alone is above `tokens_per_micro_batch`.

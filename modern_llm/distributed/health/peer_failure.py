@@ -1,8 +1,8 @@
 """Another process is gone: which errors mean that, and whose line is printed first.
 
-A process that ends while others wait in a collective breaks it for them, and what they then see is
-a transport's message. It becomes a `PeerError`; and the line of whoever failed by itself comes
-before the lines of those who only lost a partner. After an error there is no collective.
+A process that ends while others wait in a collective breaks it for them, and they see a message of
+the transport. It becomes a `PeerError`, and the line of the process that failed by itself comes
+before the lines of those that only lost a partner. After an error there is no collective.
 """
 
 from __future__ import annotations

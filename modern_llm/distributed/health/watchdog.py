@@ -65,7 +65,7 @@ class Watchdog:
         folder: returns where `stacks/` is written; None writes the stacks to stderr.
         least: seconds of silence that any phase is given; None watches nothing.
         close: called with status and reason by the one process that reports the end.
-        then: returns what the user does after an end, for the line that tells of it.
+        then: returns what the user does after an end, for the error line.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Watchdog:
             while not self._over.wait(self._pause):
                 seq += 1
                 self._exchange(seq)
-        except RuntimeError:  # whoever held the store has ended: what is left is to watch alone
+        except RuntimeError:  # the store's process has ended: each watches alone
             self._store = None
 
     def _exchange(self, seq: int) -> None:
@@ -220,9 +220,9 @@ class Watchdog:
         mine = self._beat(0)
         age, limit = mine["age"], mine["limit"]
         if (save := heartbeat.aside) is not None and not save.waiting:
-            stood = now - save.ticked
-            if stood > save.limit(self._least):
-                return self._sentence(Hung({self._rank: mine | {"phase": save.name}}, stood, False))
+            quiet = now - save.ticked
+            if quiet > save.limit(self._least):
+                return self._sentence(Hung({self._rank: mine | {"phase": save.name}}, quiet, False))
         if self._store is None:
             return self._sentence(Hung({self._rank: mine}, age, False)) if age > limit else None
         if now - self._store_at > max(limit, 5 * self._pause) and age > limit:
@@ -350,7 +350,7 @@ class Watchdog:
             if here and int(rank) != self._rank:
                 end_other(beat["pid"], 1.0 + 3 * self._pause)
         within(5.0, temporary.remove_all)
-        # Whoever learns of it by a broken collective would tell another story.
+        # Let peers read the verdict before their collectives fail.
         time.sleep(3 * self._pause)
         os._exit(PeerError.status)
 

@@ -58,7 +58,7 @@ def check(runtime: Runtime, state: str) -> None:
     """Raise `Stopped` on all processes if one was asked to stop; a collective.
 
     Args:
-        state: what stands, for the message.
+        state: what was saved, for the message.
     """
     if (told := stop_asked(runtime)) is not None:
         raise stopped(told, state)

@@ -83,12 +83,12 @@ def stop_here(state: str, *, main: bool = True) -> None:
     """Raise `Stopped` if this process was asked, without asking the others.
 
     Args:
-        state: what stands, for the message.
+        state: what was saved, for the message.
     """
     if (told := heard(main=main)) is not None:
         raise stopped(told, state)
 
 
 def stopped(told: str, state: str) -> Stopped:
-    """Return the error of a run that was asked to stop by `told`; `state` says what stands."""
+    """Return the error of a run that was asked to stop by `told`; `state` says what was saved."""
     return Stopped(f"stopped by {told} {state}; run the same command to go on")
