@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from modern_llm.cli import main
-from modern_llm.verbs import doctor_checks
+from modern_llm.distributed import build_locks
 
 
 def test_every_check_is_made_and_shown(run_file, capsys):
@@ -32,6 +32,6 @@ def test_a_place_that_cannot_be_written_is_status_3_with_the_result_before_it(tm
 def test_a_stale_lock_is_status_2(tmp_path, capsys, monkeypatch):
     (tmp_path / "lock").write_text("")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(doctor_checks, "oldest_compiler", lambda: None)
+    monkeypatch.setattr(build_locks, "oldest_compiler", lambda: None)
     assert main(["doctor", "--skip_group"]) == 2
     assert f"remove {tmp_path / 'lock'}" in capsys.readouterr().err

@@ -42,8 +42,7 @@ def sleep_once(log: Path, name: str, real, *, rank: int, at: int = 1):
 def slow_run(folder: str, world: int, again: bool) -> None:
     """A small run in which every phase is slow once; `again`, only the look for a checkpoint."""
     from modern_llm.setup import tables
-    from modern_llm.training import loop
-    from modern_llm.training.checkpointing import format
+    from modern_llm.training.checkpointing import format, resume
     from modern_llm.training.monitoring import trackers
     from modern_llm.training.run import data_changes
     from modern_llm.training.run import folder as run_folder
@@ -78,7 +77,7 @@ def slow_run(folder: str, world: int, again: bool) -> None:
         slow(format, "write_tensors", "save", rank=0)
         slow(trackers.Trackers, "log", "tracker", rank=0, at=2)
         slow(trackers.Trackers, "__init__", "tracker start", rank=0)
-        slow(loop, "_prepared", "engine", rank=other)
+        slow(resume, "_prepare", "engine", rank=other)
         slow(run_folder.RunFolder, "open", "opening", rank=0)
     small.child(folder, "", None, "", {"hang_timeout": LEAST_S, "eval_every": 3, "save_every": 3})
 

@@ -31,7 +31,7 @@ from modern_llm.training.run.config_changes import (
     class_of,
 )
 from modern_llm.training.run.folder import RunFolder
-from modern_llm.training.stage import record_of
+from modern_llm.training.run.opening import record_of
 from tests.training.checkpointing.test_resume import call, numbers
 
 MODEL = ModernLLMConfig(vocab_size=97, use_moe=True, moe_config=MoEConfig())
