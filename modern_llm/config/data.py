@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
-from modern_llm.config.base import section
+from modern_llm.config.base import Accepted, Fixed, Free, SameContent, section
 
 
 def known_template(template: str | None) -> str | None:
@@ -55,35 +55,35 @@ class MixtureSource:
 class DatasetConfig:
     """Options of every kind of data: its source, the held-out part, the handling of bad rows."""
 
-    dataset_name: str | None = None
+    dataset_name: SameContent[str | None] = None
     """Hub id, or a local .jsonl .json .csv .parquet .arrow (documents: .txt) file, or a folder of
     them (a snapshot of the Hub or the work of `save_to_disk` too)."""
-    sources: Annotated[list[MixtureSource], Field(min_length=1)] | None = None
+    sources: SameContent[Annotated[list[MixtureSource], Field(min_length=1)] | None] = None
     """Several data sets in one run, in place of `dataset_name`: a list of `dataset_name`, `weight`
     and, where needed, `subset`, `split` and `format`."""
-    subset: str | None = None
+    subset: Fixed[str | None] = None
     """Configuration name of a Hub data set that has several."""
-    split: str | None = None
+    split: Fixed[str | None] = None
     """Split to train on (default "train"). In a local folder it chooses files by any word of
     their name or of their folder's (`hh_test_0.jsonl`, `train-00000-of-00002.parquet`,
     `test/a.jsonl`); files that name none belong to train, and several splits of one kind
     (`train_sft`, `train_prefs`) are told apart by their whole name. A single local file has no
     splits: any but "train" is refused there."""
-    eval_split: str | None = None
+    eval_split: Accepted[str | None] = None
     """Split to evaluate on, of the same data set, or of `eval_dataset_name` where that is set."""
-    eval_dataset_name: str | None = None
+    eval_dataset_name: Accepted[str | None] = None
     """Another data set (Hub id, file or folder) to evaluate on; of a Hub data set the split
     `eval_split` (default "test"), of a folder all files by default; a folder whose files name
     several splits needs `eval_split`."""
-    eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    eval_fraction: Fixed[Annotated[float, Field(gt=0, lt=1)] | None] = None
     """Share of the examples (or documents) held out for evaluation, chosen by content, so that they
     stay the same when rows are added."""
-    on_bad_row: Literal["error", "skip"] = "error"
+    on_bad_row: SameContent[Literal["error", "skip"]] = "error"
     """What a row of broken structure (corrupt line, missing column, not a string) does: stop the
     run, or be dropped and listed."""
-    max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.05
+    max_dropped: SameContent[Annotated[float, Field(ge=0, le=1)]] = 0.05
     """Largest share of a source's rows that may be dropped for their content; more is an error."""
-    max_examples: Annotated[int, Field(gt=0)] | None = None
+    max_examples: SameContent[Annotated[int, Field(gt=0)] | None] = None
     """Use only the first so many rows of each source."""
 
     @model_validator(mode="after")
@@ -140,9 +140,9 @@ class DocumentDatasetConfig(DatasetConfig):
     A .txt file is split at its blank lines; where it has none, each line is a document.
     """
 
-    text_column: str = "text"
+    text_column: Fixed[str] = "text"
     """Column that holds the document, for formats with columns."""
-    streaming: bool = False
+    streaming: Free[bool] = False
     """Read data sets of the Hub row by row while they are tokenised, without a copy of them on the
     disk; `max_examples` says where to stop. Local files are always read so."""
 
@@ -151,22 +151,22 @@ class DocumentDatasetConfig(DatasetConfig):
 class InstructionDatasetConfig(DatasetConfig):
     """Instructions with answers: Alpaca fields, message lists, or `prompt`/`response` strings."""
 
-    format: Literal["auto", "alpaca", "messages", "strings"] = "auto"
+    format: Fixed[Literal["auto", "alpaca", "messages", "strings"]] = "auto"
     """How rows are read; by default found by their columns."""
-    template: Template | None = None
+    template: Fixed[Template | None] = None
     """`chat` wraps string prompts as a user turn; a text with `{prompt}` frames them; a Jinja chat
     template is used in place of the tokenizer's own, for strings and message lists. None uses
     strings literally (Alpaca fields get the Alpaca frame) and the tokenizer's chat template for
     messages."""
-    template_date: Day | None = None
+    template_date: Fixed[Day | None] = None
     """Day (YYYY-MM-DD) that a chat template reads as today's date. By default the day of the run's
     start: it is recorded in config.yaml and kept on resume; where the reference's stored values
     were made with another day, that day."""
-    append_end_token: bool = True
+    append_end_token: Fixed[bool] = True
     """Append the end token to an answer that lacks it (never to one that truncation cut)."""
-    max_length: Annotated[int, Field(ge=2)] | None = None
+    max_length: Fixed[Annotated[int, Field(ge=2)] | None] = None
     """Tokens of prompt and answer together; by default the model's positions, at most 1,024."""
-    max_prompt_length: Annotated[int, Field(ge=0)] | None = None
+    max_prompt_length: Fixed[Annotated[int, Field(ge=0)] | None] = None
     """Tokens of the prompt's end that are kept at least when prompt and answer are too long; by
     default half of max_length."""
 
@@ -185,15 +185,15 @@ class InstructionDatasetConfig(DatasetConfig):
 class PreferenceDatasetConfig(DatasetConfig):
     """Preference pairs; `DPOConfig` sets their lengths."""
 
-    format: Literal["auto", "hh", "shp", "strings", "messages", "sharegpt"] = "auto"
+    format: Fixed[Literal["auto", "hh", "shp", "strings", "messages", "sharegpt"]] = "auto"
     """How rows are read; by default found by their columns."""
-    template: Template | None = None
+    template: Fixed[Template | None] = None
     """`chat` wraps string prompts as a user turn; a text with `{prompt}` frames them; a Jinja chat
     template is used in place of the tokenizer's own, for strings and message lists. None uses
     strings literally and the tokenizer's chat template for messages."""
-    template_date: Day | None = None
+    template_date: Fixed[Day | None] = None
     """Day (YYYY-MM-DD) that a chat template reads as today's date. By default the day of the run's
     start: it is recorded in config.yaml and kept on resume; where the reference's stored values
     were made with another day, that day."""
-    append_end_token: bool = True
+    append_end_token: Fixed[bool] = True
     """Append the end token to an answer that lacks it (never to one that truncation cut)."""

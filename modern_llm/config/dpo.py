@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from modern_llm.config.base import section
+from modern_llm.config.base import Fixed, Free, SameContent, section
 from modern_llm.objectives.catalogue import LOSSES, check_options
 
 # Options about the reference; those in the second row are about stored values.
@@ -30,51 +30,51 @@ OPTIONS = ("discopop_tau", "simpo_gamma", "dpop_lambda")
 class DPOConfig:
     """The preference objective."""
 
-    beta: float = 0.1
+    beta: Fixed[float] = 0.1
     """Strength of the pull to the reference (Rafailov et al., 2023); the weight of the odds term
     in orpo."""
-    max_length: Annotated[int, Field(ge=2)] = 512
+    max_length: Fixed[Annotated[int, Field(ge=2)]] = 512
     """Tokens of prompt and response together."""
-    label_smoothing: float = 0.0
+    label_smoothing: Fixed[float] = 0.0
     """Share of pairs assumed to be labelled the wrong way round. exo_pair needs a positive value:
     with it, 0 means its default of 0.001."""
-    max_prompt_length: Annotated[int, Field(ge=0)] | None = None
+    max_prompt_length: Fixed[Annotated[int, Field(ge=0)] | None] = None
     """Tokens of the prompt's end that are kept at least when both are too long; by default half of
     max_length."""
-    loss_type: str = "sigmoid"
+    loss_type: Fixed[str] = "sigmoid"
     """sigmoid, robust, hinge, ipo, exo_pair, nca_pair, bco_pair, sppo_hard, aot, aot_unpaired,
     apo_zero, apo_down, discopop, sigmoid_norm, simpo, orpo or dpop."""
-    group_by_prompt: bool = False
+    group_by_prompt: Fixed[bool] = False
     """Put pairs with one prompt into one optimizer step, where prompt and equal answers are
     computed once. Another order of the data."""
-    nll_coefficient: float = 0.0
+    nll_coefficient: Fixed[float] = 0.0
     """Weight of the chosen answer's mean negative log-likelihood, added to any loss."""
-    discopop_tau: float | None = None
+    discopop_tau: Fixed[float | None] = None
     """Temperature of discopop (default 0.05)."""
-    simpo_gamma: float | None = None
+    simpo_gamma: Fixed[float | None] = None
     """Target reward margin of simpo (default 0.5)."""
-    dpop_lambda: float | None = None
+    dpop_lambda: Fixed[float | None] = None
     """Weight of dpop's penalty (default 50)."""
-    ld_alpha: Annotated[float, Field(ge=0, lt=1)] | None = None
+    ld_alpha: Fixed[Annotated[float, Field(ge=0, lt=1)] | None] = None
     """Weight of the longer answer's tokens beyond the length of the shorter one (LD-DPO, Liu et al.
     2024); by default all tokens count fully."""
-    reference: Literal["cache", "store", "model"] = "cache"
+    reference: Free[Literal["cache", "store", "model"]] = "cache"
     """cache: score with the reference what the store lacks, then train without it. store: never
     score; the values must be there, the reference's weights need not. model: no store, a frozen
     model beside the policy."""
-    reference_checkpoint: str | None = None
+    reference_checkpoint: SameContent[str | None] = None
     """Hub id, transformers folder or .pt file of the reference; by default the policy's start."""
-    reference_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")] | None = None
+    reference_digest: Free[Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")] | None] = None
     """With reference: store, the digest that the reference's weights should have (hex, at least
     the first 16 digits), where the weights themselves are not available."""
-    reference_store: Path | None = None
+    reference_store: Free[Path | None] = None
     """With reference: store, the folder of the store; by default one under MODERN_LLM_CACHE."""
-    keep_token_logprobs: bool = False
+    keep_token_logprobs: Free[bool] = False
     """Also keep the log-prob of every token in the store; ld_alpha needs it and does so by
     itself."""
-    flush_every: Annotated[int, Field(gt=0)] = 2048
+    flush_every: Free[Annotated[int, Field(gt=0)]] = 2048
     """Pairs between two shards of the reference pass: what a killed pass scores again at most."""
-    self_check_pairs: Annotated[int, Field(gt=0)] | None = None
+    self_check_pairs: Free[Annotated[int, Field(gt=0)] | None] = None
     """Pairs whose stored reference values are scored again before step 1 (default 16)."""
 
     @model_validator(mode="after")

@@ -7,25 +7,25 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from modern_llm.config.base import section
+from modern_llm.config.base import Accepted, Fixed, section
 
 
 @section
 class LoraConfig:
     """Adapters of SFT and DPO; without this section all weights are trained."""
 
-    rank: Annotated[int, Field(gt=0)] = 16
+    rank: Fixed[Annotated[int, Field(gt=0)]] = 16
     """Inner width of each adapter."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: Fixed[Annotated[float, Field(gt=0)]] = 32.0
     """The adapter's output is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Accepted[Annotated[float, Field(ge=0, lt=1)]] = 0.0
     """Dropout on an adapter's input in SFT; DPO has no dropout and refuses one."""
-    targets: Literal["all-linear"] | list[str] = "all-linear"
+    targets: Fixed[Literal["all-linear"] | list[str]] = "all-linear"
     """Linear layers that get an adapter, by the end of their names (q_proj, v_proj); all-linear is
     every one but the head."""
-    modules_to_save: list[str] = Field(default_factory=list)
+    modules_to_save: Fixed[list[str]] = Field(default_factory=list)
     """Modules that are trained whole and saved with the adapters (embed_tokens, lm_head)."""
-    quantize: Literal["nf4", "int8"] | None = None
+    quantize: Fixed[Literal["nf4", "int8"] | None] = None
     """Keep the frozen weights in 4 or 8 bits (QLoRA): needs a GPU, bitsandbytes and mixed precision
     bf16 or fp16; not with ZeRO-3."""
 

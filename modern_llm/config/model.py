@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from modern_llm.config.base import section
+from modern_llm.config.base import Accepted, Fixed, section
 
 Positive = Annotated[int, Field(gt=0)]
 # Kinds of rotary scaling, and what each cannot do without.
@@ -33,17 +33,17 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class MoEConfig:
     """Experts in place of the feed-forward block (Mixtral)."""
 
-    num_experts: Annotated[int, Field(ge=2)] = 8
+    num_experts: Fixed[Annotated[int, Field(ge=2)]] = 8
     """Experts in each layer."""
-    top_k: Positive = 2
+    top_k: Fixed[Positive] = 2
     """Experts that each token is sent to."""
-    aux_loss_coefficient: Annotated[float, Field(ge=0)] = 0.01
+    aux_loss_coefficient: Accepted[Annotated[float, Field(ge=0)]] = 0.01
     """Weight of the routers' load-balancing loss in the gradient. Above 0 it is written into the
     checkpoint as enabled (output_router_logits), so that later stages keep it;
     train.router_loss_coefficient sets another one."""
-    router_jitter: Annotated[float, Field(ge=0)] = 0.0
+    router_jitter: Accepted[Annotated[float, Field(ge=0)]] = 0.0
     """Multiplicative noise on the router's input while training."""
-    capacity_factor: float | None = None
+    capacity_factor: Fixed[float | None] = None
     """No stock architecture drops tokens by capacity: refused when set."""
 
     @model_validator(mode="after")
@@ -64,44 +64,44 @@ class MoEConfig:
 class ModernLLMConfig:
     """RoPE + RMSNorm + SwiGLU decoder: Llama, with grouped queries or experts when asked for."""
 
-    vocab_size: Positive
+    vocab_size: Fixed[Positive]
     """Rows of the embedding; at least the tokenizer's size."""
-    d_model: Positive = 256
+    d_model: Fixed[Positive] = 256
     """Width of the residual stream."""
-    n_layers: Positive = 6
+    n_layers: Fixed[Positive] = 6
     """Decoder layers."""
-    n_heads: Positive = 8
+    n_heads: Fixed[Positive] = 8
     """Query heads; d_model is divided among them."""
-    ffn_hidden_size: Positive | None = None
+    ffn_hidden_size: Fixed[Positive | None] = None
     """Width inside the SwiGLU block; 8/3 of d_model, rounded up to a multiple of 16, unless
     said."""
-    max_seq_len: Positive = 1024
+    max_seq_len: Fixed[Positive] = 1024
     """Positions the model is made for."""
-    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    rope_theta: Fixed[Annotated[float, Field(gt=0)]] = 10_000.0
     """Base of the rotary frequencies."""
-    rope_scaling: dict[str, Any] | None = None
+    rope_scaling: Fixed[dict[str, Any] | None] = None
     """Rotary scaling as `transformers` spells it, e.g. {"rope_type": "linear", "factor": 2.0}."""
-    rmsnorm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    rmsnorm_eps: Fixed[Annotated[float, Field(gt=0)]] = 1e-5
     """Added to the mean square inside RMSNorm."""
-    dropout: Share = 0.0
+    dropout: Accepted[Share] = 0.0
     """Dropout on attention weights, the only dropout that Llama and Mixtral have; off in DPO."""
-    initializer_range: Annotated[float, Field(gt=0)] = 0.02
+    initializer_range: Fixed[Annotated[float, Field(gt=0)]] = 0.02
     """Standard deviation of the initial weights."""
-    tie_embeddings: bool = True
+    tie_embeddings: Fixed[bool] = True
     """Use the embedding as the output head too."""
-    use_gqa: bool = False
+    use_gqa: Fixed[bool] = False
     """Grouped-query attention: fewer key/value heads than query heads."""
-    gqa_groups: Positive | None = None
+    gqa_groups: Fixed[Positive | None] = None
     """Number of key/value heads when use_gqa is on; must divide n_heads."""
-    use_moe: bool = False
+    use_moe: Fixed[bool] = False
     """Experts in place of every feed-forward block."""
-    moe_config: MoEConfig | None = None
+    moe_config: Fixed[MoEConfig | None] = None
     """The experts; needs use_moe."""
-    use_rope: bool = True
+    use_rope: Fixed[bool] = True
     """Rotary positions; no other kind is built."""
-    use_swiglu: bool = True
+    use_swiglu: Fixed[bool] = True
     """SwiGLU feed-forward; no other kind is built."""
-    use_attention_sinks: bool = False
+    use_attention_sinks: Fixed[bool] = False
     """Attention sinks; no stock Llama or Mixtral has them: refused when on."""
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from modern_llm.config.base import section
+from modern_llm.config.base import Accepted, Fixed, Free, SameContent, section
 from modern_llm.config.printable import one_line
 
 Positive = Annotated[int, Field(gt=0)]
@@ -50,118 +50,118 @@ class TrainingConfig:
     """Options of one training run. `batch_size` counts the examples of one optimizer step over all
     processes."""
 
-    run_name: Annotated[str, Field(min_length=1), AfterValidator(_file_name)]
+    run_name: Fixed[Annotated[str, Field(min_length=1), AfterValidator(_file_name)]]
     """Names the final folder: `output_dir/{run_name}_final`. At most 200 bytes of UTF-8, without
     separators, control characters and a dot at its start."""
-    dataset_name: str | None = None
+    dataset_name: SameContent[str | None] = None
     """Training data of pretraining, and of SFT and DPO where their data section names none."""
-    tokenizer_name: str | None = None
+    tokenizer_name: SameContent[str | None] = None
     """Hub id or folder of the tokenizer; SFT and DPO take the checkpoint's own where it has one."""
-    output_dir: Path
+    output_dir: Free[Path]
     """The run folder: configuration, metrics, checkpoints and the final model."""
 
-    batch_size: Positive = 32
+    batch_size: Fixed[Positive] = 32
     """Examples (pairs, answers, rows of documents) in one optimizer step over the whole world."""
-    micro_batch_size: Positive | None = None
+    micro_batch_size: Free[Positive | None] = None
     """Most examples in one forward on one process."""
-    gradient_accumulation_steps: Positive | None = None
+    gradient_accumulation_steps: Free[Positive | None] = None
     """Forwards of one optimizer step on one process; more processes share them.
     batch_size = micro_batch_size x gradient_accumulation_steps."""
-    tokens_per_micro_batch: Positive | Literal["auto"] = "auto"
+    tokens_per_micro_batch: Free[Positive | Literal["auto"]] = "auto"
     """Most tokens in one forward on one process, padding included. auto: what the device is fast
     with, halved and kept where the first steps run out of memory."""
 
-    max_steps: Positive | None = None
+    max_steps: Accepted[Positive | None] = None
     """Optimizer steps; excludes epochs."""
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Accepted[Annotated[float, Field(gt=0)] | None] = None
     """Epochs of the data; 1 if neither this nor max_steps is set."""
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    learning_rate: Accepted[Annotated[float, Field(gt=0)]] = 3e-4
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Accepted[Literal["cosine", "linear", "constant"]] = "cosine"
     """Shape of the decay after the warm-up."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Accepted[Annotated[int, Field(ge=0)]] = 0
     """Steps in which the rate rises linearly to its peak."""
-    min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    min_learning_rate_ratio: Accepted[Annotated[float, Field(ge=0, le=1)]] = 0.0
     """Rate at the end of the decay as a share of the peak."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: Accepted[Annotated[float, Field(ge=0)]] = 0.01
     """Decoupled decay of the weights of matrix products, convolutions and embeddings; biases, norms
     and parameters of state spaces have none, whatever their shape."""
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta1: Accepted[Annotated[float, Field(ge=0, lt=1)]] = 0.9
     """Decay of AdamW's first moment."""
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    adam_beta2: Accepted[Annotated[float, Field(ge=0, lt=1)]] = 0.95
     """Decay of AdamW's second moment."""
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    adam_epsilon: Accepted[Annotated[float, Field(gt=0)]] = 1e-8
     """Added to the root of the second moment."""
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    max_grad_norm: Accepted[Annotated[float, Field(gt=0)] | None] = 1.0
     """Gradient norm above which the gradient is scaled down; null switches that off."""
-    router_loss_coefficient: Annotated[float, Field(ge=0)] | None = None
+    router_loss_coefficient: Accepted[Annotated[float, Field(ge=0)] | None] = None
     """Weight of the routers' load-balancing loss in the gradient of a model with experts, logged
     apart as aux_loss (`loss` is without it). Unless set: the checkpoint's own weight where its
     configuration has output_router_logits true, else 0."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Free[Literal["stop", "skip"]] = "stop"
     """What a step does whose loss or gradient is not finite: stop the run (status 4), or be passed
     over and counted as skipped_steps; the third in a row stops the run in any case. Nothing of it
     is applied, and its examples are written down."""
-    skip_loss_spikes: Annotated[float, Field(ge=0)] = 0.0
+    skip_loss_spikes: Accepted[Annotated[float, Field(ge=0)]] = 0.0
     """Standard deviations above the running mean of the last 100 steps from which on the loss of a
     step is a spike: its update is not applied and it is counted as skipped_spikes, two in a row at
     most and none of the first 20. 0 applies every step. Not with fp16, whose scaler would take such
     a step for an overflow. Costs a reduction of the loss in every step."""
 
-    mixed_precision: Literal["no", "fp32", "bf16", "fp16"] = "no"
+    mixed_precision: Accepted[Literal["no", "fp32", "bf16", "fp16"]] = "no"
     """Dtype of the forward: float32 ("no", "fp32"), bfloat16 or float16 (GPU only).
     Weights stay float32."""
-    gradient_checkpointing: bool | Literal["selective"] = False
+    gradient_checkpointing: Free[bool | Literal["selective"]] = False
     """Recompute activations in the backward pass: less memory, about a third more time. selective
     keeps the results of matrix products and attention: less is saved, little is made again."""
-    compile: bool = False
+    compile: Free[bool] = False
     """`torch.compile` the decoder layers."""
-    attention: Literal["auto", "tree", "separate", "blocks", "flex", "mask"] = "auto"
+    attention: Free[Literal["auto", "tree", "separate", "blocks", "flex", "mask"]] = "auto"
     """Pairs share their prompt (tree), one row an answer (separate), or as probed at load (auto).
     Trees by parts of rows (blocks, CPU), FlexAttention (flex, CUDA) or a dense mask (mask): the
     fastest that is exact on this device unless named."""
-    hang_timeout: Annotated[float, Field(gt=0)] | None = 600.0
+    hang_timeout: Free[Annotated[float, Field(gt=0)] | None] = 600.0
     """Seconds without progress after which a process that others wait for counts as hung, if that
     is also 10 times its own longest silence in that phase; what has no measure (loading, compiling,
     the first forward of a kind) gets an hour more. All processes then write their stacks and end
     with status 5. One process alone is warned with its stacks and never ended. null watches
     nothing."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    seed: Fixed[Annotated[int, Field(ge=0, lt=2**63)]] = 42
     """Names the order of the data, the initial weights and every random draw."""
 
-    log_every: Positive = 10
+    log_every: Free[Positive] = 10
     """Steps between lines on the console and in metrics.jsonl."""
-    profile_steps: Annotated[int, Field(ge=0)] = 0
+    profile_steps: Free[Annotated[int, Field(ge=0)]] = 0
     """Trace this many steps of rank 0 with torch.profiler into the run folder, and print the
     largest costs."""
-    trackers: list[Tracker] = Field(default_factory=list)
+    trackers: Free[list[Tracker]] = Field(default_factory=list)
     """Experiment trackers that get every logged metric: tensorboard, wandb, trackio, mlflow,
     comet_ml, aim, clearml, dvclive, swanlab."""
-    tracker_project: Annotated[str, Field(min_length=1)] = "modern-llm"
+    tracker_project: Free[Annotated[str, Field(min_length=1)]] = "modern-llm"
     """Project (of mlflow: experiment) that the trackers file this run under; those that write into
     the run folder (tensorboard) need none."""
-    generate_every: Positive | None = None
+    generate_every: Free[Positive | None] = None
     """Steps between sample answers to fixed prompts, written to samples.jsonl after those of the
     start; off by default."""
-    generate_prompts: list[str] | None = None
+    generate_prompts: Free[list[str] | None] = None
     """The prompts; by default the first three of the held-out (else training) examples."""
-    generate_tokens: Positive = 128
+    generate_tokens: Free[Positive] = 128
     """Most tokens of a sample answer."""
-    eval_every: Positive = 500
+    eval_every: Free[Positive] = 500
     """Steps between evaluations; none runs without evaluation data. One runs at the end in any
     case."""
-    save_every: Positive = 500
+    save_every: Free[Positive] = 500
     """Steps between checkpoints; one is written at the end of training only as the final model."""
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Free[Positive] = 2
     """Newest checkpoints that are kept."""
-    background_saving: bool = False
+    background_saving: Free[bool] = False
     """Copy the state into the host's memory (12 bytes a trained parameter, shared by the processes
     under ZeRO) and write it while training continues, one checkpoint at a time. The last one before
     a stop is written at once."""
-    resume: Literal["auto", "must", "never"] = "auto"
+    resume: Free[Literal["auto", "must", "never"]] = "auto"
     """auto: resume from the newest checkpoint in output_dir if there is one; must: refuse to start
     without one; never: refuse an output_dir that holds a run."""
-    accept_change: bool = False
+    accept_change: Free[bool] = False
     """Resume the run in output_dir although settings differ that change the rest of it (learning
     rate, steps, paths of the same data); applies to this start only (--accept-change)."""
 

@@ -17,12 +17,13 @@ from typing import Any
 import yaml
 
 from modern_llm.config import TrainingConfig
+from modern_llm.config.base import OnResume
 from modern_llm.config.errors import StorageError, UserError
 from modern_llm.config.printable import one_line
 from modern_llm.storage.atomic import write_file
 from modern_llm.storage.untrusted import read_json, read_yaml
 from modern_llm.training.monitoring.metrics import MetricsLog
-from modern_llm.training.run.config_changes import ACCEPTED, CONTENT, FREE, Change, changes
+from modern_llm.training.run.config_changes import Change, changes
 from modern_llm.training.run.lock import RunLock
 
 log = logging.getLogger(__name__)
@@ -115,11 +116,12 @@ class RunFolder:
         refused = [
             change
             for change in found
-            if change.kind != FREE and not (accept and change.kind in (ACCEPTED, CONTENT))
+            if change.kind != OnResume.FREE
+            and not (accept and change.kind in (OnResume.ACCEPTED, OnResume.CONTENT))
         ]
         if refused:
             cure = "name another output_dir, or remove that folder to start over"
-            if all(change.kind in (ACCEPTED, CONTENT) for change in refused):
+            if all(change.kind in (OnResume.ACCEPTED, OnResume.CONTENT) for change in refused):
                 cure = f"say --accept-change to go on with them, or {cure}"
             raise UserError(
                 f"output_dir {self.path} holds a run with other settings "
@@ -127,7 +129,7 @@ class RunFolder:
             )
         for change in found:
             log.info("going on with another setting: %s", change)
-        self._reopened = any(change.kind == ACCEPTED for change in found)
+        self._reopened = any(change.kind == OnResume.ACCEPTED for change in found)
 
     def finished(self) -> bool:
         """Whether this run is done: its outcome says so and the final model stands.

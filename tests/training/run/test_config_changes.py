@@ -18,18 +18,12 @@ from modern_llm.config import (
     PreferenceDatasetConfig,
     TrainingConfig,
 )
+from modern_llm.config.base import OnResume
 from modern_llm.config.data import MixtureSource
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.errors import UserError
 from modern_llm.config.model import MoEConfig
-from modern_llm.training.run.config_changes import (
-    _TABLE,
-    ACCEPTED,
-    CONTENT,
-    FORBIDDEN,
-    FREE,
-    class_of,
-)
+from modern_llm.training.run.config_changes import class_of
 from modern_llm.training.run.folder import RunFolder
 from modern_llm.training.run.opening import record_of
 from tests.training.checkpointing.test_resume import call, numbers
@@ -66,14 +60,12 @@ def record(folder, **changes) -> tuple[TrainingConfig, dict]:
     )  # fmt: skip
 
 
-def test_every_field_has_exactly_one_class_and_no_class_names_what_is_none():
-    classed = [
-        f"{section}.{field}".lstrip(".")
-        for sections in _TABLE.values()
-        for section, fields in sections.items()
-        for field in fields.split()
-    ]
-    assert sorted(classed) == FIELDS, "class every field in training/changes.py, each once"
+@pytest.mark.parametrize("schema", [one for classes in SECTIONS.values() for one in classes])
+def test_every_field_has_exactly_one_class_and_a_help_text(schema):
+    for name, field in schema.__pydantic_fields__.items():
+        marks = [mark for mark in field.metadata if isinstance(mark, OnResume)]
+        assert len(marks) == 1, f"write {name}: Free[...], Accepted, SameContent or Fixed"
+        assert field.description, f"write a docstring below {name}"
 
 
 # The day of chat templates is taken over from the run in the folder: see test_template_day.
@@ -90,7 +82,7 @@ def test_a_changed_field_is_judged_by_its_class(name, tmp_path, caplog):
 
     strict, lax = (RunFolder(*record(tmp_path, **w)) for w in ({}, {"accept_change": True}))
     kind = class_of(name)
-    if kind == FREE:
+    if kind == OnResume.FREE:
         with caplog.at_level(logging.INFO):
             strict.refuse_foreign()
             lax.refuse_foreign()
@@ -98,10 +90,14 @@ def test_a_changed_field_is_judged_by_its_class(name, tmp_path, caplog):
         return
     with pytest.raises(UserError) as refusal:
         strict.refuse_foreign()
-    assert f"{name}: 'as it was' -> " in str(refusal.value) and f"({kind})" in str(refusal.value)
+    assert f"{name}: 'as it was' -> " in str(refusal.value) and f"({kind.value})" in str(
+        refusal.value
+    )
     assert "name another output_dir" in str(refusal.value)
-    assert ("say --accept-change" in str(refusal.value)) == (kind in (ACCEPTED, CONTENT))
-    if kind == FORBIDDEN:
+    assert ("say --accept-change" in str(refusal.value)) == (
+        kind in (OnResume.ACCEPTED, OnResume.CONTENT)
+    )
+    if kind == OnResume.FORBIDDEN:
         with pytest.raises(UserError, match="forbidden"):
             lax.refuse_foreign()
     else:
@@ -112,17 +108,17 @@ def test_a_changed_field_is_judged_by_its_class(name, tmp_path, caplog):
 
 def test_the_classes_that_the_documentation_promises():
     promised = {
-        FREE: "train.log_every train.save_every train.eval_every",
-        ACCEPTED: "train.learning_rate train.max_steps train.epochs train.weight_decay "
+        OnResume.FREE: "train.log_every train.save_every train.eval_every",
+        OnResume.ACCEPTED: "train.learning_rate train.max_steps train.epochs train.weight_decay "
         "train.schedule train.warmup_steps",
-        FORBIDDEN: "train.batch_size train.seed model.d_model model.vocab_size dpo.loss_type "
-        "dpo.beta data.template lora.rank",
+        OnResume.FORBIDDEN: "train.batch_size train.seed model.d_model model.vocab_size "
+        "dpo.loss_type dpo.beta data.template lora.rank",
     }
     for kind, names in promised.items():
         assert {name: class_of(name) for name in names.split()} == dict.fromkeys(
             names.split(), kind
         )
-    assert class_of("novelty.field") == class_of("train.novelty") == FORBIDDEN
+    assert class_of("novelty.field") == class_of("train.novelty") == OnResume.FORBIDDEN
 
 
 def test_a_section_that_comes_or_goes_is_forbidden(tmp_path):
