@@ -29,9 +29,9 @@ from modern_llm.verbs import (
     reference,
     report,
     score,
-    stages,
 )
 from modern_llm.verbs.settings import Settings, read_settings
+from modern_llm.verbs.stages import STAGES
 
 LONGEST_WORD = 500
 """Characters of one word in an error's line; a path has fewer."""
@@ -39,9 +39,7 @@ LONGEST_WORD = 500
 # verb -> (settings, what it does); a verb of two words is one of a group: `reference fill`
 VERBS: dict[str, tuple[type[Settings], Callable[[Any], dict[str, Any]]]] = {
     "demo": (demo.DemoSettings, demo.demo),
-    "pretrain": (stages.PretrainSettings, stages.pretrain),
-    "sft": (stages.SftSettings, stages.sft),
-    "dpo": (stages.DpoSettings, stages.dpo),
+    **{stage.name: (stage.settings, stage.verb) for stage in STAGES},
     "inspect": (inspect.InspectSettings, inspect.inspect),
     "plan": (plan.PlanSettings, plan.plan),
     "presets": (presets.PresetsSettings, presets.presets),
@@ -61,7 +59,8 @@ VERBS: dict[str, tuple[type[Settings], Callable[[Any], dict[str, Any]]]] = {
 
 # Verbs that stop where nothing is lost (status 75); a signal ends the others at once.
 STOPPED_BY_SIGNALS = {
-    "demo", "pretrain", "sft", "dpo", "reference fill", "reference verify", "score", "evaluate",
+    "demo", "reference fill", "reference verify", "score", "evaluate",
+    *(stage.name for stage in STAGES),
 }  # fmt: skip
 
 

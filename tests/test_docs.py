@@ -20,7 +20,7 @@ from modern_llm.config import DocumentDatasetConfig, PreferenceDatasetConfig, Tr
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.objectives.catalogue import LOSSES
 from modern_llm.verbs.settings import _command_line
-from modern_llm.verbs.stage_settings import read_stage
+from modern_llm.verbs.stages import read_stage
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "examples" / "README.md", *(ROOT / "docs").glob("*.md")])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from modern_llm.cli import main
-from modern_llm.verbs.stage_settings import read_stage
+from modern_llm.verbs.stages import read_stage
 from tests.helpers.text import WORDS, make_checkpoint, make_tokenizer, transcripts, write_jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -79,8 +79,8 @@ def test_an_example_is_tried_dry(file, place, tmp_path, monkeypatch, capsys):
         "pretrain": ["--train.tokenizer_name", str(model), "--model.vocab_size", "300",
                      "--model.d_model", "32", "--model.n_layers", "2",
                      "--model.max_seq_len", "64", "--data.eval_fraction", "0.2"],
-    }[stage]  # fmt: skip
-    assert main([stage, "--config", str(file), *words]) == 0
+    }[stage.name]  # fmt: skip
+    assert main([stage.name, "--config", str(file), *words]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["forward_backward"]["grad_norm"] > 0
     assert result["first_batch"]["examples"] == settings.train.batch_size

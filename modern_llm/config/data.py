@@ -148,22 +148,28 @@ class DocumentDatasetConfig(DatasetConfig):
 
 
 @section
-class InstructionDatasetConfig(DatasetConfig):
-    """Instructions with answers: Alpaca fields, message lists, or `prompt`/`response` strings."""
+class ConversationDatasetConfig(DatasetConfig):
+    """What instructions and preference pairs have in common: a prompt that a template may write."""
 
-    format: Fixed[Literal["auto", "alpaca", "messages", "strings"]] = "auto"
-    """How rows are read; by default found by their columns."""
     template: Fixed[Template | None] = None
     """`chat` wraps string prompts as a user turn; a text with `{prompt}` frames them; a Jinja chat
-    template is used in place of the tokenizer's own, for strings and message lists. None uses
-    strings literally (Alpaca fields get the Alpaca frame) and the tokenizer's chat template for
-    messages."""
+    template is used in place of the tokenizer's own, for strings and message lists. By default
+    strings are used literally (Alpaca fields get the Alpaca frame), and messages with the
+    tokenizer's chat template."""
     template_date: Fixed[Day | None] = None
     """Day (YYYY-MM-DD) that a chat template reads as today's date. By default the day of the run's
     start: it is recorded in config.yaml and kept on resume; where the reference's stored values
     were made with another day, that day."""
     append_end_token: Fixed[bool] = True
-    """Append the end token to an answer that lacks it (never to one that truncation cut)."""
+    """Append the end token to a response that lacks it (never to one that truncation cut)."""
+
+
+@section
+class InstructionDatasetConfig(ConversationDatasetConfig):
+    """Instructions with answers: Alpaca fields, message lists, or `prompt`/`response` strings."""
+
+    format: Fixed[Literal["auto", "alpaca", "messages", "strings"]] = "auto"
+    """How rows are read; by default found by their columns."""
     max_length: Fixed[Annotated[int, Field(ge=2)] | None] = None
     """Tokens of prompt and answer together; by default the model's positions, at most 1,024."""
     max_prompt_length: Fixed[Annotated[int, Field(ge=0)] | None] = None
@@ -182,18 +188,8 @@ class InstructionDatasetConfig(DatasetConfig):
 
 
 @section
-class PreferenceDatasetConfig(DatasetConfig):
+class PreferenceDatasetConfig(ConversationDatasetConfig):
     """Preference pairs; `DPOConfig` sets their lengths."""
 
     format: Fixed[Literal["auto", "hh", "shp", "strings", "messages", "sharegpt"]] = "auto"
     """How rows are read; by default found by their columns."""
-    template: Fixed[Template | None] = None
-    """`chat` wraps string prompts as a user turn; a text with `{prompt}` frames them; a Jinja chat
-    template is used in place of the tokenizer's own, for strings and message lists. None uses
-    strings literally and the tokenizer's chat template for messages."""
-    template_date: Fixed[Day | None] = None
-    """Day (YYYY-MM-DD) that a chat template reads as today's date. By default the day of the run's
-    start: it is recorded in config.yaml and kept on resume; where the reference's stored values
-    were made with another day, that day."""
-    append_end_token: Fixed[bool] = True
-    """Append the end token to an answer that lacks it (never to one that truncation cut)."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from modern_llm.config.data import DocumentDatasetConfig
 from modern_llm.data.encode.chat_template import Tokenizer
-from modern_llm.data.encode.pipeline import documents_recipe
+from modern_llm.data.encode.pipeline import recipe_of
 from modern_llm.data.table.build import Prepared, prepare
 
 __all__ = ["DocumentDatasetConfig", "build_document_tables"]
@@ -35,5 +35,5 @@ def build_document_tables(
         DataError: the data cannot be read, is broken or does not fill a row.
         StorageError: the folder cannot be written.
     """
-    recipe = documents_recipe(config, tokenizer, row_length)
+    recipe = recipe_of(config, tokenizer, row_length)
     return prepare(config, tokenizer, folder, recipe, check)

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from modern_llm.config.data import InstructionDatasetConfig
 from modern_llm.data.encode.chat_template import Tokenizer
-from modern_llm.data.encode.pipeline import answers_recipe
+from modern_llm.data.encode.kinds import kind_of
+from modern_llm.data.encode.pipeline import recipe_of
 from modern_llm.data.table.build import Prepared, prepare
 
 __all__ = ["InstructionDatasetConfig", "build_instruction_tables"]
-
-DEFAULT_MAX_LENGTH = 1024
 
 
 def build_instruction_tables(
@@ -40,11 +39,6 @@ def build_instruction_tables(
     """
     if max_prompt_length is None:
         max_prompt_length = config.max_prompt_length
-    recipe = answers_recipe(
-        config,
-        tokenizer,
-        ("prompt", "response"),
-        max_length=max_length or config.max_length or DEFAULT_MAX_LENGTH,
-        max_prompt_length=max_prompt_length,
-    )
+    length = max_length or config.max_length or kind_of(config).default_length
+    recipe = recipe_of(config, tokenizer, length, max_prompt_length)
     return prepare(config, tokenizer, folder, recipe, check)

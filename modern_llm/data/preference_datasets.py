@@ -7,7 +7,7 @@ from pathlib import Path
 
 from modern_llm.config.data import PreferenceDatasetConfig
 from modern_llm.data.encode.chat_template import Tokenizer
-from modern_llm.data.encode.pipeline import answers_recipe
+from modern_llm.data.encode.pipeline import recipe_of
 from modern_llm.data.table.build import Prepared, prepare
 
 __all__ = ["PreferenceDatasetConfig", "build_preference_tables"]
@@ -35,11 +35,5 @@ def build_preference_tables(
         DataError: the data cannot be read, is broken or leaves nothing.
         StorageError: the folder cannot be written.
     """
-    recipe = answers_recipe(
-        config,
-        tokenizer,
-        ("prompt", "chosen", "rejected"),
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
-    )
+    recipe = recipe_of(config, tokenizer, max_length, max_prompt_length)
     return prepare(config, tokenizer, folder, recipe, check)

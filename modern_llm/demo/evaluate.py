@@ -108,7 +108,7 @@ def _perplexity(folder: Path, instructions: Path, max_length: int) -> float:
         table = build_instruction_tables(
             config, load_tokenizer(folder), Path(temporary) / "data", max_length=max_length
         ).train
-        examples = Examples(table, "answers", trees=scorer.capabilities.trees)
+        examples = Examples(table, trees=scorer.capabilities.trees)
         groups = pack(
             np.arange(len(table)),
             examples.sizes,

@@ -335,7 +335,7 @@ class ReferencePass:
         collective."""
         assert self._scorer is not None
         table = pending.answers.table
-        source = make_source(self._runtime, self._config, table, "pairs", self._scorer)
+        source = make_source(self._runtime, self._config, table, self._scorer)
         mine = [source.collate(part) for part in source.parts(sample)[self._runtime.rank]]
         failure: Exception | None = None
         found: list[tuple[Indices, Values]] = []

@@ -8,7 +8,7 @@ from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import UserError
 from modern_llm.data.batch.micro_batches import BatchSource, largest_example
 from modern_llm.data.batch.order import Budget, Order, Sharing
-from modern_llm.data.batch.prefix_tree import Examples, Kind
+from modern_llm.data.batch.prefix_tree import Examples
 from modern_llm.data.table.build import Prepared
 from modern_llm.data.table.token_table import TokenTable
 from modern_llm.distributed.runtime import Runtime
@@ -27,7 +27,6 @@ def make_sources(
     runtime: Runtime,
     config: TrainingConfig,
     prepared: Prepared,
-    kind: Kind,
     scorer: TokenScorer,
     *,
     group_by_prompt: bool = False,
@@ -43,7 +42,6 @@ def make_sources(
         runtime,
         config,
         prepared.train,
-        kind,
         scorer,
         prepared.history,
         group_by_prompt=group_by_prompt,
@@ -52,7 +50,7 @@ def make_sources(
     if prepared.evaluation is None:
         return train_source, None
     return train_source, make_source(
-        runtime, config, prepared.evaluation, kind, scorer, left_out=left_out[1]
+        runtime, config, prepared.evaluation, scorer, left_out=left_out[1]
     )
 
 
@@ -60,7 +58,6 @@ def make_source(
     runtime: Runtime,
     config: TrainingConfig,
     table: TokenTable,
-    kind: Kind,
     scorer: TokenScorer,
     history: tuple[tuple[int, int], ...] | None = None,
     *,
@@ -75,7 +72,7 @@ def make_source(
     Raises:
         UserError: one example alone is above `tokens_per_micro_batch`.
     """
-    examples = Examples(table, kind, trees=scorer.capabilities.trees)
+    examples = Examples(table, trees=scorer.capabilities.trees)
     shared = sharing(scorer)
     budget = token_budget(runtime, config, examples, shared=shared)
     groups = examples.prompt_numbers() if group_by_prompt else None

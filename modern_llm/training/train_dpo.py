@@ -140,7 +140,6 @@ def _task(
         runtime,
         run.config,
         prepared,
-        "pairs",
         scorer,
         group_by_prompt=dpo_config.group_by_prompt,
         left_out=left_out,

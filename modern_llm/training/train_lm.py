@@ -57,6 +57,6 @@ def run_training(
         tables.check_ids_fit(prepared, tokenizer, model_config.vocab_size)
         model = build_model(model_config, seed=train_config.seed)
         scorer = set_up_scorer(runtime, model, train_config, dropout=True)
-        source, evaluation = make_sources(runtime, train_config, prepared, "documents", scorer)
+        source, evaluation = make_sources(runtime, train_config, prepared, scorer)
         task = LanguageTask(source, evaluation, scorer.aux_coefficient)
         return stage.train_and_export(runtime, scorer, task, train_config, run, tokenizer, {})

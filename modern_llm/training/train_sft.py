@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from modern_llm.config import InstructionDatasetConfig, LoraConfig, TrainingConfig
+from modern_llm.data.encode.kinds import kind_of
 from modern_llm.data.instruction_datasets import build_instruction_tables
 from modern_llm.models.load import inspect_checkpoint
 from modern_llm.reference.adapter_free import base_facts
@@ -19,9 +20,6 @@ from modern_llm.training.run.dry_run import DryRun
 from modern_llm.training.run.opening import open_run
 from modern_llm.training.run.outcome import outcome_recorded
 from modern_llm.training.tasks.language import LanguageTask
-
-# Longest answers with their prompts where the user says nothing and the model has more positions.
-DEFAULT_MAX_LENGTH = 1024
 
 
 def run_sft(
@@ -60,9 +58,8 @@ def run_sft(
         return run.final
     checkpoint = inspect_checkpoint(pretrain_checkpoint)
     tokenizer, others = choose_tokenizer(tokenizer_name, checkpoint, train_config)
-    max_length = data.max_length or min(
-        DEFAULT_MAX_LENGTH, checkpoint.positions or DEFAULT_MAX_LENGTH
-    )
+    default = kind_of(data).default_length
+    max_length = data.max_length or min(default, checkpoint.positions or default)
     check_positions(max_length, checkpoint, "data.max_length")
     check_agreement(tokenizer, others, data)
     with outcome_recorded(runtime, run):
@@ -77,7 +74,7 @@ def run_sft(
         prepared = stage.build_tables(runtime, run, build, train_config)
         tables.check_ids_fit(prepared, tokenizer, checkpoint.vocabulary)
         scorer = policy.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=True)
-        source, evaluation = make_sources(runtime, train_config, prepared, "answers", scorer)
+        source, evaluation = make_sources(runtime, train_config, prepared, scorer)
         task = LanguageTask(source, evaluation, scorer.aux_coefficient)
         facts = base_facts(runtime, checkpoint, lora_config)
         ends = answer_ends(tokenizer, data, prepared)

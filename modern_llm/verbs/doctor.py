@@ -17,7 +17,7 @@ class DoctorSettings(Settings):
     config_is_of_a_stage: ClassVar[bool] = True
 
     output_dir: Path | None = None
-    """Folder that a run would write into; that of --config, or the current one, unless said."""
+    """Folder that a run would write into; that of --config, or the current one, by default."""
     skip_group: bool = False
     """Leave out the check that starts two processes."""
 
@@ -26,7 +26,7 @@ def doctor(settings: DoctorSettings) -> dict[str, Any]:
     """Make every check, show them, and raise the first problem as the one-line error."""
     from modern_llm.storage.file_digests import cache_root
     from modern_llm.verbs.doctor_checks import as_result, examine_machine, problems_of
-    from modern_llm.verbs.stage_settings import read_stage
+    from modern_llm.verbs.stages import read_stage
     from modern_llm.verbs.terminal import show_checks
 
     place = settings.output_dir

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from modern_llm.config.errors import ConfigError
 from modern_llm.verbs.settings import Settings
-from modern_llm.verbs.stage_settings import (
-    DpoSettings,
-    PretrainSettings,
-    TrainingSettings,
-    read_stage,
-)
+from modern_llm.verbs.stage_settings import PretrainSettings, TrainingSettings
+from modern_llm.verbs.stages import StageSpec, read_stage
+
+if TYPE_CHECKING:
+    from modern_llm.planning.planner import PlanRequest
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -33,17 +32,17 @@ class PlanSettings(Settings):
     gpu_memory: str = "80GB"
     """Memory of one GPU, such as 80GB or 24GiB."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Dtype of the forward; bf16 unless said."""
+    """Dtype of the forward; bf16 by default."""
     max_length: Positive | None = None
-    """Tokens of prompt and response together; 512 unless said."""
+    """Tokens of prompt and response together; 512 by default."""
     tokens_per_micro_batch: Positive | None = None
-    """Tokens of one forward; the largest that fits unless said."""
+    """Tokens of one forward; the largest that fits by default."""
     gradient_checkpointing: bool | None = None
-    """Recompute activations; only where it is needed to fit unless said."""
+    """Recompute activations; only where it is needed to fit by default."""
     steps: Positive | None = None
     """Optimizer steps of the run, for the time."""
     batch_size: Positive | None = None
-    """Examples of one step, for the time; 32 unless said."""
+    """Examples of one step, for the time; 32 by default."""
     tokens_per_example: Annotated[float, Field(gt=0)] | None = None
     """Mean tokens of an example (modern-llm inspect tells them); the longest possible unless
     said."""
@@ -56,37 +55,31 @@ class PlanSettings(Settings):
 
 
 def plan(settings: PlanSettings) -> dict[str, Any]:
-    """Plan, show the plan unless `--json` asks for it alone."""
+    """Plan a run and show the plan; with `--json` only the result is printed."""
     from modern_llm.planning.outline import outline, outline_of_new
     from modern_llm.planning.planner import plan as make_plan
     from modern_llm.verbs.plan_table import show_plan
 
-    stage = read_stage(settings.config)[1] if settings.config is not None else None
-    wish = _wish(settings, stage)
-    if settings.model is None and isinstance(stage, PretrainSettings):
-        shapes, sizes = outline_of_new(stage.model)
+    stage, run = (None, None) if settings.config is None else read_stage(settings.config)
+    start = stage.checkpoint(run) if stage is not None else None
+    model = settings.model or start
+    if model is None and isinstance(run, PretrainSettings):
+        shapes, sizes = outline_of_new(run.model)
+        model = "the section model"
+    elif model is not None:
+        shapes, sizes = outline(model)
     else:
-        shapes, sizes = outline(wish.model)
-    result = make_plan(shapes, sizes, wish)
+        raise ConfigError(["model: none is named; give --model, or --config of a run"])
+    result = make_plan(shapes, sizes, _request(settings, model, stage, run))
     if not settings.json_output:
         show_plan(result)
     return result
 
 
-def _model(settings: PlanSettings, stage: TrainingSettings | None) -> str:
-    found = (
-        settings.model
-        or getattr(stage, "sft_checkpoint", None)
-        or getattr(stage, "pretrain_checkpoint", None)
-    )
-    if found is None and isinstance(stage, PretrainSettings):
-        return "the section model"
-    if found is None:
-        raise ConfigError(["model: none is named; give --model, or --config of a run"])
-    return found
-
-
-def _wish(settings: PlanSettings, stage: TrainingSettings | None) -> Any:
+def _request(
+    settings: PlanSettings, model: str, stage: StageSpec | None, run: TrainingSettings | None
+) -> PlanRequest:
+    """Return what is planned: options of the command line come before those of the run."""
     from modern_llm.planning.planner import PlanRequest, measured_throughput, memory_size
 
     if settings.measured is not None and settings.tokens_per_second is not None:
@@ -94,19 +87,23 @@ def _wish(settings: PlanSettings, stage: TrainingSettings | None) -> Any:
     rate = settings.tokens_per_second
     if settings.measured is not None:
         rate = measured_throughput(settings.measured)
-    train = stage.train if stage is not None else None
+    train = run.train if run is not None else None
     precision = settings.mixed_precision or (train.precision if train else "bf16")
     checkpointing = settings.gradient_checkpointing
     if checkpointing is None and train is not None and train.gradient_checkpointing:
         # Of `selective` only an upper bound is known.
         checkpointing = train.gradient_checkpointing is True
+    # A run is taken to be DPO unless a configuration file says otherwise.
+    set_length, default, responses = None, 512, 2
+    if stage is not None:
+        (set_length, _), default, responses = stage.lengths(run), 1024, stage.responses
     return PlanRequest(
-        model=_model(settings, stage),
+        model=model,
         gpus=settings.gpus,
         gpus_per_node=settings.gpus_per_node,
         gpu_memory=memory_size(settings.gpu_memory),
         precision=precision,
-        longest=_longest(settings, stage),
+        longest=responses * (settings.max_length or set_length or default),
         checkpointing=checkpointing,
         tokens=settings.tokens_per_micro_batch or (train and train.most_tokens),
         steps=settings.steps or (train and train.max_steps),
@@ -115,15 +112,6 @@ def _wish(settings: PlanSettings, stage: TrainingSettings | None) -> Any:
         tokens_per_second=rate,
         price=settings.price,
         config=str(settings.config) if settings.config else None,
-        lora=getattr(stage, "lora", None),
+        lora=getattr(run, "lora", None),
         background_saving=train is not None and train.background_saving,
     )
-
-
-def _longest(settings: PlanSettings, stage: TrainingSettings | None) -> int:
-    """Tokens of the longest example: both answers of a pair stand in one row with their prompt."""
-    if isinstance(stage, PretrainSettings):
-        return settings.max_length or stage.model.max_seq_len
-    if stage is None or isinstance(stage, DpoSettings):
-        return 2 * (settings.max_length or (stage.dpo.max_length if stage else 512))
-    return settings.max_length or stage.data.max_length or 1024  # type: ignore[attr-defined]

@@ -2,8 +2,7 @@
 
 A verb's settings are a pydantic-settings class whose fields are sections and single options.
 `pydantic-settings` makes the options and the help text; the file is read with a safe YAML loader
-(JSON
-is YAML). Creates nothing on disk. Called by the command line alone.
+(JSON is YAML). Creates nothing on disk.
 """
 
 from __future__ import annotations

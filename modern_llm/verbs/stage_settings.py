@@ -1,9 +1,8 @@
-"""Settings of the verbs `pretrain`, `sft` and `dpo`, and which stage a file configures."""
+"""Settings of the verbs `pretrain`, `sft` and `dpo`."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -16,21 +15,22 @@ from modern_llm.config import (
     PreferenceDatasetConfig,
     TrainingConfig,
 )
+from modern_llm.config.data import DatasetConfig
 from modern_llm.config.dpo import DPOConfig
-from modern_llm.config.errors import ConfigError
-from modern_llm.verbs.settings import Settings, read_settings, sections_of
+from modern_llm.verbs.settings import Settings
 
 
 class TrainingSettings(Settings):
-    """Shared by the three stages."""
+    """Shared by the three stages; each adds the section `data` of its kind."""
 
     train: TrainingConfig
+    data: DatasetConfig
     tokenizer_name: str | None = None
     """Hub id or folder of the tokenizer; comes before the checkpoint's own."""
     resume: bool = False
-    """Go on with the run in output_dir, and refuse to start where there is none."""
+    """Resume the run in output_dir, and refuse to start where there is none."""
     accept_change: bool = False
-    """Go on although settings differ that may (--accept-change does the same); the difference is
+    """Resume although settings differ that may (--accept-change does the same); each difference is
     printed."""
     profile: Annotated[int, Field(gt=0)] | None = None
     """Trace this many steps with torch.profiler into output_dir and print the largest costs."""
@@ -70,31 +70,8 @@ class DpoSettings(TrainingSettings):
     """Train adapters beside frozen weights; the reference is the model without them."""
 
 
-def read_stage(path: Path, overrides: list[str] | None = None) -> tuple[str, TrainingSettings]:
-    """Return which stage a configuration file is of, and its settings.
-
-    Raises:
-        ConfigError: it is of none, or of a wrong form.
-    """
-    names = set(sections_of(path))
-    found = [stage for stage, (mark, _) in MARKS.items() if names & mark]
-    if len(found) != 1:
-        marks = ", ".join(f"{'/'.join(sorted(mark))} ({s})" for s, (mark, _) in MARKS.items())
-        raise ConfigError([f"{path}: the stage shows by one of {marks}; found {sorted(names)}"])
-    schema = MARKS[found[0]][1]
-    return found[0], read_settings(schema, ["--config", str(path), *(overrides or [])], found[0])
-
-
-# stage -> (the names in a file that only it has, its settings)
-MARKS: dict[str, tuple[set[str], type[TrainingSettings]]] = {
-    "pretrain": ({"model"}, PretrainSettings),
-    "sft": ({"pretrain_checkpoint"}, SftSettings),
-    "dpo": ({"sft_checkpoint", "dpo"}, DpoSettings),
-}
-
-
 def training_config(settings: TrainingSettings) -> TrainingConfig:
-    """Return the section `train`, with what `--resume` and the like ask for."""
+    """Return the section `train`, with what `--resume` and similar options set."""
     asked: dict[str, Any] = {"resume": "must"} if settings.resume else {}
     if settings.accept_change:
         asked["accept_change"] = True

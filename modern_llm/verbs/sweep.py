@@ -1,7 +1,6 @@
 """`--sweep`: the same stage once for every value of one option or several, and one report of all.
 
-Reference values are kept by content, so that a sweep over beta or learning rate scores once. Called
-by the stages' verbs.
+Reference values are kept by content, so that a sweep over beta or learning rate scores once.
 """
 
 from __future__ import annotations

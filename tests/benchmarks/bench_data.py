@@ -95,7 +95,7 @@ def tables(options: argparse.Namespace) -> dict[str, Any]:
     rows = len(prepared.train)
     order = Order(rows, BATCH, SEED)
     source = BatchSource(
-        Examples(prepared.train, "pairs", trees=True),
+        Examples(prepared.train, trees=True),
         order,
         Budget(tokens=TOKENS),
         rank=0,

@@ -86,11 +86,8 @@ def recipe_of(
     """The recipe of `pairs` or `answers`."""
     pairs = kind == "pairs"
     schema = PreferenceDatasetConfig if pairs else InstructionDatasetConfig
-    columns = ("prompt", "chosen", "rejected") if pairs else ("prompt", "response")
     config = schema(dataset_name="x.jsonl", **section)
-    return answers_recipe(
-        config, tokenizer, columns, max_length=max_length, max_prompt_length=prompt
-    )
+    return answers_recipe(config, tokenizer, max_length=max_length, max_prompt_length=prompt)
 
 
 def trained_ids(recipe: Recipe, row: dict[str, Any]) -> list[list[int]]:

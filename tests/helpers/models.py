@@ -110,7 +110,7 @@ def plain_sums(model, table):
 def score(scorer, table, indices=None, *, shared=None):
     """Return sums (P, 2) of some pairs by a scorer in one forward, and its whole output."""
     shared = scorer.capabilities.trees if shared is None else shared
-    examples = Examples(table, "pairs", trees=scorer.capabilities.trees)
+    examples = Examples(table, trees=scorer.capabilities.trees)
     indices = np.arange(len(table)) if indices is None else np.asarray(indices)
     batch = collate(examples, indices, shared=shared)
     output = scorer(batch.ids, batch.positions, batch.segments, batch.targets)

@@ -59,7 +59,7 @@ def plain_in(dtype, model, table):
 def asked(scorer, table, shared, groups):
     """The same by the scorer, in forwards of the given groups."""
     scorer.zero_grad()
-    examples = Examples(table, "pairs", trees=scorer.capabilities.trees)
+    examples = Examples(table, trees=scorer.capabilities.trees)
     sums = torch.zeros(len(table), 2, dtype=torch.float64)
     for group in groups:
         batch = collate(examples, np.array(group), shared=shared)

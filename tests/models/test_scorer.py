@@ -47,9 +47,7 @@ def test_pairs_of_one_prompt_equal_plain_sequences(name, merge_below):
     scorer.merge_below = merge_below
     sums, _ = score(scorer, table, shared=Sharing.LINE)
     torch.testing.assert_close(sums.double(), expected, rtol=0, atol=1e-3)
-    batch = collate(
-        Examples(table, "pairs", trees=True), np.arange(len(table)), shared=Sharing.LINE
-    )
+    batch = collate(Examples(table, trees=True), np.arange(len(table)), shared=Sharing.LINE)
     assert batch.real_tokens == 7 + sum(map(len, answers)) + sum(map(len, one[1]))
 
 

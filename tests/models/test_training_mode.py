@@ -130,7 +130,7 @@ def test_layers_are_compiled_once_for_all_lengths(backend, monkeypatch):
     rng = np.random.default_rng(0)
     table = random_pairs(rng.integers(1, 60, (40, 3)).tolist())
     expected = plain_sums(make_model("llama"), table)
-    examples = Examples(table, "pairs", trees=True)
+    examples = Examples(table, trees=True)
     training = backend != "flex"  # which has no backward on a CPU
     with torch.set_grad_enabled(training):
         scorer = make_scorer(make_model("llama"), backend, lean=False)
@@ -162,7 +162,7 @@ def test_compiled_runs_pad_lines_to_a_multiple_and_say_so():
             run_name="c", output_dir=Path("unused"), batch_size=4, compile=compiled
         )
         scorer = make_scorer(make_model("llama"), "blocks", lean=False)
-        source = make_source(runtime, config, table, "pairs", scorer)
+        source = make_source(runtime, config, table, scorer)
         (batch,) = source.micro_batches(0)
         areas[compiled] = batch.area
         usage = shared_metrics({n: float(v) for n, v in usage_sums(batch).items()})

@@ -54,7 +54,7 @@ def layout(request, golden):
     attention, packed, budget = LAYOUTS[request.param]
     folder, table, _, _ = golden
     scorer = make_scorer(load_model(inspect_checkpoint(folder / "policy")), attention)
-    examples = Examples(table, "pairs", trees=scorer.capabilities.trees)
+    examples = Examples(table, trees=scorer.capabilities.trees)
     order = Order(len(table), len(table), seed=0)
     return scorer, BatchSource(examples, order, budget, rank=0, world=1, shared=packed)
 
@@ -75,7 +75,7 @@ def test_per_pair_logprobs_by_flex_attention(golden):
     with torch.inference_mode():
         scorer = make_scorer(load_model(inspect_checkpoint(folder / "policy")), "flex")
         assert scorer.capabilities.backend == "flex"
-        examples = Examples(table, "pairs", trees=True)
+        examples = Examples(table, trees=True)
         batch = collate(examples, np.arange(len(table)), shared=Sharing.LINE, align=SIDE)
         assert batch.ids.shape[1] % SIDE == 0
         output = scorer(batch.ids, batch.positions, batch.segments, batch.targets)

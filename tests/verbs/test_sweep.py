@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import yaml
 
-from modern_llm.cli import main
+from modern_llm.cli import VERBS, main
 from modern_llm.config.errors import NotFiniteError
-from modern_llm.verbs import stages
+from modern_llm.verbs.stages import STAGES
+
+
+def in_place_of_dpo(monkeypatch, run):
+    """Call `run(settings)` in place of training each point of a sweep."""
+    (dpo,) = (stage for stage in STAGES if stage.name == "dpo")
+    stand_in = dataclasses.replace(dpo, run=run)
+    monkeypatch.setitem(VERBS, "dpo", (dpo.settings, stand_in.verb))
 
 
 def test_every_value_runs_over_one_store_and_one_report_shows_all(
@@ -40,9 +48,7 @@ def test_every_value_runs_over_one_store_and_one_report_shows_all(
 
 def test_two_options_make_a_grid(run_file, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        stages, "_dpo", lambda s, dry_run=None: seen.append(s) or s.train.output_dir
-    )
+    in_place_of_dpo(monkeypatch, lambda s: seen.append(s) or s.train.output_dir)
     words = ["--sweep", "dpo.beta=0.1,0.2 train.learning_rate=1e-6,5e-6"]
     assert main(["dpo", "--config", str(run_file()), *words]) == 0
     found = [(s.dpo.beta, s.train.learning_rate, s.train.output_dir.name) for s in seen]
@@ -54,13 +60,13 @@ def test_two_options_make_a_grid(run_file, monkeypatch):
 def test_a_run_that_diverges_does_not_end_the_others(run_file, monkeypatch, capsys):
     seen = []
 
-    def run(settings, dry_run=None):
+    def run(settings):
         seen.append(settings.dpo.beta)
         if settings.dpo.beta == 0.2:
             raise NotFiniteError("step 3: not finite")
         return settings.train.output_dir
 
-    monkeypatch.setattr(stages, "_dpo", run)
+    in_place_of_dpo(monkeypatch, run)
     assert main(["dpo", "--config", str(run_file()), "--sweep", "dpo.beta=0.1,0.2,0.3"]) == 4
     assert seen == [0.1, 0.2, 0.3]
     assert "step 3: not finite" in capsys.readouterr().err

@@ -8,22 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from modern_llm.data.table.token_table import TokenTable
+from modern_llm.data.table.token_table import STARTS, TokenTable
 
 Ids = NDArray[np.int32]
-Kind = Literal["pairs", "answers", "documents"]
-
-# Columns of a token table and the slots (sums of log-probs) that an example of it has.
-BRANCHES: dict[Kind, tuple[str, ...]] = {
-    "pairs": ("chosen", "rejected"),
-    "answers": ("response",),
-    "documents": ("text",),
-}
 
 
 @dataclass(frozen=True)
@@ -100,14 +91,16 @@ class Examples:
     """The examples of a token table as sequences.
 
     Args:
-        table: columns (prompt, chosen, rejected), (prompt, response) or (text, starts).
-        kind: which of the three.
-        trees: whether answers of one prompt share it; else each answer is a sequence of its own.
+        table: a prompt with one or more responses (prompt, chosen, rejected), or documents (text,
+            starts); an example has one sum of log-probs (slot) for each response.
+        trees: whether responses to one prompt share it; else each is a sequence of its own.
     """
 
-    def __init__(self, table: TokenTable, kind: Kind, *, trees: bool):
-        self.table, self.kind, self.trees = table, kind, trees
-        self.slots = len(BRANCHES[kind])
+    def __init__(self, table: TokenTable, *, trees: bool):
+        self.table, self.trees = table, trees
+        self.documents = STARTS in table.columns
+        self.responses = ("text",) if self.documents else tuple(table.columns[1:])
+        self.slots = len(self.responses)
         self._column = {name: index for index, name in enumerate(table.columns)}
 
     def __len__(self) -> int:
@@ -116,7 +109,7 @@ class Examples:
     @property
     def merges(self) -> bool:
         """Whether examples with equal prompts are computed as one tree."""
-        return self.trees and self.kind == "pairs"
+        return self.trees and self.slots > 1
 
     def together(self, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Return `indices` in groups of equal prompts, in order of appearance."""
@@ -154,7 +147,7 @@ class Examples:
 
     def _answers(self, group: NDArray[np.int64]) -> Iterator[tuple[int, int, Ids]]:
         for index in group.tolist():
-            for slot, name in enumerate(BRANCHES[self.kind]):
+            for slot, name in enumerate(self.responses):
                 yield index, slot, self.table.ids(index, name)
 
     def group_sizes(self, group: NDArray[np.int64]) -> tuple[int, ...]:
@@ -167,18 +160,18 @@ class Examples:
 
     def separate_tokens(self, index: int) -> int:
         """Return the tokens of one example if each answer had a row with its own prompt."""
-        if self.kind == "documents":
+        if self.documents:
             return sum(self.sizes(index))
         lengths = self.table.lengths[index]
-        answers = [int(lengths[self._column[name]]) for name in BRANCHES[self.kind]]
+        answers = [int(lengths[self._column[name]]) for name in self.responses]
         return int(lengths[self._column["prompt"]]) * len(answers) + sum(answers)
 
     def sequences(self, index: int) -> list[Sequence]:
         """Return the sequences of one example; slots count from 0 within it."""
-        if self.kind == "documents":
+        if self.documents:
             return self._documents(index)
         trunk = self.table.ids(index, "prompt")
-        answers = [self.table.ids(index, name) for name in BRANCHES[self.kind]]
+        answers = [self.table.ids(index, name) for name in self.responses]
         if self.trees:
             return [lay_out(trunk, answers, range(len(answers)))]
         return [lay_out(trunk, [answer], [slot]) for slot, answer in enumerate(answers)]
@@ -192,19 +185,19 @@ class Examples:
 
     def sizes(self, index: int) -> tuple[int, ...]:
         """Return the number of tokens of each sequence of one example, without reading its ids."""
-        if self.kind == "documents":
+        if self.documents:
             return tuple(len(sequence.ids) for sequence in self._documents(index))
         lengths = self.table.lengths[index]
         prompt = int(lengths[self._column["prompt"]])
-        answers = [int(lengths[self._column[name]]) for name in BRANCHES[self.kind]]
+        answers = [int(lengths[self._column[name]]) for name in self.responses]
         return (prompt + sum(answers),) if self.trees else tuple(prompt + a for a in answers)
 
     def targets(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return (n, slots) numbers of target tokens of the given examples."""
-        if self.kind == "documents":
+        if self.documents:
             counts = [sum(size - 1 for size in self.sizes(int(i))) for i in indices]
             return np.array(counts, dtype=np.int64).reshape(-1, 1)
         lengths = np.asarray(self.table.lengths)[indices]
-        answers = lengths[:, [self._column[name] for name in BRANCHES[self.kind]]].astype(np.int64)
+        answers = lengths[:, [self._column[name] for name in self.responses]].astype(np.int64)
         # Without a prompt the first token of an answer has nothing before it.
         return answers - (lengths[:, [self._column["prompt"]]] == 0)

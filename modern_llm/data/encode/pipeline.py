@@ -1,9 +1,8 @@
-"""Recipes of the three kinds of data: columns, texts and cells on the way to token ids.
+"""Recipes from rows to token ids: columns, texts and cells.
 
-A `Recipe` tells `prepare` which formats there are, which texts of a record to tokenise, and how
-their ids become the cells of one row of a table. `answers_recipe` serves preferences and
-instructions, `documents_recipe` serves pretraining; `RowPacker` cuts documents into rows of one
-length.
+A `Recipe` holds the formats, the texts of a record to tokenise, and how their ids become the cells
+of one row of a table. `answers_recipe` serves preferences and instructions, `documents_recipe`
+pretraining; `RowPacker` cuts documents into rows of one length.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from modern_llm.config.data import (
+    ConversationDatasetConfig,
     DatasetConfig,
     DocumentDatasetConfig,
-    InstructionDatasetConfig,
-    PreferenceDatasetConfig,
 )
 from modern_llm.config.errors import UserError
 from modern_llm.data.encode.boundary import Boundary, Parts
 from modern_llm.data.encode.chat_template import Template, Tokenizer, end_tokens
+from modern_llm.data.encode.kinds import format_name, kind_of
 from modern_llm.data.encode.tokenizer import (
     Encoder,
     Ids,
@@ -30,16 +29,8 @@ from modern_llm.data.encode.tokenizer import (
     TruncationCounts,
     default_limits,
 )
-from modern_llm.data.read.formats import (
-    DOCUMENT,
-    INSTRUCTIONS,
-    PREFERENCES,
-    Format,
-    Mode,
-    Record,
-    document,
-)
-from modern_llm.data.table.token_table import STARTS, TokenTableWriter
+from modern_llm.data.read.formats import Format, Mode, Record
+from modern_llm.data.table.token_table import TokenTableWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +78,35 @@ class Recipe:
     ends: frozenset[int] = frozenset()
 
 
-def formats_of(config: DatasetConfig) -> tuple[Sequence[Format], str]:
-    """Return the table of formats for a section, and the name it gives or `auto`."""
-    if isinstance(config, PreferenceDatasetConfig):
-        return PREFERENCES, config.format
-    if isinstance(config, InstructionDatasetConfig):
-        return INSTRUCTIONS, config.format
-    assert isinstance(config, DocumentDatasetConfig), type(config)
-    return (document(config.text_column),), DOCUMENT
+def recipe_of(
+    section: DatasetConfig,
+    tokenizer: Tokenizer,
+    length: int,
+    max_prompt_length: int | None = None,
+) -> Recipe:
+    """Return the recipe of any kind of section.
+
+    Args:
+        length: most tokens of a prompt with one response, or the length of a row of documents.
+        max_prompt_length: tokens of the prompt's end that are kept at least; by default half of
+            `length`.
+
+    Raises:
+        UserError: `max_prompt_length` beside documents, and what the recipes below raise.
+    """
+    if isinstance(section, ConversationDatasetConfig):
+        return answers_recipe(
+            section, tokenizer, max_length=length, max_prompt_length=max_prompt_length
+        )
+    assert isinstance(section, DocumentDatasetConfig), type(section)
+    if max_prompt_length is not None:
+        raise UserError("max_prompt_length has no effect on documents: leave it out")
+    return documents_recipe(section, tokenizer, length)
 
 
 def answers_recipe(
-    config: PreferenceDatasetConfig | InstructionDatasetConfig,
+    config: ConversationDatasetConfig,
     tokenizer: Tokenizer,
-    columns: tuple[str, ...],
     *,
     max_length: int,
     max_prompt_length: int | None,
@@ -135,12 +141,12 @@ def answers_recipe(
         prompt, *answers = parts.columns
         return plain(prompt, answers, has_lead=encoder.has_lead(prompt), ends=parts.ends)
 
-    formats, name = formats_of(config)
+    kind = kind_of(config)
     return Recipe(
-        formats=formats,
-        name=name,
+        formats=kind.formats(config),
+        name=format_name(config),
         mode="framed" if config.template is None else "talk" if template.wraps else "convert",
-        columns=columns,
+        columns=kind.columns,
         encoder=encoder,
         item=item,
         split=split,
@@ -180,12 +186,12 @@ def documents_recipe(
     def cells(parts: Parts) -> list[Ids]:
         return [np.concatenate([encoder.with_lead(parts.columns[0]), end])]
 
-    formats, name = formats_of(config)
+    kind = kind_of(config)
     return Recipe(
-        formats=formats,
-        name=name,
+        formats=kind.formats(config),
+        name=format_name(config),
         mode="convert",
-        columns=("text", STARTS),
+        columns=kind.columns,
         encoder=encoder,
         item=item,
         split=split,

@@ -20,7 +20,8 @@ from typing import Any, TextIO
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.errors import DataError, StorageError
 from modern_llm.data.encode.chat_template import Tokenizer
-from modern_llm.data.encode.pipeline import Recipe, RowPacker, formats_of
+from modern_llm.data.encode.kinds import format_name, kind_of
+from modern_llm.data.encode.pipeline import Recipe, RowPacker
 from modern_llm.data.encode.tokenizer import Ids, tokenizer_identity
 from modern_llm.data.read.readers import Row
 from modern_llm.data.read.records import ContentFault, Document, Dropped, RowFault
@@ -117,10 +118,11 @@ def prepare(
 def sample_texts(config: DatasetConfig, count: int = 64) -> list[str]:
     """Return the texts of the first `count` rows of each source that are good, to compare
     tokenizers on."""
-    formats, name = formats_of(config)
     texts: list[str] = []
     for part in training_sources(config):
-        record_of = RecordReader(formats, part.format or name)
+        record_of = RecordReader(
+            kind_of(config).formats(config), part.format or format_name(config)
+        )
         for row in islice(part.source, count):
             try:
                 if isinstance(row, Row):

@@ -23,7 +23,7 @@ from tests.helpers.models import Table, make_model, plain_sums, random_pairs
 
 def make(picks, budget, rank=0, world=1, shared=Sharing.LINE, batch=None):
     rows = [[[90 + p] * (p + 1), [10 + a] * (a + 1), [50 + b] * (b + 1)] for p, a, b in picks]
-    examples = Examples(Table(rows), "pairs", trees=shared != Sharing.ALONE)
+    examples = Examples(Table(rows), trees=shared != Sharing.ALONE)
     order = Order(len(rows), batch or len(rows), 0)
     return BatchSource(examples, order, budget, rank=rank, world=world, shared=shared)
 
@@ -118,7 +118,7 @@ def test_the_worst_shapes_are_those_of_plain_sequences(sizes):
     expected = plain_sums(model, table)
     for attention, shared in (("blocks", 2), ("mask", 1), ("mask", 0), ("separate", 0)):
         scorer = make_scorer(make_model("llama"), attention)
-        examples = Examples(table, "pairs", trees=scorer.capabilities.trees)
+        examples = Examples(table, trees=scorer.capabilities.trees)
         source = BatchSource(
             examples, Order(len(table), len(table), 0), Budget(tokens=520), rank=0, world=1,
             shared=Sharing(shared),
@@ -142,4 +142,4 @@ def test_an_answer_above_the_budget_names_the_setting():
     )
     scorer = make_scorer(make_model("llama"))
     with pytest.raises(UserError, match=r"pairs.jsonl:2: takes 313 tokens, above train\.tok"):
-        make_source(runtime, config, table, "pairs", scorer)
+        make_source(runtime, config, table, scorer)

@@ -35,7 +35,7 @@ def test_without_a_prompt_the_first_token_is_no_target():
 
 def test_documents_of_a_row_stand_apart():
     table = Table([[[5, 6, 7, 8, 9, 4], [0, 3, 5]]], columns=("text", "starts"))
-    examples = Examples(table, "documents", trees=True)
+    examples = Examples(table, trees=True)
     assert examples.sizes(0) == (3, 2, 1)
     assert examples.targets(np.array([0])).tolist() == [[3]]
     batch = collate(examples, np.array([0]), shared=True)
@@ -56,7 +56,7 @@ def test_any_layout_predicts_each_response_token_from_its_own_context(rows, tree
     far."""
     counter = iter(range(1, 10_000))
     table = Table([[[next(counter) for _ in range(n)] for n in row] for row in rows])
-    examples = Examples(table, "pairs", trees=trees)
+    examples = Examples(table, trees=trees)
     batch = collate(examples, np.arange(len(rows)), shared=shared)
     ids, segments = batch.ids.numpy(), batch.segments.numpy()
     width = ids.shape[1]
@@ -95,7 +95,7 @@ def test_any_layout_predicts_each_response_token_from_its_own_context(rows, tree
 
 
 def test_no_examples_is_one_token_without_a_target():
-    examples = Examples(Table([[[1], [2], [3]]]), "pairs", trees=True)
+    examples = Examples(Table([[[1], [2], [3]]]), trees=True)
     batch = collate(examples, np.array([], dtype=np.int64), shared=True)
     assert batch.ids.shape == (1, 1)
     assert batch.targets.shape == (2, 0)
@@ -108,7 +108,7 @@ def test_sums_add_up_by_pair_and_side(trees):
     import torch
 
     table = Table([[[1, 2], [3, 4, 5], [6]], [[7], [8], [9, 10]]])
-    batch = collate(Examples(table, "pairs", trees=trees), np.array([1, 0]), shared=True)
+    batch = collate(Examples(table, trees=trees), np.array([1, 0]), shared=True)
     logprobs = batch.targets[1].double()
     assert torch.equal(
         batch.sums(logprobs), torch.tensor([[8.0, 19.0], [12.0, 6.0]], dtype=torch.float64)
@@ -122,7 +122,7 @@ def test_pairs_of_one_prompt_are_one_tree_and_a_shared_answer_one_branch():
         [[1, 2], [6], [3, 4]],
         [[1, 2], [5], [6]],
     ]
-    examples = Examples(Table(rows), "pairs", trees=True)
+    examples = Examples(Table(rows), trees=True)
     indices = np.array([2, 1, 0, 3])
     batch = collate(examples, indices, shared=Sharing.LINE)
     assert batch.ids.tolist() == [[1, 2, 6, 3, 4, 5, 7, 8, 9]]
@@ -148,12 +148,8 @@ def test_merged_trees_give_every_pair_its_own_sums_and_lengths(picks, shared):
     prompts = [[], [11], [12, 13], [14, 15, 16]]
     answers = [[21], [22, 23], [24, 25, 26], [22, 27]]
     rows = [[prompts[p], answers[a], answers[b]] for p, a, b in picks]
-    merged = collate(
-        Examples(Table(rows), "pairs", trees=True), np.arange(len(rows)), shared=shared
-    )
-    apart = collate(
-        Examples(Table(rows), "pairs", trees=False), np.arange(len(rows)), shared=Sharing.ALONE
-    )
+    merged = collate(Examples(Table(rows), trees=True), np.arange(len(rows)), shared=shared)
+    apart = collate(Examples(Table(rows), trees=False), np.arange(len(rows)), shared=Sharing.ALONE)
     for batch in (merged, apart):
         # A stand-in for a log-prob that depends on the label and on where its state stands.
         states = batch.positions.flatten()[batch.targets[0]]

@@ -7,7 +7,7 @@ import pytest
 
 from modern_llm.config import InstructionDatasetConfig
 from modern_llm.config.data import DocumentDatasetConfig, PreferenceDatasetConfig
-from modern_llm.data.encode.pipeline import answers_recipe, documents_recipe
+from modern_llm.data.encode.pipeline import recipe_of
 from modern_llm.data.inspect.result import inspection
 from modern_llm.data.inspect.statistics import examine, summary_of
 from modern_llm.data.inspect.warnings import Setup
@@ -21,13 +21,7 @@ def look(tokenizer):
     """Inspect a section with the plain tokenizer."""
 
     def run(config, kind="preferences", length=512, batch=4, **options):
-        if kind == "documents":
-            recipe = documents_recipe(config, tokenizer, length)
-        else:
-            columns = PAIR if kind == "preferences" else ("prompt", "response")
-            recipe = answers_recipe(
-                config, tokenizer, columns, max_length=length, max_prompt_length=None
-            )
+        recipe = recipe_of(config, tokenizer, length)
         setup = Setup(kind, length, batch, config.max_dropped, config.on_bad_row)
         return inspection(examine(config, recipe, **options), setup, tokenizer)
 

@@ -71,9 +71,7 @@ def test_rows_are_read_as_they_are_needed(jsonl, pairs, tokenizer, monkeypatch):
     from modern_llm.data.table.counts import DataReport, Drops
 
     config = PreferenceDatasetConfig(dataset_name=str(jsonl(pairs(100))))
-    recipe = answers_recipe(
-        config, tokenizer, ("a", "b", "c"), max_length=64, max_prompt_length=None
-    )
+    recipe = answers_recipe(config, tokenizer, max_length=64, max_prompt_length=None)
     drops = Drops(None, DataReport("x"))
     batches = module.in_batches(
         module.read_items(open_source(config.dataset_name), config, recipe, drops)

@@ -1,0 +1,82 @@
+"""The kinds of data that a stage can train on: one row each.
+
+A new kind is a configuration class, a table of formats and a row here; the columns decide what is
+tokenised, stored and trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modern_llm.config.data import (
+    DatasetConfig,
+    DocumentDatasetConfig,
+    InstructionDatasetConfig,
+    PreferenceDatasetConfig,
+)
+from modern_llm.data.read.formats import (
+    DOCUMENT,
+    INSTRUCTIONS,
+    PREFERENCES,
+    Format,
+    document,
+)
+from modern_llm.data.table.token_table import STARTS
+
+
+@dataclass(frozen=True)
+class DataKind:
+    """One kind of training data."""
+
+    name: str
+    """Name on the command line (`inspect --kind`)."""
+    config: type[DatasetConfig]
+    """Its configuration section."""
+    formats: Callable[[Any], Sequence[Format]]
+    """Section -> the forms that its rows may have, the more specific ones first."""
+    columns: tuple[str, ...]
+    """Columns of its token table: a prompt and its responses, or a text and its document starts."""
+    default_length: int
+    """Tokens of prompt and response, or of a row of documents, where nothing else sets them."""
+
+
+KINDS = (
+    DataKind(
+        name="preferences",
+        config=PreferenceDatasetConfig,
+        formats=lambda section: PREFERENCES,
+        columns=("prompt", "chosen", "rejected"),
+        default_length=512,
+    ),
+    DataKind(
+        name="instructions",
+        config=InstructionDatasetConfig,
+        formats=lambda section: INSTRUCTIONS,
+        columns=("prompt", "response"),
+        default_length=1024,
+    ),
+    DataKind(
+        name="documents",
+        config=DocumentDatasetConfig,
+        formats=lambda section: (document(section.text_column),),
+        columns=("text", STARTS),
+        default_length=1024,
+    ),
+)
+
+
+def kind_of(section: DatasetConfig) -> DataKind:
+    """Return the kind of data that a section configures."""
+    return next(kind for kind in KINDS if isinstance(section, kind.config))
+
+
+def format_name(section: DatasetConfig) -> str:
+    """Return the name of the format that a section sets, or `auto`; documents have only one."""
+    return getattr(section, "format", DOCUMENT)
+
+
+def kind_named(name: str) -> DataKind:
+    """Return the kind with this name."""
+    return next(kind for kind in KINDS if kind.name == name)
