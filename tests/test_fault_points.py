@@ -16,8 +16,6 @@ BY_CALLERS = frozenset(
     {
         "modern_llm.models.pt_checkpoint:save_model",
         "modern_llm.models.adapters:write_adapters",
-        # Called inside `with around("shard.write")`, with the file that is open there.
-        "modern_llm.reference.store.shard_writer:_write_blocks",
     }
 )
 # Where a person looks on, not a file: nothing is kept of it.

@@ -155,7 +155,7 @@ class ReferencePass:
                     "lengths), or use dpo.reference: cache"
                 )
         if rows:
-            self.store.make_room(rows, targets, tokens=tokens)
+            self.store.check_space(rows, targets, tokens=tokens)
 
     def stored(self, pending: PendingTable, sample: int) -> Entries:
         """Return up to `sample` stored values of a table, in the order of keys, on every rank."""

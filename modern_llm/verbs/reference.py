@@ -160,7 +160,7 @@ def merge(settings: MergeSettings) -> dict[str, Any]:
     for source in sources:
         if source.folder.resolve() != target.folder.resolve():
             target.copy_from(source)
-    target.join()
+    target.compact()
     target.claims.close()
     found = _describe(target)
     log.info(
@@ -185,7 +185,7 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
     for folder in folders:
         store = ReferenceStore.open(folder)
         removed = store.clean()
-        store.join()
+        store.compact()
         store.claims.close()
         result.append(_describe(store) | {"removed": removed})
         log.info("reference: %s: %d files removed, %d rows", folder, removed, len(store))
@@ -224,8 +224,8 @@ def _describe(store: ReferenceStore) -> dict[str, Any]:
         "recipe": store.identity.recipe,
         "shards": len(shards),
         "rows": sum(len(shard) for shard in shards),
-        "tokens": sum(shard.targets for shard in shards),
-        "per_token": sum(len(shard) for shard in shards if shard.ragged),
+        "tokens": sum(shard.layout.targets for shard in shards),
+        "per_token": sum(len(shard) for shard in shards if shard.layout.ragged),
         "bytes": sum(shard.size for shard in shards),
         "damaged": len(list(store.folder.glob("damaged-*"))),
     }

@@ -171,7 +171,7 @@ def test_a_complete_store_is_used_where_nothing_can_be_written(
     def refused(*args, **kwargs):
         raise OSError(30, "Read-only file system")
 
-    for name in ("_commit", "_write_manifest", "make_room"):
+    for name in ("_write", "_write_manifest", "check_space"):
         monkeypatch.setattr(ReferenceStore, name, refused)
     make = Claims._make
 
@@ -186,15 +186,15 @@ def test_a_pass_that_runs_out_of_room_keeps_its_shards_and_goes_on(
     tmp_path, tiny_checkpoint, tiny_pairs, monkeypatch
 ):
     call = arguments(tmp_path / "x", tiny_checkpoint, tiny_pairs, {"flush_every": 4})
-    real, calls = ReferenceStore._commit, []
+    real, calls = ReferenceStore._write, []
 
-    def sometimes(self, size, write):
+    def sometimes(self, layout, chunks):
         calls.append(1)
         if len(calls) == 3:
             raise self._refused(OSError(28, "No space left on device"), 1 << 60)
-        return real(self, size, write)
+        return real(self, layout, chunks)
 
-    monkeypatch.setattr(ReferenceStore, "_commit", sometimes)
+    monkeypatch.setattr(ReferenceStore, "_write", sometimes)
     with pytest.raises(StorageError, match=r"No space left on device; \d+\.\d MB are missing"):
         fill_reference(**call)
     report = fill_reference(**call)

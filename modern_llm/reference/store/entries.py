@@ -1,7 +1,4 @@
-"""Answers and their values as columns, ragged where tokens are kept. Arithmetic on arrays only.
-
-Called by the shards, the store and the fill.
-"""
+"""Columns of answers and their values; the per-token values of all entries form one array."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from modern_llm.reference.keys import KEY_BYTES
 
 @dataclass(frozen=True)
 class Entries:
-    """Some answers and their values, in any order."""
+    """Keys and values of some answers, in any order."""
 
     keys: NDArray[np.bytes_]
     """(n,) S16."""
@@ -25,35 +22,37 @@ class Entries:
     counts: NDArray[np.int32]
     """(n,) numbers of target tokens."""
     tokens: NDArray[np.float32] | None = None
-    """(counts.sum(),) log-prob of every token, entry after entry; None where they are not kept."""
+    """(counts.sum(),) log-prob of every token, entry after entry; None if not kept."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def take(self, order: NDArray[np.int64]) -> Entries:
         """Return the entries at `order` (m,), in that order."""
-        tokens = None
+        counts, tokens = self.counts[order], None
         if self.tokens is not None:
-            tokens = self.tokens[spans(ends_of(self.counts) - self.counts, self.counts, order)]
-        return Entries(self.keys[order], self.sums[order], self.counts[order], tokens)
+            ends = ends_of(counts)
+            shifts = (ends_of(self.counts) - self.counts)[order] - (ends - counts)
+            tokens = self.tokens[np.arange(counts.sum(dtype=np.int64)) + np.repeat(shifts, counts)]
+        return Entries(self.keys[order], self.sums[order], counts, tokens)
 
 
 def concatenate(parts: list[Entries], *, tokens: bool) -> Entries:
-    """Return all entries of `parts`, none or more, with their tokens or without."""
+    """Return all entries of `parts`, none or more, with their per-token values or without."""
 
-    def joined(arrays: list[NDArray[Any]], dtype: Any) -> NDArray[Any]:
-        return np.concatenate([np.zeros(0, dtype), *arrays])
+    def column(name: str, dtype: Any) -> NDArray[Any]:
+        return np.concatenate([np.zeros(0, dtype), *(getattr(part, name) for part in parts)])
 
     return Entries(
-        joined([part.keys for part in parts], f"S{KEY_BYTES}"),
-        joined([part.sums for part in parts], np.float32),
-        joined([part.counts for part in parts], np.int32),
-        joined([part.tokens for part in parts], np.float32) if tokens else None,
+        column("keys", f"S{KEY_BYTES}"),
+        column("sums", np.float32),
+        column("counts", np.int32),
+        column("tokens", np.float32) if tokens else None,
     )
 
 
 def distinct(keys: NDArray[np.bytes_]) -> NDArray[np.bytes_]:
-    """Return `keys` (n,) S16 in ascending order, each once; at once where they are so already.
+    """Return `keys` (n,) S16 in ascending order, each once.
 
     `np.unique` makes a hash table of strings, which for ten million takes as long as reading them.
     """
@@ -64,15 +63,5 @@ def distinct(keys: NDArray[np.bytes_]) -> NDArray[np.bytes_]:
 
 
 def ends_of(counts: NDArray[Any]) -> NDArray[np.int64]:
-    """Return where each of the ragged runs ends."""
+    """Return the end of each entry's values in the array of all."""
     return np.cumsum(counts, dtype=np.int64)
-
-
-def spans(
-    starts: NDArray[np.int64], counts: NDArray[Any], order: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Return the positions of the ragged runs at `order`, one run after the other."""
-    sizes = counts[order].astype(np.int64)
-    ends = ends_of(sizes)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(starts[order] - (ends - sizes), sizes)

@@ -1,10 +1,10 @@
-"""Reference log-probs on disk: a folder of immutable shards under the name of weights and recipe.
+"""Reference log-probs on disk: a folder of immutable shards, named after weights and recipe.
 
-An entry is named by the digest of its token ids; its value is the sum of log-probs, the number of
-target tokens and, where asked for, the log-prob of each. Shards are written beside their place,
-flushed and moved there; which there are is what the folder lists, so that any number of jobs may
-add to a store at once. Every byte is checked before it is used: a damaged shard is set aside, named
-in the log, and its rows are missing until they are scored again. Called by the fill and the verbs.
+An entry is named by the digest of its token ids. Its value is the sum of log-probs, the number of
+target tokens and, optionally, the log-prob of each. Shards are written under a temporary name,
+flushed and renamed, and the folder's listing decides which exist, so that any number of jobs may
+append to a store at once. Every byte is checked before it is used: a damaged shard is set aside and
+named in the log, and its entries are missing until they are scored again.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from __future__ import annotations
 import fcntl
 import logging
 import platform
-import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modern_llm.config.errors import StorageError
-from modern_llm.reference.store.compaction import due_groups, joined_layout, merged
+from modern_llm.reference.store.compaction import compacted_layout, due_groups, merged
 from modern_llm.reference.store.entries import Entries, concatenate, distinct
 from modern_llm.reference.store.layout import PLAIN, RAGGED, Damaged, Identity, Layout
 from modern_llm.reference.store.nonfinite import Marks
@@ -37,20 +36,23 @@ from modern_llm.reference.store.paths import (
 )
 from modern_llm.reference.store.shard import Shard, is_gone
 from modern_llm.reference.store.shard_writer import write_shard
-from modern_llm.storage.atomic import flush_file, free_bytes, name_file, write_file
+from modern_llm.storage.atomic import free_bytes, name_file, write_file
 from modern_llm.storage.fault_points import around
 from modern_llm.storage.lease import PATIENCE, Claims, lock_is_free
 
 log = logging.getLogger(__name__)
+
+COMPACTION = "joining"
+"""Claim of the one job that replaces shards. Version 0.1 uses this name too."""
 
 
 class ReferenceStore:
     """The values of one reference under one recipe. Opening reads the index of every shard.
 
     Args:
-        folder: where it is or will be; made when something is first written.
+        folder: created by the first write.
         identity: digest of the weights and recipe that every shard must have.
-        patience: see `claims.Claims`.
+        patience: see `lease.Claims`.
     """
 
     def __init__(self, folder: Path, identity: Identity, *, patience: float = PATIENCE):
@@ -58,7 +60,7 @@ class ReferenceStore:
         self.claims = Claims(folder / "claims", patience=patience)
         self.marks = Marks(folder)
         self._shards: dict[str, Shard] = {}
-        self._passed_over: set[str] = set()
+        self._skipped: set[str] = set()
         self.refresh()
 
     @classmethod
@@ -68,13 +70,13 @@ class ReferenceStore:
 
     @classmethod
     def open(cls, folder: Path) -> ReferenceStore:
-        """Return the store that stands in `folder`.
+        """Return the existing store in `folder`.
 
         Raises:
             StorageError: there is none.
         """
         identity = read_manifest(folder)
-        if identity is None:  # lost or damaged: every shard says the same
+        if identity is None:  # lost or damaged: every shard has it too
             for path in sorted(folder.glob("shard-*.safetensors")):
                 with suppress(Damaged, OSError):
                     identity = Shard(path).identity
@@ -87,40 +89,29 @@ class ReferenceStore:
         return cls(folder, identity)
 
     def __len__(self) -> int:
-        """Entries of all shards; one that two jobs scored counts twice until they are joined."""
+        """Entries of all shards; one that two jobs scored counts twice until a compaction."""
         return sum(len(shard) for shard in self._shards.values())
 
     @property
     def shards(self) -> list[Shard]:
-        """The intact shards, the largest first: most keys are found there and sought no further."""
+        """The intact shards, the largest first: a key is searched until it is found."""
         return sorted(self._shards.values(), key=lambda shard: (-len(shard), shard.path.name))
 
     def refresh(self) -> None:
-        """Look which shards there are now; a damaged one is set aside and reported."""
-        # One that is gone since it was listed was joined: what it held stands under another name.
+        """List the folder again and open new shards; a damaged one is set aside."""
         for _ in range(ATTEMPTS):
-            if self._look():
+            names = shard_names(self.folder)
+            self._shards = {name: shard for name, shard in self._shards.items() if name in names}
+            vanished = False
+            for name in sorted(names - set(self._shards) - self._skipped):
+                try:
+                    self._shards[name] = Shard(self.folder / name, self.identity)
+                except (Damaged, OSError) as error:
+                    vanished |= self._drop(self.folder / name, error)
+            # A shard that vanished after it was listed was compacted: list again.
+            if not vanished:
                 return
         raise restless(self.folder)
-
-    def _look(self) -> bool:
-        """List and open the shards; return whether none was taken away meanwhile."""
-        names = shard_names(self.folder)
-        for name in set(self._shards) - names:
-            del self._shards[name]
-        steady = True
-        for name in sorted(names - set(self._shards) - self._passed_over):
-            path = self.folder / name
-            try:
-                self._shards[name] = Shard(path, self.identity)
-            except Damaged as damage:
-                self._set_aside(path, damage)
-            except OSError as error:
-                if is_gone(error):
-                    steady = False
-                else:
-                    self._pass_over(path, error)
-        return steady
 
     def find(self, keys: NDArray[np.bytes_], *, tokens: bool = False) -> Entries:
         """Return the entries among `keys` (n,) S16 that the store holds, in the order of keys.
@@ -131,119 +122,98 @@ class ReferenceStore:
         """
         wanted = distinct(keys)
         for _ in range(ATTEMPTS):
-            try:
-                return self._find(wanted, tokens)
-            except _Changed:
-                self.refresh()
+            parts, missing = [], wanted
+            # An answer that two jobs scored is in two shards; the first one counts.
+            for shard in self.shards:
+                if not len(missing) or (tokens and not shard.layout.ragged):
+                    continue
+                try:
+                    at, found = shard.find(missing, tokens=tokens)
+                except (Damaged, OSError) as error:
+                    self._drop(shard.path, error)
+                    break
+                parts.append(found)
+                missing = np.delete(missing, at)
+            else:
+                found = concatenate(parts, tokens=tokens)
+                return found.take(np.argsort(found.keys, kind="stable"))
+            self.refresh()
         raise restless(self.folder)
 
-    def _find(self, wanted: NDArray[np.bytes_], tokens: bool) -> Entries:
-        parts = []
-        # An answer that two jobs scored stands twice; the shard that is first counts.
-        for shard in self.shards:
-            if not len(wanted) or (tokens and not shard.ragged):
-                continue
-            with self._watching(shard):
-                at, found = shard.find(wanted, tokens=tokens)
-                parts.append(found)
-                wanted = np.delete(wanted, at)
-        found = concatenate(parts, tokens=tokens)
-        return found.take(np.argsort(found.keys, kind="stable"))
-
     def append(self, entries: Entries) -> None:
-        """Write one shard with these entries; it is whole on disk when this returns.
+        """Write one shard with these entries, flushed to disk, and compact the shards when due.
 
         Raises:
-            StorageError: the disk refuses; says how much room is missing where that is why.
+            StorageError: a write fails; names the missing space if that is the reason.
         """
         if self._add(entries) is None:
             return
         while groups := due_groups(self.shards):
-            with self.claims.holding("joining") as held:
-                if not held or not all(self._join(group) for group in groups):
+            with self.claims.holding(COMPACTION) as held:
+                if not held or not all(self._compact(group) for group in groups):
                     break
 
     def _add(self, entries: Entries) -> str | None:
-        """Write a shard and return its name; None where there is nothing to write."""
+        """Write a shard and return its name; None if there are no entries."""
         if not len(entries):
             return None
-        keys, first = np.unique(entries.keys, return_index=True)
+        _, first = np.unique(entries.keys, return_index=True)
         entries = entries.take(first)
-        ragged = entries.tokens is not None
         targets = int(entries.counts.sum(dtype=np.int64))
-        return self._write(Layout(len(keys), targets, ragged), [entries])
+        return self._write(Layout(len(entries), targets, entries.tokens is not None), [entries])
 
-    def join(self) -> None:
-        """Join all shards into one (those with per-token values into another); each entry once."""
-        with self._joining():
+    def compact(self) -> None:
+        """Replace all shards by one, those with per-token values by another; each entry once."""
+        with self._compacting():
             for ragged in (False, True):
-                self._join([shard for shard in self.shards if shard.ragged == ragged])
-
-    @contextmanager
-    def _joining(self) -> Iterator[None]:
-        """Be the only job that replaces shards."""
-        with self.claims.holding("joining") as held:
-            if not held:
-                raise StorageError(
-                    f"{self.folder}: another job is joining its shards; run again when it is done"
-                )
-            self.refresh()
-            yield
+                self._compact([shard for shard in self.shards if shard.layout.ragged == ragged])
 
     def keep_only(self, keys: NDArray[np.bytes_]) -> int:
-        """Forget every entry but those of `keys`; return the number that is kept."""
-        with self._joining():
+        """Remove every entry except those of `keys`; return the number that is kept."""
+        with self._compacting():
             before = self.shards
             ragged = self.find(keys, tokens=True)
             plain = self.find(np.setdiff1d(keys, ragged.keys))
             written = {self._add(entries) for entries in (ragged, plain)}
-            self._remove(before, but=written)
+            self._remove(before, keep=written)
         return len(ragged) + len(plain)
 
     def copy_from(self, other: ReferenceStore) -> None:
-        """Take over the shards of another store of the same identity, checked byte by byte."""
+        """Copy the intact shards of another store of the same identity, every byte checked."""
         self.marks.add(other.marks.keys())
         for shard in other.shards:
             try:
                 shard.verify()
-            except (Damaged, OSError) as damage:
-                log.warning("%s: %s; its rows are not taken over", shard.path, damage)
+            except (Damaged, OSError) as error:
+                log.warning("%s: %s; its entries are not copied", shard.path, error)
                 continue
-            if (self.folder / shard.path.name).exists():
-                continue
-            self._commit(shard.size, lambda place, of=shard: _copy(of.path, place))
+            if not (self.folder / shard.path.name).exists():
+                self._write(shard.layout, merged([shard]))
 
     def verify(self) -> tuple[int, list[str]]:
         """Check every byte; set damaged shards aside.
 
         Returns:
-            Number of intact shards, and what is wrong with the others, one line each.
+            Number of intact shards, and one line for each problem.
         """
         damaged = [path.name for path in self.folder.glob("damaged-*")]
         problems = [f"{name}: set aside earlier" for name in sorted(damaged)]
         if read_manifest(self.folder) != self.identity:
             problems.append(f"{MANIFEST}: missing or not what was written")
-        for shard in self.shards:
-            try:
-                shard.verify()
-            except Damaged as damage:
-                problems.append(f"{shard.path.name}: {damage}")
-                self._set_aside(shard.path, damage)
-            except OSError as error:
-                problems.append(f"{shard.path.name}: {error.strerror or error}")
+        problems += self._check(self.shards)
         return len(self._shards), problems
 
-    def make_room(self, rows: int, targets: int, *, tokens: bool) -> None:
-        """Refuse now what could not be written later: a read-only place, or too little room.
+    def check_space(self, rows: int, targets: int, *, tokens: bool) -> None:
+        """Check before the scoring that the store can be written and has enough space.
 
         Args:
-            rows: entries that will be added.
+            rows: entries to be added.
             targets: target tokens of all of them.
 
         Raises:
-            StorageError: names the place, and how much room is missing.
+            StorageError: names the folder, and how much space is missing.
         """
-        record = (RAGGED if tokens else PLAIN).itemsize + 5  # the index: 4.1 bytes
+        record = (RAGGED if tokens else PLAIN).itemsize + 5  # the index: 4.25 bytes
         need = int(1.1 * (rows * record + (4 * targets if tokens else 0))) + (64 << 10)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -263,64 +233,78 @@ class ReferenceStore:
             )
 
     def clean(self) -> int:
-        """Remove set-aside shards, and what dead jobs left; return the number of files."""
-        gone = list(self.folder.glob("damaged-*"))
-        gone += [p for p in self.folder.glob(f".tmp-{platform.node()}-*") if lock_is_free(p)]
-        for path in gone:
+        """Remove set-aside shards and leftovers of dead jobs; return the number of files."""
+        found = list(self.folder.glob("damaged-*"))
+        found += [p for p in self.folder.glob(f".tmp-{platform.node()}-*") if lock_is_free(p)]
+        for path in found:
             path.unlink(missing_ok=True)
-        return len(gone) + self.claims.clean()
+        return len(found) + self.claims.clean()
 
-    def _join(self, group: list[Shard]) -> bool:
-        """Replace some shards by one; False where one of them is damaged or gone."""
+    @contextmanager
+    def _compacting(self) -> Iterator[None]:
+        """Be the only job that replaces shards."""
+        with self.claims.holding(COMPACTION) as held:
+            if not held:
+                raise StorageError(
+                    f"{self.folder}: another job is compacting its shards; run again when it is "
+                    "done"
+                )
+            self.refresh()
+            yield
+
+    def _compact(self, group: list[Shard]) -> bool:
+        """Replace some shards by one; return False if one of them is damaged or vanished."""
         if len(group) < 2:
             return True
         try:
-            name = self._write(joined_layout(group), merged(group))
+            name = self._write(compacted_layout(group), merged(group))
         except Damaged:
-            for shard in group:
-                try:
-                    shard.verify()
-                except Damaged as damage:
-                    self._set_aside(shard.path, damage)
+            self._check(group)
             return False
         except FileNotFoundError:
             self.refresh()
             return False
-        # The new shard is on disk with all that stands in the old ones.
-        self._remove(group, but={name})
+        # The new shard is on disk with all entries of the old ones.
+        self._remove(group, keep={name})
         return True
 
-    def _remove(self, shards: list[Shard], *, but: set[str | None]) -> None:
-        """Remove shards, except those that were written anew under the same name."""
+    def _check(self, shards: list[Shard]) -> list[str]:
+        """Check every byte of some shards, drop those with a problem and return the problems."""
+        problems = []
         for shard in shards:
-            if shard.path.name not in but and shard.path.name in self._shards:
+            try:
+                shard.verify()
+            except (Damaged, OSError) as error:
+                problems.append(f"{shard.path.name}: {_reason(error)}")
+                self._drop(shard.path, error)
+        return problems
+
+    def _remove(self, shards: list[Shard], *, keep: set[str | None]) -> None:
+        """Remove shards, except those that were written again under the same name."""
+        for shard in shards:
+            if shard.path.name not in keep and shard.path.name in self._shards:
                 del self._shards[shard.path.name]
                 with suppress(OSError):
                     shard.path.unlink()
 
     def _write(self, layout: Layout, chunks: Iterable[Entries]) -> str:
-        return self._commit(
-            layout.size, lambda place: write_shard(place, self.identity, layout, chunks)
-        )
-
-    def _commit(self, size: int, write: Callable[[Path], str]) -> str:
-        """Let `write` make a file, which returns its name, and move it there in one piece."""
+        """Write one shard and open it; return its name."""
         temporary = self.folder / f".tmp-{platform.node()}-{uuid.uuid4().hex}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write_manifest()
             with around("shard.make"), temporary.open("wb") as lock:
-                with suppress(OSError):  # tells `clean` that somebody is still writing
+                with suppress(OSError):  # shows `clean` that the writer is alive
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                name = write(temporary)
-                # Opened before it gets its name: what cannot be read back is seen by nobody.
+                name = write_shard(temporary, self.identity, layout, chunks)
+                # Opened under the temporary name: a shard that cannot be read back gets no name.
                 shard = Shard(temporary, self.identity)
                 shard.path = self.folder / name
                 name_file(temporary, shard.path)
         except OSError as error:
             if is_gone(error) and "shard-" in str(error.filename):
-                raise  # one of those that were to be joined
-            raise self._refused(error, size) from error
+                raise  # a source of the compaction
+            raise self._refused(error, layout.size) from error
         finally:
             with suppress(OSError):
                 temporary.unlink()
@@ -332,60 +316,42 @@ class ReferenceStore:
         if path.exists():
             if read_manifest(self.folder) == self.identity:
                 return
-            log.warning("%s: not what was written; set aside and written anew", path)
+            log.warning("%s: not what was written; set aside and written again", path)
             with suppress(OSError), around("store.aside"):
                 path.replace(self.folder / f"damaged-{MANIFEST}")
         write_file(path, manifest_text(self.identity))
 
-    def _refused(self, error: OSError, size: int | None = None) -> StorageError:
-        reason = error.strerror or str(error)
-        if size is not None:
-            missing = size - free_bytes(self.folder)
-            if missing > 0:
-                reason += f"; {missing / 1e6:.1f} MB are missing"
+    def _refused(self, error: OSError, size: int = 0) -> StorageError:
+        """Return the error of a failed write of `size` bytes."""
+        reason = _reason(error)
+        if size and (missing := size - free_bytes(self.folder)) > 0:
+            reason += f"; {missing / 1e6:.1f} MB are missing"
         return StorageError(
             f"reference store {self.folder}: cannot write ({reason}); free space, or name another "
             "folder with MODERN_LLM_CACHE"
         )
 
-    def _set_aside(self, path: Path, damage: Damaged) -> None:
+    def _drop(self, path: Path, error: Damaged | OSError) -> bool:
+        """Stop using a shard, and rename a damaged one; return whether it had vanished."""
         self._shards.pop(path.name, None)
-        aside = path.with_name(f"damaged-{path.name}")
-        try:
-            with around("store.aside"):
-                path.replace(aside)
-            log.warning(
-                "%s: %s; set aside as %s, its rows are scored again", path, damage, aside.name
-            )
-        except OSError as error:
-            self._passed_over.add(path.name)
-            log.warning("%s: %s; cannot be renamed (%s), passed over", path, damage, error.strerror)
-
-    def _pass_over(self, path: Path, error: OSError) -> None:
-        self._shards.pop(path.name, None)
-        self._passed_over.add(path.name)
-        log.warning("%s: cannot be read (%s); passed over", path, error.strerror or error)
-
-    @contextmanager
-    def _watching(self, shard: Shard) -> Iterator[None]:
-        """Turn a shard that proves damaged, unreadable or gone into another look at the folder."""
-        try:
-            yield
-        except Damaged as damage:
-            self._set_aside(shard.path, damage)
-            raise _Changed from damage
-        except OSError as error:
-            if not is_gone(error):
-                self._pass_over(shard.path, error)
-            raise _Changed from error
+        if isinstance(error, OSError) and is_gone(error):
+            return True
+        reason = f"cannot be read ({_reason(error)})"
+        if isinstance(error, Damaged):
+            aside = path.with_name(f"damaged-{path.name}")
+            try:
+                with around("store.aside"):
+                    path.replace(aside)
+                log.warning(
+                    "%s: %s; set aside as %s, its entries are scored again", path, error, aside.name
+                )
+                return False
+            except OSError as refusal:
+                reason = f"{error}; cannot be renamed ({_reason(refusal)})"
+        self._skipped.add(path.name)
+        log.warning("%s: %s; skipped", path, reason)
+        return False
 
 
-class _Changed(Exception):
-    """The set of shards is another than when the lookup began."""
-
-
-def _copy(source: Path, place: Path) -> str:
-    with around("shard.copy"):
-        shutil.copyfile(source, place)
-    flush_file(place)
-    return source.name
+def _reason(error: Damaged | OSError) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -1,4 +1,4 @@
-"""Joined shards hold what their parts held, each entry once, while others read and write."""
+"""Compacted shards hold what their parts held, each entry once, while others read and write."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 
 from modern_llm.config.errors import StorageError
 from modern_llm.reference.store import compaction
-from modern_llm.reference.store.compaction import JOINED_AT_ONCE, due_groups, joined_layout, merged
+from modern_llm.reference.store.compaction import (
+    COMPACTED_AT_ONCE,
+    compacted_layout,
+    due_groups,
+    merged,
+)
 from modern_llm.reference.store.entries import Entries
 from modern_llm.reference.store.shard import Shard
 from modern_llm.reference.store.shard_writer import Layout, write_shard
@@ -79,7 +84,7 @@ def test_merging_is_the_first_of_each_key(new_place, sets, ragged, size):
         patch.setattr(compaction, "_RANGE", {False: size, True: size})
         expected = first_of(parts)
         expect_equal(together(list(merged(group))), expected)
-        layout = joined_layout(group)
+        layout = compacted_layout(group)
         assert (layout.rows, layout.targets, layout.ragged) == (
             len(expected), int(expected.counts.sum()), ragged,
         )  # fmt: skip
@@ -115,13 +120,13 @@ def test_joining_a_store_leaves_one_shard_of_each_kind_with_everything(place, ra
         store.append(part)
     assert len(store.shards) == 7
     before = {shard.path for shard in store.shards}
-    store.join()
+    store.compact()
     (shard,) = store.shards
     assert len(shard) == 150 and not any(path.exists() for path in before - {shard.path})
     for opened in (store, ReferenceStore(place, IDENTITY)):
         expect_equal(opened.find(first_of(parts).keys, tokens=ragged), first_of(parts))
         assert opened.verify() == (1, [])
-    store.join()  # of one shard is nothing
+    store.compact()  # of one shard is nothing
     assert [one.path for one in store.shards] == [shard.path]
 
 
@@ -130,8 +135,8 @@ def test_kinds_are_not_mixed(place):
     for at in range(4):
         store.append(numbered(range(10 * at, 10 * at + 15), tokens=True))
         store.append(numbered(range(10 * at, 10 * at + 25), tokens=False))
-    store.join()
-    assert sorted(shard.ragged for shard in store.shards) == [False, True]
+    store.compact()
+    assert sorted(shard.layout.ragged for shard in store.shards) == [False, True]
     with_tokens = numbered(range(45), tokens=True)
     expect_equal(store.find(with_tokens.keys, tokens=True), with_tokens)
     everything = numbered(range(55), tokens=False)
@@ -147,7 +152,7 @@ def test_a_shard_that_holds_all_of_the_others_survives(place, ragged, others):
     store.append(whole)
     for numbers in others:
         store.append(numbered(numbers, tokens=ragged))
-    store.join()
+    store.compact()
     for opened in (store, ReferenceStore(place, IDENTITY)):
         assert len(opened.shards) == 1
         expect_equal(opened.find(whole.keys, tokens=ragged), whole)
@@ -163,7 +168,7 @@ def test_shards_of_about_the_same_size_are_joined_eight_at_a_time(place, monkeyp
         assert not due_groups(store.shards)
     # 300 = 4 x 64 + 5 x 8 + 4: no tier ever holds eight.
     assert sorted(len(shard) for shard in store.shards) == [4] * 4 + [32] * 5 + [256] * 4
-    assert most <= 3 * (JOINED_AT_ONCE - 1)
+    assert most <= 3 * (COMPACTED_AT_ONCE - 1)
     everything = numbered(range(1200), tokens=False)
     expect_equal(store.find(everything.keys), everything)
     assert not list(store.claims.folder.iterdir())
@@ -177,8 +182,8 @@ def test_a_join_that_another_job_is_at_is_left_to_it(place):
     for part in parts:
         store.append(part)
     assert len(store.shards) == 12
-    with pytest.raises(StorageError, match="another job is joining"):
-        store.join()
+    with pytest.raises(StorageError, match="another job is compacting"):
+        store.compact()
     other.close()
     store.append(numbered([36], tokens=False))
     assert len(store.shards) == 1
@@ -195,7 +200,7 @@ def test_a_shard_that_is_joined_between_listing_and_opening(place, monkeypatch):
 
     def late(self, path, *arguments):
         monkeypatch.setattr(Shard, "__init__", real)
-        store.join()
+        store.compact()
         real(self, path, *arguments)
 
     monkeypatch.setattr(Shard, "__init__", late)
@@ -213,7 +218,7 @@ def test_a_listing_that_a_join_falls_into(place, monkeypatch):
     def between(self, pattern):
         monkeypatch.setattr(Path, "glob", real)
         before = set(real(self, pattern))
-        store.join()
+        store.compact()
         return before & set(real(self, pattern))
 
     monkeypatch.setattr(Path, "glob", between)

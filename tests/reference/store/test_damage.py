@@ -114,8 +114,8 @@ def test_every_flipped_byte_of_a_block_harms_the_lookups_that_read_it_alone(plac
     """Values that nobody reads are not checked by a lookup; `verify` names the shard."""
     caplog.set_level(logging.CRITICAL)
     store = Store(place, True)
-    layout = Shard(store.shard)._layout
-    first = Shard(store.shard)._start + layout.starts()["tokens"]
+    opened = Shard(store.shard)
+    first = opened._starts["tokens"]
     sums = scripted(store.truth.keys, tokens=False)
     for at, content in flips(store.intact):
         if at < first:
@@ -145,10 +145,8 @@ def test_every_length_that_a_shard_may_be_cut_to(place, ragged, caplog):
 def test_every_length_that_a_shard_may_be_cut_to_under_an_open_store(place, ragged, caplog):
     caplog.set_level(logging.CRITICAL)
     store = Store(place, ragged)
-    layout = Shard(store.shard)._layout
-    starts = layout.starts()
-    start = Shard(store.shard)._start
-    needed = start + (layout.size if ragged else starts["checks"])
+    shard = Shard(store.shard)
+    needed = shard.size if ragged else shard._starts["checks"]
     for length in range(len(store.intact)):
         opened = ReferenceStore(place, IDENTITY)
         os.truncate(store.shard, length)
@@ -297,12 +295,12 @@ def test_a_join_sets_a_damaged_shard_aside_and_keeps_the_others(place, caplog):
     content = bytearray(victim.path.read_bytes())
     content[-1] ^= 1
     victim.path.write_bytes(content)
-    opened.join()
+    opened.compact()
     assert victim.path.name in caplog.text
     for number, part in enumerate(parts):
         found = opened.find(part.keys, tokens=True)
         expect_equal(found, part.take(np.arange(9 if number != 1 else 0)))
-    opened.join()
+    opened.compact()
     assert len(opened.shards) == 1
     assert not list(place.glob(".tmp-*"))
     with pytest.raises(Damaged):

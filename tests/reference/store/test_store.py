@@ -92,24 +92,24 @@ def test_an_entry_in_several_shards_is_found_once(tmp_path):
     stored.append(entries([5, 6]))
     stored.append(entries([6, 7]))
     assert found(stored, [5, 6, 7]) == [5, 6, 7]
-    stored.join()
+    stored.compact()
     assert len(stored) == 3 and len(stored.shards) == 1
     assert found(stored, [5, 6, 7]) == [5, 6, 7]
     # What is joined already stays: its new name is its old one.
     stored.append(entries([6]))
-    stored.join()
+    stored.compact()
     assert len(stored) == 3 and found(make(tmp_path), [5, 6, 7]) == [5, 6, 7]
 
 
 def test_many_small_shards_become_few(tmp_path):
     stored = make(tmp_path)
-    for number in range(3 * compaction.JOINED_AT_ONCE):
+    for number in range(3 * compaction.COMPACTED_AT_ONCE):
         stored.append(entries([number]))
-    assert len(stored.shards) < compaction.JOINED_AT_ONCE
+    assert len(stored.shards) < compaction.COMPACTED_AT_ONCE
     assert {path.name for path in stored.folder.glob("shard-*")} == {
         shard.path.name for shard in stored.shards
     }
-    numbers = list(range(3 * compaction.JOINED_AT_ONCE))
+    numbers = list(range(3 * compaction.COMPACTED_AT_ONCE))
     assert found(make(tmp_path), numbers) == numbers
 
 
@@ -118,7 +118,7 @@ def test_a_reader_finds_what_was_joined_under_its_hands(tmp_path):
     writer.append(entries([5, 6]))
     writer.append(entries([8]))
     reader = make(tmp_path)
-    writer.join()
+    writer.compact()
     assert found(reader, [5, 6, 8]) == [5, 6, 8]
 
 
@@ -165,17 +165,17 @@ def test_a_disk_that_refuses_is_one_clear_error(tmp_path):
     with pytest.raises(StorageError, match="MODERN_LLM_CACHE"):
         make(tmp_path).append(entries([1]))
     with pytest.raises(StorageError, match="MODERN_LLM_CACHE"):
-        make(tmp_path).make_room(1, 1, tokens=False)
+        make(tmp_path).check_space(1, 1, tokens=False)
 
 
 def test_too_little_room_is_told_before_anything_is_computed(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "free_bytes", lambda folder: 10_000_000)
     stored = make(tmp_path)
-    stored.make_room(300_000, 10**8, tokens=False)
+    stored.check_space(300_000, 10**8, tokens=False)
     with pytest.raises(StorageError, match=r"needs 3[12]\.\d MB, 10\.0 MB are free: 2[12]\.\d MB"):
-        stored.make_room(10**6, 10**8, tokens=False)
+        stored.check_space(10**6, 10**8, tokens=False)
     with pytest.raises(StorageError, match=r"are missing"):
-        stored.make_room(100_000, 10**7, tokens=True)
+        stored.check_space(100_000, 10**7, tokens=True)
     assert [path.name for path in stored.folder.iterdir()] == ["MANIFEST.json"]
 
 
