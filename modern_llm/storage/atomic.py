@@ -4,7 +4,7 @@ A committed folder holds `MANIFEST.json` with the size and digest of every other
 trust only the manifest. A digest detects damage, not forgery, so a fast one is used (XXH3, 128
 bits): SHA-256 took longer than a disk takes to write the same bytes. With
 `Runtime.committed_folder` many processes write into one folder by the same steps: `begin`, `seal`,
-`finish`, `abandon`.
+`finish`, `abandon`. Tables, which can be built again, need no manifest: `new_folder`.
 
 Everything gets its final name in this module: checkpoints, exports, token tables, shards of stores,
 pages and small files. It imports only the errors, the fault points and the marks of progress of
@@ -14,10 +14,12 @@ this project, so that every layer may use it.
 from __future__ import annotations
 
 import ctypes
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -144,11 +146,59 @@ def finish(
     name_folder(place, target)
 
 
-def flush_tree(place: Path) -> None:
-    """Flush all files and folders below `place` to disk."""
-    for path in sorted(place.rglob("*")):
-        flush_folder(path) if path.is_dir() else flush_file(path)
-    flush_folder(place)
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `folder` at the end, flushed but without a manifest.
+
+    An older one is replaced, except one that another machine has put there in the meantime: that
+    may be in use, and ours is removed. An error leaves nothing, not even parents that are new.
+
+    Raises:
+        StorageError: a write fails.
+    """
+    # With the host's name: jobs on one file system may have the same process id.
+    start = f"{folder.name}.tmp-{socket.gethostname()}-"
+    temporary = folder.with_name(f"{start}{os.getpid()}")
+    with refusals(folder):
+        parents = [path for path in (folder.parent, *folder.parent.parents) if not path.exists()]
+        try:
+            before = _state(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            for path in folder.parent.glob(f"{glob.escape(start)}*"):
+                if _is_dead(path.name.removeprefix(start).removesuffix("-old")):
+                    shutil.rmtree(path, ignore_errors=True)
+            temporary.mkdir()
+            yield temporary
+            for path in sorted(temporary.rglob("*")):
+                flush_folder(path) if path.is_dir() else flush_file(path)
+            flush_folder(temporary)
+            if _state(folder) == before:
+                name_folder(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # ours, or the replaced folder
+            with suppress(OSError):  # of a folder that is there now
+                for parent in parents:
+                    parent.rmdir()
+
+
+def _state(folder: Path) -> tuple[int, int] | None:
+    """Return a value that changes when the folder is replaced or its entries change."""
+    try:
+        found = folder.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _is_dead(pid: str) -> bool:
+    """Return whether no other process of this machine has this id; False if it is no id."""
+    if not pid.isdigit() or int(pid) == os.getpid():
+        return pid.isdigit()
+    try:
+        os.kill(int(pid), 0)
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
+    return False
 
 
 def name_folder(place: Path, target: Path) -> None:

@@ -38,9 +38,9 @@ from modern_llm.data.table.iterate import (
     training_sources,
 )
 from modern_llm.data.table.token_table import TokenTable, TokenTableWriter
+from modern_llm.storage.atomic import new_folder
 from modern_llm.storage.fault_points import around
 from modern_llm.storage.regular_files import read_text
-from modern_llm.storage.table_folder import new_folder
 from modern_llm.storage.untrusted import parse_json
 
 __all__ = ["FELL_BACK", "Prepared", "prepare", "sample_texts"]

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from modern_llm.config.errors import StorageError
 from modern_llm.storage.fault_points import around
 from modern_llm.storage.regular_files import read_text
-from modern_llm.storage.table_folder import new_folder
 
 Ids = NDArray[np.int32]
 
@@ -209,17 +208,17 @@ class _Content:
 
 
 class TokenTableWriter:
-    """Writes a table row by row; it appears at `folder` when the `with` block ends without error.
+    """Writes a table row by row; it is whole when the `with` block ends without error.
 
     Holds a few thousand rows in memory, however many are written.
 
     Args:
-        folder: where the table shall be; an older one is replaced.
+        folder: its folder, new or empty and inside one that is not named yet (`new_folder`).
         columns: their names.
     """
 
     def __init__(self, folder: Path, columns: Sequence[str]):
-        self.folder, self.columns = folder, tuple(columns)
+        self._folder, self.columns = folder, tuple(columns)
         self.rows = self.tokens = 0
         self._content = _Content(self.columns)
         self._is_ids = [name != STARTS for name in self.columns]
@@ -233,8 +232,8 @@ class TokenTableWriter:
 
     def __enter__(self) -> TokenTableWriter:
         with ExitStack() as stack:
-            self._folder = stack.enter_context(new_folder(self.folder))
             with around("table.make"):
+                self._folder.mkdir(exist_ok=True)
                 self._out = {
                     name: stack.enter_context((self._folder / f"{name}.bin").open("wb"))
                     for name in _FILES
@@ -290,12 +289,10 @@ class TokenTableWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None:
-            self._stack.__exit__(kind, error, trace)
-            return
-        with self._stack:  # an error here removes the folder as one in the block does
-            self._flush()
-            self._finish()
+        with self._stack:
+            if kind is None:
+                self._flush()
+                self._finish()
 
     def _finish(self) -> None:
         for file in self._out.values():

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from modern_llm.config.errors import StorageError
 from modern_llm.data.table import token_table
 from modern_llm.data.table.token_table import TokenTable, TokenTableWriter
+from modern_llm.storage.atomic import new_folder
 
 ROWS = [([1, 2], [3], [4, 5, 6]), ([], [7], [8, 9]), ([500], [10, 11], [12])]
 
@@ -24,7 +25,7 @@ def ids(values) -> np.ndarray:
 
 
 def write(folder: Path, rows, columns=("prompt", "chosen", "rejected")) -> TokenTable:
-    with TokenTableWriter(folder, columns) as writer:
+    with new_folder(folder) as new, TokenTableWriter(new, columns) as writer:
         for number, row in enumerate(rows, 1):
             writer.add([ids(cell) for cell in row], f"dir/a:b.jsonl:{number}")
     return TokenTable.open(folder)
@@ -120,7 +121,8 @@ def test_other_processes_map_the_files_again(tmp_path: Path):
 def test_an_error_in_the_block_leaves_nothing(tmp_path: Path):
     with (
         pytest.raises(KeyError),
-        TokenTableWriter(tmp_path / "new" / "deep" / "t", ("text",)) as writer,
+        new_folder(tmp_path / "new" / "deep" / "t") as new,
+        TokenTableWriter(new, ("text",)) as writer,
     ):
         writer.add([ids([1])], "a:1")
         raise KeyError
@@ -132,7 +134,7 @@ def test_a_disk_that_refuses_is_a_storage_error_and_leaves_nothing(tmp_path: Pat
         raise OSError(28, "No space left on device", str(tmp_path / "x"))
 
     monkeypatch.setattr(TokenTableWriter, "_finish", refuse)
-    with pytest.raises(StorageError, match="cannot be written .No space left on device"):
+    with pytest.raises(StorageError, match="cannot write .*/t: No space left on device"):
         write(tmp_path / "t", ROWS)
     assert list(tmp_path.iterdir()) == []
 
