@@ -38,7 +38,6 @@ class Monitor:
         self._trace = StepProfiler(
             run.path, config.profile_steps if shown else 0, done, run.lock.check
         )
-        self._done = done
 
     def __enter__(self) -> Monitor:
         heartbeat.enter("between steps")
@@ -47,7 +46,7 @@ class Monitor:
 
     def __exit__(self, *error: object) -> None:
         mine = not self._run.lock.is_lost()
-        for text in self._trace.close(self._done) if mine else ():
+        for text in self._trace.close() if mine else ():
             self._display.line(text)
         self._display.__exit__(*error)
         if mine:
@@ -55,7 +54,6 @@ class Monitor:
 
     def advance(self, step: int) -> None:
         """Show that `step` is done."""
-        self._done = step
         self._display.advance(step)
         for text in self._trace.advance(step):
             self._display.line(text)

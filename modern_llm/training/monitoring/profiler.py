@@ -1,7 +1,7 @@
-"""`--profile N`: what N steps of a run spend their time on.
+"""`--profile N`: where N steps of a run spend their time.
 
-A `torch.profiler` trace of rank 0 in the run folder, to be opened in a browser (perfetto.dev or
-chrome://tracing), and the costs that are largest, told in lines.
+Writes a `torch.profiler` trace of rank 0 into the run folder, to be opened in a browser
+(perfetto.dev or chrome://tracing), and returns the largest costs as lines to print.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from modern_llm.storage.atomic import refusals
 
@@ -19,56 +19,60 @@ SHOWN = 5
 
 
 class StepProfiler:
-    """Traces the steps after `first`, as many as asked for.
+    """Traces steps of this process, all but the first, which warms up.
 
     Args:
-        folder: of the run; the trace is written into it.
+        folder: the run folder.
         steps: how many to trace; 0 for none.
-        first: steps that are done before: the first one of a process warms up and is left out.
-        check: called before the file is written; raises where this process may not write there.
+        done: steps of the run that earlier processes did.
+        check: called before the file is written; raises if this process may not write there.
     """
 
-    def __init__(self, folder: Path, steps: int, first: int, check: Callable[[], None]):
-        self._folder, self._steps, self._first = folder, steps, first + 1
-        self._check = check
+    def __init__(self, folder: Path, steps: int, done: int, check: Callable[[], None]):
+        self._folder, self._check = folder, check
+        self._first, self._done = done + 2, done
+        self._lines: list[str] = []
         self._profile: profile | None = None
-        self._began = self._first
-
-    def advance(self, done: int) -> list[str]:
-        """Begin or end when `done` steps are done; return the lines to print."""
-        if self._profile is not None and done >= self._began + self._steps:
-            return self._end(done)
-        if self._profile is None and self._steps and done >= self._first:
+        if steps:
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)
-            self._began, self._profile = done, profile(activities=activities)
+            self._profile = profile(
+                activities=activities,
+                schedule=schedule(wait=0, warmup=1, active=steps, repeat=1),
+                on_trace_ready=self._write,
+            )
             self._profile.start()
-        return []
 
-    def close(self, done: int) -> list[str]:
-        """End early where a run ends before all steps were traced; `done` steps are done."""
-        return self._end(done) if self._profile is not None else []
+    def advance(self, done: int) -> list[str]:
+        """Count a step, `done` by now; return the lines to print after the last one traced."""
+        self._done = done
+        if self._profile is not None:
+            self._profile.step()
+        return self.close() if self._lines else []
 
-    def _end(self, done: int) -> list[str]:
-        traced, self._profile, count = self._profile, None, done - self._began
-        assert traced is not None
-        self._steps = 0
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        traced.stop()
-        if not count:
-            return []
-        place = self._folder / f"trace-{self._began + 1:08d}-{done:08d}.json"
+    def close(self) -> list[str]:
+        """Stop, also before all steps were traced; return the lines to print."""
+        traced, self._profile = self._profile, None
+        if traced is not None:
+            traced.stop()
+        lines, self._lines = self._lines, []
+        return lines
+
+    def _write(self, traced: profile) -> None:
+        count = self._done - self._first + 1
+        if count < 1:
+            return
+        path = self._folder / f"trace-{self._first:08d}-{self._done:08d}.json"
         self._check()
-        with refusals(place):
-            traced.export_chrome_trace(str(place))
-        return [f"profile: {count} steps in {place}", *_costs(traced, count)]
+        with refusals(path):
+            traced.export_chrome_trace(str(path))
+        self._lines = [f"profile: {count} steps in {path}", *_costs(traced, count)]
 
 
 def _costs(traced: profile, steps: int) -> list[str]:
-    """The largest costs by the time of their own: on the device where there is one."""
-    events = traced.key_averages()
+    """Return the largest costs by self time: of the device if there is one, else of the CPU."""
+    events = [event for event in traced.key_averages() if event.key != "ProfilerStep*"]
     device = any(event.self_device_time_total for event in events)
     name = "self_device_time_total" if device else "self_cpu_time_total"
     total = sum(getattr(event, name) for event in events) or 1.0

@@ -1,18 +1,20 @@
 """Experiment trackers through Accelerate: tensorboard, wandb, trackio, mlflow and the others.
 
-Rank 0 only. A tracker that cannot be had is an error before anything is loaded; one that fails
-later (its server is away) is switched off with a line: it does not end a run.
+Rank 0 only. A tracker that is not installed is an error before anything is loaded. One that fails
+later (its server is unreachable) is switched off with a line: it does not end a run. That is why
+the trackers are called one by one: `Accelerator.log` stops at the first that fails, and
+`Accelerator.end_training` also destroys the process group, which later stages use.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError
@@ -20,27 +22,17 @@ from modern_llm.training.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
-# tracker -> (module that must be there, extra of this package that installs it)
-MODULES = {
-    "tensorboard": ("tensorboard", "tensorboard"),
-    "wandb": ("wandb", "wandb"),
-    "trackio": ("trackio", "trackio"),
-    "mlflow": ("mlflow", "mlflow"),
-    "comet_ml": ("comet_ml", None),
-    "aim": ("aim", None),
-    "clearml": ("clearml", None),
-    "dvclive": ("dvclive", None),
-    "swanlab": ("swanlab", None),
-}
+EXTRAS = frozenset({"tensorboard", "wandb", "trackio", "mlflow"})
+"""Trackers that an extra of this package installs."""
 
 
 def check_trackers(config: TrainingConfig) -> None:
     """Refuse trackers whose package is not installed, all of them at once."""
+    available = set(map(str, get_available_trackers()))
     missing = []
     for name in config.trackers:
-        module, extra = MODULES[name]
-        if importlib.util.find_spec(module) is None:
-            package = f"'modern-llm[{extra}]'" if extra else module
+        if name not in available:
+            package = f"'modern-llm[{name}]'" if name in EXTRAS else name
             missing.append(f"train.trackers: {name} needs a package: pip install {package}")
     if missing:
         raise ConfigError(missing)
@@ -52,24 +44,15 @@ class Trackers:
     def __init__(self, config: TrainingConfig, run: RunFolder, *, shown: bool):
         self._running: dict[str, GeneralTracker] = {}
         for name in config.trackers if shown else ():
-            self._guarded(name, lambda name=name: self._start(name, config, run))
+            with self._isolated(name):
+                self._running[name] = _started(name, config, run)
 
-    def _start(self, name: str, config: TrainingConfig, run: RunFolder) -> None:
-        kind = LOGGER_TYPE_TO_CLASS[name]
-        options: dict[str, Any] = OPTIONS.get(name, lambda c, r: {})(config, run)
-        if kind.requires_logging_directory:
-            tracker = kind(config.run_name, run.path / "trackers", **options)
-        else:
-            tracker = kind(config.tracker_project, **options)
-        if hasattr(tracker, "start"):
-            tracker.start()
-        tracker.store_init_configuration(plain(run.record))
-        self._running[name] = tracker
-
-    def _guarded(self, name: str, work: Any) -> None:
+    @contextmanager
+    def _isolated(self, name: str) -> Iterator[None]:
+        """Switch a tracker off if the body fails."""
         try:
-            work()
-        except Exception as error:  # each tracker raises what it likes
+            yield
+        except Exception as error:  # each tracker raises errors of its own
             self._running.pop(name, None)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             log.warning("tracker %s is switched off: %s", name, reason)
@@ -77,29 +60,36 @@ class Trackers:
     def log(self, step: int, record: Mapping[str, float]) -> None:
         """Send what was logged at `step`."""
         for name, tracker in list(self._running.items()):
-            self._guarded(name, lambda tracker=tracker: tracker.log(dict(record), step=step))
+            with self._isolated(name):
+                tracker.log(dict(record), step=step)
 
     def finish(self) -> None:
         """Let every tracker write what it still holds."""
         for name, tracker in list(self._running.items()):
-            self._guarded(name, tracker.finish)
+            with self._isolated(name):
+                tracker.finish()
 
 
-def _same_run(run: RunFolder) -> str:
-    """A name that a run keeps when it is resumed."""
-    return hashlib.blake2b(str(run.path.resolve()).encode(), digest_size=8).hexdigest()
+def _started(name: str, config: TrainingConfig, run: RunFolder) -> GeneralTracker:
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    options = _options(name, config, run)
+    if kind.requires_logging_directory:
+        tracker = kind(config.run_name, run.path / "trackers", **options)
+    else:
+        tracker = kind(config.tracker_project, **options)
+    tracker.start()
+    tracker.store_init_configuration(plain(run.record))
+    return tracker
 
 
-OPTIONS = {
-    "wandb": lambda config, run: {
-        "name": config.run_name,
-        "id": _same_run(run),
-        "resume": "allow",
-        "dir": str(run.path),
-    },
-    "trackio": lambda config, run: {"name": config.run_name, "resume": "allow"},
-    "mlflow": lambda config, run: {"run_name": config.run_name},
-}
+def _options(name: str, config: TrainingConfig, run: RunFolder) -> dict[str, Any]:
+    """Return what a tracker is told so that a resumed run continues its old record."""
+    if name == "wandb":
+        same = hashlib.blake2b(str(run.path.resolve()).encode(), digest_size=8).hexdigest()
+        return {"name": config.run_name, "id": same, "resume": "allow", "dir": str(run.path)}
+    if name == "trackio":
+        return {"name": config.run_name, "resume": "allow"}
+    return {"run_name": config.run_name} if name == "mlflow" else {}
 
 
 def plain(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
