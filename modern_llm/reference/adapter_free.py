@@ -1,4 +1,4 @@
-"""The policy without its LoRA adapters: a reference that needs no weights of its own."""
+"""The policy without its LoRA adapters, as a reference without weights of its own."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from modern_llm.models.scorer import TokenScorer
 from modern_llm.reference.locate import digest_of_checkpoint
 
 
-def base_facts(runtime: Runtime, checkpoint: Checkpoint, lora: LoraConfig | None) -> dict[str, Any]:
-    """Return what a checkpoint of adapters must share with the run that goes on: their base."""
+def base_fingerprint(
+    runtime: Runtime, checkpoint: Checkpoint, lora: LoraConfig | None
+) -> dict[str, Any]:
+    """Return the fingerprint of the adapters' base model, which a resumed run must share."""
     return {} if lora is None else {"base": digest_of_checkpoint(runtime, checkpoint)}
 
 
 class AdapterFreePolicy(nn.Module):
-    """The policy without its adapters, asked in place of a second model."""
+    """Scorer of the policy without its adapters, in place of a second model."""
 
     def __init__(self, policy: TokenScorer):
         super().__init__()
-        # In a tuple: its weights are the policy's, and no second module's.
+        # In a tuple, so that it is not registered: the weights belong to the policy alone.
         self._policy = (policy,)
 
     def forward(self, *arguments: Any) -> Any:
-        """Ask the frozen base."""
+        """Score with the frozen base."""
         (policy,) = self._policy
         with adapters_off(policy.model):
             return policy(*arguments)

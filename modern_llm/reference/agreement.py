@@ -1,8 +1,8 @@
-"""How far a log-prob may be from the stored one when the same weights score the answer again.
+"""Bounds on the difference between a stored log-prob and the same answer scored again.
 
-The one rule of a run's check before its first step and of `reference verify`. Rounding differs
-where an answer is laid out among others (the order of keys in attention, the shapes of products);
-in 16 bits that is what the bounds allow, in float32 they are close to equality.
+They serve the check before a run's first step and `reference verify`. Rounding depends on the other
+answers of a forward (order of keys in attention, shapes of products): the bounds allow for that in
+16 bits, and are close to equality in float32.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from modern_llm.config.errors import StorageError
 
 BOUND = {"no": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
-"""Nats a token, the mean over an answer, by precision of the forward."""
+"""Nats per token, the mean over an answer, by precision of the forward."""
 SHORT = 8
-"""Tokens that an answer counts as at least: rounding does not average out over fewer."""
+"""A shorter answer counts as this many tokens: rounding does not average out over fewer."""
 
 
 def must_agree(
@@ -26,16 +26,16 @@ def must_agree(
     counts: NDArray[np.int64],
     precision: str,
     origin: Callable[[int], str],
-    cure: str,
+    fix: str,
 ) -> float:
-    """Return the largest difference in nats a token, or raise `StorageError` above `BOUND`.
+    """Return the largest difference in nats per token, or raise `StorageError` above `BOUND`.
 
     Args:
         fresh: (E,) log-prob sums of the answers, scored now.
         stored: (E,) those of the store.
         counts: (E,) numbers of target tokens.
-        origin: file and line of an answer, by its place in these arrays.
-        cure: what to do where they differ.
+        origin: returns file and line of an answer, by its index in these arrays.
+        fix: what the user can do if they differ.
     """
     off = np.abs(fresh.astype(np.float64) - stored) / np.maximum(counts, SHORT)
     off = np.nan_to_num(off, nan=np.inf)
@@ -43,7 +43,7 @@ def must_agree(
     if not off[worst] <= bound:
         raise StorageError(
             f"{origin(worst)}: the stored log-prob is {stored[worst]:.6g}, these weights give "
-            f"{fresh[worst]:.6g}: {off[worst]:.3g} nats a token apart (bound {bound:g}), so the "
-            f"value is another model's; {cure}"
+            f"{fresh[worst]:.6g}: {off[worst]:.3g} nats per token apart (bound {bound:g}), so "
+            f"the value is another model's; {fix}"
         )
     return float(off[worst])

@@ -1,7 +1,7 @@
-"""The answers of a table that need a reference value, and how they are laid out for a model.
+"""Distinct answers of a table of pairs, and their layout for the forwards of a model.
 
-`Answers` are the distinct (prompt, response) of a table of pairs; `AnswerBatches` are some of these
-in trees and groups, one group to a forward.
+`Answers` are the distinct (prompt, response) of a table of pairs. `AnswerBatches` hold some of them
+in trees, and the trees in groups: one group per forward.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from modern_llm.reference.keys import KEY_BYTES, entry_keys
 
 SIDES = ("chosen", "rejected")
 MAX_RESPONSES = 8
-"""Most answers of one prompt in one tree."""
+"""Most responses to one prompt in one tree."""
 
 
 class Answers:
-    """The distinct answers in a table of pairs.
+    """Distinct answers of a table of pairs.
 
     Attributes:
         keys: (E,) S16 names, each once, sorted.
@@ -34,10 +34,10 @@ class Answers:
         self.table = table
         names: list[bytes] = []
         prompts: list[bytes] = []
-        nothing = np.zeros(0, np.int32)
+        empty = np.zeros(0, np.int32)
         for row in range(len(table)):
             answers = [table.ids(row, side) for side in SIDES]
-            *keys, prompt = entry_keys(table.ids(row, "prompt"), *answers, nothing)
+            *keys, prompt = entry_keys(table.ids(row, "prompt"), *answers, empty)
             names += keys
             prompts.append(prompt)
         every = np.frombuffer(b"".join(names), f"S{KEY_BYTES}")
@@ -48,18 +48,18 @@ class Answers:
         lengths = np.asarray(table.lengths)[:, columns][self._first // 2]
         self.prompt_lengths = lengths[:, 0]
         self.lengths = np.where(self._first % 2, lengths[:, 2], lengths[:, 1])
-        # Without a prompt the first token of an answer has nothing before it.
+        # Without a prompt the first token of an answer is no target: nothing precedes it.
         self.targets = self.lengths - (self.prompt_lengths == 0)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def origin(self, entry: int) -> str:
-        """Return file and line of the first pair that has this answer."""
+        """Return file and line of the first pair with this answer."""
         return self.table.origin(int(self._first[entry]) // 2)
 
     def earliest(self, entries: NDArray[np.int64]) -> int:
-        """Return the one of some answers that comes first in the data."""
+        """Return which of some answers comes first in the data."""
         return int(entries[self._first[entries].argmin()])
 
     def prompt(self, entry: int) -> NDArray[np.int32]:
@@ -72,25 +72,25 @@ class Answers:
         return self.table.ids(row, SIDES[side])
 
     def by_prompt(self, entries: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return `entries` (n,) so that answers of one prompt stand side by side.
+        """Return `entries` (n,) with the answers of one prompt next to each other.
 
-        Among them in the order of the data, chosen before rejected, as training lays out a pair: in
+        These are in the order of the data, chosen before rejected, as training lays out a pair: in
         16 bits another order of keys in attention moves the sum of an answer by tenths of a nat.
         """
         return entries[np.lexsort((self._first[entries], self._prompts[entries]))]
 
     def same_prompt(self, one: int, other: int) -> bool:
-        """Whether two answers have the same prompt."""
+        """Return whether two answers have the same prompt."""
         return bool(self._prompts[one] == self._prompts[other])
 
 
 class AnswerBatches:
-    """Some answers laid out for one model: trees of one prompt with up to `MAX_RESPONSES` answers.
+    """Some answers laid out in trees: one prompt with up to `MAX_RESPONSES` responses each.
 
     Args:
         entries: (n,) indices into `answers`.
-        trees: what rows may hold; answers share the computation of their prompt where several.
-        budget: tokens of one forward, padding included.
+        trees: what the rows of a batch may hold; if trees, responses share their prompt's forward.
+        budget: tokens per forward, padding included.
         alone: whether each answer has a forward of its own.
     """
 
@@ -133,8 +133,8 @@ class AnswerBatches:
     ) -> list[NDArray[np.int64]]:
         """Return the trees (or some of them) in groups that fit the budget, longest first.
 
-        A function of the answers and the budget alone: the number of processes changes no group,
-        so it changes no number either.
+        They depend only on the answers and the budget. The number of processes changes no group,
+        and therefore no value.
         """
         chosen = np.arange(len(self._items)) if items is None else items
         if self._alone:
@@ -153,16 +153,16 @@ class AnswerBatches:
         return [lay_out(prompt, [response], [slot]) for slot, response in enumerate(responses)]
 
     def responses(self, item: int) -> int:
-        """Return the number of answers of one tree."""
+        """Return the number of responses of one tree."""
         return len(self._items[item])
 
     def sizes(self, item: int) -> tuple[int, ...]:
-        """Return the tokens of each of these sequences."""
+        """Return the number of tokens of each sequence of one tree."""
         entries = self._items[item]
         prompt = int(self.answers.prompt_lengths[entries[0]])
         lengths = [int(self.answers.lengths[entry]) for entry in entries]
         return (prompt + sum(lengths),) if self._trees else tuple(prompt + n for n in lengths)
 
     def collate(self, group: NDArray[np.int64]) -> MicroBatch:
-        """Return the tensors of some trees; none give a forward that adds nothing."""
+        """Return the tensors of some trees; an empty group gives a dummy batch."""
         return collate(self, group, shared=self._trees)

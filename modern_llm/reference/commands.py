@@ -1,7 +1,7 @@
-"""The reference pass as a stage of its own: fill a store, verify it, keep only what data needs.
+"""Reference pass without training: fill a store, verify it, or remove unused entries.
 
-Holds one frozen model and no optimizer. Independent jobs may each see to a part of the data and
-never talk to each other. Called by the verbs `reference fill`, `verify` and `prune`.
+It holds one frozen model and no optimizer. Independent jobs can each fill a part of the data,
+without communication.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from modern_llm.distributed.runtime import Runtime, start
 from modern_llm.models.load import inspect_checkpoint
 from modern_llm.reference.agreement import must_agree
 from modern_llm.reference.nonfinite_pairs import leave_out
-from modern_llm.reference.reference_pass import PendingTable, ReferencePass
+from modern_llm.reference.reference_pass import ReferencePass
 from modern_llm.reference.scoring import score_everywhere
+from modern_llm.reference.store.store import ReferenceStore
 from modern_llm.reference.template_day import remember_day, with_template_day
 from modern_llm.setup import tables
 from modern_llm.setup.scorers import check_positions
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """What a DPO run would be given: the same pairs, tokens and reference."""
+    """Arguments of a DPO run, which determine its pairs, tokens and reference."""
 
     sft_checkpoint: str
     train: TrainingConfig
@@ -56,17 +57,17 @@ def fill_reference(
     *,
     part: tuple[int, int] = (1, 1),
 ) -> dict[str, Any]:
-    """Score what the store lacks for these pairs, training and evaluation, and train nothing.
+    """Score what the store lacks for training and evaluation pairs, without training.
 
     Args:
-        part: (k, n): the k-th of n parts of the data, for jobs that do not talk to each other.
+        part: (k, n): part k of n of the data, for independent jobs.
 
     Returns:
         `needed found scored` in answers, `store`, `reference`.
 
     Raises:
         UserError: bad configuration, checkpoint or data, or nothing to fill.
-        StorageError: the store cannot be written; what was committed stays.
+        StorageError: the store cannot be written; committed shards stay.
         DataError: more than `max_dropped` of the pairs have a log-prob that is not finite.
     """
     request = Request(
@@ -85,10 +86,9 @@ def fill_reference(
         problems.append(f"part {part[0]}/{part[1]}: the first number must be in 1..{part[1]}")
     if problems:
         raise ConfigError(problems)
-    with _looked_up(request, part) as (runtime, references, prepared, remember):
-        runtime.on_main(references.make_room)
+    with _opened(request, part) as (runtime, references, prepared, remember):
+        runtime.on_main(references.check_store)
         reports = references.fill_all()
-        assert references.store is not None
         runtime.on_main(remember)
         bad = dict(zip(("train", "evaluation"), references.not_finite(), strict=False))
         leave_out(runtime, prepared, bad, request.data.max_dropped, None)
@@ -98,29 +98,27 @@ def fill_reference(
         }
         if runtime.is_main:
             log.info("reference: digest %s", references.digest)
-        return totals | {"store": str(references.store.folder), "reference": references.digest}
+        return totals | {"store": str(_store_of(references).folder), "reference": references.digest}
 
 
 def verify_reference(request: Request, sample: int) -> dict[str, Any]:
-    """Check every byte of the store that this run would read, and score some of it again.
+    """Check every byte of a run's store, and score some of its answers again.
 
     Args:
         sample: answers of the training pairs to score again.
 
     Returns:
-        `store`, `shards`, `rescored`, `largest_difference` (nats a token).
+        `store`, `shards`, `rescored`, `largest_difference` (nats per token).
 
     Raises:
-        StorageError: something is damaged, or a value is not what the reference's weights give.
+        StorageError: a file is damaged, or a value is not what the reference's weights give.
     """
-    with _looked_up(request, (1, 1)) as (runtime, references, *_):
-        store = references.store
-        if store is None:
-            raise ConfigError(["dpo: this run reads no store (loss_type or reference: model)"])
+    with _opened(request) as (runtime, references, *_):
+        store = _store_of(references)
         shards, problems = runtime.on_main(store.verify)
         if problems:
             raise StorageError(f"{store.folder}: {'; '.join(problems)}; fill it again")
-        rescored, largest = _rescore(runtime, references, references.pending[0], sample)
+        rescored, largest = _rescore(runtime, references, request.train.precision, sample)
         return {
             "store": str(store.folder),
             "shards": shards,
@@ -130,23 +128,22 @@ def verify_reference(request: Request, sample: int) -> dict[str, Any]:
 
 
 def keep_needed(request: Request) -> dict[str, Any]:
-    """Forget every entry of the store that the training and evaluation pairs do not use."""
-    with _looked_up(request, (1, 1)) as (runtime, references, *_):
-        store = references.store
-        if store is None:
-            raise ConfigError(["dpo: this run reads no store (loss_type or reference: model)"])
-        keys = np.unique(np.concatenate([wanted.answers.keys for wanted in references.pending]))
+    """Remove every entry of the store that the training and evaluation pairs do not use."""
+    with _opened(request) as (runtime, references, *_):
+        store = _store_of(references)
+        keys = np.unique(np.concatenate([table.answers.keys for table in references.pending]))
         kept = runtime.on_main(lambda: store.keep_only(keys))
         return {"store": str(store.folder), "kept": kept}
 
 
 @contextmanager
-def _looked_up(
-    request: Request, part: tuple[int, int]
+def _opened(
+    request: Request, part: tuple[int, int] = (1, 1)
 ) -> Iterator[tuple[Runtime, ReferencePass, Prepared, Callable[[], None]]]:
-    """Read the data and find the store, as a run would, without a run folder.
+    """Read the data and find the store as a run does, without a run folder.
 
-    The last item notes the day of the chat template in the store once it is filled.
+    Yields:
+        Also a function that records the day of the chat template in the filled store.
     """
     data = tables.with_dataset_name(request.data, request.train)
     runtime = start(request.train)
@@ -154,7 +151,7 @@ def _looked_up(
     tokenizer, others = choose_tokenizer(request.tokenizer_name, checkpoint, request.train)
     check_positions(request.dpo.max_length, checkpoint, "dpo.max_length")
     check_agreement(tokenizer, others, data)
-    then = "what was committed is stored: the same command scores only what is missing"
+    then = "committed values are stored: the same command scores only what is missing"
     watched = Watchdog(runtime, nowhere, request.train.hang_timeout, then=lambda: then)
     with runtime, watched, tables.temporary_tables(runtime, "reference") as folder:
         find = cache(
@@ -180,12 +177,24 @@ def _looked_up(
         )
 
 
+def _store_of(references: ReferencePass) -> ReferenceStore:
+    """Return the store of a run, or raise `ConfigError` if it reads none."""
+    if references.store is None:
+        raise ConfigError(["dpo: this run reads no store (loss_type or reference: model)"])
+    return references.store
+
+
 def _rescore(
-    runtime: Runtime, references: ReferencePass, wanted: PendingTable, sample: int
+    runtime: Runtime, references: ReferencePass, precision: str, sample: int
 ) -> tuple[int, float]:
-    """Score some stored answers again; return how many, and the largest difference a token."""
-    answers = wanted.answers
-    stored = references.stored(wanted, sample)
+    """Score some stored answers of the training pairs again.
+
+    Returns:
+        Their number, and the largest difference in nats per token.
+    """
+    pending = references.pending[0]
+    answers = pending.answers
+    stored = references.stored(pending, sample)
     if not len(stored):
         return 0, 0.0
     entries = np.searchsorted(answers.keys, stored.keys)
@@ -203,10 +212,10 @@ def _rescore(
         fresh.sums,
         stored.sums,
         stored.counts,
-        references.precision,
+        precision,
         lambda at: answers.origin(int(entries[at])),
         "remove the store and fill it again",
     )
     if runtime.is_main:
-        log.info("reference: %d answers scored again, within %.1e a token", len(stored), worst)
+        log.info("reference: %d answers scored again, within %.1e per token", len(stored), worst)
     return len(stored), worst

@@ -1,8 +1,7 @@
-"""Forwards of one model side by side on the cores of a CPU, each on few of them.
+"""Parallel forwards of one model on the cores of a CPU, each on few of them.
 
-Two forwards on a core each take less time than one on two cores twice: no core waits for another
-within an operation, and what Python does for one forward overlaps with the arithmetic of the other.
-Called by `scoring`.
+Two forwards on one core each take less time than two in turn on both cores: no core waits for
+another within an operation, and Python's work for one forward overlaps with the other's arithmetic.
 """
 
 from __future__ import annotations
@@ -18,19 +17,18 @@ from torch import nn
 
 from modern_llm.models.scorer import TokenScorer
 
-# Python's lock lets about this many forwards of small layers run before one waits for another.
 MOST = 8
+"""Most forwards at once; with more, forwards of small layers wait for Python's lock."""
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def lanes(module: nn.Module, device: torch.device) -> int:
-    """Return how many forwards of `module` may run at once here; 1 where it is not known to bear
-    it.
+    """Return how many forwards of `module` may run at once; 1 if it is not known to be thread-safe.
 
-    What DeepSpeed or FSDP wraps meets other processes in its forward, routers collect their choices
-    in the model, and a rotary scaling that follows the length changes its tables.
+    A module wrapped by DeepSpeed or FSDP runs collectives in its forward, routers record their
+    choices in the model, and a rotary scaling that depends on the length changes its tables.
     """
     if device.type != "cpu" or type(module) is not TokenScorer or module.has_experts:
         return 1
@@ -43,8 +41,7 @@ def lanes(module: nn.Module, device: torch.device) -> int:
 def in_order(function: Callable[[T], R], items: Iterable[T], lanes: int) -> Iterator[R]:
     """Yield `function(item)` in the order of the items, up to `lanes` of them computed at once.
 
-    Raises:
-        Whatever `function` raises, in the place of its result; what was begun after it is lost.
+    An exception of `function` is raised in place of its result; later results are lost.
     """
     if lanes == 1:
         yield from map(function, items)
@@ -54,7 +51,7 @@ def in_order(function: Callable[[T], R], items: Iterable[T], lanes: int) -> Iter
         try:
             for item in items:
                 begun.append(pool.submit(function, item))
-                # One more than lanes: none stands idle while the caller looks at a result.
+                # One more than lanes: none is idle while the caller handles a result.
                 if len(begun) > lanes:
                     yield begun.popleft().result()
             while begun:
@@ -66,7 +63,7 @@ def in_order(function: Callable[[T], R], items: Iterable[T], lanes: int) -> Iter
 
 @contextmanager
 def _cores_shared(lanes: int) -> Iterator[None]:
-    """Let threads begun from now on compute on their share of the cores."""
+    """Let threads started in the body compute on their share of the cores."""
     cores = torch.get_num_threads()
     torch.set_num_threads(max(1, cores // lanes))
     try:

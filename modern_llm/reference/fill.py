@@ -1,9 +1,9 @@
-"""The reference pass: score what the store lacks, forward only, shard by shard.
+"""Filling of a reference store: score the missing answers, forward only, shard by shard.
 
-Rank 0 alone looks at the store and decides; no rank acts on a file that another did not see. What
-is left to do is cut into pieces that are named by their content, so that several jobs with the same
-data share them by claims. A piece is committed whole: whoever is killed, its rows are either in the
-store or scored again in the very same forwards. Called by the DPO stage and by `reference fill`.
+Only rank 0 reads the store and decides, so that no rank acts on a file that another did not see.
+The missing answers are split into pieces named by their content, and jobs with the same data share
+the pieces by claims. A piece is committed whole: after a kill its entries are either in the store
+or scored again in the very same forwards.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ log = logging.getLogger(__name__)
 Indices = NDArray[np.int64]
 STATE = "in the reference pass, whose values so far are stored"
 _PAUSE_S = 0.25
-"""Between two looks at pieces that other jobs have claimed."""
+"""Pause before the pieces that other jobs have claimed are checked again."""
 
 
 @dataclass(frozen=True)
 class FillReport:
-    """What a pass did, in answers: distinct (prompt, response)."""
+    """Counts of one fill, in answers: distinct (prompt, response)."""
 
     needed: int
     found: int
@@ -54,6 +54,10 @@ class Piece:
     groups: list[Indices]
     name: str
 
+    def entries(self) -> Indices:
+        """Return the answers of all groups, in the order in which they are scored."""
+        return np.concatenate([self.trees.entries(group) for group in self.groups])
+
 
 def fill(
     runtime: Runtime,
@@ -62,35 +66,27 @@ def fill(
     scoring: Scoring,
     *,
     flush_every: int,
-    tokens: bool = False,
     part: tuple[int, int] = (1, 1),
 ) -> FillReport:
-    """Score the answers that the store lacks and add them to it.
+    """Score the answers that the store lacks and append them to it.
 
     Args:
-        flush_every: answers of one shard: what a killed pass loses at most.
-        tokens: also keep the log-prob of every token; an entry without them counts as lacking.
-        part: (k, n): see to the k-th of n parts of the data alone, the same whatever is there.
+        scoring: if it gives per-token values, an entry without them counts as missing.
+        flush_every: answers per shard: the most that a killed fill loses.
+        part: (k, n): fill only part k of n, independent of the store's contents.
 
     Raises:
-        StorageError: the store cannot be written; what was committed stays.
+        StorageError: the store cannot be written; committed shards stay.
     """
     heartbeat.enter("filling the reference store")
     began = time.perf_counter()
-    found = runtime.on_main(lambda: _present(store, answers.keys, tokens))
+    found = runtime.on_main(lambda: store.known(answers.keys, tokens=scoring.tokens))
     pieces, mine = _plan(answers, scoring, found, flush_every, part)
     needed, present = int(mine.sum()), int((found & mine).sum())
-    pass_ = _Pass(runtime, answers, store, scoring, tokens)
+    pass_ = _Pass(runtime, answers, store, scoring)
     with ProgressBar("reference", needed, present, shown=runtime.is_main) as display:
         scored = pass_.run(pieces, lambda done: display.advance(min(present + done, needed)))
     return FillReport(needed, present, scored, time.perf_counter() - began)
-
-
-def _present(store: ReferenceStore, keys: NDArray[np.bytes_], tokens: bool) -> NDArray[np.bool_]:
-    """Return which keys (n,) are in the store, or marked there as not finite. Values are read and
-    checked as well."""
-    known = store.find(keys, tokens=tokens).keys
-    return np.isin(keys, known) | np.isin(keys, store.marks.keys())
 
 
 def _plan(
@@ -100,11 +96,11 @@ def _plan(
     flush_every: int,
     part: tuple[int, int],
 ) -> tuple[list[Piece], NDArray[np.bool_]]:
-    """Return the pieces that lack something, and which answers (E,) belong to this part.
+    """Return the pieces with missing answers, and which answers (E,) belong to this part.
 
-    The groups are planned over all answers, so that a pass that goes on computes the forwards that
-    were not yet committed, and no others, bit by bit as an undisturbed one. Answers whose group is
-    there in part (edited rows, say) are planned together anew.
+    The groups are planned over all answers, so that a resumed fill computes exactly the forwards
+    that were not committed, bit by bit as an undisturbed one. The missing answers of groups that
+    are partly in the store (after an edit of rows) are planned together.
     """
     k, n = part
     mine = np.ones(len(answers), bool)
@@ -114,27 +110,24 @@ def _plan(
     rest = np.zeros(len(answers), bool)
     pieces = []
     for number, piece in enumerate(_pieces(answers, everything, flush_every)):
-        groups = [everything.entries(group) for group in piece.groups]
-        if number % n != k - 1:
-            for entries in groups:
+        missing = []
+        for group in piece.groups:
+            entries = everything.entries(group)
+            if number % n != k - 1:
                 mine[entries] = False
-            continue
-        whole = [not found[entries].any() for entries in groups]
-        for entries, lacks in zip(groups, whole, strict=True):
-            if not lacks:
+            elif found[entries].any():
                 rest[entries[~found[entries]]] = True
-        if any(whole):
-            kept = [
-                group for group, lacks_all in zip(piece.groups, whole, strict=True) if lacks_all
-            ]
-            pieces.append(Piece(everything, kept, piece.name))
+            else:
+                missing.append(group)
+        if missing:
+            pieces.append(Piece(everything, missing, piece.name))
     if rest.any():
         pieces += _pieces(answers, scoring.lay_out(answers, np.flatnonzero(rest)), flush_every)
     return pieces, mine
 
 
 def _pieces(answers: Answers, trees: AnswerBatches, flush_every: int) -> Iterator[Piece]:
-    """Cut groups, in their order, into pieces of about `flush_every` answers."""
+    """Yield the groups, in their order, in pieces of about `flush_every` answers."""
     groups: list[Indices] = []
     names = hashlib.blake2b(digest_size=12)
     count = 0
@@ -151,21 +144,14 @@ def _pieces(answers: Answers, trees: AnswerBatches, flush_every: int) -> Iterato
 
 
 class _Pass:
-    """One job at work on the pieces, all ranks in step."""
+    """Scoring of the pieces by one job, in which all ranks call the same methods."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        answers: Answers,
-        store: ReferenceStore,
-        scoring: Scoring,
-        tokens: bool,
-    ):
-        self._runtime, self._answers, self._store = runtime, answers, store
-        self._scoring, self._tokens = scoring, tokens
+    def __init__(self, runtime: Runtime, answers: Answers, store: ReferenceStore, scoring: Scoring):
+        self._runtime, self._answers = runtime, answers
+        self._store, self._scoring = store, scoring
 
     def run(self, pieces: list[Piece], advance: Callable[[int], None]) -> int:
-        """See to every piece; return the number of answers that this job scored."""
+        """Complete every piece; return the number of answers that this job scored."""
         scored = done = 0
         open_ = list(range(len(pieces)))
         waited = False
@@ -173,58 +159,54 @@ class _Pass:
             while open_:
                 heartbeat.tick()
                 consensus.check(self._runtime, STATE)
-                number, lacking = self._runtime.on_main(lambda: self._claim(pieces, open_))
+                number, missing = self._runtime.on_main(lambda: self._claim(pieces, open_))
                 if number is None:
                     if not waited and self._runtime.is_main:
                         log.info("reference: waiting for %d pieces of other jobs", len(open_))
                     waited = True
                     continue
                 open_.remove(number)
-                scored += self._do(pieces[number], lacking)
-                done += sum(len(pieces[number].trees.entries(g)) for g in pieces[number].groups)
+                scored += self._score(pieces[number], missing)
+                done += len(missing)
                 advance(done)
         finally:
             if self._runtime.is_main:
                 self._store.claims.close()
         return scored
 
-    def _claim(
-        self, pieces: list[Piece], open_: list[int]
-    ) -> tuple[int | None, NDArray[np.bool_] | None]:
-        """Claim a piece and look what it lacks now; rank 0 only.
+    def _claim(self, pieces: list[Piece], open_: list[int]) -> tuple[int | None, NDArray[np.bool_]]:
+        """Claim a piece and look up what it lacks now; rank 0 only.
 
         Returns:
-            Its number, and which of its answers are lacking; (None, None) while all that is left is
-            claimed by others.
+            Its number, and which of its answers are missing. The number is None while other jobs
+            have claimed all remaining pieces.
         """
         for number in open_:
             piece = pieces[number]
             if not self._store.claims.take(piece.name):
                 continue
-            # Another job may have seen to it between our first look and our claim.
+            # Another job may have completed it before our claim.
             self._store.refresh()
-            entries = np.concatenate([piece.trees.entries(group) for group in piece.groups])
-            lacking = ~_present(self._store, self._answers.keys[entries], self._tokens)
-            if not lacking.any():
+            keys = self._answers.keys[piece.entries()]
+            missing = ~self._store.known(keys, tokens=self._scoring.tokens)
+            if not missing.any():
                 self._store.claims.release(piece.name)
-            return number, lacking
+            return number, missing
         time.sleep(_PAUSE_S)
-        return None, None
+        return None, np.zeros(0, bool)
 
-    def _do(self, piece: Piece, lacking: NDArray[np.bool_] | None) -> int:
-        """Score what a piece lacks on all ranks, commit it on rank 0, give the claim back."""
-        assert lacking is not None
-        if not lacking.any():
+    def _score(self, piece: Piece, missing: NDArray[np.bool_]) -> int:
+        """Score what a piece lacks on all ranks; rank 0 commits it and releases the claim."""
+        if not missing.any():
             return 0
         trees, groups = piece.trees, piece.groups
-        if not lacking.all():
-            entries = np.concatenate([trees.entries(group) for group in groups])
-            trees = self._scoring.lay_out(self._answers, entries[lacking])
+        if not missing.all():
+            trees = self._scoring.lay_out(self._answers, piece.entries()[missing])
             groups = trees.groups()
         found = self._kept(trees, groups)
         suspects = found.keys[~np.isfinite(found.sums)]
         if len(suspects):
-            # One that is not finite may spoil its neighbours in a forward: 0 x inf is not 0.
+            # An answer that is not finite can spoil others of its forward: 0 x inf is not 0.
             entries = np.searchsorted(self._answers.keys, suspects)
             alone = self._scoring.lay_out(self._answers, entries, alone=True)
             again = self._kept(alone, alone.groups())
@@ -235,10 +217,10 @@ class _Pass:
         return len(found)
 
     def _kept(self, trees: AnswerBatches, groups: list[Indices]) -> Entries:
-        """Score groups on all ranks and commit what is finite; return all, on every rank."""
+        """Score groups on all ranks, commit the finite values and return all, on every rank."""
         mine, failure = self._score_share(trees, groups)
         parts = [part for part in self._runtime.gather(mine) if len(part)]
-        found = concatenate(parts, tokens=self._tokens)
+        found = concatenate(parts, tokens=self._scoring.tokens)
         good = found.take(np.flatnonzero(np.isfinite(found.sums)))
         self._runtime.on_main(lambda: self._store.append(good))
         self._runtime.raise_together(failure)
@@ -249,8 +231,10 @@ class _Pass:
     def _score_share(
         self, trees: AnswerBatches, groups: list[Indices]
     ) -> tuple[Entries, Exception | None]:
-        """Score this rank's groups; every rank makes the same number of forwards, and where one
-        fails or is asked to stop none makes another."""
+        """Score this rank's groups; return also the error that ended it, if any.
+
+        Every rank makes the same number of forwards, also when one fails or is asked to stop.
+        """
         world, rank = self._runtime.world, self._runtime.rank
         groups = groups + [np.zeros(0, np.int64)] * (-len(groups) % world)
         scored: list[Entries] = []
@@ -258,7 +242,6 @@ class _Pass:
         groups = groups[rank::world]
         going = True
         results = self._scoring(trees, takewhile(lambda _: going, groups))
-
         for _ in groups:
             with heartbeat.quick("reference pass"):
                 try:
@@ -270,11 +253,11 @@ class _Pass:
                 break
         going = False
         try:
-            for found in results:  # forwards that were under way when all left
+            for found in results:  # forwards that had begun before the end
                 scored += [values for _, values in found]
         except Exception as error:
             failure = failure or error
-        return concatenate(scored, tokens=self._tokens), failure
+        return concatenate(scored, tokens=self._scoring.tokens), failure
 
 
 def values_of(
@@ -282,11 +265,11 @@ def values_of(
 ) -> Entries:
     """Return the entries of `keys` (E,), in their order, on every rank, as rank 0 reads them.
 
-    One that is marked as not finite has the sum NaN, and no tokens.
+    An answer marked as not finite has the sum NaN and no tokens.
 
     Raises:
-        StorageError: the store lacks one of them: it was damaged since it was filled.
-        PeerError: what arrived is not the same everywhere.
+        StorageError: one is missing, because the store was damaged after it was filled.
+        PeerError: the ranks received different values.
     """
 
     def look_up() -> Entries:
@@ -301,8 +284,8 @@ def values_of(
         at = np.searchsorted(found.keys, keys)
         if len(found) < len(np.unique(keys)):
             raise StorageError(
-                f"reference store {store.folder}: entries that were there are gone; run again, and "
-                "they are scored anew"
+                f"reference store {store.folder}: entries that it had are missing; run again to "
+                "score them again"
             )
         return found.take(at)
 

@@ -1,7 +1,6 @@
-"""What a cached log-prob is named by: the reference's weights, the scoring recipe, the exact token
-ids.
+"""Names of cached log-probs: the scoring recipe, and the digest of the exact token ids.
 
-No path, no position, no time. Called by the store and the fill.
+No path, position or time is part of a name.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
-# Changes whenever the arithmetic of scoring changes: old values then miss by themselves.
 SCORING_VERSION = 4
+"""Raise it when the arithmetic of scoring changes: old values are then no longer found."""
 KEY_BYTES = 16
 
 # Fields of a model's configuration that no log-prob depends on.
@@ -41,8 +40,9 @@ NOT_SCORED = {
 
 
 def scoring_recipe(config: PretrainedConfig, compute: str) -> str:
-    """Return what besides weights and ids decides a log-prob, as JSON: dtype of the computation,
-    architecture, our version.
+    """Return dtype of the forward, architecture and version of the scoring, as JSON.
+
+    Together with the weights and the ids they determine a log-prob.
 
     Args:
         compute: dtype of the forward, "float32", "bf16" or "fp16".
@@ -56,7 +56,7 @@ def scoring_recipe(config: PretrainedConfig, compute: str) -> str:
 
 
 def entry_key(prompt: NDArray[np.int32], response: NDArray[np.int32]) -> bytes:
-    """Return the 16-byte name of one (prompt, response): a digest of exactly these ids."""
+    """Return the 16-byte name of one (prompt, response), a digest of exactly these ids."""
     return entry_keys(prompt, response)[0]
 
 

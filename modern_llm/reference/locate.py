@@ -1,14 +1,10 @@
-"""Which store a run reads: by the digest of the reference's weights, or by the digest it is told.
-
-Called by the reference pass and the verbs.
-"""
+"""The store of a run: found by the digest of the reference's weights, or by a given digest."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from modern_llm.config.dpo import DPOConfig
@@ -26,90 +22,78 @@ from modern_llm.storage.file_digests import cache_root
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class FoundStore:
-    """A reference by its digest, and the store of its values (None for a live reference)."""
+def find_store(
+    runtime: Runtime, checkpoint: Checkpoint, dpo: DPOConfig
+) -> tuple[str, ReferenceStore | None]:
+    """Return the digest of the reference, and its store (None for `reference: model`).
 
-    digest: str
-    store: ReferenceStore | None
-    foreign: bool = False
-    """Whether the weights are not at hand: the digest was told."""
-
-
-def find_store(runtime: Runtime, checkpoint: Checkpoint, dpo: DPOConfig) -> FoundStore:
-    """Return the store of the reference's values; it need not exist yet.
+    The store need not exist yet, unless a digest or folder is given.
 
     Args:
-        checkpoint: of the reference, unless `dpo.reference_digest` tells of another.
+        checkpoint: of the reference; its weights are not read if `dpo.reference_digest` is set.
 
     Raises:
-        StorageError: no store, or several, have the digest that was told.
+        StorageError: the given folder has other values, or not exactly one store the given digest.
     """
-    recipe = recipe_of(checkpoint, runtime)
     if dpo.reference_digest is not None:
-        store = _opened(runtime, lambda: _told(runtime.forward_dtype, dpo))
-        return FoundStore(store.identity.reference, store, foreign=True)
+        store = _open(runtime, lambda: _folder_of_digest(runtime.forward_dtype, dpo))
+        return store.identity.reference, store
     digest = digest_of_checkpoint(runtime, checkpoint)
     if dpo.reference == "model":
-        return FoundStore(digest, None)
-    identity = Identity(digest, recipe)
+        return digest, None
+    identity = Identity(digest, scoring_recipe(checkpoint.config, runtime.forward_dtype))
     if dpo.reference_store is None:
         store = ReferenceStore.at(cache_root(), identity)
     else:
         folder = dpo.reference_store
-        store = _opened(runtime, lambda: folder)
-        _must_be(store, identity)
+        store = _open(runtime, lambda: folder)
+        _check_identity(store, identity)
     if runtime.is_main:
         log.info("reference: store %s", store.folder)
         if not store.shards:
-            _say_what_differs(identity)
-    return FoundStore(digest, store)
+            _log_similar_stores(identity)
+    return digest, store
 
 
-def _opened(runtime: Runtime, find: Callable[[], Path]) -> ReferenceStore:
-    """Open a standing store; on rank 0 alone must it be there, which is the one that reads it."""
+def _open(runtime: Runtime, find: Callable[[], Path]) -> ReferenceStore:
+    """Open an existing store. Only rank 0 reads it, so the other ranks need not see its folder."""
 
-    def look() -> tuple[Path, Identity]:
+    def open_folder() -> tuple[Path, Identity]:
         folder = find()
         return folder, ReferenceStore.open(folder).identity
 
-    return ReferenceStore(*runtime.on_main(look))
-
-
-def recipe_of(checkpoint: Checkpoint, runtime: Runtime) -> str:
-    """Return the scoring recipe of a run."""
-    return scoring_recipe(checkpoint.config, runtime.forward_dtype)
+    return ReferenceStore(*runtime.on_main(open_folder))
 
 
 def digest_of_checkpoint(runtime: Runtime, checkpoint: Checkpoint) -> str:
-    """Return the digest of a checkpoint's weights, read once a machine, the same on every rank."""
+    """Return the digest of a checkpoint's weights, read once per machine, equal on every rank."""
     files = weight_files(checkpoint)
     with runtime.one_per_machine_first():
         digest = remembered_digest(
             files,
             lambda: stored_tensors(checkpoint, files),
             cache_root() / "digests",
-            recipe_facts(checkpoint),
+            _fingerprint(checkpoint),
         )
     runtime.agree(digest, "the reference's weights")
     return digest
 
 
-def recipe_facts(checkpoint: Checkpoint) -> str:
-    """Return what of a configuration decides which tensors count: the architecture, and ties."""
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    """Return the parts of a configuration that decide which tensors count: architecture, ties."""
     config = checkpoint.config
     return f"{config.model_type} tied={getattr(config, 'tie_word_embeddings', None)}"
 
 
-def _say_what_differs(identity: Identity) -> None:
-    """Where other values are kept under this root, say in what they are not those of this run."""
+def _log_similar_stores(identity: Identity) -> None:
+    """Log the stores that differ from a run's only in the weights or only in the recipe."""
     for folder in stores_in(cache_root()):
         other = read_manifest(folder)
         if other is None or other == identity:
             continue
         if other.reference == identity.reference:
             log.info(
-                "reference: %s holds values of these weights, scored otherwise (%s, not %s)",
+                "reference: %s holds values of these weights with another recipe (%s, not %s)",
                 folder.name,
                 other.recipe,
                 identity.recipe,
@@ -123,9 +107,9 @@ def _say_what_differs(identity: Identity) -> None:
             )
 
 
-def _told(compute: str, dpo: DPOConfig) -> Path:
-    """Find the store of a digest that was told; rank 0 only."""
-    told = dpo.reference_digest or ""
+def _folder_of_digest(compute: str, dpo: DPOConfig) -> Path:
+    """Return the folder of the store with `dpo.reference_digest`; rank 0 only."""
+    digest = dpo.reference_digest or ""
     candidates = stores_in(cache_root())
     if dpo.reference_store is not None:
         candidates = [dpo.reference_store]
@@ -137,7 +121,7 @@ def _told(compute: str, dpo: DPOConfig) -> Path:
             others.append(str(error))
             continue
         scored = json.loads(identity.recipe).get("compute")
-        if identity.reference.startswith(told) and scored == compute:
+        if identity.reference.startswith(digest) and scored == compute:
             fitting.append(folder)
         else:
             others.append(f"{folder} holds {identity.reference[:16]} in {scored}")
@@ -145,17 +129,18 @@ def _told(compute: str, dpo: DPOConfig) -> Path:
         return fitting[0]
     if fitting:
         raise StorageError(
-            f"dpo.reference_digest {told[:16]}: several stores hold such values "
+            f"dpo.reference_digest {digest[:16]}: several stores have it "
             f"({', '.join(map(str, fitting))}); name one with dpo.reference_store"
         )
     raise StorageError(
-        f"dpo.reference_digest {told[:16]}: no store holds values of these weights in {compute}"
+        f"dpo.reference_digest {digest[:16]}: no store holds values of these weights in {compute}"
         f"{'; ' + '; '.join(others[:3]) if others else ''}; name its folder with "
         "dpo.reference_store, or look at the digest (`modern-llm reference info`)"
     )
 
 
-def _must_be(store: ReferenceStore, identity: Identity) -> None:
+def _check_identity(store: ReferenceStore, identity: Identity) -> None:
+    """Raise `StorageError` if a store holds values of other weights or of another recipe."""
     if store.identity.reference != identity.reference:
         raise StorageError(
             f"dpo.reference_store {store.folder}: holds values of other weights "
@@ -164,6 +149,6 @@ def _must_be(store: ReferenceStore, identity: Identity) -> None:
         )
     if store.identity.recipe != identity.recipe:
         raise StorageError(
-            f"dpo.reference_store {store.folder}: scored otherwise ({store.identity.recipe}, this "
-            f"run needs {identity.recipe}); train with the same mixed_precision, or fill it anew"
+            f"dpo.reference_store {store.folder}: has the recipe {store.identity.recipe}, this "
+            f"run needs {identity.recipe}; train with the same mixed_precision, or fill it again"
         )

@@ -1,8 +1,7 @@
-"""Pairs for which a model gives a log-prob that is not finite: left out, counted, listed.
+"""Pairs with a log-prob that is not finite: left out, counted and listed as bad rows.
 
-They belong to the bad rows: too many of them are an error as too many empty answers are. The same
-on every rank, because every rank holds the same values. Called by DPO, the reference pass alone,
-and `score`.
+Too many of them are an error, as too many empty answers are. Every rank holds the same values and
+therefore leaves out the same pairs.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ Indices = NDArray[np.int64]
 
 
 def not_finite(values: NDArray[np.floating] | None) -> Indices:
-    """Return the pairs of which one of the sums (P, 2) is not finite; none where there are no
-    sums."""
+    """Return the pairs with a sum (P, 2) that is not finite; none if there are no sums."""
     if values is None:
         return np.zeros(0, np.int64)
     return np.flatnonzero(~np.isfinite(values).all(1))
@@ -48,19 +46,19 @@ def leave_out(
     listed: Path | None,
     whose: str = "the reference",
 ) -> int:
-    """Judge and list the pairs that are left out; a collective where there are some.
+    """Count, log and list the pairs that are left out; a collective if there are any.
 
     Args:
         found: "train" and "evaluation" -> rows of that table.
-        listed: `dropped_rows.jsonl`, to which they are added once; None only tells them.
-        whose: model that gives these values.
+        listed: `dropped_rows.jsonl`, to which each is added once; None only logs them.
+        whose: model of these values, for the message.
 
     Returns:
-        How many rows of the sources they are.
+        Number of rows of the sources.
 
     Raises:
-        DataError: with the rows that were dropped before they are more than `max_dropped` of a
-            source, or all.
+        DataError: together with the rows dropped before, they are more than `max_dropped` of a
+            source, or all of it.
     """
     tables = {"train": prepared.train, "evaluation": prepared.evaluation}
     origins = {name: _origins(tables[name], rows) for name, rows in found.items() if len(rows)}
@@ -77,7 +75,7 @@ def leave_out(
         )
         if content > max_dropped * report.rows or len(bad) >= report.kept:
             raise DataError(
-                f"{what}; with what was dropped before that is {content / report.rows:.1%}, more "
+                f"{what}; with the rows dropped before that is {content / report.rows:.1%}, more "
                 f"than max_dropped {max_dropped:.1%}: look at these rows and at the model's "
                 "weights, or raise max_dropped"
             )
@@ -103,15 +101,15 @@ def exclude_from_run(
     batch_size: int,
     folder: Path,
 ) -> ExcludedRows:
-    """Return which training and evaluation pairs a run never reads, for values that are not finite;
-    a collective where there are some.
+    """Return the training and evaluation pairs to exclude from a run; a collective if any.
 
     Args:
-        folder: of the run's token tables, where they are listed.
+        values: name of the table -> reference log-probs (P, 2), not all finite.
+        folder: of the run's token tables, with the list of dropped rows.
 
     Raises:
-        DataError: they are too many, or fewer than one batch are left.
-        UserError: the run was begun without some of them and rows were appended since.
+        DataError: they are too many, or fewer pairs than one batch are left.
+        UserError: rows were appended after the run had left out some pairs.
     """
     found = {
         "train": not_finite(values.get("training pairs")),
@@ -129,8 +127,8 @@ def exclude_from_run(
         row = int(found["train"][0])
         raise UserError(
             f"{prepared.train.origin(row)}: left out for {REASON}, and rows were appended since "
-            "this run began: when they join would be counted with it; begin anew in another "
-            "output_dir"
+            "this run began: the step at which they join would be computed with this pair; start "
+            "again in another output_dir"
         )
     return tuple(found["train"].tolist()), tuple(found["evaluation"].tolist())
 
@@ -146,7 +144,7 @@ def _by_source(
         ("train", prepared.train, [part.examples for part in parts]),
         ("evaluation", prepared.evaluation, [part.evaluation_examples for part in parts]),
     ):
-        # The rows of a table stand source by source.
+        # The rows of a table are in the order of the sources.
         ends = np.cumsum(counts)
         for row in found.get(name, ()):
             assert table is not None
@@ -164,10 +162,10 @@ def _origins(table: TokenTable | None, rows: Indices) -> list[str]:
 
 
 def _list(path: Path, origins: list[str], reason: str) -> None:
-    """Add lines to a list; one that stands there is not added again."""
+    """Add lines to a list, except those that it has."""
     before = read_text(path) if path.exists() else ""
     lines = [json.dumps({"origin": origin, "reason": reason}) for origin in origins]
-    standing = set(before.splitlines())
-    new = [line for line in lines if line not in standing]
+    listed = set(before.splitlines())
+    new = [line for line in lines if line not in listed]
     if new:
         write_file(path, before + "".join(f"{line}\n" for line in new))

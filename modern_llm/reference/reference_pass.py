@@ -1,8 +1,7 @@
-"""The reference of a DPO run: whose values, where they are kept, how they come, and the check.
+"""Reference log-probs of one DPO run: find the store, score what it lacks, check a sample.
 
-Before a model is loaded it is known what the store lacks and whether that could be written; then
-the missing answers are scored, and a sample of the stored values is scored again. Called by the DPO
-stage and by the verbs `reference fill` and `reference verify`.
+The missing answers are counted, and the store is checked to be writable, before a model is loaded.
+A sample of the stored values is scored again before the first step.
 """
 
 from __future__ import annotations
@@ -49,18 +48,21 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PendingTable:
-    """One table whose answers need values: its name in the log, and what it needs."""
+    """A table whose answers need values."""
 
     what: str
+    """Its name in the log."""
     answers: Answers
 
 
 class ReferencePass:
-    """One run's way to its reference values.
+    """Finds, computes and checks the reference log-probs of one run.
 
     Attributes:
         digest: of the reference's weights; None for a loss that reads no reference.
-        store: where the values are; None as well for a live reference.
+        store: of the values; None also for `reference: model`.
+        checkpoint: of the reference; None if only its values are available.
+        pending: the tables whose answers need values.
     """
 
     def __init__(
@@ -75,61 +77,45 @@ class ReferencePass:
         self._runtime, self._config, self._dpo, self._part = runtime, config, dpo, part
         self.digest: str | None = None
         self.store: ReferenceStore | None = None
-        self._checkpoint: Checkpoint | None = policy
+        self.checkpoint: Checkpoint | None = policy
+        self.pending: list[PendingTable] = []
         self._is_policy = dpo.reference_checkpoint is None
-        self._pending: list[PendingTable] = []
-        self._scorer: TokenScorer | None = None  # of the frozen module, while there is one
+        self._scorer: TokenScorer | None = None  # of the frozen module, while it is loaded
         if not dpo.needs_reference:
             if runtime.is_main:
                 log.info("reference: loss_type %s uses none", dpo.loss_type)
             return
         if dpo.reference_checkpoint is not None:
-            self._checkpoint = inspect_checkpoint(dpo.reference_checkpoint)
-        place = find_store(runtime, self._checkpoint, dpo)
-        self.digest, self.store = place.digest, place.store
-        if place.foreign:
-            self._checkpoint = None
-
-    @property
-    def checkpoint(self) -> Checkpoint | None:
-        """The reference's checkpoint; None where only its values are known."""
-        return self._checkpoint
+            self.checkpoint = inspect_checkpoint(dpo.reference_checkpoint)
+        self.digest, self.store = find_store(runtime, self.checkpoint, dpo)
+        if dpo.reference_digest is not None:
+            self.checkpoint = None
 
     @property
     def vocabulary(self) -> int | None:
-        """Rows of the reference's embedding; None where only its values are known."""
-        return None if self._checkpoint is None else self._checkpoint.vocabulary
-
-    @property
-    def precision(self) -> str:
-        """Precision of the forward, in Accelerate's words."""
-        return self._config.precision
-
-    @property
-    def pending(self) -> list[PendingTable]:
-        """The tables whose answers need values."""
-        return self._pending
+        """Rows of the reference's embedding; None if only its values are available."""
+        return None if self.checkpoint is None else self.checkpoint.vocabulary
 
     def register(self, **tables: TokenTable | None) -> None:
-        """Name the tables whose pairs need values, each by what the log calls it."""
+        """Set the tables whose pairs need values, each under its name in the log."""
         if self.store is not None:
-            self._pending = [
+            self.pending = [
                 PendingTable(name.replace("_", " "), Answers(table))
                 for name, table in tables.items()
                 if table is not None
             ]
 
     def look_up(self, prepared: Prepared) -> None:
-        """Look a run's pairs up in the store, and refuse now what could not be done later.
+        """Register a run's tables and check the store before a model is loaded.
 
         Raises:
             StorageError: values are missing and may not be scored, or could not be written.
         """
         self.register(training_pairs=prepared.train, evaluation_pairs=prepared.evaluation)
-        self._runtime.on_main(self.make_room)
+        self._runtime.on_main(self.check_store)
 
-    def make_room(self) -> None:
-        """Refuse now what could not be done later; rank 0 only.
+    def check_store(self) -> None:
+        """Check that the store has all values, or that they can be added; rank 0 only.
 
         Raises:
             StorageError: values are missing and may not be scored, or could not be written.
@@ -138,18 +124,15 @@ class ReferencePass:
             return
         tokens = self._dpo.per_token
         rows = targets = 0
-        for pending in self._pending:
+        for pending in self.pending:
             answers = pending.answers
-            known = self.store.find(answers.keys, tokens=tokens).keys
-            lacking = ~np.isin(answers.keys, known) & ~np.isin(
-                answers.keys, self.store.marks.keys()
-            )
-            rows, targets = rows + int(lacking.sum()), targets + int(answers.targets[lacking].sum())
-            if self._dpo.reference == "store" and lacking.any():
-                first = answers.origin(answers.earliest(np.flatnonzero(lacking)))
+            missing = ~self.store.known(answers.keys, tokens=tokens)
+            rows, targets = rows + int(missing.sum()), targets + int(answers.targets[missing].sum())
+            if self._dpo.reference == "store" and missing.any():
+                first = answers.origin(answers.earliest(np.flatnonzero(missing)))
                 kind = " with per-token values" if tokens else ""
                 raise StorageError(
-                    f"dpo.reference: store: {self.store.folder} lacks {int(lacking.sum())} of "
+                    f"dpo.reference: store: {self.store.folder} lacks {int(missing.sum())} of "
                     f"{len(answers)} answers of the {pending.what}{kind}, the first at {first}; "
                     "fill it with `modern-llm reference fill` (same tokenizer, template and "
                     "lengths), or use dpo.reference: cache"
@@ -166,60 +149,60 @@ class ReferencePass:
         return self._runtime.on_main(lambda: store.find(keys))
 
     def not_finite(self) -> list[Indices]:
-        """Return the pairs of each wanted table of which an answer is marked as not finite."""
+        """Return, for each pending table, the pairs with an answer marked as not finite."""
         assert self.store is not None
         marked = self._runtime.on_main(self.store.marks.keys)
         return [
             np.flatnonzero(np.isin(pending.answers.keys, marked)[pending.answers.of_pairs].any(1))
-            for pending in self._pending
+            for pending in self.pending
         ]
 
     def compute(self, policy: TokenScorer) -> dict[str, Values | None]:
         """Score what is missing, check a sample, and return the values of every table by its name.
 
         Args:
-            policy: with the weights that the run starts from: the reference itself, unless another
-                is named. After a resume too: a checkpoint's weights are loaded later, by the loop.
+            policy: with the weights that the run starts from, which are the reference by default.
+                After a resume too: the loop loads the weights of a checkpoint later.
 
         Returns:
-            (P, 2) sums a table; NaN where one of the pair's is not finite.
+            (P, 2) sums per table; NaN if one of the pair's sums is not finite.
         """
         if self.store is None:
             return {}
         reports = []
         with self.frozen(policy) as scoring:
-            for pending in self._pending:
+            for pending in self.pending:
                 reports.append(self.fill(pending, scoring))
             release_freed_memory()
-            self._check(self._pending[0], scoring)
-            values = [self._values(pending) for pending in self._pending]
-        return {pending.what: found for pending, found in zip(self._pending, values, strict=True)}
+            self._check(self.pending[0], scoring)
+            values = [self._values(pending) for pending in self.pending]
+        return {pending.what: found for pending, found in zip(self.pending, values, strict=True)}
 
-    def live(self, policy: TokenScorer) -> nn.Module | None:
+    def reference_model(self, policy: TokenScorer) -> nn.Module | None:
         """Return the frozen model of `reference: model`, else None."""
         if self._dpo.reference != "model" or not self._dpo.needs_reference:
             return None
-        assert self._checkpoint is not None
-        # Under ZeRO-3 the policy's weights are whole inside its own engine's forward only.
+        assert self.checkpoint is not None
+        # Under ZeRO-3 the policy's weights are gathered only in its own engine's forward.
         if has_adapters(policy.model) and self._is_policy and self._runtime.stage != 3:
             if self._runtime.is_main:
-                log.info("reference: the policy without its adapters, asked in every step")
+                log.info("reference: the policy without its adapters, computed in every step")
             return AdapterFreePolicy(policy)
-        scorer = set_up_frozen(self._runtime, self._checkpoint, self._config)
+        scorer = set_up_frozen(self._runtime, self.checkpoint, self._config)
         if self._runtime.is_main:
-            log.info("reference: a frozen model beside the policy, asked in every step")
+            log.info("reference: a frozen model beside the policy, computed in every step")
         return self._runtime.freeze(scorer)
 
     def fill_all(self) -> list[FillReport]:
-        """Score what is missing of every table; the values stay in the store."""
+        """Score what the store lacks of every table."""
         with self.frozen(None) as scoring:
-            reports = [self.fill(pending, scoring) for pending in self._pending]
+            reports = [self.fill(pending, scoring) for pending in self.pending]
             if self._part == (1, 1):
-                self._check(self._pending[0], scoring)
+                self._check(self.pending[0], scoring)
         return reports
 
     def fill(self, pending: PendingTable, scoring: Scoring | None) -> FillReport:
-        """Score what the store lacks of one table and say what was done."""
+        """Score what the store lacks of one table, log the counts and return them."""
         assert self.store is not None
         answers = pending.answers
         if scoring is None:
@@ -230,7 +213,6 @@ class ReferencePass:
             self.store,
             scoring,
             flush_every=2 * self._dpo.flush_every,
-            tokens=self._dpo.per_token,
             part=self._part,
         )
         if self._runtime.is_main:
@@ -248,19 +230,16 @@ class ReferencePass:
 
     @contextmanager
     def frozen(self, policy: TokenScorer | None) -> Iterator[Scoring | None]:
-        """Give the reference ready to score, for the time of the body.
-
-        None where its weights are not at hand.
-        """
-        if self._checkpoint is None:
-            log.info("reference: its weights are not at hand, so no stored value is scored again")
+        """Yield the scoring of the frozen reference; None if its weights are not available."""
+        if self.checkpoint is None:
+            log.info("reference: its weights are not available, so no stored value is scored again")
             yield None
             return
-        # DeepSpeed computes in an engine only: sharded, and in the precision that training has.
+        # DeepSpeed computes only in an engine: sharded, and in the precision of training.
         if self._is_policy and policy is not None and self._runtime.stage is None:
             scorer, module = policy, policy
         else:
-            scorer = set_up_frozen(self._runtime, self._checkpoint, self._config)
+            scorer = set_up_frozen(self._runtime, self.checkpoint, self._config)
             module = self._runtime.freeze(scorer)
         self._scorer = scorer
         try:
@@ -273,13 +252,13 @@ class ReferencePass:
             )
         finally:
             self._scorer = None
-        # After an error the runtime frees it, within a deadline.
+        # After an error the runtime releases it, within a deadline.
         if module is not policy:
             self._runtime.release(module)
         release_freed_memory()
 
     def _values(self, pending: PendingTable) -> Values:
-        """Return the two numbers of every pair of a table."""
+        """Return the values (P, 2) of every pair of a table."""
         assert self.store is not None
         answers, alpha = pending.answers, self._dpo.ld_alpha
         found = values_of(self._runtime, answers.keys, self.store, tokens=alpha is not None)
@@ -290,8 +269,7 @@ class ReferencePass:
         return np.where(np.isfinite(sums).all(1, keepdims=True), weighted, np.float32(np.nan))
 
     def _check(self, pending: PendingTable, scoring: Scoring | None) -> None:
-        """Score a sample of pairs again as training lays them out: both answers of each must be as
-        stored, whatever the loss makes of them.
+        """Score a sample of pairs again as training lays them out, and compare the stored sums.
 
         Raises:
             StorageError: a stored value is not what these weights give; names the worst answer.
@@ -304,7 +282,7 @@ class ReferencePass:
         marked = np.isin(answers.keys, self._runtime.on_main(self.store.marks.keys))
         good = np.flatnonzero(~marked[pairs].any(1))
         if not len(good):
-            return  # what is left out is judged by whoever reads the values
+            return  # the caller counts the pairs that are left out
         count = min(self._dpo.self_check_pairs or SELF_CHECK_PAIRS, len(good))
         sample = good[np.unique(np.linspace(0, len(good) - 1, count).astype(np.int64))]
         rows, fresh = self._scored_as_trained(pending, scoring, sample)
@@ -321,7 +299,7 @@ class ReferencePass:
         )
         if self._runtime.is_main:
             log.info(
-                "reference check: %d pairs scored again as in training, within %.1e nats a token "
+                "reference check: %d pairs scored again as in training, within %.1e nats per token "
                 "(bound %g)",
                 len(rows),
                 worst,
@@ -331,8 +309,7 @@ class ReferencePass:
     def _scored_as_trained(
         self, pending: PendingTable, scoring: Scoring, sample: Indices
     ) -> tuple[Indices, Values]:
-        """Return pairs and their sums (P, 2), from micro-batches as training makes them; a
-        collective."""
+        """Return pairs and their sums (P, 2), from micro-batches as in training; a collective."""
         assert self._scorer is not None
         table = pending.answers.table
         source = make_source(self._runtime, self._config, table, self._scorer)
@@ -353,7 +330,7 @@ class ReferencePass:
 def desensitised(found: Entries, pairs: NDArray[np.int64], alpha: float) -> Values:
     """Return the length-desensitised sums (P, 2) of some pairs (LD-DPO, arXiv 2409.06411, eq. 9).
 
-    Tokens up to the length of the pair's shorter answer count whole, those after it `alpha` times.
+    Tokens up to the length of the pair's shorter answer have weight 1, those after it `alpha`.
 
     Args:
         found: answers with per-token values.

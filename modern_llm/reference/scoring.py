@@ -1,4 +1,4 @@
-"""Forward-only scoring of answers: each distinct (prompt, response) once, prompts shared."""
+"""Forward-only scoring of answers: each (prompt, response) once, with shared prompts."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from modern_llm.reference.store.entries import Entries, concatenate
 
 log = logging.getLogger(__name__)
 
-# Tokens of one forward where the user says nothing. No activations are kept for a backward, so on a
-# GPU it may hold more than training does; on a CPU what stays in the caches is fastest (seen on two
-# cores: 800 tokens 34 pairs/s, 2,048 tokens 26, 6,000 tokens 27).
+# Default tokens per forward. No activations are kept for a backward, so on a GPU it can hold more
+# than in training. On a CPU a forward that fits the caches is fastest (on two cores: 800 tokens
+# 34 pairs/s, 2,048 tokens 26, 6,000 tokens 27).
 FORWARD_TOKENS = {"cpu": 768, "cuda": 32_768}
 
 
 class Scoring:
-    """Runs a frozen model forward.
+    """Forward of a frozen model over answers.
 
     Args:
-        module: a `TokenScorer`, or what was made of one to run on several devices.
-        trees: what rows may hold; alone where the module computes no trees.
+        module: a `TokenScorer`, or its wrapper for several devices.
+        trees: what the rows of a batch may hold, as the module supports it.
         tokens: also give the log-prob of every token.
     """
 
@@ -60,18 +60,18 @@ class Scoring:
         *,
         alone: bool = False,
     ) -> AnswerBatches:
-        """Return all or some answers laid out for this model, each `alone` in a forward or not."""
+        """Return all or some answers laid out for this model; `alone`: one answer per forward."""
         chosen = np.arange(len(answers)) if entries is None else entries
         return AnswerBatches(answers, chosen, trees=self._trees, budget=self.budget, alone=alone)
 
     def __call__(
         self, trees: AnswerBatches, groups: Iterable[NDArray[np.int64]]
     ) -> Generator[list[tuple[NDArray[np.int64], Entries]], None, None]:
-        """Score groups of trees on this rank; yields for each the answers (indices) and their
-        values, in parts where a group had to be cut.
+        """Score groups of trees on this rank; yield answers (indices) and values of each group.
 
-        An empty group is a forward that gives nothing: a sharded model needs every rank in every
-        forward, so all ranks are given the same number of groups.
+        A group that did not fit into memory gives several parts. An empty group is a forward
+        without a result: a sharded model needs every rank in every forward, so all ranks must have
+        the same number of groups.
         """
         training = self._module.training
         self._module.eval()
@@ -88,7 +88,7 @@ class Scoring:
         self, trees: AnswerBatches, group: NDArray[np.int64]
     ) -> Iterator[tuple[NDArray[np.int64], Entries]]:
         if len(group) > 1 and trees.budget > self.budget:
-            # Memory ran out before: what was planned larger is cut to what has fitted since.
+            # Memory ran out before: split the group to the lower budget.
             pieces = trees.groups(group, self.budget)
         else:
             pieces = [group]
@@ -106,7 +106,7 @@ class Scoring:
     def _smaller(
         self, trees: AnswerBatches, group: NDArray[np.int64], error: RuntimeError
     ) -> Iterator[tuple[NDArray[np.int64], Entries]]:
-        """Halve the budget for the rest of the pass, and score the group in parts."""
+        """Halve the budget for the rest of the pass and score the group in parts."""
         if len(group) < 2:
             origin = trees.answers.origin(int(trees.entries(group)[0])) if len(group) else "nothing"
             raise UserError(
@@ -116,7 +116,7 @@ class Scoring:
             torch.cuda.empty_cache()
         total = sum(sum(trees.sizes(int(item))) for item in group)
         self.budget = max(1, min(self.budget, total) // 2)
-        log.warning("out of memory: forwards of %d tokens from here on", self.budget)
+        log.warning("out of memory: forwards of %d tokens from now on", self.budget)
         half = len(group) // 2
         for part in (group[:half], group[half:]):
             yield from self._score(trees, part)
@@ -124,8 +124,7 @@ class Scoring:
     def pairs(
         self, batches: Iterable[MicroBatch]
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Score micro-batches of pairs as training lays them out; yields the pairs and their sums
-        (P, 2)."""
+        """Score micro-batches of pairs as in training; yield the pairs and their sums (P, 2)."""
         training = self._module.training
         self._module.eval()
         try:
@@ -165,31 +164,30 @@ class Scoring:
 def score_everywhere(
     runtime: Runtime, scoring: Scoring, answers: Answers, entries: NDArray[np.int64] | None = None
 ) -> Entries:
-    """Score all or some answers (ascending indices), shared by the ranks; all get all values.
+    """Score all or some answers (ascending indices) on all ranks; every rank gets all values.
 
     Returns:
         The values in the order of `entries`.
 
     Raises:
-        Stopped: a signal asked for it.
+        Stopped: a signal asked to stop.
     """
     heartbeat.enter("scoring answers")
     trees = scoring.lay_out(answers, entries)
-    found = _shared_out(runtime, scoring, trees)
+    found = _score_on_all(runtime, scoring, trees)
     good = np.isfinite(found.sums)
     if not good.all():
-        # One that is not finite may spoil its neighbours in a forward: 0 x inf is not 0.
+        # An answer that is not finite can spoil others of its forward: 0 x inf is not 0.
         rows = np.searchsorted(answers.keys, found.keys[~good])
-        again = _shared_out(runtime, scoring, scoring.lay_out(answers, rows, alone=True))
+        again = _score_on_all(runtime, scoring, scoring.lay_out(answers, rows, alone=True))
         kept = found.take(np.flatnonzero(good))
         found = concatenate([kept, again], tokens=scoring.tokens)
-    # Keys are in the order of the entries, because answers are.
+    # The order of keys is the order of the entries.
     return found.take(np.argsort(found.keys))
 
 
-def _shared_out(runtime: Runtime, scoring: Scoring, trees: AnswerBatches) -> Entries:
-    """Score trees, shared by the ranks in equal numbers of forwards; all get all values, in no
-    order."""
+def _score_on_all(runtime: Runtime, scoring: Scoring, trees: AnswerBatches) -> Entries:
+    """Score trees in an equal number of forwards on every rank; return all values, unordered."""
     groups = trees.groups()
     groups += [np.zeros(0, np.int64)] * (-len(groups) % runtime.world)
     mine: list[Entries] = []

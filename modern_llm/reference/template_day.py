@@ -1,9 +1,9 @@
-"""The day that a chat template reads as today's date: one for a whole run, and for its reference.
+"""Day that a chat template reads as today's date: one for a run and its reference.
 
 Some templates write the date (Llama 3.2, gpt-oss). Tokens, and with them the names of stored
-log-probs, would then change every day. A run therefore has one day. It is, in this order: the
-option `data.template_date`; on resume that of `config.yaml`; the day with which the store of the
-reference was filled; today.
+log-probs, would then change every day. A run therefore has one day, the first of these that exists:
+the option `data.template_date`; on resume, the day in `config.yaml`; the day of the reference
+store; today.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from modern_llm.storage.regular_files import read_text
 log = logging.getLogger(__name__)
 
 FILE = "template-days.json"
-"""In the folder of a store: digest of a chat template -> the day with which it was written."""
+"""Name in the folder of a store: digest of a chat template -> day with which it was filled."""
 Section = TypeVar("Section", InstructionDatasetConfig, PreferenceDatasetConfig)
 
 
@@ -43,16 +43,16 @@ def with_template_day(
     record: dict[str, Any] | None = None,
     store: Callable[[], ReferenceStore | None] | None = None,
 ) -> Section:
-    """Return `data` with the day of the run, the same on every rank; unchanged where the chat
-    template reads no date.
+    """Return `data` with the day of the run, equal on every rank; unchanged if the chat template
+    reads no date.
 
     Args:
-        record: the run's configuration, as it is written to `config.yaml`: read and completed.
-        store: finds that of the reference's values, on every rank; called where it may decide, for
+        record: the run's configuration for `config.yaml`, in which the day is read and set.
+        store: finds the reference store, on every rank; called only if its day may count, because
             it reads the weights.
 
     Raises:
-        ConfigError: a day is set, and the template reads none.
+        ConfigError: a day is set, but the template reads none.
     """
     template = template_source(tokenizer, data.template)
     if not reads_date(template):
@@ -82,7 +82,7 @@ def _choose(
     recorded: dict[str, Any],
     store: ReferenceStore | None,
 ) -> tuple[str, str]:
-    """Return the day and where it is from."""
+    """Return the day and its source."""
     if data.template_date is not None:
         return data.template_date, "data.template_date"
     if recorded.get("template_date"):
@@ -107,24 +107,24 @@ def remember_day(
     data: PreferenceDatasetConfig,
     store: ReferenceStore | None,
 ) -> None:
-    """Note the day of the pairs whose values a store holds; rank 0 only. The first one stays."""
+    """Record the day of a store's pairs, unless it has one; rank 0 only."""
     if store is None or data.template_date is None:
         return
     days = _days(store.folder)
     template = _name(template_source(tokenizer, data.template))
     if template not in days and store.folder.is_dir():
-        # A complete store may be read-only; data.template_date names the day then.
+        # A complete store may be read-only; the user can set data.template_date then.
         with suppress(OSError, StorageError):
             write_file(store.folder / FILE, json.dumps(days | {template: data.template_date}))
 
 
 def _name(template: str) -> str:
-    """The digest by which the file knows a template."""
+    """Return the digest under which the file lists a template."""
     return hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def _days(folder: Path) -> dict[str, str]:
-    """The days of a store; none where the file is missing or damaged."""
+    """Return the days of a store; none if the file is missing or damaged."""
     try:
         found = json.loads(read_text(folder / FILE))
         return {str(k): date.fromisoformat(v).isoformat() for k, v in found.items()}

@@ -1,8 +1,7 @@
-"""The digest of a reference: a name made of its weights' content, whatever file holds them.
+"""Digest of a reference's weights, the same for every file format and number of files.
 
-Not the path, the name or the time of a file; the same for one file and for several, for a `.pt`
-file and a `transformers` folder. Once computed, it is remembered with the identity of the files,
-so that the same weights are not read twice. Called by the reference pass and the verbs.
+It depends on names, shapes, types and bytes of the tensors, not on path or time of a file. It is
+cached with the identity of the files, so that the same weights are not read twice.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from modern_llm.storage.regular_files import read_text
 
 log = logging.getLogger(__name__)
 
-# Changes with the way in which the digest is made.
 VERSION = 1
+"""Version of the digest; raise it when the way of computing changes."""
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the SHA-256 over name, shape, dtype and bytes of all tensors, in hex; order is free.
+    """Return the SHA-256 over name, shape, dtype and bytes of all tensors, in any order, in hex.
 
-    Two threads, because SHA-256 lets go of the interpreter lock and reading does too.
+    Two threads, because SHA-256 and reading release the interpreter lock.
     """
 
     def one(item: tuple[str, Tensor]) -> tuple[str, str]:
@@ -55,23 +54,26 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def remembered_digest(
-    files: list[Path], tensors: Callable[[], Iterable[tuple[str, Tensor]]], memory: Path, facts: str
+    files: list[Path],
+    tensors: Callable[[], Iterable[tuple[str, Tensor]]],
+    memory: Path,
+    fingerprint: str,
 ) -> str:
-    """Return the digest of the weights in `files`, read only if they are not those seen before.
+    """Return the digest of the weights in `files`, which are read only if it is not cached.
 
     Args:
-        tensors: gives names and tensors of the files.
-        memory: folder where digests are remembered; nothing is where it cannot be written.
-        facts: what else the digest depends on, such as the architecture that says what is tied.
+        tensors: returns names and tensors of the files.
+        memory: folder of the cached digests; if it cannot be written, nothing is cached.
+        fingerprint: what else the digest depends on, such as the architecture with its ties.
 
     Raises:
         StorageError: the files changed while they were read.
     """
     before = _identities(files)
-    place = place_of(memory, before[0][0])
-    known = {"version": VERSION, "files": before, "facts": facts}
+    entry = place_of(memory, before[0][0])
+    known = {"version": VERSION, "files": before, "facts": fingerprint}
     with suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads(read_text(place))
+        found = json.loads(read_text(entry))
         if {name: found[name] for name in known} == json.loads(json.dumps(known)):
             return str(found["digest"])
     began = time.perf_counter()
@@ -80,12 +82,12 @@ def remembered_digest(
         raise StorageError(
             f"{files[0]}: changed while it was read; wait until it is written, then run again"
         )
-    size = sum(entry[1] for entry in before) / 1e9
+    size = sum(identity[1] for identity in before) / 1e9
     log.info("reference: digest of %.2f GB in %.1f s", size, time.perf_counter() - began)
     if is_settled(before):
         with suppress(StorageError, OSError):
             memory.mkdir(parents=True, exist_ok=True)
-            write_file(place, json.dumps(known | {"digest": digest}))
+            write_file(entry, json.dumps(known | {"digest": digest}))
     return digest
 
 

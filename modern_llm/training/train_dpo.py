@@ -14,7 +14,7 @@ from modern_llm.data.table.build import Prepared
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.load import inspect_checkpoint
 from modern_llm.models.scorer import TokenScorer
-from modern_llm.reference.adapter_free import base_facts
+from modern_llm.reference.adapter_free import base_fingerprint
 from modern_llm.reference.nonfinite_pairs import exclude_from_run
 from modern_llm.reference.reference_pass import ReferencePass
 from modern_llm.reference.template_day import remember_day, with_template_day
@@ -87,7 +87,7 @@ def run_dpo(
         scorer = policy.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=False)
         task = _task(runtime, run, scorer, dpo_config, data, prepared, reference)
         facts = {"reference": reference.digest, "plan": task.plan}
-        facts |= base_facts(runtime, checkpoint, lora_config)
+        facts |= base_fingerprint(runtime, checkpoint, lora_config)
         ends = answer_ends(tokenizer, data, prepared)
         return stage.train_and_export(
             runtime, scorer, task, train_config, run, tokenizer, facts, ends
@@ -152,5 +152,5 @@ def _task(
         evaluation,
         values.get("evaluation pairs"),
         scorer.aux_coefficient,
-        live=reference.live(scorer),
+        live=reference.reference_model(scorer),
     )

@@ -9,7 +9,7 @@ from modern_llm.config import InstructionDatasetConfig, LoraConfig, TrainingConf
 from modern_llm.data.encode.kinds import kind_of
 from modern_llm.data.instruction_datasets import build_instruction_tables
 from modern_llm.models.load import inspect_checkpoint
-from modern_llm.reference.adapter_free import base_facts
+from modern_llm.reference.adapter_free import base_fingerprint
 from modern_llm.reference.template_day import with_template_day
 from modern_llm.setup import policy, tables
 from modern_llm.setup.micro_batches import make_sources
@@ -76,7 +76,7 @@ def run_sft(
         scorer = policy.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=True)
         source, evaluation = make_sources(runtime, train_config, prepared, scorer)
         task = LanguageTask(source, evaluation, scorer.aux_coefficient)
-        facts = base_facts(runtime, checkpoint, lora_config)
+        facts = base_fingerprint(runtime, checkpoint, lora_config)
         ends = answer_ends(tokenizer, data, prepared)
         return stage.train_and_export(
             runtime, scorer, task, train_config, run, tokenizer, facts, ends

@@ -26,49 +26,49 @@ class FillSettings(DpoSettings):
     """Score what the reference store lacks for a run's pairs, without training."""
 
     part: Annotated[str, StringConstraints(pattern=r"^[1-9]\d*/[1-9]\d*$")] = "1/1"
-    """Which part of the data this job sees to, such as 3/8; merge the stores of all parts after."""
+    """Part of the data that this job fills, such as 3/8; merge the stores of all parts after."""
 
 
 class RunOfStore(Settings):
-    """Which store: a folder, or the one that a run with these sections would read."""
+    """A store: a folder, or the store of a run with these sections."""
 
     store: Path | None = None
     """Folder of a store."""
     sft_checkpoint: str | None = None
-    """As for dpo; with train, dpo and data in place of store."""
+    """As for dpo; with train, dpo and data, in place of store."""
     train: TrainingConfig | None = None
     dpo: DPOConfig = Field(default_factory=DPOConfig)
     data: PreferenceDatasetConfig = Field(default_factory=PreferenceDatasetConfig)
     tokenizer_name: str | None = None
-    """Hub id or folder of the tokenizer; comes before the checkpoint's own."""
+    """Hub id or folder of the tokenizer, in place of the checkpoint's."""
 
 
 class VerifySettings(RunOfStore):
     """Check every byte of a store; with a run's sections, also score a sample again."""
 
     sample: Annotated[int, Field(gt=0)] = 64
-    """Answers to score again, where a run is named."""
+    """Answers to score again, if a run is named."""
 
 
 class InfoSettings(Settings):
-    """Tell which reference, recipe, rows, tokens and bytes a store holds."""
+    """Show reference, recipe, rows, tokens and bytes of a store."""
 
     store: Path | None = None
-    """Folder of a store; all under MODERN_LLM_CACHE unless said."""
+    """Folder of a store; by default all under MODERN_LLM_CACHE."""
 
 
 class MergeSettings(Settings):
-    """Join stores of the same reference and recipe into one; the sources stay as they are."""
+    """Merge stores of the same reference and recipe into one; the sources stay unchanged."""
 
     sources: Annotated[list[Path], Field(min_length=1)]
     """Folders of stores."""
     into: Path | None = None
-    """Folder of the joined store, new or standing; the one under MODERN_LLM_CACHE unless said."""
+    """Folder of the merged store, new or existing; by default the one under MODERN_LLM_CACHE."""
 
 
 class PruneSettings(RunOfStore):
-    """Remove damaged and left-over files and join small shards; with a run's sections, also forget
-    what its pairs do not use."""
+    """Remove damaged and left-over files and merge small shards; with a run's sections, also
+    remove the entries that its pairs do not use."""
 
 
 def fill(settings: FillSettings) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def fill(settings: FillSettings) -> dict[str, Any]:
     from modern_llm.reference.commands import fill_reference
 
     without_effect = {
-        "resume": "a store is always gone on with",
+        "resume": "a store is always continued",
         "dry_run": "nothing is trained",
         "profile": "it traces training steps",
         "sweep": "name the runs of a sweep one by one; most share one store",
@@ -99,7 +99,7 @@ def fill(settings: FillSettings) -> dict[str, Any]:
 
 
 def verify(settings: VerifySettings) -> dict[str, Any]:
-    """Check a store; return what was checked."""
+    """Check a store; return its folder and the numbers of shards and rescored answers."""
     from modern_llm.reference.commands import verify_reference
     from modern_llm.reference.store.store import ReferenceStore
 
@@ -115,7 +115,7 @@ def verify(settings: VerifySettings) -> dict[str, Any]:
 
 
 def info(settings: InfoSettings) -> dict[str, Any]:
-    """Describe one store or all; return the same."""
+    """Describe one store or all; print and return the description."""
     from modern_llm.reference.store.paths import stores_in
     from modern_llm.reference.store.store import ReferenceStore
     from modern_llm.storage.file_digests import cache_root
@@ -134,7 +134,7 @@ def info(settings: InfoSettings) -> dict[str, Any]:
 
 
 def merge(settings: MergeSettings) -> dict[str, Any]:
-    """Join stores; return what the joined one holds."""
+    """Merge stores; return the description of the merged one."""
     from modern_llm.reference.store.store import ReferenceStore
     from modern_llm.storage.file_digests import cache_root
 
@@ -146,7 +146,7 @@ def merge(settings: MergeSettings) -> dict[str, Any]:
                 [
                     f"sources {source.folder}: holds {tuple(source.identity)}, "
                     f"{sources[0].folder} holds {tuple(identity)}: only values of the same weights "
-                    "and recipe can stand in one store"
+                    "and recipe can be in one store"
                 ]
             )
     if settings.into is None:
@@ -164,13 +164,13 @@ def merge(settings: MergeSettings) -> dict[str, Any]:
     target.claims.close()
     found = _describe(target)
     log.info(
-        "reference: %d stores joined into %s: %d rows", len(sources), target.folder, len(target)
+        "reference: %d stores merged into %s: %d rows", len(sources), target.folder, len(target)
     )
     return found
 
 
 def prune(settings: PruneSettings) -> dict[str, Any]:
-    """Clean one store or all; return what each holds after."""
+    """Clean one store or all; return their descriptions."""
     from modern_llm.reference.commands import keep_needed
     from modern_llm.reference.store.paths import stores_in
     from modern_llm.reference.store.store import ReferenceStore
@@ -193,11 +193,11 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
 
 
 def _request(settings: RunOfStore, *, needed: bool = True) -> Request | None:
-    """Return the run whose store is meant, None where a folder is (or nothing) is named."""
+    """Return the run whose store is meant; None if a folder or nothing is named."""
     from modern_llm.reference.commands import Request
 
     if settings.store is not None and settings.sft_checkpoint is not None:
-        raise ConfigError(["store and sft_checkpoint both say which store: keep one"])
+        raise ConfigError(["store and sft_checkpoint both name a store: keep one"])
     if settings.sft_checkpoint is None:
         if settings.store is None and needed:
             raise ConfigError(
@@ -216,7 +216,7 @@ def _request(settings: RunOfStore, *, needed: bool = True) -> Request | None:
 
 
 def _describe(store: ReferenceStore) -> dict[str, Any]:
-    """What `info` tells of one store."""
+    """Return the description of one store, as `info` shows it."""
     shards = store.shards
     return {
         "store": str(store.folder),

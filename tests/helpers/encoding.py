@@ -23,7 +23,7 @@ CORPUS = [
 
 
 def byte_level(*, begin: bool = False, chat: str | None = None) -> PreTrainedTokenizerFast:
-    """As GPT-2, Llama-3 and Qwen: a text is tokenised alike wherever it stands."""
+    """As GPT-2, Llama-3 and Qwen: a text has the same tokens at every position."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

@@ -1,7 +1,4 @@
-"""Finds writes, flushes, renames and collectives in source, and those outside fault points.
-
-Works on text alone (`ast`). Called by the test of the rule.
-"""
+"""Search of source text (`ast`) for writes, renames and collectives outside fault points."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Iterator
 
 from tests.helpers.imports import Source
 
-# Calls that change what stands on a disk, by the last part of their name.
+# Calls that change a disk, by the last part of their name.
 WRITES = frozenset(
     "write writelines write_text write_bytes fsync rename link hardlink_to symlink symlink_to "
     "copyfile copytree save_file save_pretrained save_model write_adapters tofile".split()

@@ -1,7 +1,7 @@
-"""Fills of a reference store that run in processes of their own and write down what they score.
+"""Fills of a reference store in processes of their own, which log every answer that they score.
 
-A log is a file of 16-byte keys, appended as they are scored: what a killed process has done is
-known to the last forward. Called by the kill storms.
+A log is a file of 16-byte keys, appended as they are scored, so that the work of a killed process
+is known to the last forward.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ def numbered_key(number: int) -> bytes:
 
 
 def scripted(keys: np.ndarray, *, tokens: bool) -> Entries:
-    """What a scripted reference says to some keys: a function of the key alone, of unequal
-    lengths, zero included."""
+    """Return made-up entries: a function of the key alone, of unequal lengths, zero included."""
     keys = np.asarray(keys, "S16")
     raw = np.frombuffer(np.ascontiguousarray(keys).tobytes(), "<u4").reshape(-1, 4)
     counts = (raw[:, 0] % 7).astype(np.int32)
@@ -76,14 +75,14 @@ def read_log(path: Path) -> np.ndarray:
 def check_shards(folder: Path, identity: Identity) -> int:
     """Open and verify, byte by byte, every file under a final name; return the number of shards.
 
-    By the reader alone: a store would set a damaged one aside and go on.
+    By the reader alone: a store would set a damaged one aside and continue.
     """
     found = 0
     for path in folder.glob("shard-*"):
         try:
             shard = Shard(path, identity)
             shard.verify()
-        except FileNotFoundError:  # joined meanwhile
+        except FileNotFoundError:  # compacted meanwhile
             continue
         found += 1
     assert not list(folder.glob("damaged-*"))
@@ -93,7 +92,7 @@ def check_shards(folder: Path, identity: Identity) -> int:
 def fill_pairs(checkpoint: Path, table: Path, cache: Path, log: Path, flush_every: int) -> None:
     """Fill the store of a checkpoint by the reference pass, on all processes of the group.
 
-    Leaves `<log>.<rank>` when the group stands.
+    Creates `<log>.<rank>` when the group has formed.
     """
     os.environ["MODERN_LLM_CACHE"] = str(cache)
     # A bar's lock is a named semaphore, which a killed process leaves behind.
@@ -125,7 +124,7 @@ def fill_pairs(checkpoint: Path, table: Path, cache: Path, log: Path, flush_ever
     found = inspect_checkpoint(checkpoint)
     reference = ReferencePass(runtime, found, config, dpo)
     reference.register(training_pairs=TokenTable.open(table))
-    runtime.on_main(reference.make_room)
+    runtime.on_main(reference.check_store)
     reference.fill_all()
 
 
@@ -159,7 +158,9 @@ class Alone:
 
 
 class Scripted:
-    """Scores four answers to a forward, or each alone, and writes down which."""
+    """Scores four answers per forward, or each alone, and logs which."""
+
+    tokens = True
 
     def __init__(self, log: Path, pause: float):
         self._log, self._pause = KeyLog(log), pause
@@ -194,5 +195,4 @@ def fill_numbered(folder: Path, log: Path, count: int, flush_every: int, pause: 
         ReferenceStore(folder, IDENTITY),
         Scripted(log, pause),
         flush_every=flush_every,
-        tokens=True,
     )

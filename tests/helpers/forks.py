@@ -1,6 +1,6 @@
 """Processes forked from a server that has imported everything once, for tests that kill many.
 
-Importing torch takes seconds, forking milliseconds. Called by the tests of fills that are killed.
+Importing torch takes seconds, forking milliseconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PEER_S = 30.0
 
 
 class Job:
-    """One forked process; what it prints stands in its log."""
+    """One forked process; its log holds what it prints."""
 
     def __init__(self, process: Any, log: Path):
         self._process, self._log = process, log

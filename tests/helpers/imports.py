@@ -350,7 +350,7 @@ def sizes(source: Source, max_lines: int, max_function: int | None) -> list[str]
 
 
 def unsafe_loading(source: Source) -> list[str]:
-    """Ways to run code that lies in a file: pickles, `torch.load`, code from the Hub."""
+    """Ways to run code from a file: pickles, `torch.load`, code from the Hub."""
     found = []
     for imported in imports(source):
         # The error is needed to refuse what torch.load(weights_only=True) refuses.

@@ -47,7 +47,8 @@ CONFIGS = {
     "granite": lambda: tf.GraniteConfig(**WITHOUT_HEAD_DIM, logits_scaling=3.0),
     "cohere": lambda: tf.CohereConfig(**WITHOUT_HEAD_DIM, logit_scale=0.3),
 }  # fmt: skip
-# Attention of their own, or kinds of layer that no mask describes: separate rows, and it is said.
+# Attention of their own, or kinds of layer that no mask describes: they use separate rows, and a
+# line in the log says so.
 WITHOUT_TREES = {
     "falcon": lambda: tf.FalconConfig(
         vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4

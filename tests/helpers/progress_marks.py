@@ -1,7 +1,4 @@
-"""Finds waits, loops and phases in source that the watchdog could take for a hang.
-
-Works on text alone (`ast`). Called by the test of the rule.
-"""
+"""Search of source text (`ast`) for waits and loops that the watchdog could take for a hang."""
 
 from __future__ import annotations
 

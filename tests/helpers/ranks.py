@@ -1,8 +1,8 @@
 """`run_ranks`: run a function on N processes that can form a gloo group, return all the results.
 
-The processes are started as `torchrun` would start them: the rendezvous stands in the environment
-and the function initialises torch.distributed itself (as a rule by the package's start-up code).
-An exception in any of them is raised here with that rank's traceback; none outlives the call.
+The processes start as under `torchrun`: the rendezvous is in the environment, and the function
+initialises torch.distributed itself, usually by the package's start-up code. An exception in any of
+them is raised here with that rank's traceback; no process outlives the call.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def run_ranks(
     Raises:
         The exception of the rank that failed first, with its traceback as a note.
         RankError: a rank was killed or left early, or its exception cannot be pickled.
-        TimeoutError: some ranks did not end; the message holds where they stood.
+        TimeoutError: some ranks did not end; the message has their stacks.
     """
     assert world_size >= 1, world_size
     assert "." not in function.__qualname__, (
@@ -134,7 +134,7 @@ def _raise_first(processes: list[BaseProcess], folder: Path, ended: int) -> None
 
 
 def _stack(process: BaseProcess, rank: int, folder: Path) -> str:
-    """Where a process stands, by its own word; empty if it cannot say."""
+    """Return the stack that a process has written; empty if there is none."""
     path = folder / f"{rank}.stack"
     if process.pid is None or not path.exists():
         return ""

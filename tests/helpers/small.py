@@ -96,7 +96,7 @@ def run_small(
     loud: tuple[int, ...] = (),
     **settings,
 ) -> None:
-    """Train to the end in `folder`, going on from what stands there, and export.
+    """Train to the end in `folder`, resumed if it has a checkpoint, and export.
 
     Args:
         loud: steps, from 0, whose rows are far larger than those of the others.

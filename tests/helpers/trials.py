@@ -1,8 +1,8 @@
-"""Reads one damaged file after another in a process of its own, whose memory is bounded.
+"""Reading of damaged files, one after another, in a process with bounded memory.
 
-The process imports everything once, reads each kind of file intact, and from then on may take one
-GiB more. What a reader raises is told by the words and the status that the command line would use.
-A reader that hangs, dies or takes too long is an error of the trial. Called by the fuzz tests.
+The process imports everything once, reads each kind of file intact, and may then take one GiB more.
+An exception of a reader is reported with the message and status of the command line. A reader that
+hangs, dies or takes too long is an error of the trial.
 """
 
 from __future__ import annotations

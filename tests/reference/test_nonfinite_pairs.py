@@ -1,4 +1,4 @@
-"""Pairs whose log-prob is not finite are left out, listed and counted; everything else goes on."""
+"""Pairs with a log-prob that is not finite are left out, listed and counted; the others train."""
 
 from __future__ import annotations
 

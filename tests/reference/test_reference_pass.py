@@ -1,4 +1,4 @@
-"""Cached, stored and live references give one training run; what is missing or wrong is said."""
+"""Cached, stored and model references give the same run; missing or wrong values are named."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def assert_same_run(one: tuple[list[dict], Path], other: tuple[list[dict], Path]
 
 @pytest.mark.parametrize("dpo", [{}, {"ld_alpha": 0.4}], ids=["sums", "desensitised"])
 @pytest.mark.parametrize("same", [True, False], ids=["the policy's start", "other weights"])
-def test_cached_stored_and_live_references_give_the_same_run(
+def test_cached_stored_and_model_references_give_the_same_run(
     tmp_path, tiny_checkpoint, other, tiny_pairs, dpo, same
 ):
     named = dpo if same else dpo | {"reference_checkpoint": str(other)}
@@ -131,7 +131,7 @@ def test_training_without_the_references_weights(
     caplog.set_level(logging.INFO, logger="modern_llm")
     there = run(tmp_path / "there", tiny_checkpoint, tiny_pairs, told), tmp_path / "there"
     assert_same_run(expected, there)
-    assert "its weights are not at hand" in caplog.text
+    assert "its weights are not available" in caplog.text
     told["reference_digest"] = "0" * 16
     with pytest.raises(StorageError, match=f"holds {filled['reference'][:16]}"):
         run(tmp_path / "wrong", tiny_checkpoint, tiny_pairs, told)
@@ -207,7 +207,7 @@ def test_no_value_that_is_not_finite_is_written(tmp_path, tiny_checkpoint, tiny_
     shutil.copytree(tiny_checkpoint, bad)
     tensors = load_file(bad / "model.safetensors")
     embedding = tensors["model.embed_tokens.weight"].clone()
-    # A token that stands in one pair only: the others are scored and kept.
+    # A token of one pair only: the others are scored and kept.
     (token,) = AutoTokenizer.from_pretrained(tiny_checkpoint)("~")["input_ids"]
     rows = transcripts(30)
     rows[12]["rejected"] += "~"
@@ -348,7 +348,7 @@ def test_stores_of_different_weights_are_not_joined(settings, tmp_path, monkeypa
         (["fill", "--part", "0/3"], "part"),
         (["fill", "--dpo.reference", "model"], "filled with dpo.reference: cache"),
         (["fill", "--resume"], "resume has no effect"),
-        (["verify", "--store", "nowhere"], "both say which store"),
+        (["verify", "--store", "nowhere"], "both name a store"),
     ],
 )
 def test_bad_usage_of_the_verbs_is_one_line(settings, words, part, capsys):

@@ -97,7 +97,7 @@ def weights(tmp_path):
     return path
 
 
-def asked(path, memory, facts="x"):
+def asked(path, memory, fingerprint="x"):
     """The digest, and how often the file was read for it."""
     reads = []
 
@@ -106,7 +106,7 @@ def asked(path, memory, facts="x"):
         content = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
         return [("a", content)]
 
-    return remembered_digest([path], tensors, memory, facts), len(reads)
+    return remembered_digest([path], tensors, memory, fingerprint), len(reads)
 
 
 def test_the_same_file_is_not_read_twice(tmp_path, weights, monkeypatch):
@@ -114,7 +114,7 @@ def test_the_same_file_is_not_read_twice(tmp_path, weights, monkeypatch):
     first, reads = asked(weights, tmp_path / "memory")
     assert reads == 1
     assert asked(weights, tmp_path / "memory") == (first, 0)
-    assert asked(weights, tmp_path / "memory", facts="tied")[1] == 1
+    assert asked(weights, tmp_path / "memory", fingerprint="tied")[1] == 1
 
 
 def test_other_weights_at_the_same_path_are_read(tmp_path, weights, monkeypatch):

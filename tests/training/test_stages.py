@@ -328,7 +328,7 @@ def test_values_that_are_not_these_weights_stop_the_run(
     monkeypatch.setattr(store.ReferenceStore, "append", append_wrong)
     for name in "ab":  # in the launch that scored them, and in a later one that found them
         with pytest.raises(
-            StorageError, match=r"pairs.jsonl:\d+: .* nats a token apart .*; remove "
+            StorageError, match=r"pairs.jsonl:\d+: .* nats per token apart .*; remove "
         ):
             run_dpo(tiny_checkpoint, config(tmp_path / name), options, data)
         assert not (tmp_path / name).exists()

@@ -1,7 +1,7 @@
-"""Answers whose value is not finite under a store's weights: remembered, never stored as values.
+"""Marks of answers whose log-prob is not finite under a store's weights; no value is stored.
 
-Each mark is a small file of its own, named by what it holds, so that jobs that fill one store need
-not wait for each other. A mark that cannot be read is scored again. Called by the store.
+Each addition is a small file named by its content, so that jobs that fill one store do not wait for
+each other. The answers of a file that cannot be read are scored again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Marks:
                 if any(len(name) != KEY_BYTES for name in names):
                     raise ValueError("another length")
             except (OSError, ValueError, TypeError, RecursionError) as error:
-                log.warning("%s: cannot be read (%s); passed over", path, type(error).__name__)
+                log.warning("%s: cannot be read (%s); skipped", path, type(error).__name__)
                 continue
             found.update(names)
         return np.frombuffer(b"".join(sorted(found)), f"S{KEY_BYTES}")
@@ -47,7 +47,7 @@ class Marks:
         """Mark keys (n,) S16.
 
         Raises:
-            StorageError: the disk refuses.
+            StorageError: a write fails.
         """
         if not len(keys):
             return

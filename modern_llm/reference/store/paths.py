@@ -1,7 +1,4 @@
-"""Where stores are, what they are called, and the manifest that says whose values they hold.
-
-Called by the store and the verbs.
-"""
+"""Folders of stores, their names, and the manifest with the identity of the values."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from modern_llm.storage.regular_files import read_bytes
 
 MANIFEST = "MANIFEST.json"
 ATTEMPTS = 20
-"""Looks at a folder that other jobs change meanwhile."""
+"""Most listings of a folder that other jobs change meanwhile."""
 
 
 def stores_in(root: Path) -> list[Path]:
@@ -30,14 +27,14 @@ def folder_of(root: Path, identity: Identity) -> Path:
 
 
 def manifest_text(identity: Identity) -> str:
-    """The manifest's text: what each shard must say of itself. Which there are, the folder says."""
+    """Return the manifest: the identity that each shard must have, and no list of them."""
     content = {"format": FORMAT, "reference": identity.reference, "recipe": identity.recipe}
     own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return json.dumps(content | {"own": own}, indent=1, sort_keys=True) + "\n"
 
 
 def read_manifest(folder: Path) -> Identity | None:
-    """Return what a manifest says, None where it is missing or not byte for byte as written."""
+    """Return the identity in a manifest; None if it is missing or not byte for byte as written."""
     try:
         text = read_bytes(folder / MANIFEST)
         content = json.loads(text)
@@ -48,13 +45,13 @@ def read_manifest(folder: Path) -> Identity | None:
 
 
 def shard_names(folder: Path) -> set[str]:
-    """Return the names of the shards in a folder, as two listings in a row have found them.
+    """Return the names of the shards in a folder, on which two listings in a row agree.
 
-    One listing is not enough: where a file system shows no file that is newer than the opening of
-    the folder (tmpfs, NFS), a join in that moment hides the old shards and the new one.
+    One listing is not enough: some file systems (tmpfs, NFS) do not list a file that is newer than
+    the opening of the folder, so a compaction in that moment hides the old shards and the new one.
 
     Raises:
-        StorageError: it cannot be read, or changes with every look.
+        StorageError: it cannot be read, or changes with every listing.
     """
     last: set[str] | None = None
     for _ in range(ATTEMPTS):
@@ -69,8 +66,8 @@ def shard_names(folder: Path) -> set[str]:
 
 
 def restless(folder: Path) -> StorageError:
-    """The error of a reader that other jobs leave no time to read."""
+    """Return the error of a reader that other jobs leave no time to read."""
     return StorageError(
-        f"{folder}: its shards change faster than they can be read; run again when fewer jobs are "
-        "at work on it"
+        f"{folder}: its shards change faster than they can be read; run again when fewer jobs use "
+        "it"
     )

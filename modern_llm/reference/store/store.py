@@ -140,6 +140,15 @@ class ReferenceStore:
             self.refresh()
         raise restless(self.folder)
 
+    def known(self, keys: NDArray[np.bytes_], *, tokens: bool = False) -> NDArray[np.bool_]:
+        """Return which of `keys` (n,) need no scoring: they have an entry or a not-finite mark.
+
+        Args:
+            tokens: an entry without per-token values does not count.
+        """
+        found = self.find(keys, tokens=tokens).keys
+        return np.isin(keys, found) | np.isin(keys, self.marks.keys())
+
     def append(self, entries: Entries) -> None:
         """Write one shard with these entries, flushed to disk, and compact the shards when due.
 
@@ -184,11 +193,10 @@ class ReferenceStore:
         for shard in other.shards:
             try:
                 shard.verify()
+                if not (self.folder / shard.path.name).exists():
+                    self._write(shard.layout, merged([shard]))
             except (Damaged, OSError) as error:
-                log.warning("%s: %s; its entries are not copied", shard.path, error)
-                continue
-            if not (self.folder / shard.path.name).exists():
-                self._write(shard.layout, merged([shard]))
+                log.warning("%s: %s; its entries are not copied", shard.path, _reason(error))
 
     def verify(self) -> tuple[int, list[str]]:
         """Check every byte; set damaged shards aside.

@@ -42,7 +42,7 @@ class PreferenceTask(SourceTask):
         *,
         live: nn.Module | None = None,
     ):
-        """`live` is a frozen model that is asked in every step, in place of stored values."""
+        """`live` is a frozen model that is run in every step, in place of stored values."""
         super().__init__(source, evaluation, aux_coefficient)
         self._live = live
         self._runtime, self._config = runtime, config

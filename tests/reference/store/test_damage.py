@@ -57,7 +57,7 @@ class Store:
         aside.unlink()
 
     def expect_found_again(self, opened: ReferenceStore) -> None:
-        """What was lost is appended once more, and then found here and by who opens it anew."""
+        """Lost entries are appended again, and then found here and by a store opened later."""
         opened.append(self.truth)
         expect_equal(opened.find(self.truth.keys, tokens=self.ragged), self.truth)
         again = ReferenceStore(self.folder, self.identity)
@@ -226,7 +226,7 @@ def test_a_renamed_shard_is_what_it_holds(place, ragged):
 
 
 def test_every_flipped_byte_and_every_length_of_the_manifest(place, caplog):
-    """What it says stands in every shard too; a manifest that is not as written says nothing."""
+    """Every shard has its content too; a manifest that is not as written is ignored."""
     store = Store(place, False)
     path = place / MANIFEST
     damaged = [content for _, content in flips(store.manifest)]

@@ -220,7 +220,7 @@ def test_the_same_entries_give_the_same_file_however_they_come(place):
 
 @KINDS
 def test_a_lookup_reads_the_blocks_of_its_keys_and_no_more(place, ragged, monkeypatch):
-    """What stands elsewhere may be broken: that is not read, so it is not believed either."""
+    """Damage elsewhere in the shard is not read, and makes no lookup of other keys fail."""
     entries = numbered(*range(20 * BLOCK), tokens=ragged)
     shard = write(place, entries)
     sizes = []

@@ -1,4 +1,4 @@
-"""The store gives back what was appended, misses what it was not given, and names what differs."""
+"""The store returns what was appended, misses everything else, and names what differs."""
 
 from __future__ import annotations
 
