@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from modern_llm.config.errors import StorageError
+from modern_llm.reference.store.entries import Entries
 
 BOUND = {"no": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 """Nats per token, the mean over an answer, by precision of the forward."""
@@ -21,9 +21,8 @@ SHORT = 8
 
 
 def must_agree(
-    fresh: NDArray[np.float32],
-    stored: NDArray[np.float32],
-    counts: NDArray[np.int64],
+    fresh: Entries,
+    stored: Entries,
     precision: str,
     origin: Callable[[int], str],
     fix: str,
@@ -31,19 +30,25 @@ def must_agree(
     """Return the largest difference in nats per token, or raise `StorageError` above `BOUND`.
 
     Args:
-        fresh: (E,) log-prob sums of the answers, scored now.
-        stored: (E,) those of the store.
-        counts: (E,) numbers of target tokens.
-        origin: returns file and line of an answer, by its index in these arrays.
+        fresh: answers scored now.
+        stored: the same answers in the store.
+        origin: returns file and line of an answer, by its index among these.
         fix: what the user can do if they differ.
     """
-    off = np.abs(fresh.astype(np.float64) - stored) / np.maximum(counts, SHORT)
+    wrong = np.flatnonzero(fresh.counts != stored.counts)
+    if len(wrong):
+        at = int(wrong[0])
+        raise StorageError(
+            f"{origin(at)}: the stored value counts {stored.counts[at]} tokens, the answer has "
+            f"{fresh.counts[at]}; {fix}"
+        )
+    off = np.abs(fresh.sums.astype(np.float64) - stored.sums) / np.maximum(stored.counts, SHORT)
     off = np.nan_to_num(off, nan=np.inf)
     worst, bound = int(off.argmax()), BOUND[precision]
     if not off[worst] <= bound:
         raise StorageError(
-            f"{origin(worst)}: the stored log-prob is {stored[worst]:.6g}, these weights give "
-            f"{fresh[worst]:.6g}: {off[worst]:.3g} nats per token apart (bound {bound:g}), so "
+            f"{origin(worst)}: the stored log-prob is {stored.sums[worst]:.6g}, these weights give "
+            f"{fresh.sums[worst]:.6g}: {off[worst]:.3g} nats per token apart (bound {bound:g}), so "
             f"the value is another model's; {fix}"
         )
     return float(off[worst])

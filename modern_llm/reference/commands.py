@@ -24,10 +24,8 @@ from modern_llm.data.table.build import Prepared
 from modern_llm.distributed.health.watchdog import Watchdog, nowhere
 from modern_llm.distributed.runtime import Runtime, start
 from modern_llm.models.load import inspect_checkpoint
-from modern_llm.reference.agreement import must_agree
 from modern_llm.reference.nonfinite_pairs import leave_out
 from modern_llm.reference.reference_pass import ReferencePass
-from modern_llm.reference.scoring import score_everywhere
 from modern_llm.reference.store.store import ReferenceStore
 from modern_llm.reference.template_day import remember_day, with_template_day
 from modern_llm.setup import tables
@@ -105,7 +103,7 @@ def verify_reference(request: Request, sample: int) -> dict[str, Any]:
     """Check every byte of a run's store, and score some of its answers again.
 
     Args:
-        sample: answers of the training pairs to score again.
+        sample: answers of the training pairs to score again, rounded up to whole pairs.
 
     Returns:
         `store`, `shards`, `rescored`, `largest_difference` (nats per token).
@@ -118,7 +116,9 @@ def verify_reference(request: Request, sample: int) -> dict[str, Any]:
         shards, problems = runtime.on_main(store.verify)
         if problems:
             raise StorageError(f"{store.folder}: {'; '.join(problems)}; fill it again")
-        rescored, largest = _rescore(runtime, references, request.train.precision, sample)
+        with references.frozen(None) as scoring:
+            pairs = -(-sample // 2)
+            rescored, largest = references.check(references.pending[0], scoring, pairs)
         return {
             "store": str(store.folder),
             "shards": shards,
@@ -182,40 +182,3 @@ def _store_of(references: ReferencePass) -> ReferenceStore:
     if references.store is None:
         raise ConfigError(["dpo: this run reads no store (loss_type or reference: model)"])
     return references.store
-
-
-def _rescore(
-    runtime: Runtime, references: ReferencePass, precision: str, sample: int
-) -> tuple[int, float]:
-    """Score some stored answers of the training pairs again.
-
-    Returns:
-        Their number, and the largest difference in nats per token.
-    """
-    pending = references.pending[0]
-    answers = pending.answers
-    stored = references.stored(pending, sample)
-    if not len(stored):
-        return 0, 0.0
-    entries = np.searchsorted(answers.keys, stored.keys)
-    with references.frozen(None) as scoring:
-        if scoring is None:
-            return 0, 0.0
-        fresh = score_everywhere(runtime, scoring, answers, entries)
-    if (fresh.counts != stored.counts).any():
-        at = int(np.flatnonzero(fresh.counts != stored.counts)[0])
-        raise StorageError(
-            f"{answers.origin(int(entries[at]))}: the stored value counts {stored.counts[at]} "
-            f"tokens, the answer has {fresh.counts[at]}; remove the store and fill it again"
-        )
-    worst = must_agree(
-        fresh.sums,
-        stored.sums,
-        stored.counts,
-        precision,
-        lambda at: answers.origin(int(entries[at])),
-        "remove the store and fill it again",
-    )
-    if runtime.is_main:
-        log.info("reference: %d answers scored again, within %.1e per token", len(stored), worst)
-    return len(stored), worst

@@ -140,14 +140,6 @@ class ReferencePass:
         if rows:
             self.store.check_space(rows, targets, tokens=tokens)
 
-    def stored(self, pending: PendingTable, sample: int) -> Entries:
-        """Return up to `sample` stored values of a table, in the order of keys, on every rank."""
-        assert self.store is not None
-        keys = pending.answers.keys
-        keys = keys[np.unique(np.linspace(0, len(keys) - 1, sample).astype(np.int64))]
-        store = self.store
-        return self._runtime.on_main(lambda: store.find(keys))
-
     def not_finite(self) -> list[Indices]:
         """Return, for each pending table, the pairs with an answer marked as not finite."""
         assert self.store is not None
@@ -174,7 +166,7 @@ class ReferencePass:
             for pending in self.pending:
                 reports.append(self.fill(pending, scoring))
             release_freed_memory()
-            self._check(self.pending[0], scoring)
+            self.check(self.pending[0], scoring, self._dpo.self_check_pairs or SELF_CHECK_PAIRS)
             values = [self._values(pending) for pending in self.pending]
         return {pending.what: found for pending, found in zip(self.pending, values, strict=True)}
 
@@ -198,7 +190,7 @@ class ReferencePass:
         with self.frozen(None) as scoring:
             reports = [self.fill(pending, scoring) for pending in self.pending]
             if self._part == (1, 1):
-                self._check(self.pending[0], scoring)
+                self.check(self.pending[0], scoring, self._dpo.self_check_pairs or SELF_CHECK_PAIRS)
         return reports
 
     def fill(self, pending: PendingTable, scoring: Scoring | None) -> FillReport:
@@ -268,34 +260,34 @@ class ReferencePass:
         weighted = desensitised(found, answers.of_pairs, alpha)
         return np.where(np.isfinite(sums).all(1, keepdims=True), weighted, np.float32(np.nan))
 
-    def _check(self, pending: PendingTable, scoring: Scoring | None) -> None:
-        """Score a sample of pairs again as training lays them out, and compare the stored sums.
+    def check(
+        self, pending: PendingTable, scoring: Scoring | None, pairs: int
+    ) -> tuple[int, float]:
+        """Score some stored pairs again as training lays them out, and compare the sums.
+
+        Returns:
+            Number of answers, and the largest difference in nats per token.
 
         Raises:
             StorageError: a stored value is not what these weights give; names the worst answer.
         """
-        if scoring is None:
-            return
-        answers = pending.answers
-        pairs = answers.of_pairs
-        assert self.store is not None
-        marked = np.isin(answers.keys, self._runtime.on_main(self.store.marks.keys))
-        good = np.flatnonzero(~marked[pairs].any(1))
+        store, answers = self.store, pending.answers
+        if scoring is None or store is None:
+            return 0, 0.0
+        stored = self._runtime.on_main(lambda: np.isin(answers.keys, store.find(answers.keys).keys))
+        good = np.flatnonzero(stored[answers.of_pairs].all(1))
         if not len(good):
-            return  # the caller counts the pairs that are left out
-        count = min(self._dpo.self_check_pairs or SELF_CHECK_PAIRS, len(good))
-        sample = good[np.unique(np.linspace(0, len(good) - 1, count).astype(np.int64))]
+            return 0, 0.0
+        sample = good[np.unique(np.linspace(0, len(good) - 1, pairs).astype(np.int64))]
         rows, fresh = self._scored_as_trained(pending, scoring, sample)
-        entries = pairs[rows].ravel()
-        chosen = np.unique(entries)
-        stored = values_of(self._runtime, answers.keys[chosen], self.store)
+        entries, where = np.unique(answers.of_pairs[rows].ravel(), return_inverse=True)
+        found = values_of(self._runtime, answers.keys[entries], store).take(where)
         worst = must_agree(
-            fresh.ravel(),
-            stored.sums[np.searchsorted(chosen, entries)],
-            answers.targets[entries],
+            Entries(found.keys, fresh.ravel(), answers.targets[entries[where]]),
+            found,
             self._config.precision,
             lambda at: answers.table.origin(int(rows[at // 2])),
-            f"remove {self.store.folder} and run again",
+            f"remove {store.folder} and run again",
         )
         if self._runtime.is_main:
             log.info(
@@ -305,6 +297,7 @@ class ReferencePass:
                 worst,
                 BOUND[self._config.precision],
             )
+        return len(entries), worst
 
     def _scored_as_trained(
         self, pending: PendingTable, scoring: Scoring, sample: Indices

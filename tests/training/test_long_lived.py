@@ -103,7 +103,7 @@ def fails(where: str) -> Iterator[None]:
     """Let a run end by an error of all ranks: within a forward of the `training`, in the check of
     the `reference`, or in `scoring`."""
     owner, name = {
-        "training": (FusedHead, "forward"), "reference": (ReferencePass, "_check"),
+        "training": (FusedHead, "forward"), "reference": (ReferencePass, "check"),
         "scoring": (score, "score_everywhere"),
     }[where]  # fmt: skip
     real = getattr(owner, name)

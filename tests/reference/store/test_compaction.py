@@ -90,6 +90,25 @@ def test_merging_is_the_first_of_each_key(new_place, sets, ragged, size):
         )  # fmt: skip
 
 
+@given(
+    st.lists(st.sets(st.integers(0, 60), max_size=40), min_size=1, max_size=6), st.integers(1, 9)
+)
+@settings(max_examples=40, deadline=None)
+def test_merging_keys_that_share_their_first_bytes(new_place, sets, size):
+    """Ranges begin at a change of the first four bytes, so that equal ones stay together."""
+    place = new_place()
+    parts = []
+    for numbers in sets:
+        names = [b"mmmm" * (1 + number % 3) + number.to_bytes(16, "big") for number in numbers]
+        keys = np.array(sorted(name[:12] + name[-4:] for name in names), "S16")
+        parts.append(scripted(keys, tokens=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compaction, "_RANGE", {False: size, True: size})
+        expect_equal(
+            together(list(merged([write(place, part) for part in parts]))), first_of(parts)
+        )
+
+
 @KINDS
 def test_memory_is_bounded_by_ranges_and_not_by_shards(place, ragged, monkeypatch):
     monkeypatch.setattr(compaction, "_RANGE", {False: 200, True: 200})
