@@ -33,7 +33,7 @@ def find_store(
         checkpoint: of the reference; its weights are not read if `dpo.reference_digest` is set.
 
     Raises:
-        StorageError: the given folder has other values, or not exactly one store the given digest.
+        StorageError: the given folder has other values, or no single store has the given digest.
     """
     if dpo.reference_digest is not None:
         store = _open(runtime, lambda: _folder_of_digest(runtime.forward_dtype, dpo))

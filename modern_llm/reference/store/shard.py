@@ -184,8 +184,8 @@ def _read_header(file: BinaryIO) -> bytes:
     return bytes(_read(file, 0, 8 + length))
 
 
-def _read(file: BinaryIO, place: int, size: int) -> memoryview:
-    """Return `size` bytes at a place of a file.
+def _read(file: BinaryIO, offset: int, size: int) -> memoryview:
+    """Return `size` bytes of a file from `offset`.
 
     Raises:
         Damaged: it ends before.
@@ -193,7 +193,7 @@ def _read(file: BinaryIO, place: int, size: int) -> memoryview:
     buffer = memoryview(bytearray(size))
     rest = buffer
     while rest:
-        count = os.preadv(file.fileno(), [rest], place + size - len(rest))
+        count = os.preadv(file.fileno(), [rest], offset + size - len(rest))
         if not count:
             raise Damaged("it is cut off")
         rest = rest[count:]
