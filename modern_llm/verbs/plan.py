@@ -63,14 +63,13 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     stage, run = (None, None) if settings.config is None else read_stage(settings.config)
     start = stage.checkpoint(run) if stage is not None else None
     model = settings.model or start
-    if model is None and isinstance(run, PretrainSettings):
-        shapes, sizes = outline_of_new(run.model)
-        model = "the section model"
-    elif model is not None:
-        shapes, sizes = outline(model)
-    else:
+    new = run.model if model is None and isinstance(run, PretrainSettings) else None
+    if model is None and new is None:
         raise ConfigError(["model: none is named; give --model, or --config of a run"])
-    result = make_plan(shapes, sizes, _request(settings, model, stage, run))
+    # Before the model is looked for: a wrong option needs no network.
+    request = _request(settings, model or "the section model", stage, run)
+    shapes, sizes = outline(model) if new is None else outline_of_new(new)
+    result = make_plan(shapes, sizes, request)
     if not settings.json_output:
         show_plan(result)
     return result
