@@ -31,6 +31,14 @@ def one_line(text: object) -> str:
     return printable(" ".join(re.split(r"[ \t\n\v\f\r\x85\u2028\u2029]+", str(text)))).strip()
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text for a message of ours; its type if it says nothing.
+
+    Errors of libraries may run over a screen, and raise without a word.
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()[:200]
+
+
 def printable_values(value: Any) -> Any:
     """Return nested plain values with every string, names of fields included, made `printable`."""
     if isinstance(value, str):

@@ -132,7 +132,7 @@ def _unknown_keys(content: dict[str, Any]) -> Iterator[str]:
         "fp16": DeepSpeedFP16Config,
     }
     for path, model in models.items():
-        section = _at(content, path)
+        section = value_at(content, path)
         if section is None:
             continue
         if not isinstance(section, dict):
@@ -176,7 +176,7 @@ def _contradictions(content: dict[str, Any], config: TrainingConfig) -> Iterator
     if _autocast(content):
         wanted["torch_autocast.dtype"] = ("mixed_precision", autocast_dtype)
     for path, (field, value) in wanted.items():
-        said = _at(content, path)
+        said = value_at(content, path)
         if said is None or said == "auto" or said == value:
             continue
         shown = config.mixed_precision if field == "mixed_precision" else value
@@ -186,7 +186,8 @@ def _contradictions(content: dict[str, Any], config: TrainingConfig) -> Iterator
         )
 
 
-def _at(content: Any, path: str) -> Any:
+def value_at(content: Any, path: str) -> Any:
+    """Return the value at a dotted path into nested objects, or None."""
     for part in path.split("."):
         content = content.get(part) if isinstance(content, dict) else None
     return content

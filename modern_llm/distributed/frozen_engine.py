@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
 from modern_llm.config import TrainingConfig
@@ -62,5 +63,4 @@ def release_frozen(frozen: nn.Module) -> None:
             parameter.data = torch.empty(0, dtype=parameter.dtype)
             parameter.ds_tensor = None
         gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    clear_device_cache()

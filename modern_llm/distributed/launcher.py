@@ -15,6 +15,7 @@ from typing import Any
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError
+from modern_llm.distributed.deepspeed_config import value_at
 
 log = logging.getLogger(__name__)
 
@@ -144,9 +145,7 @@ def fields_beside(content: dict[str, Any], place: str, config: TrainingConfig) -
         value = value_of(name)
         if value is None:
             continue
-        found: Any = content
-        for part in path.split("."):
-            found = found.get(part) if isinstance(found, dict) else None
+        found = value_at(content, path)
         if str(found) != value:
             field = name.removeprefix(ZERO).lower()
             yield (

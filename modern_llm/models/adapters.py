@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from modern_llm.config.errors import ConfigError, UserError
 from modern_llm.config.lora import LoraConfig
+from modern_llm.config.printable import first_line
 from modern_llm.storage.untrusted import read_json
 
 NAME = "default"
@@ -107,8 +108,7 @@ def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         return model.merge_and_unload()
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"adapters {folder}: do not fit {base.name_or_path} "
-            f"({' '.join(str(error).split())[:160]})"
+            f"adapters {folder}: do not fit {base.name_or_path} ({first_line(error)})"
         ) from error
 
 

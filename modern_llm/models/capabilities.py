@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modern_llm.config.errors import UserError
+from modern_llm.config.printable import first_line
 from modern_llm.models.attention.cpu_blocks import MERGE_BELOW
 from modern_llm.models.attention.prefix_tree import (
     TREE_ATTENTION,
@@ -103,7 +104,7 @@ class Subject:
         try:
             self.model.set_attn_implementation(TREE_ATTENTION)
         except Exception as error:  # foreign code
-            return f"the tree attention is refused ({' '.join(str(error).split())[:120]})"
+            return f"the tree attention is refused ({first_line(error)})"
         if self.model.config._attn_implementation != TREE_ATTENTION:
             return "the architecture has an attention of its own"
         why = self.differs(capabilities)
@@ -135,8 +136,7 @@ class Subject:
         try:
             logprobs, gradients = self._measured(forward)
         except Exception as error:  # foreign code: whatever it raises, it does not do
-            reason = " ".join(str(error).split())[:120] or type(error).__name__
-            return f"does not run in it ({reason})"
+            return f"does not run in it ({first_line(error)})"
         expected, others = self._expected
         worst = float((logprobs - expected).abs().max())
         if not worst <= self.tolerance:

@@ -12,13 +12,15 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils.hub import cached_file
 
 from modern_llm.config.errors import StorageError, UserError
+from modern_llm.config.printable import first_line
 from modern_llm.models import adapters, pt_checkpoint
-from modern_llm.models.load import Checkpoint, first_line, inspect_checkpoint, parts_of
+from modern_llm.models.load import Checkpoint, inspect_checkpoint, parts_of
+from modern_llm.models.shapes import empty_model
 from modern_llm.storage.regular_files import check_regular
 
 # In the order in which transformers looks for them.
@@ -104,8 +106,7 @@ def stored_tensors(checkpoint: Checkpoint, files: list[Path]) -> Iterator[tuple[
 
 def _without_weights(checkpoint: Checkpoint) -> PreTrainedModel:
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=False)
+        return empty_model(checkpoint.config)
     except Exception as error:  # values that the architecture's own code stumbles over
         raise UserError(
             f"checkpoint {checkpoint.place}: no model can be made of its config.json "

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from modern_llm.config.errors import StorageError, UserError
+from modern_llm.config.printable import first_line
 from modern_llm.models import pt_checkpoint
 from modern_llm.models.adapters import base_of, merged
 from modern_llm.models.capabilities import probe
@@ -299,8 +300,3 @@ def check_id(highest: int, vocabulary: int, tokenizer: PreTrainedTokenizerBase, 
             f"{place}: token id {highest} ({token!r}) but embedding has {vocabulary} rows; use the "
             "tokenizer that the model was trained with, or remove such rows"
         )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, for a message of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

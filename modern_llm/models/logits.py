@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modern_llm.config.printable import first_line
 from modern_llm.models.head import LogitTransform, fuse_head
 from modern_llm.models.routers import without_router_loss
 from modern_llm.models.scorer import Capabilities, TokenScorer
@@ -142,8 +143,7 @@ class LastStates:
                 with self._enlarged(size):
                     worst, allowed = self._distance(capabilities)
             except Exception as error:  # foreign code
-                reason = " ".join(str(error).split())[:120] or type(error).__name__
-                return f"does not run where logits are near {size:g} ({reason})"
+                return f"does not run where logits are near {size:g} ({first_line(error)})"
             if not worst <= allowed:
                 return f"differs by {worst:.2g} nats a token where logits are near {size:g}"
         return ""

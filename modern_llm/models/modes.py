@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modern_llm.config.printable import first_line
 from modern_llm.models.routers import without_router_loss
 from modern_llm.models.training_mode import disable_dropout, dropouts
 
@@ -101,7 +102,7 @@ class _Trial:
             with _restored(self.model):
                 found, draws = self._ask()
         except Exception as error:  # foreign code
-            return f"fails ({' '.join(str(error).split())[:120] or type(error).__name__})"
+            return f"fails ({first_line(error)})"
         finally:
             self.model.eval()
         if draws and not self._draws:

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from modern_llm.config import ModernLLMConfig
 from modern_llm.config.errors import UserError
+from modern_llm.config.printable import first_line
 from modern_llm.models.build import build_model, to_transformers_config
 from modern_llm.storage.regular_files import check_regular
 
@@ -78,9 +79,8 @@ def _read(path: Path) -> dict[str, Any]:
         )
     except Exception as error:  # the unpickler's own kinds among them
         raise UserError(
-            f"checkpoint {path}: not a .pt file of plain tensors "
-            f"({' '.join(str(error).split())[:120] or type(error).__name__}); "
-            "nothing in it was executed"
+            f"checkpoint {path}: not a .pt file of plain tensors ({first_line(error)}); nothing in "
+            "it was executed"
         ) from error
     if not isinstance(content, dict) or not {"config", "model_state"} <= set(content):
         held = (

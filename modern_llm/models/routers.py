@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modern_llm.config.errors import UserError
+from modern_llm.config.printable import first_line
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,5 @@ def _loss(model: PreTrainedModel, coefficient: float) -> tuple[RouterLoss | None
             return None, "has no layer with routers"
         loss(output.router_logits, torch.ones_like(ids))
     except Exception as error:  # foreign code
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        return None, f"does not compute its load-balancing loss ({reason})"
+        return None, f"does not compute its load-balancing loss ({first_line(error)})"
     return loss, ""

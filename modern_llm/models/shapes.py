@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """Return the model of a configuration with shapes and no weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
 
 
 def parameter_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:

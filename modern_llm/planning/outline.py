@@ -14,6 +14,7 @@ from typing import Any
 
 from modern_llm.config import ModernLLMConfig
 from modern_llm.config.errors import UserError
+from modern_llm.config.printable import first_line
 from modern_llm.storage.regular_files import read_text
 
 # model type -> (a bias on queries, keys and values always, norms on queries and keys)
@@ -101,10 +102,9 @@ def _read(place: str) -> dict[str, Any]:
             file = Path(hf_hub_download(place, "config.json"))
         found = json.loads(read_text(file))
     except (OSError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"model {place}: no configuration there, and none that the Hub gives ({first}); "
-            "check the path or the id"
+            f"model {place}: no configuration there, and none that the Hub gives "
+            f"({first_line(error)}); check the path or the id"
         ) from error
     return found if isinstance(found, dict) else {}
 

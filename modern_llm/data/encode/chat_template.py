@@ -15,6 +15,7 @@ from datetime import date
 from os.path import commonprefix
 
 from modern_llm.config.errors import DataError
+from modern_llm.config.printable import first_line
 from modern_llm.data.encode.content import ContentForms
 from modern_llm.data.encode.message_keys import WrittenKeys, arguments_of, with_text_arguments
 from modern_llm.data.encode.rendering import render_chat, template_digest
@@ -258,8 +259,7 @@ def _words(response: Response) -> str:
 
 
 def _refusal(error: Exception) -> RowFault:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return RowFault(f"the chat template refuses the messages: {reason}")
+    return RowFault(f"the chat template refuses the messages: {first_line(error)}")
 
 
 def chat_template_of(tokenizer: Tokenizer, template: str | None) -> str | None:

@@ -12,7 +12,6 @@ class Tokenizer(Protocol):
 
     is_fast: bool
     eos_token_id: int | None
-    eos_token: str | None
     bos_token: str | None
     chat_template: Any
     all_special_ids: list[int]

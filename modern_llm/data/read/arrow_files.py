@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from modern_llm.config.errors import DataError
+from modern_llm.config.printable import first_line
 from modern_llm.data.read.readers import MAX_ROW_BYTES, Row, Rows
 from modern_llm.data.read.records import Unreadable
 
@@ -47,8 +48,7 @@ class ArrowValues(Mapping[str, Any]):
         try:
             return array[at].as_py(maps_as_pydicts="strict")
         except (ValueError, KeyError, OverflowError, ImportError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            return Unreadable(f"a {array.type} that cannot be converted ({reason})")
+            return Unreadable(f"a {array.type} that cannot be converted ({first_line(error)})")
 
     def is_null(self, name: str) -> bool:
         """Whether a column has no value in this row."""
@@ -204,5 +204,4 @@ class _Column:
 
 
 def _corrupt(place: str, kind: str, error: Exception) -> DataError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return DataError(f"{place}: corrupt {kind}: {reason}")
+    return DataError(f"{place}: corrupt {kind}: {first_line(error)}")

@@ -126,10 +126,7 @@ def _of_config(
             f"{place}, split {wanted!r}: no file fits {config.splits[wanted][:5]}: fetch the files"
         )
     for path in files:
-        if path.suffix.lower() in COMPRESSED:
-            raise DataError(f"{path}: is compressed: unpack it first")
-        if path.suffix.lower() not in suffixes:
-            raise DataError(f"{path}: cannot be read: one of {' '.join(suffixes)} belongs here")
+        check_type(path, suffixes)
     _check_regular(files)
     chosen = f"split {wanted!r} of subset {config.name!r}, as {CARD} says"
     notes = [f"{folder}: {len(files)} files are read: {chosen}", *_missing_shards(files)]
@@ -205,8 +202,7 @@ def _data_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     inside = _inside(folder)
     for path in inside:
         # Skipping a compressed file would silently train on a part of the data.
-        if path.suffix.lower() in COMPRESSED:
-            raise DataError(f"{path}: is compressed: unpack it first")
+        _refuse_compressed(path)
     found = [p for p in inside if p.suffix.lower() in suffixes and p.name not in _METADATA]
     saved = {path.parent: _saved_files(path) for path in inside if path.name == "state.json"}
     found = [p for p in found if p.parent not in saved or p in (saved[p.parent] or [p])]
@@ -214,6 +210,19 @@ def _data_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
         raise DataError(f"{folder}: holds no file of a type {' '.join(suffixes)}")
     _check_regular(found)
     return found
+
+
+def check_type(path: Path, suffixes: Sequence[str]) -> None:
+    """Refuse a file that is compressed, or of a type that cannot be read."""
+    _refuse_compressed(path)
+    if path.suffix.lower() not in suffixes:
+        kind = path.suffix or "no suffix"
+        raise DataError(f"{path}: cannot read {kind}: one of {' '.join(suffixes)} belongs here")
+
+
+def _refuse_compressed(path: Path) -> None:
+    if path.suffix.lower() in COMPRESSED:
+        raise DataError(f"{path}: is compressed: unpack it first")
 
 
 def _inside(folder: Path) -> list[Path]:

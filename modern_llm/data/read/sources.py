@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modern_llm.config.errors import DataError
+from modern_llm.config.printable import first_line
 from modern_llm.data.read.arrow_files import read_arrow, read_parquet, rows_of
-from modern_llm.data.read.folders import COMPRESSED, Found, files_of
+from modern_llm.data.read.folders import COMPRESSED, Found, check_type, files_of
 from modern_llm.data.read.json_arrays import read_json
 from modern_llm.data.read.readers import Row, Rows, read_csv, read_jsonl, read_text
 from modern_llm.data.read.records import Broken
@@ -173,16 +174,8 @@ def _one_file(path: Path, suffixes: list[str], split: str | None) -> Path:
             f"{path}: is one file and has no split {split!r}: "
             "name the file of that split, or a folder whose files are named by split"
         )
-    if path.suffix.lower() not in suffixes:
-        raise _unreadable(path, suffixes)
+    check_type(path, suffixes)
     return path
-
-
-def _unreadable(path: Path, suffixes: list[str]) -> DataError:
-    if path.suffix.lower() in COMPRESSED:
-        return DataError(f"{path}: is compressed: unpack it first")
-    kind = path.suffix or "no suffix"
-    return DataError(f"{path}: cannot read {kind}: one of {' '.join(suffixes)} belongs here")
 
 
 def _refuse_compressed(path: Path) -> None:
@@ -219,10 +212,8 @@ def _streamed(name: str, split: str, subset: str | None) -> StreamedDataset:
 
 
 def _not_loaded(name: str, split: str, error: Exception) -> DataError:
-    kind = type(error).__name__
-    first = (str(error).strip() or kind).splitlines()[0]
     return DataError(
         f"{name}: is no local file or folder, and split {split!r} of a Hub data set of that id "
-        f"could not be loaded ({kind}: {first}): check the id, subset, split and connection, "
-        "or give a file"
+        f"could not be loaded ({type(error).__name__}: {first_line(error)}): check the id, subset, "
+        "split and connection, or give a file"
     )

@@ -150,8 +150,7 @@ def _patch_norm(module: nn.Module) -> bool:
 
 
 def _patch_product(module: nn.Module) -> bool:
-    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(isinstance(p, nn.Linear) and p.weight.dtype == torch.float32 for p in parts):
+    if not is_gated_product(module):
         return False
     original = type(module).forward
 
@@ -161,7 +160,7 @@ def _patch_product(module: nn.Module) -> bool:
             return self.down_proj(F.silu(gate) * up)
         return self.down_proj(_SiluProduct.apply(gate, up))
 
-    x = numbers(3, parts[0].in_features)
+    x = numbers(3, module.gate_proj.in_features)
     if not same(original(module, x), forward(module, x)):
         return False
     set_forward(module, forward)
@@ -213,6 +212,12 @@ def _rotary_is(theirs: Callable) -> bool:
     except Exception:  # foreign code of the same name: another signature is another function
         return False
     return all(same(a, b) for a, b in zip(found, rotary(query, key, *tables), strict=True))
+
+
+def is_gated_product(module: nn.Module | None) -> bool:
+    """Whether a module has the three float32 projections of a gated feed-forward layer."""
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    return all(isinstance(p, nn.Linear) and p.weight.dtype == torch.float32 for p in parts)
 
 
 def numbers(*shape: int) -> Tensor:

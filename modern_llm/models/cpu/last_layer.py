@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from modern_llm.models.attention.prefix_tree import TreeMask, TreeMasks
-from modern_llm.models.cpu.fused_ops import numbers, same, set_forward
+from modern_llm.models.cpu.fused_ops import is_gated_product, numbers, same, set_forward
 
 # Above this share of needed tokens, picking them out costs more than it saves.
 WORTH = 0.8
@@ -86,11 +86,10 @@ def narrow_last_layer(model: nn.Module) -> bool:
     """
     layer = _last_layer(model)
     attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-    parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(isinstance(p, nn.Linear) and p.weight.dtype == torch.float32 for p in parts):
+    if attention is None or not is_gated_product(mlp):
         return False
-    x = numbers(2, 3, parts[0].in_features)
-    if attention is None or not same(mlp(x)[:, 1:], mlp(x[:, 1:])):
+    x = numbers(2, 3, mlp.gate_proj.in_features)
+    if not same(mlp(x)[:, 1:], mlp(x[:, 1:])):
         return False
     # From the attention to the product after it, which gets a tensor only. Not set on the layer:
     # recomputation begins inside of it. By thread, because several may run one model.

@@ -18,6 +18,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError
+from modern_llm.config.printable import first_line
 from modern_llm.training.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -54,8 +55,7 @@ class Trackers:
             yield
         except Exception as error:  # each tracker raises errors of its own
             self._running.pop(name, None)
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            log.warning("tracker %s is switched off: %s", name, reason)
+            log.warning("tracker %s is switched off: %s", name, first_line(error))
 
     def log(self, step: int, record: Mapping[str, float]) -> None:
         """Send what was logged at `step`."""
