@@ -20,7 +20,7 @@ from modern_llm.config import InstructionDatasetConfig, PreferenceDatasetConfig
 from modern_llm.data.batch.collate import collate
 from modern_llm.data.batch.order import Budget, pack
 from modern_llm.data.batch.prefix_tree import Examples
-from modern_llm.data.instruction_datasets import build_instruction_tables
+from modern_llm.data.table.build import prepare_tables
 from modern_llm.demo.corpus import CorpusPaths, read_questions
 from modern_llm.demo.judge import judge, word_count
 from modern_llm.evaluation.score import score_pairs
@@ -105,7 +105,7 @@ def _perplexity(folder: Path, instructions: Path, max_length: int) -> float:
     scorer = make_scorer(load_model(inspect_checkpoint(folder))).eval()
     with tempfile.TemporaryDirectory(prefix="modern-llm-demo-") as temporary:
         config = InstructionDatasetConfig(dataset_name=str(instructions), max_length=max_length)
-        table = build_instruction_tables(
+        table = prepare_tables(
             config, load_tokenizer(folder), Path(temporary) / "data", max_length=max_length
         ).train
         examples = Examples(table, trees=scorer.capabilities.trees)

@@ -22,8 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.errors import UserError
-from modern_llm.data.preference_datasets import build_preference_tables
-from modern_llm.data.table.build import Prepared
+from modern_llm.data.table.build import Prepared, prepare_tables
 from modern_llm.data.table.token_table import TokenTable
 from modern_llm.distributed import runtime as distributed
 from modern_llm.distributed.health import heartbeat
@@ -127,7 +126,7 @@ def _read(
 
     heartbeat.enter("reading the data")
     with runtime.failing_together():
-        return build_preference_tables(data, tokenizer, folder, check=check, **lengths)
+        return prepare_tables(data, tokenizer, folder, check=check, **lengths)
 
 
 def _scored(

@@ -1,4 +1,4 @@
-"""The shape of a model without its weights: for planning, before anything is loaded."""
+"""Models without weights, and the shapes of their parameters: for planning."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def attention_widths(config: PretrainedConfig) -> tuple[int, int]:
 
 
 def decoder_sizes(config: PretrainedConfig) -> dict[str, int]:
-    """Return the widths of a decoder under the field names of `distributed.memory.Sizes`."""
+    """Return the widths of a decoder under the field names of `planning.memory.Sizes`."""
     text = config.get_text_config()
     heads, head_dim = attention_widths(text)
     mlp = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None)

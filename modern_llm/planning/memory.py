@@ -2,8 +2,7 @@
 
 Parameters, gradients and optimizer states are counted as DeepSpeed and AdamW lay them out, padding
 and small unsharded parameters included: the tests compare them with the tensors of real engines.
-Activations, head and buffers are estimates of the largest moment. Pure arithmetic: nothing is
-loaded. Used by planning.
+Activations, head and buffers are estimates of the peak. Pure arithmetic: nothing is loaded.
 
 Letters: W processes, N elements, h hidden width, f width of the MLP, L layers, V vocabulary.
 """
@@ -37,7 +36,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the activations of a decoder depend on."""
+    """Widths of a decoder: its activations depend on them."""
 
     layers: int
     hidden: int
@@ -50,7 +49,7 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """How a run is laid out."""
+    """Distribution of a run over processes, and what a forward holds."""
 
     world: int = 1
     stage: int | None = None
@@ -65,15 +64,15 @@ class ParallelLayout:
     sub_group: int = 1_000_000_000
     """Elements that ZeRO-3 steps at once (`sub_group_size`)."""
     reference: bool = False
-    """Whether a live frozen model stands beside the policy."""
+    """Whether a reference model is loaded beside the policy."""
     tokens: int = 16_384
     """Tokens of one forward, padding included."""
     targets: int | None = None
-    """Target positions among them; all unless said."""
+    """Target positions among them; by default all."""
     checkpointing: bool = False
-    """Whether activations are made again in the backward pass."""
+    """Whether activations are recomputed in the backward pass."""
     background_saving: bool = False
-    """Whether a copy of weights and moments is written while training goes on."""
+    """Whether a copy of weights and moments is written while training continues."""
     row: int | None = None
     """Row length, where attention scores are held whole (the plain CPU kernel with a mask)."""
 
@@ -92,12 +91,12 @@ class Memory:
 
     @property
     def device_total(self) -> int:
-        """Bytes on the device at the largest moment."""
+        """Bytes on the device at the peak."""
         return sum(self.device.values())
 
 
 def plan_memory(parameters: Sequence[Parameter], sizes: Sizes, setting: ParallelLayout) -> Memory:
-    """Return what each process holds right before an optimizer step that is not the first."""
+    """Return the bytes of each process right before an optimizer step that is not the first."""
     memory = Memory()
     weights = weight_bytes(parameters, setting)
     (memory.host if setting.offload_parameters else memory.device)["parameters"] = weights
@@ -169,7 +168,7 @@ def activation_bytes(sizes: Sizes, setting: ParallelLayout) -> int:
 
 
 def head_bytes(sizes: Sizes, setting: ParallelLayout) -> int:
-    """Bytes of the fused head at its largest moment: three chunks of logits, the hidden states of
+    """Bytes of the fused head at its peak: three chunks of logits, the hidden states of
     the targets and their gradients, and the float32 gradient of the weight."""
     targets = setting.tokens if setting.targets is None else setting.targets
     logits = min(HEAD_CHUNK, targets * sizes.vocabulary * FLOAT32)
@@ -191,7 +190,7 @@ def _sharded(parameters: Sequence[Parameter], setting: ParallelLayout) -> int:
 
 
 def _buffer_bytes(parameters: Sequence[Parameter], sizes: Sizes, setting: ParallelLayout) -> int:
-    """Gradients on their way, and under ZeRO-3 the weights that are whole at one time."""
+    """Return the bytes of gradients under reduction and, with ZeRO-3, of gathered weights."""
     if setting.stage in (None, 0):
         return 0
     total = sum(p.numel for p in parameters if p.trained)
@@ -206,13 +205,14 @@ def _buffer_bytes(parameters: Sequence[Parameter], sizes: Sizes, setting: Parall
 
 
 def _saving_bytes(parameters: Sequence[Parameter], setting: ParallelLayout) -> int:
-    """Float32 weights and two moments: of this rank's pieces, or whole on the one that writes."""
+    """Return the bytes of float32 weights and two moments: this rank's shards, or all of them on
+    the rank that writes."""
     sharers = setting.world if setting.stage else 1
     return sum(3 * FLOAT32 * _ceil(p.numel, sharers) for p in parameters if p.trained)
 
 
 def _groups(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
-    """The groups of the optimizer: matrices, which decay, and the rest."""
+    """Return the optimizer's groups: matrices, which decay, and the rest."""
     trained = [p for p in parameters if p.trained]
     groups = ([p for p in trained if len(p.shape) >= 2], [p for p in trained if len(p.shape) < 2])
     return [group for group in groups if group]
@@ -224,7 +224,7 @@ def _padded(group: Iterable[Parameter], setting: ParallelLayout) -> int:
 
 
 def _sub_groups(group: Iterable[Parameter], setting: ParallelLayout) -> list[int]:
-    """Elements of this rank in each part of a group that ZeRO-3 steps at once."""
+    """Return this rank's elements in each part of a group that ZeRO-3 steps at once."""
     parts = [0]
     for parameter in group:
         if parts[-1] >= setting.sub_group:

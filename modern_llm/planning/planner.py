@@ -1,7 +1,7 @@
-"""`modern-llm plan`: what a run needs on so many GPUs, before anything is loaded or rented.
+"""Memory, launch command, time and cost of a run, before anything is loaded or rented.
 
-Shapes come from the model's configuration, bytes from `distributed.memory`; time only from a
-throughput that was measured or is stated. Called by the verb.
+Shapes come from the model's configuration, bytes from `planning.memory`; time only from a
+throughput that was measured or is given.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20, "TB": 
 
 @dataclass(frozen=True)
 class Preset:
-    """A file of `accelerate_configs/`, its twin for several machines, and what it lays out how."""
+    """A file of `accelerate_configs/`, its variant for several machines, and its layout."""
 
     file: str
     several_nodes: str | None
@@ -50,13 +50,13 @@ PRESETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """What is to be planned.
+    """The run to plan.
 
     Attributes:
         gpu_memory: bytes of one GPU.
         longest: tokens of the longest example in one forward, which a budget must hold.
         steps, batch_size, example_tokens: of the run, where known; `example_tokens` is the mean.
-        tokens_per_second: over all GPUs, measured or stated.
+        tokens_per_second: over all GPUs, measured or given.
         price: of one GPU for one hour.
     """
 
@@ -133,7 +133,7 @@ def measured_throughput(run: Path) -> float:
 
 
 def plan(
-    shapes: dict[str, tuple[int, ...]], sizes: dict[str, int], wish: PlanRequest
+    shapes: dict[str, tuple[int, ...]], sizes: dict[str, int], request: PlanRequest
 ) -> dict[str, Any]:
     """Return the plan.
 
@@ -146,25 +146,25 @@ def plan(
         fits, the largest token budget), `recommended`, `launch`, and, where a throughput is known,
         `seconds` and `cost`.
     """
-    parameters = with_adapters(shapes, wish.lora)
-    planner = _Planner(parameters, Sizes(**sizes), wish)
+    parameters = with_adapters(shapes, request.lora)
+    planner = _Planner(parameters, Sizes(**sizes), request)
     rows = [planner.row(name, live) for name in planner.presets() for live in (False, True)]
     best = next((row for row in rows if row["fits"] and row["reference"] == "cache"), None)
     result: dict[str, Any] = {
-        "model": wish.model,
+        "model": request.model,
         "parameters": sum(p.numel for p in parameters),
         "trained": sum(p.numel for p in parameters if p.trained),
-        "gpus": wish.gpus,
-        "gpu_memory": wish.gpu_memory,
-        "usable": int(USABLE * wish.gpu_memory),
-        "precision": wish.precision,
+        "gpus": request.gpus,
+        "gpu_memory": request.gpu_memory,
+        "usable": int(USABLE * request.gpu_memory),
+        "precision": request.precision,
         "rows": rows,
         "recommended": best and best["preset"],
         "tokens_per_micro_batch": best and best["tokens"],
         "gradient_checkpointing": best and best["checkpointing"],
-        "launch": best and _launch(wish, best),
+        "launch": best and _launch(request, best),
     }
-    return result | _time(wish)
+    return result | _time(request)
 
 
 def with_adapters(shapes: dict[str, tuple[int, ...]], lora: LoraConfig | None) -> list[Parameter]:
@@ -192,20 +192,20 @@ def _has_adapter(module: str, shape: tuple[int, ...], targets: str | list[str]) 
 
 
 class _Planner:
-    def __init__(self, parameters: Sequence[Parameter], sizes: Sizes, wish: PlanRequest):
-        self._parameters, self._sizes, self._wish = parameters, sizes, wish
-        self._usable = int(USABLE * wish.gpu_memory)
-        self._least = -(-max(wish.longest, STEP) // STEP) * STEP
+    def __init__(self, parameters: Sequence[Parameter], sizes: Sizes, request: PlanRequest):
+        self._parameters, self._sizes, self._request = parameters, sizes, request
+        self._usable = int(USABLE * request.gpu_memory)
+        self._least = -(-max(request.longest, STEP) // STEP) * STEP
 
     def presets(self) -> list[str]:
-        """Those that can be launched on so many machines."""
-        several = self._wish.nodes > 1
+        """Return the presets that run on this number of machines."""
+        several = self._request.nodes > 1
         return [n for n, p in PRESETS.items() if not several or p.several_nodes]
 
     def row(self, name: str, live: bool) -> dict[str, Any]:
-        """One preset: without recomputation if that fits, else with it."""
-        asked = self._wish.checkpointing
-        for checkpointing in [asked] if asked is not None else [False, True]:
+        """Return the plan of one preset: without recomputation if that fits, else with it."""
+        fixed = self._request.checkpointing
+        for checkpointing in [fixed] if fixed is not None else [False, True]:
             tokens = self._tokens(name, live, checkpointing)
             if tokens is not None:
                 break
@@ -222,13 +222,10 @@ class _Planner:
         }
 
     def _tokens(self, name: str, live: bool, checkpointing: bool) -> int | None:
-        """The largest budget that fits, None where the longest example alone does not."""
-        if self._wish.tokens is not None:
-            return (
-                self._wish.tokens
-                if self._fits(name, live, checkpointing, self._wish.tokens)
-                else None
-            )
+        """Return the largest token budget that fits; None if the longest example does not."""
+        tokens = self._request.tokens
+        if tokens is not None:
+            return tokens if self._fits(name, live, checkpointing, tokens) else None
         low, high = self._least, max(self._least, MOST_TOKENS)
         if not self._fits(name, live, checkpointing, low):
             return None
@@ -245,49 +242,49 @@ class _Planner:
 
     def _memory(self, name: str, live: bool, checkpointing: bool, tokens: int) -> Memory:
         setting = ParallelLayout(
-            world=self._wish.gpus,
-            precision=self._wish.precision,
-            # With adapters the reference is the base, the adapters switched off.
-            reference=live and self._wish.lora is None,
+            world=self._request.gpus,
+            precision=self._request.precision,
+            # With adapters the reference is the policy with its adapters switched off.
+            reference=live and self._request.lora is None,
             tokens=tokens,
             checkpointing=checkpointing,
-            background_saving=self._wish.background_saving,
+            background_saving=self._request.background_saving,
         )
         return plan_memory(self._parameters, self._sizes, replace(setting, **PRESETS[name].setting))
 
 
-def _launch(wish: PlanRequest, row: dict[str, Any]) -> str:
-    """The command, to be run on every machine where there are several."""
+def _launch(request: PlanRequest, row: dict[str, Any]) -> str:
+    """Return the launch command, to be run on every machine."""
     preset = PRESETS[row["preset"]]
-    file = preset.file if wish.nodes == 1 else preset.several_nodes
-    if wish.gpus == 1 and row["preset"] == "ddp":
+    file = preset.file if request.nodes == 1 else preset.several_nodes
+    if request.gpus == 1 and row["preset"] == "ddp":
         file = "single_gpu.yaml"
     words = ["accelerate launch", f"--config_file accelerate_configs/{file}"]
-    words.append(f"--num_processes {wish.gpus}")
-    if wish.nodes > 1:
-        words.append(f"--num_machines {wish.nodes} --machine_rank $RANK_OF_THIS_MACHINE")
+    words.append(f"--num_processes {request.gpus}")
+    if request.nodes > 1:
+        words.append(f"--num_machines {request.nodes} --machine_rank $RANK_OF_THIS_MACHINE")
         words.append("--main_process_ip $FIRST_MACHINE --main_process_port 29500")
-    words.append(f"-m modern_llm dpo --config {wish.config or 'run.yaml'}")
-    words.append(f"--train.mixed_precision {wish.precision}")
+    words.append(f"-m modern_llm dpo --config {request.config or 'run.yaml'}")
+    words.append(f"--train.mixed_precision {request.precision}")
     words.append(f"--train.tokens_per_micro_batch {row['tokens']}")
     if row["checkpointing"]:
         words.append("--train.gradient_checkpointing true")
     return " ".join(words)
 
 
-def _time(wish: PlanRequest) -> dict[str, Any]:
-    """Seconds and cost of the run, None where no throughput is known."""
-    if wish.tokens_per_second is None or wish.steps is None:
+def _time(request: PlanRequest) -> dict[str, Any]:
+    """Return seconds and cost of the run; None if no throughput is known."""
+    if request.tokens_per_second is None or request.steps is None:
         return {"seconds": None, "cost": None, "tokens": None}
-    assert wish.batch_size is not None, "a run of known length has a batch size"
-    # Without a measured mean every example is taken for one of the longest: an upper bound.
-    each = wish.example_tokens or wish.longest
-    tokens = wish.steps * wish.batch_size * each
-    seconds = tokens / wish.tokens_per_second
-    cost = None if wish.price is None else seconds / 3600 * wish.gpus * wish.price
+    assert request.batch_size is not None, "a run of known length has a batch size"
+    # Without a measured mean every example counts as the longest: an upper bound.
+    each = request.example_tokens or request.longest
+    tokens = request.steps * request.batch_size * each
+    seconds = tokens / request.tokens_per_second
+    cost = None if request.price is None else seconds / 3600 * request.gpus * request.price
     return {
         "tokens": int(tokens),
         "seconds": round(seconds, 1),
         "cost": None if cost is None else round(cost, 2),
-        "upper_bound": wish.example_tokens is None,
+        "upper_bound": request.example_tokens is None,
     }

@@ -19,8 +19,7 @@ import numpy as np
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.errors import ConfigError, StorageError
-from modern_llm.data.preference_datasets import build_preference_tables
-from modern_llm.data.table.build import Prepared
+from modern_llm.data.table.build import Prepared, prepare_tables
 from modern_llm.distributed.health.watchdog import Watchdog, nowhere
 from modern_llm.distributed.runtime import Runtime, start
 from modern_llm.models.load import inspect_checkpoint
@@ -159,7 +158,7 @@ def _opened(
         )
         data = with_template_day(runtime, tokenizer, data, store=lambda: find().store)
         build = partial(
-            build_preference_tables,
+            prepare_tables,
             data,
             tokenizer,
             max_length=request.dpo.max_length,

@@ -1,4 +1,4 @@
-"""Micro-batches of a run: what a row holds, tokens per forward, which rank computes what."""
+"""Micro-batches of a run: what a row holds, tokens per forward, the share of each rank."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def make_source(
         rank=runtime.rank,
         world=runtime.world,
         shared=shared,
-        # Compiled kernels want lengths that share a factor, and few of them.
+        # Compiled kernels need few lengths, multiples of one number.
         align=SIDE if scorer.capabilities.backend == "flex" or config.compile else 1,
         flops=partial(IdealFlops(scorer.model), training=True),
         auto=config.most_tokens is None,
@@ -93,7 +93,7 @@ def make_source(
 
 
 def sharing(scorer: TokenScorer) -> Sharing:
-    """Return what rows may hold: one line where attention makes no mask of it."""
+    """Return what rows may hold: one line if attention needs no mask of it."""
     if not scorer.capabilities.trees:
         return Sharing.ALONE
     return Sharing.ROWS if scorer.capabilities.backend == "mask" else Sharing.LINE
@@ -102,7 +102,7 @@ def sharing(scorer: TokenScorer) -> Sharing:
 def token_budget(
     runtime: Runtime, config: TrainingConfig, examples: Examples, *, shared: Sharing
 ) -> Budget:
-    """Return what one forward may hold: as the user says, else by device; see `token_budget`."""
+    """Return what one forward may hold: as configured, else by device."""
     count = config.examples_per_micro_batch
     if config.most_tokens is None:
         tokens = None if count is not None else AUTO_TOKENS.get(runtime.device.type, 8192)

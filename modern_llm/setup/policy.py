@@ -17,7 +17,7 @@ from modern_llm.setup.scorers import set_up_scorer
 def check_lora(
     runtime: Runtime, lora: LoraConfig | None, config: TrainingConfig, *, dropout: bool
 ) -> None:
-    """Refuse what the adapters cannot do here, before anything is loaded.
+    """Refuse adapter options that cannot work here, before anything is loaded.
 
     Args:
         dropout: whether the stage has dropout at all.
@@ -60,7 +60,7 @@ def set_up_policy(
     *,
     dropout: bool,
 ) -> TokenScorer:
-    """Load the model that is trained, with adapters where these are asked for."""
+    """Load the model to train, with adapters where configured."""
     model = load_model(
         checkpoint,
         lora.quantize if lora else None,

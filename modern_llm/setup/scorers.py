@@ -40,7 +40,7 @@ def check_positions(length: int, checkpoint: Checkpoint, setting: str) -> None:
 def set_up_scorer(
     runtime: Runtime, model: PreTrainedModel, config: TrainingConfig, *, dropout: bool
 ) -> TokenScorer:
-    """Probe, wrap and place the model; dropout, recomputation and compilation as asked."""
+    """Probe, wrap and place the model; apply dropout, recomputation and compilation settings."""
     if runtime.stage != 3:  # there no device ever holds the whole model
         model.to(runtime.device)
     scorer = make_scorer(
@@ -69,8 +69,10 @@ def set_up_scorer(
 
 
 def _refuse_rows_alone(runtime: Runtime, scorer: TokenScorer) -> None:
-    """Refuse weights sharded over processes for a model that takes a forward for each row: ranks
-    with other numbers of rows would wait for each other."""
+    """Refuse sharded weights for a model that needs one forward per row.
+
+    Ranks with different numbers of rows would wait for each other.
+    """
     if runtime.shards_weights and not scorer.capabilities.padded:
         raise UserError(
             f"{type(scorer.model).__name__}: padding changes what this architecture computes, so "
@@ -80,7 +82,7 @@ def _refuse_rows_alone(runtime: Runtime, scorer: TokenScorer) -> None:
 
 
 def _lean(runtime: Runtime, config: TrainingConfig) -> bool:
-    # A compiler fuses what `lean` does itself, and reads the model's own code best.
+    # A compiler does the fusions of `lean` itself, best from the model's own code.
     return runtime.device.type == "cpu" and not config.compile
 
 
@@ -92,7 +94,7 @@ def _attention(runtime: Runtime, model: PreTrainedModel, config: TrainingConfig)
 
 
 def set_up_frozen(runtime: Runtime, checkpoint: Checkpoint, config: TrainingConfig) -> TokenScorer:
-    """Load and probe a model that is only asked, never trained."""
+    """Load and probe a frozen model."""
     model = load_model(checkpoint, as_stored=runtime.rounds_weights)
     if runtime.stage is None:  # under DeepSpeed its engine places it, sharded
         model.to(runtime.device)

@@ -26,8 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def with_dataset_name(data: DatasetConfig, config: TrainingConfig) -> DatasetConfig:
-    """Return `data` with the name of its data set, which either section may say but not both
-    differently."""
+    """Return `data` with its data set's name, which `train.dataset_name` may give instead."""
     if data.sources is not None:
         if config.dataset_name:
             raise ConfigError(
@@ -52,23 +51,23 @@ def with_dataset_name(data: DatasetConfig, config: TrainingConfig) -> DatasetCon
 
 @contextmanager
 def temporary_tables(runtime: Runtime, purpose: str) -> Iterator[Path]:
-    """Give a folder for tables that is the same for all processes of a machine, and goes again."""
+    """Yield a temporary folder for tables, the same on all processes of a machine."""
     token = runtime.from_main(uuid.uuid4().hex if runtime.is_main else None)
     folder = Path(tempfile.gettempdir()) / f"modern-llm-{purpose}-{token}"
     temporary.remember(folder)
     try:
         yield folder
     finally:
-        # The others may be done while the one that writes into it is not.
+        # Other processes may finish before the one that writes.
         main = runtime.accelerator.is_local_main_process
         temporary.remove(folder) if main else temporary.forget(folder)
 
 
 def read_tables(runtime: Runtime, folder: Path, build: Callable[..., Prepared]) -> Prepared:
-    """Tokenise once a machine, map everywhere, compare, and say what was read.
+    """Tokenise once per machine, map on every process, compare, and log what was read.
 
     Args:
-        build: called with the folder and `check`, which it calls now and then.
+        build: called with the folder and a `check` to call after each batch of rows.
     """
 
     def check() -> None:
@@ -92,7 +91,7 @@ def read_tables(runtime: Runtime, folder: Path, build: Callable[..., Prepared]) 
 def check_ids_fit(
     prepared: Prepared, tokenizer: PreTrainedTokenizerBase, *vocabularies: int | None
 ) -> None:
-    """Refuse rows with token ids outside embeddings of so many rows; None is not checked."""
+    """Refuse token ids outside embeddings with these numbers of rows; None is not checked."""
     least = min((rows for rows in vocabularies if rows is not None), default=None)
     for table in (prepared.train, prepared.evaluation):
         if table is None or least is None:

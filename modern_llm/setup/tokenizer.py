@@ -63,8 +63,8 @@ def answer_ends(
 ) -> tuple[int | None, ...]:
     """Return the ids that end an answer in this data; the tokenizer gets the chat template in use.
 
-    A template of the user's, or the one that stands in for a tokenizer without any, must travel
-    with the model: prompts are to be written at generation as they were in training.
+    A template that the user gives, or the fallback for a tokenizer without one, is exported with
+    the model: generation must write prompts as training did.
     """
     template = data.template
     log.info("template: %s", Template(tokenizer, template).describe())

@@ -271,12 +271,12 @@ def verified_manifest(folder: Path) -> dict[str, Any]:
     """
     manifest = _read_manifest(folder)
     listed, key = manifest["files"], DIGESTS[manifest["version"]][0]
-    standing = {
+    found = {
         str(path.relative_to(folder))
         for path in folder.rglob("*")
         if path.is_file() and path != folder / MANIFEST
     }
-    for name in sorted(standing ^ set(listed)):
+    for name in sorted(found ^ set(listed)):
         word = "missing" if name in listed else "not in the manifest"
         raise StorageError(f"{folder / name}: {word}")
     for name, entry in listed.items():

@@ -9,8 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modern_llm.config import LoraConfig, PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.dpo import DPOConfig
-from modern_llm.data.preference_datasets import build_preference_tables
-from modern_llm.data.table.build import Prepared
+from modern_llm.data.table.build import Prepared, prepare_tables
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.load import inspect_checkpoint
 from modern_llm.models.scorer import TokenScorer
@@ -103,7 +102,7 @@ def _prepare(
 ) -> Prepared:
     """Return the token tables of the section."""
     build = partial(
-        build_preference_tables,
+        prepare_tables,
         data,
         tokenizer,
         max_length=config.max_length,

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from modern_llm.config import DocumentDatasetConfig, ModernLLMConfig, TrainingConfig
-from modern_llm.data.document_datasets import build_document_tables
+from modern_llm.data.table.build import prepare_tables
 from modern_llm.models.build import build_model
 from modern_llm.setup import tables
 from modern_llm.setup.micro_batches import make_sources
@@ -51,7 +51,7 @@ def run_training(
         prepared = stage.build_tables(
             runtime,
             run,
-            partial(build_document_tables, data, tokenizer, row_length=model_config.max_seq_len),
+            partial(prepare_tables, data, tokenizer, max_length=model_config.max_seq_len),
             train_config,
         )
         tables.check_ids_fit(prepared, tokenizer, model_config.vocab_size)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from modern_llm.config import InstructionDatasetConfig, LoraConfig, TrainingConfig
 from modern_llm.data.encode.kinds import kind_of
-from modern_llm.data.instruction_datasets import build_instruction_tables
+from modern_llm.data.table.build import prepare_tables
 from modern_llm.models.load import inspect_checkpoint
 from modern_llm.reference.adapter_free import base_fingerprint
 from modern_llm.reference.template_day import with_template_day
@@ -65,7 +65,7 @@ def run_sft(
     with outcome_recorded(runtime, run):
         data = with_template_day(runtime, tokenizer, data, run.record)
         build = partial(
-            build_instruction_tables,
+            prepare_tables,
             data,
             tokenizer,
             max_length=max_length,

@@ -85,12 +85,12 @@ def tables(options: argparse.Namespace) -> dict[str, Any]:
     from modern_llm.data.batch.micro_batches import BatchSource
     from modern_llm.data.batch.order import Budget, Order, Sharing
     from modern_llm.data.batch.prefix_tree import Examples
-    from modern_llm.data.preference_datasets import build_preference_tables
+    from modern_llm.data.table.build import prepare_tables
 
     config = PreferenceDatasetConfig(dataset_name=str(options.folder / "pairs.jsonl"))
     tokenizer = tokenizer_of(options)
     began = time.perf_counter()
-    prepared = build_preference_tables(config, tokenizer, place() / "tables", max_length=MAX_LENGTH)
+    prepared = prepare_tables(config, tokenizer, place() / "tables", max_length=MAX_LENGTH)
     seconds = time.perf_counter() - began
     rows = len(prepared.train)
     order = Order(rows, BATCH, SEED)

@@ -9,11 +9,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from modern_llm.config.errors import UserError
-from modern_llm.data.instruction_datasets import (
-    InstructionDatasetConfig,
-    build_instruction_tables,
-)
+from modern_llm.data.instruction_datasets import InstructionDatasetConfig
 from modern_llm.data.read.formats import ALPACA_FRAME, ALPACA_FRAME_WITH_INPUT
+from modern_llm.data.table.build import prepare_tables
 
 ROWS = [
     {"instruction": "Add.", "input": "1 and 2", "output": "3"},
@@ -24,7 +22,7 @@ ROWS = [
 def words(path: Path, tokenizer, **options) -> list[list[str]]:
     lengths = options.pop("lengths", {})
     config = InstructionDatasetConfig(dataset_name=str(path), **options)
-    table = build_instruction_tables(config, tokenizer, path.parent / "tables", **lengths).train
+    table = prepare_tables(config, tokenizer, path.parent / "tables", **lengths).train
     assert table.columns == ("prompt", "response")
     return [[tokenizer.decode(table.ids(i, c)) for c in table.columns] for i in range(len(table))]
 
@@ -74,7 +72,7 @@ def test_alpaca_sample(shared: Path, tmp_path: Path):
     source = shared / "data" / "alpaca_sample.json"
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
     config = InstructionDatasetConfig(dataset_name=str(source), max_length=4096)
-    prepared = build_instruction_tables(config, tokenizer, tmp_path / "t")
+    prepared = prepare_tables(config, tokenizer, tmp_path / "t")
     rows = json.loads(source.read_text(encoding="utf-8"))
     assert prepared.report.kept == len(rows) == 600 and prepared.report.formats == {"alpaca": 600}
     for i, row in enumerate(rows):

@@ -9,7 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from modern_llm.config.errors import DataError, UserError
-from modern_llm.data.preference_datasets import PreferenceDatasetConfig, build_preference_tables
+from modern_llm.data.preference_datasets import PreferenceDatasetConfig
+from modern_llm.data.table.build import prepare_tables
 
 PLAIN_CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|done|>{% endfor %}"
@@ -30,7 +31,7 @@ def talk(answer: str, *before: dict) -> list[dict]:
 def build(path: Path, tokenizer, **options):
     lengths = {k: options.pop(k) for k in ("max_length", "max_prompt_length") if k in options}
     config = PreferenceDatasetConfig(dataset_name=str(path), **options)
-    return build_preference_tables(config, tokenizer, path.parent / "tables", **lengths)
+    return prepare_tables(config, tokenizer, path.parent / "tables", **lengths)
 
 
 def words(prepared, tokenizer) -> list[list[str]]:
@@ -148,7 +149,7 @@ def test_hh_transcripts_of_the_sample(shared: Path, tmp_path: Path):
     source = shared / "data" / "hh_rlhf_sample.jsonl"
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
     config = PreferenceDatasetConfig(dataset_name=str(source))
-    prepared = build_preference_tables(config, tokenizer, tmp_path / "t", max_length=4096)
+    prepared = prepare_tables(config, tokenizer, tmp_path / "t", max_length=4096)
     report = prepared.report
     assert (report.rows, report.kept, report.formats) == (497, 495, {"hh": 495})
     assert report.drops == {"empty response": 1, "transcripts differ before the last turn": 1}
@@ -178,7 +179,7 @@ def test_ids_of_the_golden_pairs(shared: Path, tmp_path: Path):
     columns = ("prompt", "chosen", "rejected")
     path.write_text("".join(json.dumps({c: p[c] for c in columns}) + "\n" for p in golden))
     config = PreferenceDatasetConfig(dataset_name=str(path))
-    table = build_preference_tables(config, tokenizer, tmp_path / "t", max_length=4096).train
+    table = prepare_tables(config, tokenizer, tmp_path / "t", max_length=4096).train
     for i, pair in enumerate(golden):
         for column in columns:
             assert table.ids(i, column).tolist() == pair[f"{column}_ids"]
@@ -189,7 +190,7 @@ def test_sharegpt_pairs_of_the_sample(shared: Path, tmp_path: Path):
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
     tokenizer.chat_template = CHAT
     config = PreferenceDatasetConfig(dataset_name=str(source))
-    prepared = build_preference_tables(config, tokenizer, tmp_path / "t", max_length=8192)
+    prepared = prepare_tables(config, tokenizer, tmp_path / "t", max_length=8192)
     rows = json.loads(source.read_text(encoding="utf-8"))
     assert prepared.report.kept == len(rows) == 180 and prepared.report.formats == {"sharegpt": 180}
     roles = {"human": "user", "gpt": "assistant", "system": "system"}

@@ -26,7 +26,7 @@ MEANT = {
 # Work without a measure: never within a step or a forward, which have no time for it.
 LONG = frozenset(
     "prepare freeze set_up_frozen set_up_policy load_model load_tokenizer inspect_checkpoint "
-    "verified_manifest find_store build_preference_tables export save_pretrained committed_folder "
+    "verified_manifest find_store prepare_tables export save_pretrained committed_folder "
     "write_report write_tensors store_init_configuration append digest_file remembered_digest "
     "compile_layers make_scorer".split()
 )

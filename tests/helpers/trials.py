@@ -131,8 +131,7 @@ def _new(folder: Path, name: str) -> Path:
 def _read(kind: str, path: Path, tokenizer: Any) -> str:
     """Read one file as a run would, into Python values or tensors; say what was read."""
     from modern_llm.config import DocumentDatasetConfig, PreferenceDatasetConfig
-    from modern_llm.data.document_datasets import build_document_tables
-    from modern_llm.data.preference_datasets import build_preference_tables
+    from modern_llm.data.table.build import prepare_tables
     from modern_llm.models import checkpoint_tensors, load
     from modern_llm.reference.store.store import ReferenceStore
     from modern_llm.storage.atomic import verified_manifest
@@ -144,10 +143,10 @@ def _read(kind: str, path: Path, tokenizer: Any) -> str:
         shutil.rmtree(out, ignore_errors=True)
         if kind == "txt":
             section = DocumentDatasetConfig(dataset_name=str(path))
-            table = build_document_tables(section, tokenizer, out, row_length=32).train
+            table = prepare_tables(section, tokenizer, out, max_length=32).train
         else:
             section = PreferenceDatasetConfig(dataset_name=str(path))
-            table = build_preference_tables(section, tokenizer, out, max_length=96).train
+            table = prepare_tables(section, tokenizer, out, max_length=96).train
         return f"{len(table)} rows"
     if kind == "yaml":
         settings = read_settings(DpoSettings, ["--config", str(path)], "dpo")

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modern_llm.data.preference_datasets import PreferenceDatasetConfig, build_preference_tables
+from modern_llm.data.preference_datasets import PreferenceDatasetConfig
+from modern_llm.data.table.build import prepare_tables
 from modern_llm.data.table.token_table import TokenTable
 from modern_llm.reference.answers import AnswerBatches, Answers
 from modern_llm.reference.store.entries import Entries
@@ -47,7 +48,7 @@ def inputs(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("inputs")
     tokenizer = make_tokenizer(folder / "tokenizer")
     pairs = write_jsonl(folder / "pairs.jsonl", transcripts(240, seed=5))
-    prepared = build_preference_tables(
+    prepared = prepare_tables(
         PreferenceDatasetConfig(dataset_name=str(pairs)),
         AutoTokenizer.from_pretrained(tokenizer),
         folder / "tokens",

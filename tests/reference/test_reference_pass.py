@@ -89,10 +89,10 @@ def test_desensitised_sums_are_those_of_the_paper(tmp_path, tiny_checkpoint, oth
     )
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     models = [AutoModelForCausalLM.from_pretrained(p) for p in (tiny_checkpoint, other)]
-    from modern_llm.data.preference_datasets import build_preference_tables
+    from modern_llm.data.table.build import prepare_tables
 
     data = PreferenceDatasetConfig(dataset_name=str(tiny_pairs), eval_fraction=0.2)
-    table = build_preference_tables(data, tokenizer, tmp_path / "t", max_length=96).train
+    table = prepare_tables(data, tokenizer, tmp_path / "t", max_length=96).train
     losses = []
     for row in range(len(table)):
         ratios = []

@@ -355,7 +355,7 @@ def test_a_published_generation_configuration_does_not_break_the_export(
 
 def test_generation_writes_prompts_and_ends_answers_as_training_did(tmp_path, tiny_checkpoint):
     """Messages without a chat template of the tokenizer's own: the one used goes with the model."""
-    from modern_llm.data.instruction_datasets import build_instruction_tables
+    from modern_llm.data.table.build import prepare_tables
     from modern_llm.inference.chat import prompt_ids
 
     rows = [
@@ -368,7 +368,7 @@ def test_generation_writes_prompts_and_ends_answers_as_training_did(tmp_path, ti
     final = run_sft(tiny_checkpoint, config(tmp_path / "sft"), data)
     tokenizer = AutoTokenizer.from_pretrained(final)
     assert tokenizer.chat_template
-    table = build_instruction_tables(
+    table = prepare_tables(
         data, AutoTokenizer.from_pretrained(tiny_checkpoint), tmp_path / "t", max_length=64
     ).train
     ids, ends = prompt_ids(tokenizer, [WORDS[0], WORDS[5]], "chat")

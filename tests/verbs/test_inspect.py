@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from modern_llm.cli import main
 from modern_llm.config import PreferenceDatasetConfig
-from modern_llm.data.preference_datasets import build_preference_tables
+from modern_llm.data.table.build import prepare_tables
 from tests.helpers.text import make_tokenizer, transcripts, write_jsonl
 
 
@@ -98,7 +98,7 @@ def test_tokens_are_those_that_training_gets(place, tmp_path, capsys):
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(place / "tokenizer")
     config = PreferenceDatasetConfig(dataset_name=str(place / "pairs.jsonl"))
-    table = build_preference_tables(config, tokenizer, tmp_path / "t", max_length=40).train
+    table = prepare_tables(config, tokenizer, tmp_path / "t", max_length=40).train
     assert len(lines) == len(table) == 60
     for index, line in enumerate(lines):
         assert line["origin"] == table.origin(index)

@@ -2,8 +2,7 @@
 
 One pass in batches, so that memory does not grow with the data. A folder that already holds the
 tables of the same bytes, tokenizer and settings is reused. A failed build leaves nothing on disk.
-On a machine with several processes the caller lets one of them build first. The three `*_datasets`
-modules choose the recipe.
+On a machine with several processes the caller lets one of them build first.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from modern_llm.config.data import DatasetConfig
 from modern_llm.config.errors import DataError, StorageError
 from modern_llm.data.encode.chat_template import Tokenizer
 from modern_llm.data.encode.kinds import format_name, kind_of
-from modern_llm.data.encode.pipeline import Recipe, RowPacker
+from modern_llm.data.encode.pipeline import Recipe, RowPacker, recipe_of
 from modern_llm.data.encode.tokenizer import Ids, tokenizer_identity
 from modern_llm.data.read.readers import Row
 from modern_llm.data.read.records import ContentFault, Document, Dropped, RowFault
@@ -43,7 +42,7 @@ from modern_llm.storage.fault_points import around
 from modern_llm.storage.regular_files import read_text
 from modern_llm.storage.untrusted import parse_json
 
-__all__ = ["FELL_BACK", "Prepared", "prepare", "sample_texts"]
+__all__ = ["FELL_BACK", "Prepared", "prepare_tables", "sample_texts"]
 
 VERSION = 4
 
@@ -71,22 +70,36 @@ class Prepared:
         return [line for report in reports for line in report.lines()]
 
 
-def prepare(
+def prepare_tables(
     config: DatasetConfig,
     tokenizer: Tokenizer,
     folder: Path,
-    recipe: Recipe,
+    *,
+    max_length: int | None = None,
+    max_prompt_length: int | None = None,
     check: Callable[[], None] | None = None,
 ) -> Prepared:
     """Return the tables of a section from `folder`, building them there unless they are up to date.
 
+    Their columns are those of the section's `DataKind`.
+
     Args:
+        max_length: most tokens of a prompt with one response, or the length of the rows that
+            documents are cut into; by default the section's, else its kind's. The caller must keep
+            it within the model's positions.
+        max_prompt_length: tokens of the prompt's end that are kept at least; by default the
+            section's, else half of `max_length`.
         check: called after every batch of rows; what it raises ends the build and leaves nothing.
 
     Raises:
+        UserError: the lengths leave no room, or the tokenizer lacks an end token.
         DataError: a source cannot be read, is broken, or leaves nothing to train or evaluate on.
         StorageError: the folder cannot be written.
     """
+    length = max_length or getattr(config, "max_length", None) or kind_of(config).default_length
+    if max_prompt_length is None:
+        max_prompt_length = getattr(config, "max_prompt_length", None)
+    recipe = recipe_of(config, tokenizer, length, max_prompt_length)
     parts, evaluation = training_sources(config), evaluation_source(config)
     key = _key(config, tokenizer, recipe, parts, evaluation)
     if (found := _reuse(folder, key)) is not None:

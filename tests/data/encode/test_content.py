@@ -12,8 +12,8 @@ from modern_llm.cli import main
 from modern_llm.config import InstructionDatasetConfig
 from modern_llm.config.errors import DataError
 from modern_llm.data.encode.content import text_of_parts
-from modern_llm.data.instruction_datasets import build_instruction_tables
 from modern_llm.data.read.records import ContentFault, RowFault
+from modern_llm.data.table.build import prepare_tables
 from modern_llm.inference.chat import prompt_ids
 from tests.helpers.encoding import byte_level, recipe_of, sentence_piece, trained_ids
 from tests.helpers.text import write_jsonl
@@ -131,7 +131,7 @@ def test_a_part_that_is_not_text_is_broken_structure(part, reason, tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", [{"messages": talk("a")}, row])
     config = InstructionDatasetConfig(dataset_name=str(data))
     with pytest.raises(DataError, match=rf"rows\.jsonl:2:.*({reason}|lone surrogate)"):
-        build_instruction_tables(config, byte_level(chat=TURN % EITHER), tmp_path / "t")
+        prepare_tables(config, byte_level(chat=TURN % EITHER), tmp_path / "t")
 
 
 def test_parts_without_words_are_an_empty_answer():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from modern_llm.data.encode.message_keys import WrittenKeys
-from modern_llm.data.preference_datasets import PreferenceDatasetConfig, build_preference_tables
+from modern_llm.data.preference_datasets import PreferenceDatasetConfig
 from modern_llm.data.read.records import RowFault
+from modern_llm.data.table.build import prepare_tables
 from tests.helpers.chat_templates import CHATS
 from tests.helpers.encoding import byte_level, recipe_of, trained_ids
 
@@ -54,8 +55,8 @@ def test_unread_columns_are_named(jsonl, tokenizer):
     row = {"prompt": "p", "chosen": "c", "rejected": "r", "system": "s", "score": 3, "none": None}
     path = jsonl([row])
     config = PreferenceDatasetConfig(dataset_name=str(path))
-    report = build_preference_tables(config, tokenizer, path.parent / "t").report
+    report = prepare_tables(config, tokenizer, path.parent / "t").report
     assert report.notes == [f"{path}: columns that are not read: 'score', 'system'"]
     chat = PreferenceDatasetConfig(dataset_name=str(path), template="chat")
-    report = build_preference_tables(chat, tokenizer, path.parent / "t").report
+    report = prepare_tables(chat, tokenizer, path.parent / "t").report
     assert report.notes[-1] == f"{path}: columns that are not read: 'score'"

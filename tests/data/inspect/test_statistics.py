@@ -11,7 +11,7 @@ from modern_llm.data.encode.pipeline import recipe_of
 from modern_llm.data.inspect.result import inspection
 from modern_llm.data.inspect.statistics import examine, summary_of
 from modern_llm.data.inspect.warnings import Setup
-from modern_llm.data.preference_datasets import build_preference_tables
+from modern_llm.data.table.build import prepare_tables
 
 PAIR = ("prompt", "chosen", "rejected")
 
@@ -71,7 +71,7 @@ def test_token_counts_are_those_that_training_gets(look, jsonl, tokenizer, tmp_p
     ]
     config = PreferenceDatasetConfig(dataset_name=str(jsonl(rows)))
     result = look(config, length=40)
-    table = build_preference_tables(config, tokenizer, tmp_path / "t", max_length=40)
+    table = prepare_tables(config, tokenizer, tmp_path / "t", max_length=40)
     (source,) = result["sources"]
     lengths = np.asarray(table.train.lengths)
     assert source["tokens"] == lengths.sum()

@@ -11,8 +11,9 @@ import datasets
 import pytest
 
 from modern_llm.config.errors import DataError
-from modern_llm.data.preference_datasets import PreferenceDatasetConfig, build_preference_tables
+from modern_llm.data.preference_datasets import PreferenceDatasetConfig
 from modern_llm.data.read.sources import open_source
+from modern_llm.data.table.build import prepare_tables
 
 
 def put(folder: Path, *names: str) -> None:
@@ -169,7 +170,7 @@ def test_files_that_are_not_read_are_named_in_the_report(tmp_path, jsonl, pairs,
     for name in ("d/train-00000-of-00002.jsonl", "d/test.jsonl", "d/hh_dev_1.jsonl"):
         jsonl(pairs(6), name)
     config = PreferenceDatasetConfig(dataset_name=str(tmp_path / "d"))
-    lines = build_preference_tables(config, tokenizer, tmp_path / "t", max_length=96).lines()
+    lines = prepare_tables(config, tokenizer, tmp_path / "t", max_length=96).lines()
     assert any(line.endswith("1 of 3 files are read, not hh_dev, test") for line in lines), lines
     assert any("train: 1 of 2 shards are there" in line for line in lines), lines
 

@@ -16,12 +16,11 @@ import pytest
 
 from modern_llm.config import DocumentDatasetConfig, InstructionDatasetConfig
 from modern_llm.config.errors import DataError
-from modern_llm.data.document_datasets import build_document_tables
-from modern_llm.data.instruction_datasets import build_instruction_tables
-from modern_llm.data.preference_datasets import PreferenceDatasetConfig, build_preference_tables
+from modern_llm.data.preference_datasets import PreferenceDatasetConfig
 from modern_llm.data.read import sources
 from modern_llm.data.read.records import Unreadable
 from modern_llm.data.read.values import Columns
+from modern_llm.data.table.build import prepare_tables
 
 # Writes every key that a message has, so that one more or less shows.
 CHAT = (
@@ -179,9 +178,7 @@ def same_everywhere(rows, build, section, tokenizer, place: Path) -> list[Any]:
 def test_conversations_with_tools_are_the_same_from_every_file(chat, tmp_path):
     draw = Draw(0)
     rows = [draw.conversation() for _ in range(40)]
-    found = same_everywhere(
-        rows, build_instruction_tables, InstructionDatasetConfig, chat, tmp_path
-    )
+    found = same_everywhere(rows, prepare_tables, InstructionDatasetConfig, chat, tmp_path)
     assert len(found) == len(rows)
     assert "null" not in chat.decode([i for row in found for cell in row for i in cell])
 
@@ -190,7 +187,7 @@ def test_conversations_with_tools_are_the_same_from_every_file(chat, tmp_path):
 def test_pairs_are_the_same_from_every_file(lists, chat, tmp_path):
     draw = Draw(1)
     rows = [draw.pair(lists) for _ in range(20)]
-    found = same_everywhere(rows, build_preference_tables, PreferenceDatasetConfig, chat, tmp_path)
+    found = same_everywhere(rows, prepare_tables, PreferenceDatasetConfig, chat, tmp_path)
     assert len(found) == len(rows)
 
 
@@ -216,7 +213,7 @@ def test_a_sequence_of_the_datasets_library_is_a_list_of_messages(chat, tmp_path
     ]
     found = [
         content(
-            build_instruction_tables,
+            prepare_tables,
             InstructionDatasetConfig(dataset_name=str(name)),
             chat,
             tmp_path / f"tables-{at}",
@@ -265,7 +262,7 @@ def test_a_list_of_messages_that_cannot_be_parsed_is_no_text(text: str, jsonl, t
         assert Columns({"chosen": text})["chosen"] == text
         return
     with pytest.raises(DataError, match="'chosen' is a list of messages as text that is neither"):
-        build_preference_tables(config, tokenizer, tmp_path / "t", max_length=64)
+        prepare_tables(config, tokenizer, tmp_path / "t", max_length=64)
 
 
 @pytest.mark.parametrize(
@@ -290,22 +287,22 @@ def test_a_document_is_literal(jsonl, tokenizer, tmp_path):
     text = json.dumps([USER, ANSWER])
     path = jsonl([{"text": text}] * 4)
     config = DocumentDatasetConfig(dataset_name=str(path))
-    prepared = build_document_tables(config, tokenizer, tmp_path / "t", row_length=16)
+    prepared = prepare_tables(config, tokenizer, tmp_path / "t", max_length=16)
     assert tokenizer.decode(prepared.train.ids(0, "text")).startswith(text[:10])
 
 
 def test_nulls_are_absent_but_named_where_they_are_missed(jsonl, chat, tmp_path):
     rows = [{"instruction": "i", "input": None, "output": "o", "tools": None}]
     config = InstructionDatasetConfig(dataset_name=str(jsonl(rows)))
-    (with_null,) = content(build_instruction_tables, config, chat, tmp_path / "a")
+    (with_null,) = content(prepare_tables, config, chat, tmp_path / "a")
     del rows[0]["input"], rows[0]["tools"]
     config = InstructionDatasetConfig(dataset_name=str(jsonl(rows)))
-    assert content(build_instruction_tables, config, chat, tmp_path / "b") == [with_null]
+    assert content(prepare_tables, config, chat, tmp_path / "b") == [with_null]
     for name in ("prompt", "chosen", "rejected"):
         row = {"prompt": "p", "chosen": "c", "rejected": "r", name: None}
         config = PreferenceDatasetConfig(dataset_name=str(jsonl([row])))
         with pytest.raises(DataError, match=f"rows.jsonl:1: column '{name}' is null"):
-            build_preference_tables(config, chat, tmp_path / "c", max_length=64)
+            prepare_tables(config, chat, tmp_path / "c", max_length=64)
 
 
 def test_depth_is_bounded():

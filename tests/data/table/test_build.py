@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from modern_llm.config.errors import DataError, UserError
-from modern_llm.data.preference_datasets import PreferenceDatasetConfig, build_preference_tables
+from modern_llm.data.preference_datasets import PreferenceDatasetConfig
 from modern_llm.data.table import iterate as module
-from modern_llm.data.table.build import Prepared, sample_texts
+from modern_llm.data.table.build import Prepared, prepare_tables, sample_texts
 from modern_llm.data.table.iterate import share_of
 
 STRINGS = {"prompt": "p", "chosen": "c", "rejected": "r"}
@@ -24,7 +24,7 @@ STRINGS = {"prompt": "p", "chosen": "c", "rejected": "r"}
 def build(tmp_path: Path, tokenizer) -> Callable[..., Prepared]:
     def make(path: Path, folder: str = "tables", **options: Any) -> Prepared:
         config = PreferenceDatasetConfig(dataset_name=str(path), **options)
-        return build_preference_tables(config, tokenizer, tmp_path / folder, max_length=64)
+        return prepare_tables(config, tokenizer, tmp_path / folder, max_length=64)
 
     return make
 
@@ -278,10 +278,10 @@ def test_the_same_inputs_are_mapped_and_others_built(build, jsonl, pairs, make_t
         lambda: build(path, eval_fraction=0.3, append_end_token=False),
         lambda: build(path, eval_fraction=0.3, template="Q: {prompt}"),
         lambda: build(jsonl([*rows[1:], {**STRINGS, "chosen": ""}]), eval_fraction=0.3),
-        lambda: build_preference_tables(
+        lambda: prepare_tables(
             PreferenceDatasetConfig(dataset_name=str(path)), make_tokenizer(), tmp_path / "tables"
         ),
-        lambda: build_preference_tables(
+        lambda: prepare_tables(
             PreferenceDatasetConfig(dataset_name=str(path)),
             make_tokenizer(begin=True),
             tmp_path / "tables",
@@ -314,10 +314,10 @@ def test_a_failure_keeps_the_tables_of_before(build, jsonl, pairs):
 
 def test_without_a_name_or_an_end_token(jsonl, pairs, make_tokenizer, tmp_path):
     with pytest.raises(UserError, match="dataset_name is missing"):
-        build_preference_tables(PreferenceDatasetConfig(), make_tokenizer(), tmp_path / "t")
+        prepare_tables(PreferenceDatasetConfig(), make_tokenizer(), tmp_path / "t")
     config = PreferenceDatasetConfig(dataset_name=str(jsonl(pairs(2))))
     with pytest.raises(UserError, match=r"no end token .*append_end_token: false"):
-        build_preference_tables(config, make_tokenizer(end=False), tmp_path / "t")
+        prepare_tables(config, make_tokenizer(end=False), tmp_path / "t")
 
 
 def test_sample_texts_are_those_of_good_rows(jsonl):

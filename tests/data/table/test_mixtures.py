@@ -10,14 +10,14 @@ import pytest
 from modern_llm.config import DocumentDatasetConfig
 from modern_llm.config.data import MixtureSource
 from modern_llm.config.errors import DataError
-from modern_llm.data.document_datasets import build_document_tables
-from modern_llm.data.preference_datasets import PreferenceDatasetConfig, build_preference_tables
+from modern_llm.data.preference_datasets import PreferenceDatasetConfig
 from modern_llm.data.read import sources as sources_module
+from modern_llm.data.table.build import prepare_tables
 
 
 def built(folder, tokenizer, *sources, **options):
     config = PreferenceDatasetConfig(sources=[MixtureSource(**s) for s in sources], **options)
-    return build_preference_tables(config, tokenizer, folder, max_length=96)
+    return prepare_tables(config, tokenizer, folder, max_length=96)
 
 
 def rows_of(table) -> Counter:
@@ -101,7 +101,7 @@ def test_held_out_rows_count_once_and_are_not_trained_on(tmp_path, tokenizer, tw
 
 
 def test_one_source_as_a_mixture_is_that_source(tmp_path, tokenizer, two):
-    plain = build_preference_tables(
+    plain = prepare_tables(
         PreferenceDatasetConfig(dataset_name=two[0]), tokenizer, tmp_path / "plain", max_length=96
     )
     mixed = built(tmp_path / "mixed", tokenizer, {"dataset_name": two[0]})
@@ -136,7 +136,7 @@ def test_documents_of_several_sources_fill_rows_together(tmp_path, tokenizer, js
         jsonl([{"text": f"{name} {i} " * 9} for i in range(15)], f"{name}.jsonl") for name in "ab"
     ]
     config = DocumentDatasetConfig(sources=[{"dataset_name": str(f)} for f in files])
-    prepared = build_document_tables(config, tokenizer, tmp_path / "t", row_length=64)
+    prepared = prepare_tables(config, tokenizer, tmp_path / "t", max_length=64)
     ids = np.concatenate([prepared.train.ids(i, "text") for i in range(len(prepared.train))])
     whole = []
     for name in "ab":
@@ -167,7 +167,7 @@ def test_a_streamed_source_is_read_row_by_row_up_to_max_examples(tmp_path, token
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name: Info)
     config = DocumentDatasetConfig(dataset_name="owner/endless", streaming=True, max_examples=40)
-    prepared = build_document_tables(config, tokenizer, tmp_path / "t", row_length=64)
+    prepared = prepare_tables(config, tokenizer, tmp_path / "t", max_length=64)
     assert prepared.report.rows == 40 and max(seen) <= 40
     assert prepared.train.origin(0) == "owner/endless/train:[0]"
     source = sources_module.open_source("owner/endless", text_column="text", streaming=True)

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from modern_llm.config.data import DocumentDatasetConfig
 from modern_llm.config.errors import DataError, UserError
-from modern_llm.data.document_datasets import DocumentDatasetConfig, build_document_tables
 from modern_llm.data.encode.pipeline import RowPacker
+from modern_llm.data.table.build import prepare_tables
 
 
 class Written(list):
@@ -43,7 +44,7 @@ def test_any_documents_fill_rows_in_order(lengths, row_length):
 
 def build(path: Path, tokenizer, row_length: int = 8, **options):
     config = DocumentDatasetConfig(dataset_name=str(path), **options)
-    return build_document_tables(config, tokenizer, path.parent / "tables", row_length=row_length)
+    return prepare_tables(config, tokenizer, path.parent / "tables", max_length=row_length)
 
 
 @pytest.mark.parametrize("begin", [False, True])
@@ -120,7 +121,7 @@ def test_wiki_sample(shared: Path, tmp_path: Path):
     source = shared / "data" / "wiki_sample.txt"
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
     config = DocumentDatasetConfig(dataset_name=str(source))
-    prepared = build_document_tables(config, tokenizer, tmp_path / "t", row_length=1024)
+    prepared = prepare_tables(config, tokenizer, tmp_path / "t", max_length=1024)
     table = prepared.train
     lines = source.read_text(encoding="utf-8").splitlines()
     assert prepared.report.rows == len(lines)
