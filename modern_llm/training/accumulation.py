@@ -1,9 +1,10 @@
 """Gradient accumulation: the forwards and backwards of one optimizer step.
 
-A step that runs out of memory is repeated in smaller micro-batches. One process alone can do that
-in any step. Several processes search for the size that fits in their first steps: each computes by
-itself, all agree, and the gradients are averaged afterwards. Later, and where DeepSpeed or FSDP
-communicates within a forward, the run ends with an error and resumes with half the size.
+A step that runs out of memory is repeated in smaller micro-batches. A single process can do so in
+any step. Several processes do so only in their first steps: each rank computes without
+communication, all agree on the outcome, and the gradients are averaged afterwards. In later steps,
+or where DeepSpeed or FSDP communicates within a forward, the run ends with an error and resumes
+with half the size.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ from modern_llm.training.guards.memory import CURES
 
 
 class Gradients(NamedTuple):
-    """Results of the forwards and backwards of one step on this rank, beside the gradients."""
+    """Losses and counts of one step on this rank; the gradients are in the model."""
 
     sums: dict[str, Tensor]
     losses: list[Tensor]
-    """() detached, one a micro-batch."""
+    """() detached, one per micro-batch."""
     busy: float
     """Seconds of work before this rank first waited for another."""
     spiked: bool
-    """Whether every rank skips the step for its loss; its gradients are NaN."""
+    """Whether the step is skipped as a loss spike; its gradients are then NaN on every rank."""
 
 
 class _OutOfMemory(NamedTuple):
-    """A step for which this rank had not enough memory."""
+    """Failure of a step: this rank ran out of memory."""
 
     message: str
     in_collective: bool
@@ -71,10 +72,10 @@ def accumulate(context: TrainingContext, step: int, began: float) -> Gradients:
         if not failed:
             if alone:
                 engine.average_gradients()
-                _is_spike(context, step, found.sums)  # too early in a run to skip: counted only
+                _is_spike(context, step, found.sums)  # too early to skip: only updates statistics
             task.budget.step_done(is_main=runtime.is_main)
             return found
-        context.guards.settle()  # needs the micro-batches of the step before as they were
+        context.guards.settle()  # its report needs the previous step's micro-batches unchanged
         engine.clear()
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -84,10 +85,10 @@ def accumulate(context: TrainingContext, step: int, began: float) -> Gradients:
 def _attempt(
     context: TrainingContext, step: int, began: float, *, alone: bool
 ) -> Gradients | _OutOfMemory:
-    """Run all micro-batches once; `alone` keeps the gradients on this rank."""
+    """Run all micro-batches once; with `alone`, without averaging gradients over ranks."""
     runtime, engine, task, config = context.runtime, context.engine, context.task, context.config
     prepared = False
-    # The error is not kept: its frames hold the activations that must be freed.
+    # Keep only the error's text: its frames hold the activations that must be freed.
     try:
         with heartbeat.quick("loading the batch", step + 1), around("loader"):
             batches = [batch.to(runtime.device) for batch in task.micro_batches(step)]
@@ -96,7 +97,7 @@ def _attempt(
         with heartbeat.quick("forward and backward", step + 1, compiles):
             batches = task.prepare(engine.model, step, batches)
             prepared = True
-            # DDP and ZeRO average gradients over ranks: the factor undoes it. Nobody else divides.
+            # DDP and ZeRO average gradients over ranks; the factor `world` undoes that.
             scale = runtime.world / task.denominator(step)
             sums: dict[str, Tensor] = {}
             losses: list[Tensor] = []
@@ -106,14 +107,14 @@ def _attempt(
                 last = at == len(batches) - 1
                 with engine.forward_backward(last and not alone):
                     result = task.run(engine.model, batch)
-                    if runtime.stage != 3:  # there a forward waits for the weights of other ranks
+                    if runtime.stage != 3:  # under ZeRO-3 a forward waits for other ranks' weights
                         busy = time.perf_counter() - began
                     losses.append(result.loss.detach())
                     loss = result.loss * scale
                     add(sums, result.statistics)
                     if last:
                         loss = nonfinite.spoiled(loss, losses)
-                        # A collective, which a rank that searches alone must not enter.
+                        # A collective: a rank that computes alone must not enter it.
                         spiked = not alone and _is_spike(context, step, sums)
                     engine.backward(loss * math.nan if spiked else loss, last=last)
                 heartbeat.tick()
@@ -125,7 +126,7 @@ def _attempt(
 
 
 def _is_spike(context: TrainingContext, step: int, sums: dict[str, Tensor]) -> bool:
-    """Whether the step is skipped for its loss; a collective where `skip_loss_spikes` is set."""
+    """Whether the step is skipped as a loss spike; a collective if `skip_loss_spikes` is set."""
     sigma = context.config.skip_loss_spikes
     if not sigma:
         return False
@@ -134,7 +135,7 @@ def _is_spike(context: TrainingContext, step: int, sums: dict[str, Tensor]) -> b
 
 
 def _out_of_memory_error(context: TrainingContext, step: int, message: str) -> UserError:
-    """Return the error of a step that cannot be repeated, and note the size to try next."""
+    """Return the error of a step that cannot be repeated, and store half the size for a resume."""
     budget = context.task.budget
     place = f"out of memory in step {step + 1}"
     if budget.auto:
@@ -155,7 +156,7 @@ def _first(text: str) -> str:
 
 
 def over_ranks(runtime: Runtime, sums: dict[str, Tensor]) -> dict[str, float]:
-    """One reduction for all statistics, in float64 where the device has it."""
+    """Sum all statistics over the ranks in one reduction, in float64 where the device has it."""
     names = sorted(sums)
     dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
     stacked = torch.stack([sums[name].to(dtype).to(runtime.device) for name in names])
@@ -163,20 +164,20 @@ def over_ranks(runtime: Runtime, sums: dict[str, Tensor]) -> dict[str, float]:
 
 
 def add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
-    """Add the statistics of a forward to those of the ones before it."""
+    """Add the statistics `more` to `sums` in place."""
     for name, value in more.items():
         sums[name] = sums[name] + value if name in sums else value
 
 
 def _seed(device: torch.device, *numbers: Any) -> None:
-    """Seed the generators of a step from (seed, step, micro-batch, rank): dropout resumes without
+    """Seed the generators from (seed, step, micro-batch, rank), so that dropout resumes without
     saved state."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     seed = int.from_bytes(digest, "little") >> 1
     if device.type not in ("cpu", "cuda"):
         torch.manual_seed(seed)
         return
-    # `torch.manual_seed` notes a stack for each kind of device that is not in use: 1 ms a call.
+    # `torch.manual_seed` records a stack trace for each unused kind of device: 1 ms per call.
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

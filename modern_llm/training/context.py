@@ -1,4 +1,4 @@
-"""What the functions of the loop share: one run while it trains."""
+"""Shared argument of the loop's functions: everything that belongs to one run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modern_llm.training.task import Task
 
 @dataclass
 class TrainingContext:
-    """One run while it trains: its processes, prepared model, work, folder and guards."""
+    """Processes, prepared model, task, folder and guards of one run."""
 
     runtime: Runtime
     engine: Engine

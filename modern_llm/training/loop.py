@@ -34,10 +34,10 @@ from modern_llm.training.throughput import Throughput
 
 
 class Sample(Protocol):
-    """Answers fixed prompts during a run. The loop knows no tokenizer, so it calls this."""
+    """Answers fixed prompts during a run, so that the loop needs no tokenizer."""
 
     def start(self, step: int) -> None:
-        """Prepare for a run of which `step` steps are done."""
+        """Prepare for a run that has done `step` steps."""
 
     def __call__(self, step: int) -> dict[str, float]:
         """Answer the prompts and return metrics."""
@@ -73,7 +73,7 @@ def train(
 
     Raises:
         NotFiniteError: a loss or gradient is not finite; nothing of that step was applied.
-        Stopped: a signal asked for it; the state is saved.
+        Stopped: a signal asked to stop; the state is saved.
     """
     total = total_steps(run.config, task)
     context, start, pending = start_training(runtime, scorer, task, run, fingerprints, total)
@@ -108,7 +108,7 @@ def train(
             try:
                 record |= _evaluate_if_due(context, sample, monitor, step)
             except Stopped:
-                interrupted = True  # made on resume
+                interrupted = True  # rerun on resume
             if record:
                 monitor.record(step, _position(context, throughput, step) | record)
             _save_or_stop(context, saver, step, interrupted)
@@ -129,9 +129,9 @@ def _optimizer_step(
     with heartbeat.quick("optimizer", step + 1):
         begin_asking(runtime)
         set_learning_rate(engine.optimizer, learning_rate(context.config, step, context.total))
-        # The verdict of the step before has arrived; the device still computes this one.
+        # The finite flag of the previous step has arrived; the device still computes this step.
         guards.settle()
-        # The norm is of the averaged gradient, so every rank sees the same and decides the same.
+        # The norm of the averaged gradient is equal on every rank, so all ranks decide the same.
         update = engine.step(context.config.max_grad_norm)
     if engine.scales_loss:
         nonfinite.count_overflow(guards, update, step)
@@ -144,7 +144,7 @@ def _optimizer_step(
 
 
 def _settle_if_read(context: TrainingContext, sample: Sample | None, step: int) -> None:
-    """Wait for the verdict on a step if something is about to read the state after it."""
+    """Wait for the finite flag of a step if a log line, evaluation or save reads its result."""
     config, total = context.config, context.total
     if (
         _is_logged(context, step)
@@ -153,14 +153,14 @@ def _settle_if_read(context: TrainingContext, sample: Sample | None, step: int) 
         or is_due(config.save_every, step, total)
     ):
         context.guards.settle()
-    # A step whose gradient may still turn out not to be finite is not done yet.
+    # Until its flag arrives, a step may still turn out to be non-finite.
     context.run.done = step if context.guards.pending is None else step - 1
 
 
 def _is_logged(context: TrainingContext, step: int) -> bool:
     """Whether a step is logged: the first, the last, every `log_every`th, and a skipped one.
 
-    A device that skips a step reports it during the next step, which is logged in its place.
+    The device reports a skipped step during the next step, which is then logged instead.
     """
     due = is_due(context.config.log_every, step, context.total, at_end=True)
     return due or step == 1 or context.guards.skipped > context.guards.logged
@@ -173,7 +173,7 @@ def _training_metrics(
     grad_norm: Tensor | float,
     step: int,
 ) -> dict[str, float]:
-    """Return what is logged of a step: metrics over all ranks, rates, skips and token budget."""
+    """Return the logged metrics: averages over all ranks, rates, skips and token budget."""
     runtime, task, guards = context.runtime, context.task, context.guards
     guards.logged = guards.skipped
     window, counts = throughput.take()
@@ -242,10 +242,10 @@ def _evaluate(context: TrainingContext, monitor: Monitor, step: int) -> dict[str
 
 
 def _save_or_stop(context: TrainingContext, saver: Saver, step: int, interrupted: bool) -> None:
-    """Save if it is time or a signal asks to stop, and stop then.
+    """Save if it is time; on a signal save and raise `Stopped`.
 
     Args:
-        interrupted: the evaluation after this step was interrupted, so that it is pending.
+        interrupted: the evaluation after this step was interrupted and must be rerun on resume.
     """
     runtime, total = context.runtime, context.total
     with heartbeat.quick("deciding whether to stop", step):

@@ -1,7 +1,7 @@
-"""AdamW over two groups, and the learning rate as a pure function of the step. No scheduler object
-exists.
+"""AdamW with two parameter groups, and the learning rate as a pure function of the step.
 
-A scheduler would be one more thing to save, and a prepared one is stepped once a process.
+There is no scheduler object: it would add state to save, and Accelerate steps a prepared scheduler
+once per process.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from torch import nn
 
 from modern_llm.config import TrainingConfig
 
-# Modules whose parameter `weight` is the operand of a product, a convolution or a look-up.
+# Modules whose parameter `weight` is used in a matrix product, a convolution or a look-up.
 OPERANDS = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
-# Names of such operands in modules of the models' own: GPT-2's Conv1D (weight), stacked experts
-# (gate_up_proj, w1), routers, recurrent gates (input_gate_weight), hyper-connections (fn), XLNet's
-# attention. Others (A_log, D, time_decay, scale, sinks, every bias) are none.
+# Names of such weights in modules that a model defines itself: GPT-2's Conv1D (weight), stacked
+# experts (gate_up_proj, w1), routers, recurrent gates (input_gate_weight), hyper-connections (fn),
+# XLNet's attention. Not matched: A_log, D, time_decay, scale, sinks, biases.
 OPERAND_NAME = re.compile(
     r"(.*_)?(weights?|proj|kernel|embed|emb|embeddings?|fn)|w[123]?|v1|[qkvor]", re.IGNORECASE
 )
 
 
 def learning_rate(config: TrainingConfig, step: int, total: int) -> float:
-    """Return the rate of optimizer step `step` (from 0) of `total`.
+    """Return the learning rate of optimizer step `step` (from 0) of `total`.
 
-    Rises linearly over `warmup_steps`, reaching the peak at its last, then decays towards
-    `min_learning_rate_ratio` of it, which step `total` would have: the last step still learns.
+    It rises linearly and peaks at the last of the `warmup_steps`. It then decays towards
+    `min_learning_rate_ratio` of the peak, which step `total` would reach: the last step still
+    learns.
     """
     warmup = config.warmup_steps
     if step < warmup:
@@ -48,13 +49,13 @@ def learning_rate(config: TrainingConfig, step: int, total: int) -> float:
 def decayed(model: nn.Module) -> set[str]:
     """Return the names of the parameters that weight decay applies to.
 
-    These are the weights of matrix products, of convolutions and of embeddings, experts included. A
-    bias, a norm or a parameter of a state space is none, however many dimensions it has.
+    These are the weights of matrix products, convolutions and embeddings, experts included. Biases,
+    norms and state-space parameters are excluded, even those with two or more dimensions.
     """
     owners: dict[int, bool] = {}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None:  # one that is tied belongs to several modules
+            if parameter is not None:  # a tied parameter belongs to several modules
                 owners[id(parameter)] = owners.get(id(parameter), False) or _is_operand(
                     path, module, name, parameter
                 )
@@ -62,13 +63,13 @@ def decayed(model: nn.Module) -> set[str]:
 
 
 def _is_operand(path: str, module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter of a module is the weight of a product, a convolution or a look-up."""
-    if getattr(parameter, "_no_weight_decay", False):  # how Mamba marks its own
+    """Whether a parameter is the weight of a matrix product, a convolution or a look-up."""
+    if getattr(parameter, "_no_weight_decay", False):  # set by Mamba
         return False
     if isinstance(module, OPERANDS):
         return name == "weight"
     attribute = path.rpartition(".")[2]
-    if isinstance(module, nn.ParameterDict):  # PEFT's adapters of embeddings: lora_embedding_A
+    if isinstance(module, nn.ParameterDict):  # PEFT's embedding adapters: lora_embedding_A
         return attribute.startswith("lora_")
     if "norm" in type(module).__name__.lower() or "norm" in attribute.lower():
         return False
@@ -77,10 +78,7 @@ def _is_operand(path: str, module: nn.Module, name: str, parameter: nn.Parameter
 
 
 def make_optimizer(config: TrainingConfig, model: nn.Module) -> torch.optim.AdamW:
-    """Return AdamW with decay on the parameters that `decayed` names and none on the others.
-
-    Fused: one kernel for all parameters, on a CPU too.
-    """
+    """Return fused AdamW with weight decay only on the parameters named by `decayed`."""
     names = decayed(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
@@ -100,12 +98,11 @@ def make_optimizer(config: TrainingConfig, model: nn.Module) -> torch.optim.Adam
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Write `rate` into every group."""
+    """Set `rate` in every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
 def is_due(every: int, step: int, total: int, *, at_end: bool = False) -> bool:
-    """Whether something that happens `every` so many steps happens after step `step` (counted from
-    1)."""
+    """Whether an action with interval `every` is due after step `step` (counted from 1)."""
     return step % every == 0 or (at_end and step == total)

@@ -1,7 +1,6 @@
-"""The micro-batches of the next step, made in a thread while this step computes.
+"""Prefetch of the next step's micro-batches in a thread while this step computes.
 
-One step ahead and no more, so that order, position and errors are those of making each when its
-turn comes: what making them raises is raised by the step that needs them.
+One step ahead at most. An error while a step's micro-batches are built is raised in that step.
 """
 
 from __future__ import annotations
@@ -18,16 +17,17 @@ from modern_llm.training.task import Task
 class _Made(NamedTuple):
     step: int
     tokens: int | None
-    """The token budget for which they were made."""
+    """Token budget at the time."""
     result: Future[tuple[list[Any], float]]
 
 
 class Prefetch:
-    """A task whose micro-batches and denominators are there when they are asked for, in the order
-    of the steps; all else is the task's own. A context: its thread ends with it.
+    """Task that builds the micro-batches and denominator of the next step in advance.
+
+    Everything else is forwarded to the wrapped task. A context manager: its thread ends with it.
 
     Args:
-        total: steps of the run; none is made ready beyond.
+        total: steps of the run.
     """
 
     def __init__(self, task: Task, device: torch.device, total: int):
@@ -46,9 +46,9 @@ class Prefetch:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def micro_batches(self, step: int) -> Sequence[Any]:
-        """Return this rank's micro-batches of `step`, and begin to make those of the next."""
+        """Return this rank's micro-batches of `step`, and start building those of the next."""
         made, self._made = self._made, None
-        # A step may be made again, in smaller forwards.
+        # A step that ran out of memory is repeated in smaller micro-batches.
         if made is None or (made.step, made.tokens) != (step, self._task.budget.tokens):
             made = self._make(step)
         batches, denominator = made.result.result()
@@ -68,10 +68,10 @@ class Prefetch:
     def _work(self, step: int) -> tuple[list[Any], float]:
         batches = list(self._task.micro_batches(step))
         if self._device.type == "cuda":
-            # Only from pinned memory does a copy run beside the device's work.
+            # A copy overlaps with computation only if it reads pinned memory.
             batches = [batch.pin() for batch in batches]
         return batches, self._task.denominator(step)
 
     def _begin_thread(self) -> None:
-        if self._device.type == "cuda":  # else it would take memory of the first GPU
+        if self._device.type == "cuda":  # else the thread would allocate on the first GPU
             torch.cuda.set_device(self._device)

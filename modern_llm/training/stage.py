@@ -1,4 +1,4 @@
-"""What every stage does with a run: its token tables, the loop, and the final model."""
+"""Steps shared by all stages: build the token tables, run the loop, write the final model."""
 
 from __future__ import annotations
 
@@ -35,8 +35,11 @@ log = logging.getLogger(__name__)
 def build_tables(
     runtime: Runtime, run: RunFolder, build: Callable[..., Prepared], config: TrainingConfig
 ) -> Prepared:
-    """Tokenise once a machine, map everywhere, compare, and refuse data that cannot fill one
-    step."""
+    """Return the token tables: built once per machine, mapped and compared by every process.
+
+    Raises:
+        UserError: fewer examples than one batch, or the run would resume on other data.
+    """
     if run.dry_run is None:
         find_checkpoint(runtime, run)
     prepared = read_tables(runtime, run.data, build)
@@ -77,7 +80,7 @@ def train_and_export(
             log.warning("warning: %s", warning)
     sample = make_sampler(runtime, scorer.model, tokenizer, config, run, ends)
     shape = {k: v for k, v in scorer.model.config.to_diff_dict().items() if k[0] != "_"}
-    shape.pop("output_router_logits", None)  # no matter of shape; older runs did not write it
+    shape.pop("output_router_logits", None)  # not part of the shape; older runs did not write it
     facts = {
         **facts,
         "model": digest_of({**shape, "transformers_version": None}),
@@ -85,7 +88,7 @@ def train_and_export(
     }
     peak, origin = peak_flops(runtime.device, config.precision)
     if runtime.is_main:
-        log.info("mfu: of %.4g operations a second and process (%s)", peak, origin)
+        log.info("mfu: relative to %.4g operations per second and process (%s)", peak, origin)
     engine = train(runtime, scorer, task, run, facts, sample, peak)
     runtime.on_main(run.lock.check)
     heartbeat.enter("writing the final model")

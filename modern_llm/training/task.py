@@ -1,8 +1,7 @@
-"""What the loop knows of its work: a `Task` gives the micro-batches of a step and their sums.
+"""The interface between the loop and its work: a `Task` gives micro-batches and their sums.
 
-A task knows one kind of batch and one objective; the loop knows an Accelerator; nothing else knows
-both. Sums and counts are carried, never means: the loop alone divides, once, by
-`denominator(step)`.
+A task combines one kind of batch with one objective. It returns sums and counts, never means: the
+loop divides once, by `denominator(step)`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from modern_llm.training.guards.memory import TokenBudget
 
 
 class StepSums(NamedTuple):
-    """What one forward contributes to a step."""
+    """Contribution of one forward to a step."""
 
     loss: Tensor
     """() differentiable sum; divided by the step's denominator it is this part of the loss."""
@@ -25,35 +24,34 @@ class StepSums(NamedTuple):
 
 
 class Task(Protocol):
-    """The questions that the loop asks, in the order in which it asks them."""
+    """Methods that the loop calls, in the order of the calls."""
 
     budget: TokenBudget
-    """How many tokens a forward takes; the loop lowers it where memory runs out."""
+    """Maximum tokens of one forward; the loop lowers it when memory runs out."""
 
     def steps_in(self, epochs: float) -> int:
-        """Return the optimizer steps of so many passes over the data."""
+        """Return the number of optimizer steps in `epochs` epochs."""
 
     def micro_batches(self, step: int) -> Sequence[Any]:
         """Return this rank's micro-batches of `step` (from 0); every rank gets the same number."""
 
     def denominator(self, step: int) -> float:
-        """Return the count over all ranks and micro-batches of `step`, known before its first
-        forward."""
+        """Return the count over all ranks and micro-batches of `step`, before its first forward."""
 
     def origins(self, step: int) -> list[list[str]]:
-        """Return where the examples of each of this rank's micro-batches of `step` came from."""
+        """Return `file:line` of the examples in each of this rank's micro-batches of `step`."""
 
     def prepare(self, model: nn.Module, step: int, micro_batches: Sequence[Any]) -> Sequence[Any]:
-        """Return the micro-batches with whatever needs a look at the whole step first."""
+        """Return the micro-batches with the columns that depend on the whole step filled in."""
 
     def run(self, model: nn.Module, micro_batch: Any) -> StepSums:
-        """One forward."""
+        """Run one forward."""
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Turn the sums over all ranks and micro-batches into what is logged."""
+        """Turn the sums over all ranks and micro-batches into the logged metrics."""
 
     def consumed(self, steps: int) -> int:
         """Return the number of examples in the first `steps` steps."""
 
     def evaluation(self) -> Sequence[Any] | None:
-        """Return this rank's micro-batches of the evaluation data, or None where there is none."""
+        """Return this rank's micro-batches of the evaluation data, None if there is none."""

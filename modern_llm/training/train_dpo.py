@@ -1,4 +1,4 @@
-"""DPO (Rafailov et al., 2023) and its family: a reference pass, a check of it, then the loop."""
+"""DPO (Rafailov et al., 2023) and its family: the reference pass, then the training loop."""
 
 from __future__ import annotations
 
@@ -42,21 +42,22 @@ def run_dpo(
 ) -> Path:
     """Train a policy on preference pairs and return its folder, `output_dir/{run_name}_final`.
 
-    The reference scores every answer once, before step 1; `MODERN_LLM_CACHE` keeps its values.
+    The reference scores every answer once, before step 1; its values are stored in
+    `MODERN_LLM_CACHE`.
 
     Args:
-        sft_checkpoint: of the policy and, by default, of the reference: Hub id, folder or `.pt`.
+        sft_checkpoint: initial policy and, by default, the reference: Hub id, folder or `.pt`.
         train_config: `batch_size` counts pairs.
         dpo_config: the loss and its options.
         preference_config: where the pairs are, and their template.
         tokenizer_name: Hub id or folder; else the checkpoint's, else `train_config.tokenizer_name`.
-        dry_run: given, the run ends after one forward and backward and keeps nothing.
-        lora_config: given, adapters are trained; the reference is the model without them.
+        dry_run: if given, the run ends after one forward and backward and keeps nothing.
+        lora_config: if given, adapters are trained; the reference is the model without them.
 
     Raises:
         UserError: bad configuration, checkpoint or data; nothing was written.
-        StorageError: the reference store refuses, or its values are not this policy's.
-        Stopped: a signal asked to stop; the same call goes on.
+        StorageError: the reference store cannot be used, or holds values of other weights.
+        Stopped: a signal asked to stop; the same call resumes.
     """
     data = tables.with_dataset_name(preference_config, train_config)
     runtime, run = open_run(
@@ -100,7 +101,7 @@ def _prepare(
     tokenizer: PreTrainedTokenizerBase,
     config: DPOConfig,
 ) -> Prepared:
-    """Return the token tables of the section."""
+    """Return the token tables of the preference pairs."""
     build = partial(
         prepare_tables,
         data,
@@ -120,11 +121,10 @@ def _task(
     prepared: Prepared,
     reference: ReferencePass,
 ) -> PreferenceTask:
-    """Complete the reference's values with the scorer as loaded, before training changes it, and
-    leave out the pairs for which there is none.
+    """Compute the missing reference values, and return the task without non-finite pairs.
 
-    After a resume too: the checkpoint's weights are loaded later, by the loop, so that a reference
-    is never built from a policy that has trained.
+    Must run before the loop loads a checkpoint: here the scorer still has the initial weights, on
+    resume too, so that the reference is never a trained policy.
     """
     values = reference.compute(scorer)
     left_out = exclude_from_run(

@@ -29,15 +29,15 @@ def run_training(
     """Pretrain a model from scratch and return its folder, `output_dir/{run_name}_final`.
 
     Args:
-        model_config: the shape; rows are `max_seq_len` tokens long.
+        model_config: shape of the model; rows are `max_seq_len` tokens long.
         train_config: `batch_size` counts rows. `dataset_name` names the documents unless
             `dataset_config` does.
-        tokenizer_name: Hub id or folder; `train_config.tokenizer_name` unless given.
-        dry_run: given, the run ends after one forward and backward and keeps nothing.
+        tokenizer_name: Hub id or folder; default: `train_config.tokenizer_name`.
+        dry_run: if given, the run ends after one forward and backward and keeps nothing.
 
     Raises:
         UserError: bad configuration or data; nothing was written.
-        Stopped: a signal asked to stop; the same call goes on.
+        Stopped: a signal asked to stop; the same call resumes.
     """
     data = tables.with_dataset_name(dataset_config or DocumentDatasetConfig(), train_config)
     runtime, run = open_run(

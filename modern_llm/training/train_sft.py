@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on instructions: the loss stands on the tokens of the last answer."""
+"""Supervised fine-tuning on instructions; only the tokens of the last answer are trained on."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def run_sft(
         train_config: `batch_size` counts answers.
         dataset_config: where the instructions are, and their template.
         tokenizer_name: Hub id or folder; else the checkpoint's, else `train_config.tokenizer_name`.
-        dry_run: given, the run ends after one forward and backward and keeps nothing.
-        lora_config: given, adapters are trained beside frozen weights.
+        dry_run: if given, the run ends after one forward and backward and keeps nothing.
+        lora_config: if given, adapters are trained and the weights are frozen.
 
     Raises:
         UserError: bad configuration, checkpoint or data; nothing was written.
-        Stopped: a signal asked to stop; the same call goes on.
+        Stopped: a signal asked to stop; the same call resumes.
     """
     data = tables.with_dataset_name(dataset_config, train_config)
     runtime, run = open_run(

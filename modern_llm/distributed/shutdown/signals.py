@@ -91,4 +91,4 @@ def stop_here(state: str, *, main: bool = True) -> None:
 
 def stopped(told: str, state: str) -> Stopped:
     """Return the error of a run that was asked to stop by `told`; `state` says what was saved."""
-    return Stopped(f"stopped by {told} {state}; run the same command to go on")
+    return Stopped(f"stopped by {told} {state}; run the same command to resume")

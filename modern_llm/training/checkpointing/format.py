@@ -1,10 +1,8 @@
-"""Weights and optimizer moments as safetensors in a committed folder; the newest that verifies
-counts.
+"""Checkpoint format: weights and optimizer moments as safetensors in a committed folder.
 
-Holds everything that a run needs to go on: order, rate and random draws are functions of the step,
-so the position is one integer. Nothing is pickled. Under ZeRO every rank writes the pieces that it
-holds and reads those that it needs, so that a run goes on under another stage or on another number
-of processes.
+Data order, learning rate and random draws are functions of the step, so a checkpoint needs no more
+than tensors and one integer. Nothing is pickled. Under ZeRO every rank writes its pieces and reads
+those that it needs, so that a run resumes under another stage or number of processes.
 """
 
 from __future__ import annotations
@@ -42,14 +40,14 @@ WEIGHTS, OPTIMIZER, STATE = "model", "optimizer", "state.json"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one rank writes of a checkpoint; `tensors` is empty where another rank writes all."""
+    """One rank's share of a checkpoint; `tensors` is empty if another rank writes everything."""
 
     tensors: dict[str, dict[str, Tensor]]
     """File -> name -> tensor."""
     starts: dict[str, int]
-    """Parameter -> the element at which this rank's piece of it begins."""
+    """Parameter -> first element of this rank's piece."""
     state: dict[str, Any] | None
-    """What rank 0 writes besides."""
+    """Content of `state.json`, on rank 0 only."""
 
 
 def save(
@@ -67,19 +65,19 @@ def save(
 def commit(
     peers: Peers, folder: Path, step: int, taken: Callable[[], Snapshot], facts: dict[str, Any]
 ) -> None:
-    """Commit `folder/step-XXXXXXXX` with what `taken` returns on each rank; a collective."""
+    """Commit `folder/step-XXXXXXXX` with the snapshots that `taken` returns; a collective."""
     target = folder / f"step-{step:08d}"
-    with peers.committed_folder(target, {**facts, "step": step}) as place:
+    with peers.committed_folder(target, {**facts, "step": step}) as temporary:
         mine = taken()
         if mine.state is not None:
             with around("state.write"):
-                (place / STATE).write_text(json.dumps(mine.state))
+                (temporary / STATE).write_text(json.dumps(mine.state))
         starts = {"starts": json.dumps(mine.starts)}
-        # Side by side: digests and looks at one file while the other one waits for the disk.
+        # In parallel: one file is digested while the other waits for the disk.
         name = threading.current_thread().name
         with ThreadPoolExecutor(2, name, heartbeat.helper()) as pool:
             files = mine.tensors.items()
-            parts = [pool.submit(write_tensors, place / n, t, starts) for n, t in files]
+            parts = [pool.submit(write_tensors, temporary / n, t, starts) for n, t in files]
             for part in parts:
                 part.result()
                 heartbeat.tick()
@@ -91,8 +89,8 @@ def snapshot(
     """Return this rank's share of the state after optimizer step `step`.
 
     Args:
-        copied: into the host's memory, so that training may go on; else tensors may be those that
-            the next step changes.
+        copied: copy to host memory, so that training can continue; else the snapshot may share
+            tensors that the next step changes.
     """
     whole = replicated(engine)
     if whole and not runtime.is_main:
@@ -111,7 +109,7 @@ def snapshot(
             if tensor is None:
                 continue
             tensor = tensor.view(shapes[piece.name]) if whole else tensor
-            if copied or not whole:  # pieces are views into one buffer: safetensors refuses them
+            if copied or not whole:  # pieces are views of one buffer, which safetensors refuses
                 tensor = tensor.to("cpu", copy=True)
             if key is None:
                 weights[piece.name] = tensor
@@ -128,24 +126,23 @@ def snapshot(
 
 
 def find(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest intact checkpoint, and clear away what killed saves have left."""
+    """Return the newest intact checkpoint, and remove leftovers of killed saves."""
     remove_leftovers(folder)
     return newest(folder)
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest checkpoint that verifies and its facts, or None where there is none at all.
+    """Return the newest intact checkpoint and its manifest, or None if there is no checkpoint.
 
     Raises:
-        StorageError: checkpoints stand here and none is intact; the run must not start over by
-        itself.
+        StorageError: none of the checkpoints is intact; the run must not start over silently.
     """
     found = sorted(folder.glob("step-*"), reverse=True)
-    for place in found:
+    for path in found:
         try:
-            return place, verified_manifest(place)
+            return path, verified_manifest(path)
         except (StorageError, OSError) as error:  # OSError: the disk cannot read it (EIO)
-            log.warning("checkpoint %s is damaged and skipped: %s", place.name, error)
+            log.warning("checkpoint %s is damaged and skipped: %s", path.name, error)
     if found:
         raise StorageError(
             f"{folder}: none of {len(found)} checkpoints is intact; remove them to start over"
@@ -153,33 +150,32 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def load_weights(place: Path, model: nn.Module) -> None:
-    """Read the weights of a checkpoint that `newest` verified into a `model` not yet prepared."""
-    stored = Shards(place, WEIGHTS)
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Load the weights of a verified checkpoint into `model`, before it is prepared."""
+    stored = Shards(checkpoint, WEIGHTS)
     into = {n: p.data for n, p in model.named_parameters() if p.requires_grad} | buffers(model)
     if stored.names() != set(into):
-        raise StorageError(
-            f"{place}: holds other tensors than the model: {sorted(stored.names() ^ set(into))[:4]}"
-        )
+        different = sorted(stored.names() ^ set(into))[:4]
+        raise StorageError(f"{checkpoint}: holds other tensors than the model: {different}")
     for name, tensor in into.items():
         whole = stored.read(name, 0, tensor.numel(), _shape(tensor), tensor.dtype)
         tensor.copy_(whole.view_as(tensor))
         heartbeat.tick()
 
 
-def load_state(place: Path, engine: Engine, guards: GuardState) -> None:
-    """Read this rank's share of the optimizer's state, and the guards', after `load_weights`."""
+def load_state(checkpoint: Path, engine: Engine, guards: GuardState) -> None:
+    """Load this rank's optimizer state and the guards' state; call it after `load_weights`."""
     optimizer = base_optimizer(engine)
-    stored, weights = Shards(place, OPTIMIZER), Shards(place, WEIGHTS)
+    stored, weights = Shards(checkpoint, OPTIMIZER), Shards(checkpoint, WEIGHTS)
     parameters = dict(engine.inner.named_parameters())
     for piece in pieces(engine):
         heartbeat.tick()
         end = piece.start + piece.weight.numel()
         shape, dtype = _shape(parameters[piece.name]), piece.weight.dtype
-        # Under bfloat16 the weights that were given to DeepSpeed have lost bits by now.
+        # Under bfloat16 DeepSpeed made its float32 weights from rounded ones: read them again.
         piece.weight.copy_(weights.read(piece.name, piece.start, end, shape, dtype))
         if f"step/{piece.name}" not in stored.names():
-            continue  # it never had a gradient: AdamW keeps nothing for such a parameter
+            continue  # the parameter never had a gradient, so AdamW has no state for it
         count = stored.read(f"step/{piece.name}", 0, 1, torch.Size(()), torch.float32)
         piece.make_moments(optimizer, float(count))
         for key in MOMENTS:
@@ -188,53 +184,54 @@ def load_state(place: Path, engine: Engine, guards: GuardState) -> None:
             part = stored.read(f"{key}/{piece.name}", piece.start, end, shape, moment.dtype)
             moment.copy_(part)
     try:
-        state = json.loads(read_text(place / STATE))
+        state = json.loads(read_text(checkpoint / STATE))
         guards.load(state)
         scaler = state["scaler"]
     except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
-        raise StorageError(f"{place / STATE}: cannot be read ({type(error).__name__})") from error
+        reason = type(error).__name__
+        raise StorageError(f"{checkpoint / STATE}: cannot be read ({reason})") from error
     engine.load_scaler_state(scaler)
 
 
 def retire(folder: Path, keep: int, good: set[str]) -> None:
-    """Remove all but the newest `keep` checkpoints that verify; never fails a run.
+    """Remove checkpoints older than the newest `keep` intact ones; a failure to remove is ignored.
 
     Args:
-        good: names of those that were written or verified by this process; others are verified
-            here, and those that are damaged count for nothing and are left to be looked at.
+        good: names of checkpoints known to be intact, updated. Others are verified first; a damaged
+            one does not count towards `keep`.
     """
     kept = 0
-    for place in sorted(folder.glob("step-*"), reverse=True):
+    for path in sorted(folder.glob("step-*"), reverse=True):
         if kept < keep:
-            kept += place.name in good or _verifies(place, good)
+            kept += path.name in good or _verifies(path, good)
             continue
         with around("retire"):
-            shutil.rmtree(place, ignore_errors=True)
-        good.discard(place.name)
+            shutil.rmtree(path, ignore_errors=True)
+        good.discard(path.name)
 
 
-def _verifies(place: Path, good: set[str]) -> bool:
+def _verifies(checkpoint: Path, good: set[str]) -> bool:
     try:
-        verified_manifest(place)
+        verified_manifest(checkpoint)
     except (StorageError, OSError):
         return False
-    good.add(place.name)
+    good.add(checkpoint.name)
     return True
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed saves left behind; called by who holds the run's lock alone."""
-    for place in folder.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(place, ignore_errors=True)
+    """Remove what killed saves left behind; only safe while holding the run's lock."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _shape(tensor: Tensor) -> torch.Size:
-    """Return the shape of a whole parameter, also where this rank holds a part of it."""
+    """Return the shape of the whole parameter, also if this rank holds only a part."""
     return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that belong to the state."""
+    """Return the persistent buffers."""
     persistent = model.state_dict(keep_vars=True)
     return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
 
@@ -243,35 +240,35 @@ class _Part(NamedTuple):
     """One stored tensor, or the piece of it that one rank wrote."""
 
     start: int
-    """First element, counted in the flattened whole."""
+    """First element, as an index into the flattened tensor."""
     stop: int
     file: Any
     shape: torch.Size
     dtype: str
-    """As safetensors names it."""
+    """In the notation of safetensors."""
     whole: bool
-    """Whether it is no piece, so that its shape is the tensor's own."""
+    """Whether this is the whole tensor, so that `shape` is its own."""
 
 
 class Shards:
-    """Tensors that lie in one file, or in pieces in the files of many ranks."""
+    """Tensors of a checkpoint, stored in one file or as pieces in one file per rank."""
 
-    def __init__(self, place: Path, kind: str):
-        self._place = place
+    def __init__(self, checkpoint: Path, kind: str):
+        self._checkpoint = checkpoint
         self._parts: dict[str, list[_Part]] = {}
         try:
-            for path in sorted(place.glob(f"{kind}*.safetensors")):
+            for path in sorted(checkpoint.glob(f"{kind}*.safetensors")):
                 check_regular(path)
                 self._index(safe_open(path, framework="pt"), whole=path.stem == kind)
         except (SafetensorError, OSError, ValueError) as error:
-            raise StorageError(f"{place}: {kind} cannot be read ({error})") from error
+            raise StorageError(f"{checkpoint}: {kind} cannot be read ({error})") from error
 
     def _index(self, file: Any, *, whole: bool) -> None:
         starts = json.loads((file.metadata() or {}).get("starts", "{}"))
         for key in file.keys():  # noqa: SIM118
             part = file.get_slice(key)
             shape = torch.Size(part.get_shape())
-            # Of the count of steps, a scalar, each rank that holds a piece writes the whole.
+            # The step count is a scalar: every rank that holds a piece writes all of it.
             start = starts.get(key.rpartition("/")[2], 0) if shape else 0
             found = _Part(start, start + shape.numel(), file, shape, part.get_dtype(), whole)
             self._parts.setdefault(key, []).append(found)
@@ -286,14 +283,14 @@ class Shards:
         """Return elements `start` to `end` of a flattened tensor.
 
         Args:
-            shape: of the whole tensor that takes them.
-            dtype: of that tensor.
+            shape: of the whole tensor in the model.
+            dtype: of the tensor in the model.
 
         Raises:
-            StorageError: it is not there, not whole, or of another shape or dtype.
+            StorageError: the tensor is missing, incomplete, or of another shape or dtype.
         """
         parts = sorted(self._parts.get(name, []), key=lambda part: part.start)
-        self._must_fit(name, parts, shape, dtype)
+        self._check(name, parts, shape, dtype)
         found = []
         at = start
         for part in parts:
@@ -302,29 +299,29 @@ class Shards:
                 found.append(self._elements(part.file, name, at - part.start, stop - part.start))
                 at = stop
         if at != end:
-            raise StorageError(f"{self._place}: elements {at} to {end} of {name} are missing")
+            raise StorageError(f"{self._checkpoint}: elements {at} to {end} of {name} are missing")
         return torch.cat(found) if len(found) > 1 else found[0]
 
-    def _must_fit(
-        self, name: str, parts: list[_Part], shape: torch.Size, dtype: torch.dtype
-    ) -> None:
-        """Refuse a tensor of another shape or dtype than the one that takes its values."""
+    def _check(self, name: str, parts: list[_Part], shape: torch.Size, dtype: torch.dtype) -> None:
+        """Refuse a tensor whose shape or dtype differs from the model's."""
         kind = NAMES[str(dtype).removeprefix("torch.")]
         expected = f"{kind} {tuple(shape)}"
         if not parts:
-            raise StorageError(f"{self._place}: {name} is missing, expected {expected}")
+            raise StorageError(f"{self._checkpoint}: {name} is missing, expected {expected}")
         for part in parts:
-            # Of pieces that ranks wrote only the number of elements is known.
+            # Pieces are flat: only their number of elements can be compared.
             fits = part.shape == shape or (not part.whole and len(part.shape) == 1)
             if not fits or part.dtype != kind:
                 raise StorageError(
-                    f"{self._place}: {name} is {part.dtype} {tuple(part.shape)}, expected "
-                    f"{expected}: it is another model's, or was written by other code; remove "
-                    "this checkpoint to resume from an older one"
+                    f"{self._checkpoint}: {name} is {part.dtype} {tuple(part.shape)}, expected "
+                    f"{expected}: the checkpoint is of another model, or was written by other "
+                    "code; remove it to resume from an older one"
                 )
         size = max(part.stop for part in parts)
         if size != shape.numel():
-            raise StorageError(f"{self._place}: {name} is {size} elements, expected {expected}")
+            raise StorageError(
+                f"{self._checkpoint}: {name} has {size} elements, expected {expected}"
+            )
 
     @staticmethod
     def _elements(file: Any, name: str, start: int, stop: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Start of training: the engine, with the state of the checkpoint that the run resumes from."""
+"""Start of training: prepare the engine, and load the checkpoint that the run resumes from."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def start_training(
     step = _check(folder, manifest, run, fingerprints, total)
     size = sum(file.stat().st_size for file in folder.iterdir())
     reading = size / heartbeat.SLOWEST_DISK + heartbeat.DISK_PAUSE_S
-    # Before it is prepared: ZeRO and FSDP then shard these weights.
+    # Before the model is prepared, because ZeRO and FSDP then shard these weights.
     with heartbeat.phase("loading the checkpoint", None, reading), around("checkpoint.load"):
         format.load_weights(folder, scorer.model)
     engine = _prepare(runtime, scorer, run)
@@ -93,7 +93,7 @@ def _check(
     ]
     if changed:
         raise UserError(
-            f"output_dir {run.path}: since {folder.name} was written another content has come "
+            f"output_dir {run.path}: the content has changed since {folder.name} was written "
             f"({'; '.join(changed)}; forbidden): restore it, or name another output_dir"
         )
     step = int(manifest["step"])

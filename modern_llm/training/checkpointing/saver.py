@@ -1,9 +1,9 @@
-"""When a checkpoint is saved, what becomes of a save that the disk refuses, and which are kept.
+"""Saving of checkpoints: failed saves, background saves, and removal of old checkpoints.
 
-A save that fails leaves the one before and the run goes on with a warning; the third in a row, and
-one that the run ends with, end it with status 3. Under `train.background_saving` the state is
-copied to the host's memory and written while training goes on, one save at a time. Room is asked
-for before the first step.
+A failed save keeps the previous checkpoint, and training continues with a warning. The third
+consecutive failure ends the run with status 3, as does a failure of its last save. With
+`train.background_saving` the state is copied to host memory and written while training continues,
+one save at a time. Free disk space is checked before the first step.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from modern_llm.training.context import TrainingContext
 log = logging.getLogger(__name__)
 
 MOST_FAILURES = 3
-"""Saves that may fail one after the other."""
+"""Consecutive failed saves that end a run."""
 GRACE_S = 30.0
-"""What torchrun gives a worker between SIGTERM and SIGKILL."""
+"""Seconds that torchrun leaves a worker between SIGTERM and SIGKILL."""
 PENDING_EVALUATION = "owed"
 """Manifest flag: rerun the evaluation of this step on resume."""
 PARTING_S = 5.0
-"""Seconds that a save under way gets to end after an error."""
+"""Seconds that a background save gets to finish after an error."""
 _PROBE = 16 << 20
 
 
@@ -41,8 +41,8 @@ class Saver:
     """Writes the checkpoints of one run.
 
     Args:
-        facts: what a run that goes on must share; written into each manifest.
-        last: the checkpoint that this run went on from, if any; it was verified then.
+        facts: digests that a resumed run must share; written into each manifest.
+        last: step of the verified checkpoint that this run resumed from; 0 for none.
     """
 
     def __init__(self, context: TrainingContext, facts: dict[str, Any], last: int):
@@ -57,41 +57,42 @@ class Saver:
         }
         self._failures, self._seconds = 0, 0.0
         self._good = {f"step-{last:08d}"} if last else set()
-        self._aside: AsyncSave | None = None
-        runtime.busy = lambda: self._aside is not None and self._aside.running
+        self._background: AsyncSave | None = None
+        runtime.busy = lambda: self._background is not None and self._background.running
 
     def __enter__(self) -> Saver:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Wait for a save that is under way; after an error that the others may not share, not for
-        long: they may never come to its next collective."""
-        if self._aside is None:
+        """Wait for a background save; after an error only briefly, because other ranks may never
+        reach its next collective."""
+        save = self._background
+        if save is None:
             return
         if error is None:
             self._finish()
-        elif not self._aside.wait(None if isinstance(error, NotFiniteError) else PARTING_S):
-            log.warning("warning: the checkpoint of step %d was not finished", self._aside.step)
+        elif not save.wait(None if isinstance(error, NotFiniteError) else PARTING_S):
+            log.warning("warning: the checkpoint of step %d was not finished", save.step)
 
     def save(
         self, step: int, examples: int, *, must: bool, pending_evaluation: bool = False
     ) -> None:
         """Commit the state after `step` and retire old checkpoints; a collective.
 
-        Under `background_saving` the state is copied and the rest happens while training goes on,
-        unless the run ends here; what came of it is told by `look` or the next save.
+        With `background_saving` and without `must` the state is only copied here. `look` or the
+        next save then reports a failure.
 
         Args:
             examples: consumed so far.
-            must: the run ends here, so that a failure is one of the run.
+            must: the run ends here, so that a failed save is an error.
             pending_evaluation: the evaluation after this step was interrupted.
 
         Raises:
-            StorageError: the disk refused, and `must`, or for the third time in a row; or another
-                trainer has taken over the folder.
+            StorageError: the save failed, and `must` or it is the third consecutive failure; or
+                another trainer has taken over the folder.
         """
         self._finish()
-        self._run.done = step  # settled by now, see the loop
+        self._run.done = step  # the loop has settled this step
         with heartbeat.phase("saving", step, self._allowance):
             self._save(step, examples, must=must, pending_evaluation=pending_evaluation)
 
@@ -108,23 +109,23 @@ class Saver:
             format.save(self._runtime, folder, step, self._engine, self._guards, facts)
             self._saved(step)
         except StorageError as error:
-            self._count(step, error, must=must)
+            self._count_failure(step, error, must=must)
         else:
             self._failures = 0
 
     @property
     def _allowance(self) -> float:
-        """Seconds that a save may be silent: from its size and the speed of this disk."""
+        """Seconds that a save may take without progress, from its size and this disk's speed."""
         return 10 * self._seconds + heartbeat.DISK_PAUSE_S
 
     def look(self) -> None:
-        """Take note of a save beside the training that has ended on all ranks, in one step of all.
+        """Collect a background save that has finished on all ranks, at the same step on each.
 
         Raises:
-            StorageError: it was refused, for the third time in a row.
+            StorageError: it is the third consecutive failure.
         """
-        if self._aside is not None and (self._runtime.all_idle or self._aside.broken):
-            self._settle()
+        if self._background is not None and (self._runtime.all_idle or self._background.broken):
+            self._collect()
 
     def _start(self, step: int, facts: dict[str, Any]) -> None:
         runtime = self._runtime
@@ -139,33 +140,33 @@ class Saver:
             self._saved(step)
 
         runtime.all_idle = False
-        self._aside = AsyncSave(step, work, self._allowance)
+        self._background = AsyncSave(step, work, self._allowance)
 
     def _finish(self) -> None:
-        """Wait for a save beside the training, on all ranks, and take note of what came of it."""
-        if self._aside is not None:
-            self._aside.wait()
-            self._settle()
+        """Wait for the background save, if there is one, and collect it."""
+        if self._background is not None:
+            self._background.wait()
+            self._collect()
 
-    def _settle(self) -> None:
-        assert self._aside is not None
-        ended, self._aside = self._aside, None
+    def _collect(self) -> None:
+        assert self._background is not None
+        ended, self._background = self._background, None
         if isinstance(ended.failure, StorageError):
-            self._count(ended.step, ended.failure, must=False)
+            self._count_failure(ended.step, ended.failure, must=False)
         elif ended.failure is not None:
             raise ended.failure
         else:
             self._failures = 0
 
-    def _count(self, step: int, error: StorageError, *, must: bool) -> None:
-        """Count a failure; raise it where it is one of the run."""
+    def _count_failure(self, step: int, error: StorageError, *, must: bool) -> None:
+        """Count a failed save; raise it if it must end the run."""
         self._failures += 1
         if must or self._failures >= MOST_FAILURES:
             raise error
         if self._runtime.is_main:
             log.warning(
-                "warning: checkpoint of step %d failed (%s); training goes on, %d of %d failures "
-                "in a row",
+                "warning: checkpoint of step %d failed (%s); training continues, %d of %d "
+                "consecutive failures",
                 step,
                 error,
                 self._failures,
@@ -173,7 +174,7 @@ class Saver:
             )
 
     def _saved(self, step: int) -> None:
-        """Retire what is older than is kept, now that the checkpoint of `step` is committed."""
+        """Retire old checkpoints, now that the one of `step` is committed."""
         self._good.add(f"step-{step:08d}")
         if self._runtime.is_main and not self._run.lock.is_lost():
             self._retire()
@@ -186,13 +187,13 @@ class Saver:
             log.warning("warning: old checkpoints could not be removed (%s)", error)
 
     def check_room(self, saves: int) -> None:
-        """Refuse a run whose checkpoints would not fit; warn where saving would take too long.
+        """Refuse a run whose checkpoints do not fit on the disk; warn if a save takes too long.
 
         Args:
-            saves: checkpoints that the run will write.
+            saves: number of checkpoints that the run will write.
 
         Raises:
-            StorageError: says how much is missing.
+            StorageError: too little space is free; the message says how much is missing.
         """
         self._seconds = self._runtime.on_main(lambda: self._check_room(saves))
 
@@ -200,11 +201,11 @@ class Saver:
         folder = self._run.checkpoints
         one = self._bytes()
         if len(list(folder.glob("step-*"))) > self._run.config.keep_checkpoints:
-            self._retire()  # killed between a save and this
-        # One more than is kept stands while the newest is written; the final model at the end.
-        standing = len(list(folder.glob("step-*")))
+            self._retire()  # the run was killed between a save and the removal
+        # While the newest is written there is one more than is kept; the final model comes last.
+        existing = len(list(folder.glob("step-*")))
         most = min(saves, self._run.config.keep_checkpoints + 1)
-        need = int(1.1 * (max(1, most - standing) * one + one / 3))
+        need = int(1.1 * (max(1, most - existing) * one + one / 3))
         free = free_bytes(folder)
         if free < need:
             raise StorageError(
@@ -225,12 +226,12 @@ class Saver:
         return seconds
 
     def _bytes(self) -> int:
-        """Float32 weights and two moments of all trained parameters."""
+        """Return the size of a checkpoint: float32 weights and two moments of what is trained."""
         trained = (p for p in self._engine.inner.parameters() if p.requires_grad)
         return sum(12 * getattr(p, "ds_numel", p.numel()) for p in trained) + 4096
 
     def _rate(self, size: int) -> float:
-        """Bytes a second that this disk takes, measured on a small file."""
+        """Return the bytes per second that this disk writes, measured on a small file."""
         probe = self._run.checkpoints / f"{TEMPORARY}probe"
         size = min(size, _PROBE)
         began = time.perf_counter()
@@ -245,5 +246,5 @@ class Saver:
 
 
 def digest_of(record: Any) -> str:
-    """Digest of plain values."""
+    """Return the digest of plain values, as JSON."""
     return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,9 +1,9 @@
-"""Steps whose loss jumps out of its recent range: skipped where `train.skip_loss_spikes` is set.
+"""Loss spikes: with `train.skip_loss_spikes`, a step with an unusually high loss is skipped.
 
 The mean loss of a step over all ranks is known before its last backward pass, so all ranks decide
-the same. A skipped step gets NaN gradients there, and every engine refuses it like a non-finite
-one. Running mean and variance are part of the checkpoint: a resumed run decides as an undisturbed
-one.
+the same. The gradients of a skipped step are set to NaN, and every engine skips it like a
+non-finite one. Running mean and variance are part of the checkpoint, so that a resumed run skips
+the same steps as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ log = logging.getLogger(__name__)
 WARM = 20
 """Steps observed before one may be skipped."""
 WINDOW = 100
-"""Steps over which mean and variance run."""
+"""Steps that the running mean and variance cover."""
 MOST_IN_A_ROW = 2
-"""A third consecutive loss out of range is a new level, so the statistics restart."""
+"""Consecutive skips. A third high loss in a row is a new level, so the statistics restart."""
 
 
 def judge(state: dict[str, Any], loss: float, sigma: float) -> bool:
     """Return whether to skip a step, and update `state`.
 
     Args:
-        loss: mean over the whole step; one that is not finite is left to others.
+        loss: mean over the whole step; a non-finite one is handled by `nonfinite`.
         sigma: standard deviations above the running mean.
     """
     if not math.isfinite(loss):
@@ -50,7 +50,7 @@ def judge(state: dict[str, Any], loss: float, sigma: float) -> bool:
 
 
 def is_spike(guards: GuardState, step: int, loss: float, sigma: float, *, shown: bool) -> bool:
-    """Judge a step once, though its gradients may be computed again in smaller micro-batches.
+    """Judge a step, once even if it is repeated in smaller micro-batches.
 
     Args:
         step: counted from 0.

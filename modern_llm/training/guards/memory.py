@@ -1,11 +1,8 @@
-"""How many tokens a forward takes where nobody says: what the device begins with, halved when
-memory runs out, then kept.
+"""Token budget of a forward: `train.tokens_per_micro_batch: auto` halves it when memory runs out.
 
-The rule of `train.tokens_per_micro_batch: auto`: a step in which a forward or backward finds no
-memory is made again from unchanged weights, with half of what its largest forward took, and so on
-down to the longest example; what fits is written into the run folder and taken over by whoever goes
-on with the run. The examples of a step stay the same, so no number changes but by rounding. Called
-by the loop.
+A step that runs out of memory is repeated from unchanged weights with half the tokens of its
+largest forward, down to the longest example. The budget that fits is written to the run folder and
+used on resume. The examples of a step stay the same, so results change only by rounding.
 """
 
 from __future__ import annotations
@@ -30,7 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SEARCH_STEPS = {"cuda": 8}
-"""Steps in which several processes look for what fits. The moments exist from the second on."""
+"""First steps in which several processes may lower the budget. The optimizer's moments are
+allocated in the first one, so it must be more than one step."""
 MEMORY = {
     "sft_checkpoint": "",
     "pretrain_checkpoint": "",
@@ -41,8 +39,8 @@ MEMORY = {
     "data": "max_length max_prompt_length",
     "dpo": "group_by_prompt loss_type max_length max_prompt_length reference reference_checkpoint",
 }
-"""The settings that the memory of a forward depends on, by section; all of one where none is
-named. A change of another setting keeps what was found."""
+"""Settings that the memory of a forward depends on, by section; empty: the whole section. A change
+of any other setting keeps the stored budget."""
 FILE = "token_budget.json"
 CURES = (
     "set train.gradient_checkpointing, lower max_length, or shard the model "
@@ -51,28 +49,28 @@ CURES = (
 
 
 class Limited(Protocol):
-    """Micro-batches whose size can be changed."""
+    """Source of micro-batches whose size can be limited."""
 
     @property
     def most_tokens(self) -> int | None:
-        """Most tokens of one forward, None where only examples bound it."""
+        """Maximum tokens of one forward, None if only the number of examples is limited."""
 
     def limit(self, tokens: int) -> None:
-        """Let forwards take at most so many tokens from here on."""
+        """Limit later forwards to `tokens`."""
 
     def largest_forward(self, step: int) -> int:
         """Return the tokens of the largest forward of a step over all ranks."""
 
     def largest_example(self) -> tuple[int, str]:
-        """Return (tokens, origin) of the example that takes most room alone in a forward."""
+        """Return (tokens, origin) of the example that needs the most padded tokens alone."""
 
 
 class TokenBudget:
-    """The token budget that the sources of one run share.
+    """Token budget shared by the sources of one run.
 
     Args:
-        sources: the first is the one that is trained on.
-        auto: whether it may change.
+        sources: the training source first.
+        auto: whether the budget may be lowered.
     """
 
     def __init__(self, sources: Sequence[Limited], *, auto: bool):
@@ -84,17 +82,17 @@ class TokenBudget:
 
     @property
     def tokens(self) -> int | None:
-        """Most tokens of one forward, None where only examples bound it."""
+        """Maximum tokens of one forward, None if only the number of examples is limited."""
         return self._sources[0].most_tokens
 
     @property
     def searching(self) -> bool:
-        """Whether several processes still look for what fits."""
+        """Whether several processes may still lower the budget."""
         return self.auto and self._steps_left > 0
 
     def begin(self, runtime: Runtime, run: RunFolder) -> None:
-        """Take over what an earlier part of this run has found, on the same device under the same
-        settings; a collective."""
+        """Load the budget stored by this run on such a device with the same settings; a
+        collective."""
         self._may_write = runtime.may_write
         if not self.auto:
             return
@@ -108,24 +106,23 @@ class TokenBudget:
             log.info("tokens_per_micro_batch: auto, %d tokens a forward (%s)", self.tokens, origin)
 
     def step_done(self, *, is_main: bool) -> None:
-        """Count a step that fitted; the search ends after some."""
+        """Count a step that fitted in memory; after `SEARCH_STEPS` the search ends."""
         if self.searching:
             self._steps_left -= 1
             if not self._steps_left and is_main:
                 log.info("tokens_per_micro_batch: %s from here on", self.tokens)
 
     def halve(self, step: int, folder: Path, *, writes: bool) -> int:
-        """Halve what the largest forward of `step` takes, and note it in the run folder; the same
-        on every process.
+        """Set the budget to half the largest forward of `step`, the same on every process.
 
         Args:
-            writes: whether this is the process that notes it.
+            writes: whether this process writes it to the run folder.
 
         Returns:
-            Most tokens of a forward from here on.
+            The new maximum of tokens in a forward.
 
         Raises:
-            UserError: it is the longest example already.
+            UserError: the largest forward is already no more than the longest example.
         """
         source = self._sources[0]
         taken = source.largest_forward(step)
@@ -174,16 +171,16 @@ class TokenBudget:
 
 
 def _circumstances(runtime: Runtime, run: RunFolder) -> str:
-    """Digest of what the memory of a forward depends on: `MEMORY`, and the device."""
+    """Digest of the device and of the settings listed in `MEMORY`."""
     device: Any = runtime.device.type
     if runtime.device.type == "cuda":
         properties = torch.cuda.get_device_properties(runtime.device)
         device = [properties.name, properties.total_memory]
-    said = {}
+    settings = {}
     for section, names in MEMORY.items():
         values = run.record.get(section)
         if isinstance(values, dict) and names:
             values = {name: values.get(name) for name in names.split()}
-        said[section] = values
-    facts = json.dumps([device, said], sort_keys=True, default=str)
+        settings[section] = values
+    facts = json.dumps([device, settings], sort_keys=True, default=str)
     return hashlib.sha256(facts.encode()).hexdigest()

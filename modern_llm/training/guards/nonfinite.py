@@ -1,8 +1,9 @@
 """Non-finite losses and gradients: all ranks skip the step or stop, and its examples are listed.
 
-A non-finite rank makes the reduced gradient norm NaN on every rank: it multiplies its last loss by
-NaN. No collective is added. Where the device itself skips such a step, the host reads the verdict
-while the next step computes, before that is applied, and before a log line, evaluation or save.
+A rank with a non-finite loss multiplies its last loss by NaN, which makes the reduced gradient norm
+NaN on every rank. No collective is added. If the device itself skips such a step, the host reads
+the finite flag while the next step computes: before that step is applied, and before a log line, an
+evaluation or a save.
 """
 
 from __future__ import annotations
@@ -26,29 +27,29 @@ from modern_llm.training.guards.state import GuardState
 log = logging.getLogger(__name__)
 
 MAX_CONSECUTIVE_SKIPS = 2
-"""Consecutive steps that `on_nonfinite: skip` skips; the next one ends the run."""
-# A loss scaler halves its scale at each skip, from 65,536 down: more consecutive skips than this
-# are no search for the right scale any more.
+"""Consecutive steps that `on_nonfinite: skip` allows; one more ends the run."""
+# A loss scaler halves its scale, 65,536 at first, at each skip: after so many consecutive skips it
+# is no longer looking for the right scale.
 MAX_OVERFLOWS = 20
 _NAMED = 3
 
 
 def spoiled(loss: Tensor, losses: Sequence[Tensor]) -> Tensor:
-    """Return `loss` (), or something whose gradient is NaN if one of `losses` (each ()) is not
-    finite: an infinite loss may have a finite gradient."""
+    """Return `loss` (), times NaN if one of `losses` (each ()) is not finite: an infinite loss may
+    have a finite gradient."""
     finite = torch.isfinite(torch.stack(list(losses))).all()
     return loss * torch.where(finite, 1.0, math.nan)
 
 
 def judge(context: TrainingContext, step: int, losses: Sequence[Tensor], update: Update) -> None:
-    """Count a step that was not applied, and list its examples; a collective then.
+    """Count the step if it was not applied, and list its examples; then a collective.
 
     Args:
         step: counted from 0.
-        losses: this rank's, one a micro-batch, each ().
+        losses: this rank's, one per micro-batch, each ().
 
     Raises:
-        NotFiniteError: `on_nonfinite` is `stop`, or so many steps in a row were not finite.
+        NotFiniteError: `on_nonfinite` is `stop`, or too many consecutive steps were not finite.
     """
     config, counts = context.config, context.guards.nonfinite
     if update.applied:
@@ -56,10 +57,8 @@ def judge(context: TrainingContext, step: int, losses: Sequence[Tensor], update:
         return
     counts["in_a_row"] += 1
     counts["total"] += 1
-    path, guilty = _write_down(context, step, losses, update)
-    what = (
-        f"step {step + 1}: {guilty}; nothing of this step was applied; its examples are in {path}"
-    )
+    path, cause = _write_examples(context, step, losses, update)
+    what = f"step {step + 1}: {cause}; nothing of this step was applied; its examples are in {path}"
     row = counts["in_a_row"]
     if config.on_nonfinite == "stop":
         raise NotFiniteError(
@@ -74,7 +73,7 @@ def judge(context: TrainingContext, step: int, losses: Sequence[Tensor], update:
 
 
 def count_overflow(guards: GuardState, update: Update, step: int) -> None:
-    """Stop a float16 run whose loss scaler skips one step after the other: it learns nothing."""
+    """Count a step that the float16 loss scaler skipped; stop after too many consecutive ones."""
     if update.applied:
         guards.overflows_in_a_row = 0
         return
@@ -87,10 +86,10 @@ def count_overflow(guards: GuardState, update: Update, step: int) -> None:
         )
 
 
-def _write_down(
+def _write_examples(
     context: TrainingContext, step: int, losses: Sequence[Tensor], update: Update
 ) -> tuple[Path, str]:
-    """Write the examples of the step by rank and micro-batch; return the file, and the culprit."""
+    """Write the examples of the step by rank and micro-batch; return the file and the cause."""
     runtime, task = context.runtime, context.task
     mine = [
         {"rank": runtime.rank, "micro_batch": at, "loss": float(loss), "examples": examples}
@@ -108,12 +107,12 @@ def _write_down(
         try:
             runtime.may_write()
             write_file(path, json.dumps(content, indent=1) + "\n")
-        except StorageError as error:  # what is wrong is told all the same
+        except StorageError as error:  # the non-finite step is still reported
             log.warning("warning: %s", error)
-    return path, _guilty(bad, update)
+    return path, _cause(bad, update)
 
 
-def _guilty(bad: list[dict[str, Any]], update: Update) -> str:
+def _cause(bad: list[dict[str, Any]], update: Update) -> str:
     if not bad:
         return f"the gradient is not finite (norm {update.grad_norm}) though every loss is"
     first = bad[0]

@@ -8,24 +8,25 @@ from typing import Any
 
 
 def no_spikes() -> dict[str, Any]:
-    """Return the running statistics of a loss of which no step has been seen."""
+    """Return the running statistics of the loss before the first step."""
     return {"count": 0, "mean": 0.0, "variance": 0.0, "skipped": 0, "in_a_row": 0}
 
 
 @dataclass
 class GuardState:
-    """Which steps were skipped, and what decides about the next one. Part of every checkpoint."""
+    """Counts of skipped steps, and the statistics that decide about the next one. Part of every
+    checkpoint."""
 
     nonfinite: dict[str, int] = field(default_factory=lambda: {"total": 0, "in_a_row": 0})
-    """Steps whose gradient was not finite: all of them, and those in a row without a scaler."""
+    """Steps with a non-finite gradient: their total, and the consecutive ones without a scaler."""
     spikes: dict[str, Any] = field(default_factory=dict)
-    """Running statistics of the loss where `skip_loss_spikes` is set, else empty."""
+    """Running statistics of the loss; empty without `skip_loss_spikes`."""
     overflows_in_a_row: int = 0
-    """Steps in a row that a float16 loss scaler skipped; not saved, as the scaler's scale is."""
+    """Consecutive steps skipped by a float16 loss scaler. Not saved: the scaler's scale is."""
     judged: tuple[int, bool] = (-1, False)
-    """The last step whose loss was compared with `spikes`, and whether it is skipped."""
+    """The last step whose loss was compared with `spikes`, and whether it is a spike."""
     logged: int = 0
-    """How many of `skipped` are in the log."""
+    """Value of `skipped` at the last logged line."""
     pending: Callable[[], None] | None = None
     """Check of the last step, run once its finite flag has arrived from the device."""
 
@@ -45,14 +46,14 @@ class GuardState:
             check()
 
     def saved(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps, as JSON can hold it."""
+        """Return the saved part of the state, for JSON."""
         return {"passed_over": dict(self.nonfinite), "spikes": dict(self.spikes)}
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Take over what `saved` returned in an earlier part of the run.
+        """Restore the result of `saved`.
 
         Raises:
-            LookupError, TypeError, ValueError: it is damaged.
+            LookupError, TypeError, ValueError: `saved` is damaged.
         """
         self.nonfinite = {name: int(saved["passed_over"][name]) for name in self.nonfinite}
         if saved["spikes"]:

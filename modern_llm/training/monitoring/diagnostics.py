@@ -1,7 +1,7 @@
-"""Warnings that teach: what a person would see in the curves, said once while there is time.
+"""Warnings about typical training problems, found in the logged metrics and printed once each.
 
-Each rule looks at the records logged so far and says what it saw, what it usually means and which
-setting to change. Plain functions of numbers.
+Each rule is a function of the records logged so far. Its message names the symptom, the usual cause
+and the setting to change.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from modern_llm.config import TrainingConfig
 Record = Mapping[str, float]
 
 WINDOW = 3
-"""Records at the beginning and at the end that are compared: one alone is noise."""
+"""Number of first and of last records that are compared: a single one is noise."""
 FULL_RATE = 1e-4
 TIES, LEAK, EARLY = 0.9, 0.99, 0.2
 FALL, GROWTH = 0.05, 0.1
@@ -22,22 +22,22 @@ LENGTH_RATIO = 1.5
 
 
 def learning_rate_warning(config: TrainingConfig, *, full: bool, new: bool) -> str | None:
-    """Return a warning where all weights of a trained model are moved at a high rate.
+    """Return a warning if a pretrained model is fully fine-tuned at a high learning rate.
 
     Args:
-        full: whether all weights are trained, and not adapters.
-        new: whether the model is made from scratch.
+        full: whether all weights are trained, not adapters.
+        new: whether the model is trained from scratch.
     """
     if not full or new or config.learning_rate <= FULL_RATE:
         return None
     return (
-        f"train.learning_rate {config.learning_rate:g} is above {FULL_RATE:g}: high for a full "
-        "fine-tuning, the model may forget what it knows; try 5e-6 for DPO, 2e-5 for SFT"
+        f"train.learning_rate {config.learning_rate:g} is above {FULL_RATE:g}: high for full "
+        "fine-tuning, the model may forget what it has learnt; try 5e-6 for DPO, 2e-5 for SFT"
     )
 
 
 class Diagnostics:
-    """Looks at every record, and says each thing once.
+    """Applies the rules to every record; each rule warns once.
 
     Args:
         total: optimizer steps of the run.
@@ -46,36 +46,36 @@ class Diagnostics:
     def __init__(self, total: int):
         self._total = total
         self._records: list[Record] = []
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def look(self, record: Record) -> list[str]:
-        """Return the warnings that this record is the first to give reason for."""
+        """Return the new warnings after this record."""
         if "loss" not in record and "samples/policy_tokens" not in record:
             return []
         self._records = [*self._records[:WINDOW], *self._records[WINDOW:][-2 * WINDOW :], record]
         found = []
         for name, rule in RULES.items():
-            if name not in self._said and (text := rule(self._records, self._total)):
-                self._said.add(name)
+            if name not in self._warned and (text := rule(self._records, self._total)):
+                self._warned.add(name)
                 found.append(f"step {int(record['step'])}: {text}")
         return found
 
 
 def _ends(records: Sequence[Record], name: str) -> tuple[list[float], list[float]] | None:
-    """The first and the last few values of a metric, None while there are too few."""
+    """Return the first and the last `WINDOW` values of a metric, None if there are too few."""
     values = [record[name] for record in records if record.get(name) is not None]
     return (values[:WINDOW], values[-WINDOW:]) if len(values) >= 2 * WINDOW else None
 
 
 def stuck_at_ties(records: Sequence[Record], total: int) -> str | None:
-    """Policy and reference give the same numbers, although steps were taken."""
+    """Policy and reference still agree after several steps: the policy does not change."""
     ties = [record["ties"] for record in records if record.get("ties") is not None]
     ties = ties[1:] if records[0].get("step") == 1 else ties  # step 1 has only ties
     if len(ties) < WINDOW or min(ties[-WINDOW:]) < TIES:
         return None
     return (
         f"{ties[-1]:.0%} of the pairs are ties: the policy still equals the reference; raise "
-        "train.learning_rate, or see whether any weight is trained"
+        "train.learning_rate, or check that weights are trained"
     )
 
 
@@ -87,7 +87,7 @@ def likelihood_displacement(records: Sequence[Record], total: int) -> str | None
         return None
     grew = fmean(margins[1]) - fmean(margins[0]) > GROWTH
     fell = fmean(logps[1]) < fmean(logps[0]) - FALL * abs(fmean(logps[0]))
-    # Rewards compare each chosen answer with its own reference: other batches do not blur them.
+    # Rewards are relative to the reference of the same answer, so they vary less between batches.
     if not (grew and fell and max(rewards[1]) < 0):
         return None
     return (
@@ -97,30 +97,30 @@ def likelihood_displacement(records: Sequence[Record], total: int) -> str | None
 
 
 def accuracy_too_good(records: Sequence[Record], total: int) -> str | None:
-    """Every pair is told apart almost at once: something else than the preference is learnt."""
+    """Accuracy is near 1 very early: the policy learns something other than the preference."""
     last = records[-1]
     values = [record.get("rewards/accuracies") for record in records[-2 * WINDOW :]]
     early = last.get("step", 0) <= EARLY * total
     if not early or len(values) < 2 * WINDOW or any(v is None or v < LEAK for v in values):
         return None
     return (
-        f"accuracy is {last['rewards/accuracies']:.0%} this early: look for a mark that gives the "
-        "chosen answers away (length, format, end tokens) with modern-llm inspect"
+        f"accuracy is {last['rewards/accuracies']:.0%} this early: look with modern-llm inspect "
+        "for something that reveals the chosen answers (length, format, end tokens)"
     )
 
 
 def zero_gradient(records: Sequence[Record], total: int) -> str | None:
-    """Nothing can be learnt from a gradient of zero."""
+    """The gradient is zero: nothing is learnt."""
     if records[-1].get("grad_norm") != 0:
         return None
     return (
-        "the gradient norm is 0: nothing is learnt; see whether weights are frozen, the loss is "
-        "saturated (lower dpo.beta), or the learning signal is cut off by truncation"
+        "the gradient norm is 0: nothing is learnt; check whether weights are frozen, the loss is "
+        "saturated (lower dpo.beta), or truncation removes the tokens that differ"
     )
 
 
 def length_drift(records: Sequence[Record], total: int) -> str | None:
-    """The answers to the fixed prompts become much longer or shorter than at the start."""
+    """Answers to the fixed prompts have become much longer or shorter than at the start."""
     last = records[-1]
     policy, reference = last.get("samples/policy_tokens"), last.get("samples/reference_tokens")
     if not policy or not reference:
@@ -131,8 +131,8 @@ def length_drift(records: Sequence[Record], total: int) -> str | None:
     word = "longer" if ratio > 1 else "shorter"
     return (
         f"sample answers are {word} than the reference's ({policy:.0f} tokens, not "
-        f"{reference:.0f}): the policy learns length; see modern-llm inspect for the length bias "
-        "of the data, and dpo.loss_type sigmoid_norm or simpo"
+        f"{reference:.0f}): the policy learns length; check the length bias of the data with "
+        "modern-llm inspect, or try dpo.loss_type sigmoid_norm or simpo"
     )
 
 

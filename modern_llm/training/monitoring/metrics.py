@@ -1,7 +1,4 @@
-"""What a run says while it goes: the console line and `metrics.jsonl`.
-
-Written by rank 0 alone, called by the loop; the progress bar stands in `distributed.display`.
-"""
+"""Output of a run: the console line, the progress bar's text and `metrics.jsonl`; rank 0 only."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from modern_llm.storage.untrusted import finite, json_lines, whole_number
 
 log = logging.getLogger(__name__)
 
-# Metrics that the console shows after loss, accuracy and lr, with their short names.
+# Metrics in the console line after loss, accuracy and lr, with their short names.
 ALSO_SHOWN = {
     "rewards/margins": "margin",
     "perplexity": "perplexity",
@@ -47,7 +44,7 @@ def console_line(step: int, metrics: Mapping[str, float]) -> str:
     return " ".join(parts)
 
 
-# What the progress display shows: metric, and how it is written.
+# Metrics beside the progress bar, with their formats.
 STATUS = {
     "loss": "loss {:.4f}",
     "rewards/accuracies": "accuracy {:.1%}",
@@ -60,49 +57,49 @@ STATUS = {
 
 
 def status_line(metrics: Mapping[str, float]) -> str:
-    """Return what stands beside the progress bar, e.g. `loss 0.4523  accuracy 72.5%`."""
+    """Return the text beside the progress bar, e.g. `loss 0.4523  accuracy 72.5%`."""
     return "  ".join(form.format(metrics[n]) for n, form in STATUS.items() if n in metrics)
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one object a logged step, each step once.
+    """The file `metrics.jsonl`: one object per logged step.
 
     Args:
-        check: called before each write; raises where this process may no longer write here.
+        check: called before each write; raises if this process may no longer write here.
     """
 
     def __init__(self, path: Path, check: Callable[[], None] = lambda: None):
         self.path, self._check = path, check
 
     def truncate(self, step: int) -> None:
-        """Forget what was logged after `step`: those steps will be made again."""
+        """Remove the records after `step`: those steps are repeated on resume."""
         self._check()
         if self.path.exists():
             kept = (record for record in self.records() if record["step"] <= step)
             write_file(self.path, (json.dumps(record) + "\n" for record in kept))
 
     def last(self) -> dict[str, Any]:
-        """Return the last record, an empty one where nothing was logged."""
+        """Return the last record, an empty one if nothing was logged."""
         last: dict[str, Any] = {}
         for record in self.records():
             last = record
         return last
 
     def elapsed(self) -> float:
-        """Return the seconds that earlier parts of this run took."""
+        """Return the seconds that the run took before it was resumed."""
         return finite(self.last().get("elapsed_s")) or 0.0
 
     def append(self, record: Mapping[str, float]) -> None:
-        """Append one object; `nan` and `inf` become null, which JSON can say."""
+        """Append one object; `nan` and `inf` become null, because JSON has no numbers for them."""
         self._check()
         known = {k: v if v == v and abs(v) != float("inf") else None for k, v in record.items()}
         with around("metrics.append"), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(known) + "\n")
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Yield what was logged, in order; a line that is damaged is left out with a warning.
+        """Yield the records in order; damaged lines are skipped with a warning.
 
-        The last line may be cut: the process was killed while it wrote, or is writing it.
+        The last line may be incomplete: the writer was killed, or is still writing.
         """
         first, damaged = 0, 0
         try:
@@ -119,12 +116,11 @@ class MetricsLog:
                 f"{self.path}: cannot be read ({error.strerror or error}): move it away"
             ) from error
         if damaged:
-            log.warning("%s:%d: %d damaged lines are left out", self.path, first, damaged)
+            log.warning("%s:%d: %d damaged lines are skipped", self.path, first, damaged)
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Return the peak memory so far in GB (1e9 bytes): of the device, or of the process on a
-    CPU."""
+    """Return the peak memory so far in GB (1e9 bytes): the device's, or the process's on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     # Linux counts ru_maxrss in KiB, macOS in bytes.

@@ -1,7 +1,6 @@
-"""Everything that looks at a run while it goes: the display, `metrics.jsonl`, trackers, warnings.
+"""Monitoring of a run: progress bar, `metrics.jsonl`, trackers, profiler and diagnostics.
 
-The loop hands it each record once; it changes nothing of the run. Rank 0 writes and shows, the
-other ranks get an object that does nothing.
+Nothing here changes the run. Only rank 0 writes and prints; on other ranks the object does nothing.
 """
 
 from __future__ import annotations
@@ -22,11 +21,12 @@ log = logging.getLogger(__name__)
 
 
 class Monitor:
-    """Context in which a run is watched.
+    """Context manager that records and displays a run.
 
     Args:
-        total: optimizer steps of the run; `done` of them are behind it.
-        shown: whether this is the rank that writes.
+        total: optimizer steps of the run.
+        done: steps that were done before this start.
+        shown: whether this rank writes and prints.
     """
 
     def __init__(self, config: TrainingConfig, run: RunFolder, total: int, done: int, shown: bool):
@@ -34,8 +34,8 @@ class Monitor:
         self._run, self._metrics = run, run.log()
         self._display = ProgressBar(config.run_name, total, done, shown=shown)
         self._trackers = Trackers(config, run, shown=shown)
-        self._teacher = Diagnostics(total)
-        self._trace = StepProfiler(
+        self._diagnostics = Diagnostics(total)
+        self._profiler = StepProfiler(
             run.path, config.profile_steps if shown else 0, done, run.lock.check
         )
 
@@ -46,7 +46,7 @@ class Monitor:
 
     def __exit__(self, *error: object) -> None:
         mine = not self._run.lock.is_lost()
-        for text in self._trace.close() if mine else ():
+        for text in self._profiler.close() if mine else ():
             self._display.line(text)
         self._display.__exit__(*error)
         if mine:
@@ -55,7 +55,7 @@ class Monitor:
     def advance(self, step: int) -> None:
         """Show that `step` is done."""
         self._display.advance(step)
-        for text in self._trace.advance(step):
+        for text in self._profiler.advance(step):
             self._display.line(text)
 
     def line(self, text: str) -> None:
@@ -63,7 +63,7 @@ class Monitor:
         self._display.line(text)
 
     def complete(self, step: int, head: Mapping[str, float], more: Mapping[str, float]) -> None:
-        """Add to what was logged at `step`; `head` begins the record where nothing was."""
+        """Add `more` to the record of `step`; `head` starts the record if there is none."""
         if not self._shown or not more:
             return
         last = self._metrics.last()
@@ -74,7 +74,7 @@ class Monitor:
         self._trackers.log(step, dict(more))
 
     def record(self, step: int, record: Mapping[str, float]) -> None:
-        """Write, show and judge what was logged at `step`; called on every process."""
+        """Write and show the record of `step`, and print diagnostics; called on every process."""
         with heartbeat.phase("logging", step):
             if self._shown:
                 self._record(step, record)
@@ -84,5 +84,5 @@ class Monitor:
         self._trackers.log(step, {k: v for k, v in record.items() if k != "step"})
         if text := status_line(record):
             self._display.status(text)
-        for warning in self._teacher.look(record):
+        for warning in self._diagnostics.look(record):
             log.warning("warning: %s", warning)

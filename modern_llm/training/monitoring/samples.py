@@ -1,8 +1,8 @@
-"""Answers to fixed prompts while a run goes, the policy's beside those it gave before step 1.
+"""Answers to fixed prompts during a run, written to `samples.jsonl` beside those before step 1.
 
-What the policy says before its first step is what the reference says: they are the same weights.
-All processes generate together, because sharded weights are whole only inside a forward of all;
-rank 0 writes `samples.jsonl`. Greedy, so that a difference is the training's.
+Before step 1 the policy has the reference's weights, so these first answers are the reference's.
+All processes generate together, because sharded weights are whole only inside a forward of all
+ranks. Decoding is greedy, so that a difference comes from training.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from modern_llm.training.run.folder import RunFolder
 
 PROMPTS = 3
 DOCUMENT_START = 16
-"""Tokens of a document that stand for a prompt in pretraining."""
+"""Tokens of a document that are used as a prompt in pretraining."""
 
 
 class Sampler:
-    """Called by the loop with the step: returns what is to be logged.
+    """Generates the answers of one step and returns their mean lengths.
 
     Args:
         rows: token ids of each prompt.
@@ -57,7 +57,7 @@ class Sampler:
         self._check = run.lock.check
 
     def start(self, step: int) -> None:
-        """Answer before the first step, or read those answers again where a run goes on."""
+        """Answer before the first step; on resume, read those answers from the file."""
         if self._runtime.is_main:
             kept = [sample for sample in _read(self.path) if sample["step"] <= step]
             self._before = {s["number"]: s for s in kept if s["step"] == 0} if step else {}
@@ -71,7 +71,7 @@ class Sampler:
         """Answer every prompt; return the mean lengths in tokens.
 
         Raises:
-            Stopped: a signal asked for it; nothing of these answers is kept.
+            Stopped: a signal asked to stop; these answers are discarded.
         """
         training = self._model.training
         rounds = Rounds(self._runtime, "while it answered prompts")
@@ -115,8 +115,8 @@ class Sampler:
 
 
 def prompt_rows(prepared: Prepared) -> list[list[int]]:
-    """Return the prompts of the first held-out examples, of training ones where none are held
-    out."""
+    """Return the prompts of the first held-out examples, or of training examples if there are
+    none."""
     table = prepared.evaluation if prepared.evaluation is not None else prepared.train
     column = "prompt" if "prompt" in table.columns else "text"
     rows = []
@@ -131,7 +131,7 @@ def prompt_rows(prepared: Prepared) -> list[list[int]]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The samples on disk that are whole; a kill may have cut the last line."""
+    """Return the intact samples on disk; a kill may have left the last line incomplete."""
     try:
         values = [value for _, value in json_lines(path, LARGEST_SAMPLES, follow=False)]
     except OSError:
@@ -157,7 +157,7 @@ def make_sampler(
     run: RunFolder,
     ends: Sequence[int | None],
 ) -> Sampler | None:
-    """Return what answers the fixed prompts of a run, None where none are asked for."""
+    """Return the sampler of a run, None without `generate_every` or prompts."""
     if config.generate_every is None:
         return None
     rows: Sequence[Sequence[int]] = run.prompts

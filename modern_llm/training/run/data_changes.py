@@ -1,9 +1,9 @@
-"""Whether a run that goes on reads what it has read so far; rows appended at the end may join.
+"""Check on resume that the training data is unchanged; rows appended at the end may join.
 
-The order of data is a function of integers: of (seed, epoch, step) and of how many rows there are.
-A checkpoint therefore records the digest of the rows and, as (epoch, rows), how many each epoch
-has. Appended rows join, with consent, at the first epoch that begins at or after the checkpoint's
-step; every other change is refused with the first row that differs.
+The data order is a function of (seed, epoch, step) and of the number of rows. A checkpoint
+therefore records the digest of the rows and the number of rows of each epoch, as (epoch, rows).
+With `--accept-change` appended rows join at the first epoch that begins at or after the
+checkpoint's step. Every other change is refused, and the error names the first row that differs.
 """
 
 from __future__ import annotations
@@ -30,31 +30,30 @@ from modern_llm.training.run.folder import RunFolder
 log = logging.getLogger(__name__)
 
 KEPT = "data-before"
-"""Tables of the run so far, kept beside new ones until these are known to hold the same rows."""
+"""Folder with the tables of the run so far, kept until the new tables have been compared."""
 
 
 def find_checkpoint(runtime: Runtime, run: RunFolder) -> None:
-    """Find the checkpoint to go on from, and keep the tables that it was trained on at hand."""
+    """Find the checkpoint to resume from, and keep the tables that it was trained on."""
     heartbeat.enter("looking for a checkpoint")
     run.checkpoint = runtime.on_main(lambda: format.find(run.checkpoints))
     if run.checkpoint is not None and runtime.accelerator.is_local_main_process:
-        with suppress(OSError):  # without them a change is still refused, only its row not named
+        with suppress(OSError):  # without them a change is still refused, without naming the row
             _keep(run, run.checkpoint[1].get("data"))
 
 
 def check_data(runtime: Runtime, run: RunFolder, prepared: Prepared) -> Prepared:
-    """Return the tables with how many rows each epoch has, after comparing them with the checkpoint
-    that the run goes on from.
+    """Compare the tables with the checkpoint; return them with the number of rows of each epoch.
 
     Raises:
-        UserError: other rows, or rows appended without consent.
+        UserError: the rows differ, or rows were appended without `--accept-change`.
     """
 
-    def look() -> list[list[int]]:
+    def checked() -> list[list[int]]:
         run.lock.check()
         return _history(run, prepared.train)
 
-    history = runtime.on_main(look)
+    history = runtime.on_main(checked)
     if runtime.accelerator.is_local_main_process:
         shutil.rmtree(run.path / KEPT, ignore_errors=True)
     run.recorded = {"data": prepared.train.digest, "rows": history}
@@ -62,26 +61,27 @@ def check_data(runtime: Runtime, run: RunFolder, prepared: Prepared) -> Prepared
 
 
 def _history(run: RunFolder, table: TokenTable) -> list[list[int]]:
+    """Return (first epoch, rows) for each number of rows that the run has read or will read."""
     if run.checkpoint is None:
         return [[0, len(table)]]
-    place, facts = run.checkpoint
+    checkpoint, facts = run.checkpoint
     (_, first), *grown = facts["rows"]
     rows = grown[-1][1] if grown else first
     if facts["data"] == table.digest:
         return facts["rows"]
     if len(table) <= rows or table.select(range(rows)).digest != facts["data"]:
         raise UserError(
-            f"output_dir {run.path}: the training data, or the tokenizer that read it, is not that "
-            f"of {place.name} (digest {facts['data'][:12]} -> {table.digest[:12]}, {rows} -> "
+            f"output_dir {run.path}: the training data or its tokenizer is not that of "
+            f"{checkpoint.name} (digest {facts['data'][:12]} -> {table.digest[:12]}, {rows} -> "
             f"{len(table)} rows; {_first_row(run, table, facts['data'])}; forbidden): restore it, "
             "or name another output_dir"
         )
     more = f"{len(table) - rows} rows from {table.origin(rows)} on"
     if not run.config.accept_change:
         raise UserError(
-            f"output_dir {run.path}: the training data has {more} more than {place.name} was "
+            f"output_dir {run.path}: the training data has {more} that {checkpoint.name} was not "
             f"trained on (digest {facts['data'][:12]} -> {table.digest[:12]}; allowed with "
-            "--accept-change): say --accept-change to let them join at the next epoch, restore the "
+            "--accept-change): add --accept-change to let them join at the next epoch, restore the "
             "data, or name another output_dir"
         )
     order = Order(first, run.config.batch_size, run.config.seed, tuple(map(tuple, grown)))
@@ -89,7 +89,7 @@ def _history(run: RunFolder, table: TokenTable) -> list[list[int]]:
 
 
 def _join(run: RunFolder, order: Order, more: str) -> list[list[int]]:
-    """Say when the appended rows are read first, and return the history with them."""
+    """Log when the appended rows are first read, and return the history with them."""
     epoch = order.grown[-1][0] if order.grown else 0
     step = order.steps_in(epoch) if epoch else 0
     total = run.config.max_steps or order.steps_in(run.config.epochs or 1)
@@ -107,43 +107,43 @@ def _join(run: RunFolder, order: Order, more: str) -> list[list[int]]:
 
 
 def _first_row(run: RunFolder, table: TokenTable, digest: str) -> str:
-    """Name the first row that differs from the run so far, with its place then and now."""
-    before = _opened(run.path / KEPT)
+    """Describe the first row that differs from the run so far, with its origin before and now."""
+    before = _open_table(run.path / KEPT)
     if before is None or before.digest != digest:
-        return "the tables of that time are gone, so the first differing row is not known"
+        return "the earlier tables no longer exist, so the first differing row is not known"
     index = before.first_difference(table)
     assert index is not None, "equal rows have equal digests"
     if index >= len(table):
-        return f"row {index + 1} of then, {before.origin(index)}, is missing"
-    then = before.origin(index) if index < len(before) else "no row"
-    return f"first differing row: {index + 1}, {table.origin(index)} (then {then})"
+        return f"row {index + 1}, before from {before.origin(index)}, is missing"
+    origin = before.origin(index) if index < len(before) else "no row"
+    return f"first differing row: {index + 1}, {table.origin(index)} (before: {origin})"
 
 
 def _keep(run: RunFolder, digest: Any) -> None:
-    """Link the tables of the run so far aside: building others replaces those that stand."""
-    kept, standing = run.path / KEPT, run.data / "train"
-    table = _opened(standing)
+    """Hard-link the tables of the run so far: building new ones would overwrite them."""
+    kept, existing = run.path / KEPT, run.data / "train"
+    table = _open_table(existing)
     if table is None or table.digest != digest:
-        return  # replaced before; what is kept, if anything, is of then
+        return  # already overwritten; an earlier start may have kept the right ones
     temporary = run.path / f"{TEMPORARY}{KEPT}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     with around("data.keep"):
         temporary.mkdir()
-        for path in standing.iterdir():
+        for path in existing.iterdir():
             _link(path, temporary / path.name)
     name_folder(temporary, kept)
-    shutil.rmtree(temporary, ignore_errors=True)  # what was replaced
+    shutil.rmtree(temporary, ignore_errors=True)  # holds the replaced folder now
 
 
 def _link(path: Path, to: Path) -> None:
     with around("data.link"):
         try:
             to.hardlink_to(path)
-        except OSError:  # a file system without such links
+        except OSError:  # the file system has no hard links
             shutil.copyfile(path, to)
 
 
-def _opened(folder: Path) -> TokenTable | None:
+def _open_table(folder: Path) -> TokenTable | None:
     try:
         return TokenTable.open(folder)
     except StorageError:

@@ -1,8 +1,7 @@
-"""`--dry-run`: a run up to its first backward, in a folder that is thrown away.
+"""`--dry-run`: a run up to its first backward, in a temporary folder.
 
-The stages go their own way through it: the same checks, tables, model and placement, with the data
-cut down to the first optimizer step once it is read. Nothing is kept, the reference store of the
-user included.
+A stage makes the same checks, tables and model as in a real run; its data is reduced to the first
+optimizer step. Nothing is kept, and nothing is written to the user's reference store.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ CACHE = "MODERN_LLM_CACHE"
 
 
 class DryRun:
-    """What a stage asks when it is to be tried and not run; `result` is what was found."""
+    """State of one dry run; `result` collects what it reports."""
 
     def __init__(self) -> None:
         self.result: dict[str, Any] = {}
@@ -47,7 +46,7 @@ class DryRun:
 
     @contextmanager
     def cleaned_up(self) -> Iterator[None]:
-        """Remove the folder at the end, whatever happened, and give the user's cache back."""
+        """Remove the folder at the end, also after an error, and restore `MODERN_LLM_CACHE`."""
         before = os.environ.get(CACHE)
         try:
             yield
@@ -60,14 +59,14 @@ class DryRun:
                 os.environ[CACHE] = before
 
     def aside(self, runtime: Runtime, run: RunFolder) -> RunFolder:
-        """Return a run folder to throw away in place of `run`, the same one on every process."""
-        place = tempfile.mkdtemp(prefix="modern-llm-dry-") if runtime.is_main else ""
-        self.folder = Path(runtime.from_main(place))
+        """Return a temporary run folder that replaces `run`, the same one on every process."""
+        folder = tempfile.mkdtemp(prefix="modern-llm-dry-") if runtime.is_main else ""
+        self.folder = Path(runtime.from_main(folder))
         temporary.remember(self.folder)
         self.folder.mkdir(exist_ok=True)
-        # The others may be done while this process still writes.
+        # One process per machine removes it: others may be done while this one still writes.
         self._removes = runtime.accelerator.is_local_main_process
-        # Mode `store` only reads the user's store; every other one might write to it.
+        # Mode `store` only reads the user's store; the other modes might write to it.
         if run.record.get("dpo", {}).get("reference") != "store":
             os.environ[CACHE] = str(self.folder / "reference")
         config = dataclasses.replace(run.config, output_dir=self.folder / "run", resume="auto")
@@ -77,7 +76,7 @@ class DryRun:
         return aside
 
     def first_step_only(self, prepared: Prepared, config: TrainingConfig) -> Prepared:
-        """Note what the data is, and return the examples of the first step."""
+        """Report the size of the data, and return the examples of the first step."""
         table = prepared.train
         self.result["data"] = {
             "lines": prepared.lines(),
@@ -92,7 +91,7 @@ class DryRun:
     def first_step(
         self, runtime: Runtime, scorer: TokenScorer, task: Task, config: TrainingConfig
     ) -> None:
-        """Build the first batch, and go once forward and backward through one micro-batch."""
+        """Run one forward, backward and optimizer step on the first micro-batch."""
         epochs = config.epochs or 1
         steps = config.max_steps or max(1, round(epochs * self._steps))
         if config.warmup_steps > steps:
@@ -102,7 +101,7 @@ class DryRun:
         heartbeat.enter("preparing the engine")
         engine = runtime.prepare(scorer, make_optimizer(config, scorer))
         model = engine.model
-        model.train()  # DeepSpeed's returns nothing
+        model.train()  # DeepSpeed's `train` returns None
         heartbeat.enter("loading the batch")
         batches = task.micro_batches(0)
         began = time.perf_counter()
@@ -116,7 +115,7 @@ class DryRun:
         if not torch.isfinite(torch.tensor([loss, norm])).all():
             raise UserError(
                 f"dry run: loss {loss} and gradient norm {norm} of the first "
-                "micro-batch: one is not finite; look at the checkpoint and the precision"
+                "micro-batch: one is not finite; check the checkpoint and train.mixed_precision"
             )
         totals = {name: float(value) for name, value in sums.statistics.items()}
         area = batch.ids.numel()
@@ -150,18 +149,18 @@ def contradictions(
     tokenizer: str | None,
     max_length: int | None,
 ) -> list[str]:
-    """Return everything that can be known to be wrong before the data is read or a weight loaded.
+    """Return all errors that can be found without reading data or loading weights.
 
-    A run stops at the first of these; here each check is made whatever the others found.
+    A run stops at the first error; here every check is made.
 
     Args:
-        checkpoint: what the stage starts from, None for pretraining.
-        tokenizer: the argument that comes before the checkpoint's own.
-        max_length: tokens of a sequence, where the section says it.
+        checkpoint: initial checkpoint of the stage, None for pretraining.
+        tokenizer: the `tokenizer_name` argument, which overrides the checkpoint's tokenizer.
+        max_length: maximum tokens of a sequence, if set.
     """
     problems: list[str] = []
 
-    def noted(check: Callable[[], Any]) -> Any:
+    def collect(check: Callable[[], Any]) -> Any:
         try:
             return check()
         except ConfigError as error:
@@ -172,10 +171,10 @@ def contradictions(
 
     if config.precision == "fp16" and not torch.cuda.is_available():
         problems.append("train.mixed_precision fp16 needs a GPU: use bf16 or no on this machine")
-    found = noted(lambda: inspect_checkpoint(checkpoint)) if checkpoint else None
+    found = collect(lambda: inspect_checkpoint(checkpoint)) if checkpoint else None
     own = found.place if found is not None and found.has_tokenizer else None
-    for place in dict.fromkeys(filter(None, (tokenizer, own, config.tokenizer_name))):
-        noted(lambda place=place: load_tokenizer(place))
+    for name in dict.fromkeys(filter(None, (tokenizer, own, config.tokenizer_name))):
+        collect(lambda name=name: load_tokenizer(name))
     if not (tokenizer or own or config.tokenizer_name) and (found or not checkpoint):
         problems.append("train.tokenizer_name: no tokenizer is named and the checkpoint has none")
     if found is not None and max_length and found.positions and max_length > found.positions:
@@ -184,8 +183,8 @@ def contradictions(
         )
     if data.names or config.dataset_name:
         named = data if data.names else dataclasses.replace(data, dataset_name=config.dataset_name)
-        noted(lambda: training_sources(named))
-        noted(lambda: evaluation_source(named))
+        collect(lambda: training_sources(named))
+        collect(lambda: evaluation_source(named))
     else:
         problems.append("data.dataset_name: no data set is named; give a Hub id, a file or folder")
     return problems

@@ -1,7 +1,7 @@
-"""The run folder: `config.yaml`, `metrics.jsonl`, `checkpoints/`, `{run_name}_final/`,
-`outcome.json`.
+"""The folder of one run: configuration, metrics, checkpoints, final model and outcome.
 
-Decides whether a run starts, goes on or is done already, and refuses to mix two runs in one folder.
+It decides whether a run starts, resumes or is already finished, and refuses to mix two runs in one
+folder.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ FILES = (
 
 def _kind_of(mode: int) -> str:
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a FIFO"}
-    return kinds.get(stat.S_IFMT(mode), "no plain file")
+    return kinds.get(stat.S_IFMT(mode), "not a regular file")
 
 
 class RunFolder:
     """One run's folder on disk."""
 
     def __init__(self, config: TrainingConfig, record: dict[str, Any]):
-        """`record` is the whole configuration in plain values, as it stands in `config.yaml`."""
+        """`record` is the whole configuration in plain values, as in `config.yaml`."""
         self.config, self.record = config, record
         self.path = Path(config.output_dir)
         self.checkpoints = self.path / "checkpoints"
@@ -53,42 +53,44 @@ class RunFolder:
         self.data = self.path / "data"
         self.lock = RunLock(self.path)
         self._reopened = False
-        self.done: int | None = None  # optimizer steps of the run; None before the loop knows
-        # The checkpoint to go on from and its facts, once they were looked for.
+        self.done: int | None = None  # completed optimizer steps; None before the loop starts
+        # The checkpoint to resume from and its manifest; set by `find_checkpoint`.
         self.checkpoint: tuple[Path, dict[str, Any]] | None = None
-        self.recorded: dict[str, Any] = {}  # what each manifest says of the data besides
+        self.recorded: dict[str, Any] = {}  # digest and rows of the data, for every manifest
         self.notes: dict[str, Any] = {}  # for summary.json
-        self.prompts: list[list[int]] = []  # token ids that sample answers are given to
-        self.dry_run: Any = None  # what is told instead of training, where the run is only tried
+        self.prompts: list[list[int]] = []  # token ids of the prompts of sample answers
+        self.dry_run: Any = None  # the `DryRun`, if this is one
 
     def refuse_foreign(self) -> None:
-        """Raise `UserError` unless this folder is free, or holds this very run."""
+        """Raise `UserError` if the folder holds another run, or if `resume` forbids to use it."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir {self.path} is a file; name a folder")
-        standing = self.path / "config.yaml"
-        if not standing.exists():
+        existing = self.path / "config.yaml"
+        if not existing.exists():
             if self.config.resume == "must":
-                raise UserError(f"resume: output_dir {self.path} holds no run to go on with")
+                raise UserError(f"resume: must, but output_dir {self.path} holds no run to resume")
             return
         if self.config.resume == "never":
             raise UserError(
                 f"resume: never, but output_dir {self.path} holds a run; name another folder"
             )
         if not any(self.checkpoints.glob("step-*")) and not self.final.exists():
-            return  # nothing was learnt yet: other settings may start here
+            return  # nothing was trained yet, so the settings may differ
         try:
-            before = read_yaml(standing, follow=False)
+            before = read_yaml(existing, follow=False)
         except (OSError, ValueError, yaml.YAMLError) as error:
             reason = one_line(getattr(error, "strerror", None) or error)
-            raise UserError(f"{standing}: cannot be read ({reason}); remove the folder") from error
+            raise UserError(f"{existing}: cannot be read ({reason}); remove the folder") from error
         if not isinstance(before, dict):
-            raise UserError(f"{standing}: is not the configuration of a run; remove the folder")
+            raise UserError(f"{existing}: is not the configuration of a run; remove the folder")
         self._keep_day(before)
-        self._judge(list(changes(before, self.record)))
+        self._check_changes(list(changes(before, self.record)))
 
     def refuse_odd_files(self) -> None:
-        """Refuse a FIFO, a device, a link or a folder where a run writes a file: it would wait for
-        a reader, or write elsewhere."""
+        """Refuse a FIFO, device, link or folder with the name of a file that a run writes.
+
+        Writing to a FIFO would wait for a reader; writing to a link would change another file.
+        """
         for name in FILES:
             path = self.path / name
             try:
@@ -97,21 +99,21 @@ class RunFolder:
                 continue
             if not stat.S_ISREG(kind):
                 raise UserError(
-                    f"{path}: a run writes a plain file of this name, and this is "
+                    f"{path}: a run writes a regular file of this name, and this is "
                     f"{_kind_of(kind)}; remove it or name another output_dir"
                 )
         for path in (self.checkpoints, self.data, self.final):
             if path.exists() and not path.is_dir():
-                raise UserError(f"{path}: is no folder; remove it or name another output_dir")
+                raise UserError(f"{path}: is not a folder; remove it or name another output_dir")
 
     def _keep_day(self, before: dict[str, Any]) -> None:
-        """Take over the day of chat templates from the run in this folder, unless one is set."""
+        """Copy the date for chat templates from the run in this folder, unless one is set."""
         now, then = self.record.get("data"), before.get("data")
         if isinstance(now, dict) and isinstance(then, dict) and "template_date" in now:
             now["template_date"] = now["template_date"] or then.get("template_date")
 
-    def _judge(self, found: list[Change]) -> None:
-        """Print what differs from the run that stands here, and refuse what may not."""
+    def _check_changes(self, found: list[Change]) -> None:
+        """Log the settings that differ from the run in this folder, and refuse forbidden ones."""
         accept = self.config.accept_change
         refused = [
             change
@@ -120,21 +122,21 @@ class RunFolder:
             and not (accept and change.kind in (OnResume.ACCEPTED, OnResume.CONTENT))
         ]
         if refused:
-            cure = "name another output_dir, or remove that folder to start over"
+            fix = "name another output_dir, or remove that folder to start over"
             if all(change.kind in (OnResume.ACCEPTED, OnResume.CONTENT) for change in refused):
-                cure = f"say --accept-change to go on with them, or {cure}"
+                fix = f"add --accept-change to resume with them, or {fix}"
             raise UserError(
                 f"output_dir {self.path} holds a run with other settings "
-                f"({'; '.join(map(str, refused))}); {cure}"
+                f"({'; '.join(map(str, refused))}); {fix}"
             )
         for change in found:
-            log.info("going on with another setting: %s", change)
+            log.info("resuming with another setting: %s", change)
         self._reopened = any(change.kind == OnResume.ACCEPTED for change in found)
 
     def finished(self) -> bool:
-        """Whether this run is done: its outcome says so and the final model stands.
+        """Whether the outcome is a success and the final model exists.
 
-        A run whose settings were changed with consent is not: its rest is made again.
+        False after an accepted change of settings: the rest of the run is then trained again.
         """
         if self._reopened:
             return False
@@ -145,7 +147,7 @@ class RunFolder:
         return outcome.get("status") == 0 and any((self.final / m).is_file() for m in models)
 
     def _outcome(self) -> dict[str, Any] | None:
-        """Return how the last start ended; None where that is not told, or cannot be read."""
+        """Return the content of `outcome.json`; None if it is missing or cannot be read."""
         try:
             outcome = read_json(self.path / "outcome.json", follow=False)
         except (OSError, ValueError):
@@ -157,32 +159,32 @@ class RunFolder:
         self.lock.check()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         (self.path / "outcome.json").unlink(missing_ok=True)
-        # Consent holds for one start: whoever runs this file again is asked again.
+        # `accept_change` is valid for one start: do not repeat it when this file is run again.
         train = {**self.record["train"], "accept_change": False}
         record = {**self.record, "train": train}
         write_file(self.path / "config.yaml", yaml.safe_dump(record, sort_keys=False))
 
     @property
     def stop_file(self) -> Path:
-        """Asks the run to save and stop; what lies there before a stage begins asks nothing."""
+        """File that asks the run to save and stop; one that exists at the start is removed."""
         return self.path / "STOP"
 
     def is_open(self) -> bool:
-        """Whether a run has begun here."""
+        """Whether a run has been started in this folder."""
         return (self.path / "config.yaml").exists()
 
     def what_next(self) -> str:
-        """Return what the same command does after this process was ended."""
+        """Return what the same command will do if this process ends now, for messages."""
         if self.dry_run is not None:
             return "nothing was kept: the same command tries again"
-        newest = max((place.name for place in self.checkpoints.glob("step-*")), default=None)
+        newest = max((path.name for path in self.checkpoints.glob("step-*")), default=None)
         if newest is None:
             return "there is no checkpoint yet: the same command starts from the beginning"
         return f"the same command resumes from {newest}"
 
     def leave_nothing(self) -> None:
-        """Remove the tables of a run that was refused before it began, and the folder if empty; the
-        lock is given back."""
+        """Clean up after a run that was refused before it began: remove its tables, release the
+        lock, and remove the folder if it is empty."""
         if not self.is_open() and not self.lock.is_lost():
             shutil.rmtree(self.data, ignore_errors=True)
             self.lock.release()
@@ -190,27 +192,29 @@ class RunFolder:
                 self.path.rmdir()
 
     def log(self) -> MetricsLog:
-        """Return the metrics of this run; who has lost the lock writes none."""
+        """Return the metrics log; it refuses to write after the lock is lost."""
         return MetricsLog(self.metrics, self.lock.check)
 
     def last_step(self) -> int:
-        """Return the last optimizer step that was done; before the loop begins, the last one that
-        an earlier start told, saved or logged."""
+        """Return the last completed optimizer step.
+
+        Before the loop starts, this is the last one in a checkpoint, the metrics or the outcome.
+        """
         if self.done is not None:
             return self.done
-        steps = [int(place.name[5:]) for place in self.checkpoints.glob("step-" + "[0-9]" * 8)]
-        with suppress(StorageError):  # a log that cannot be read is the error that is told
+        steps = [int(path.name[5:]) for path in self.checkpoints.glob("step-" + "[0-9]" * 8)]
+        with suppress(StorageError):  # an unreadable log is reported elsewhere
             steps.append(self.log().last().get("step", 0))
-        told = (self._outcome() or {}).get("last_step")
-        return max([0, *steps, *([told] if isinstance(told, int) else [])])
+        recorded = (self._outcome() or {}).get("last_step")
+        return max([0, *steps, *([recorded] if isinstance(recorded, int) else [])])
 
     def close(self, status: int, reason: str, last_step: int) -> None:
         """Write `outcome.json`; rank 0 only.
 
         Raises:
-            StorageError: the folder is another trainer's by now, and so is its outcome.
+            StorageError: another trainer has taken over the folder.
         """
         self.lock.check()
-        self.path.mkdir(parents=True, exist_ok=True)  # stopped before it was opened
+        self.path.mkdir(parents=True, exist_ok=True)  # a stop may come before `open`
         outcome = {"status": status, "reason": reason, "last_step": last_step}
         write_file(self.path / "outcome.json", json.dumps(outcome) + "\n")

@@ -1,8 +1,8 @@
-"""One trainer on one run folder: the second ends at once, a dead one's lock is taken over.
+"""Lock of a run folder: a second trainer is refused, and the lock of a dead one is taken over.
 
-The lock is a claim (see `distributed.claims`): a file `.lock` in the run folder, locked and growing
-while its owner lives. No clock is compared and no process number believed. Rank 0 holds it from
-before the first file is written until the last one is.
+The lock is a lease (`storage/lease.py`): a file `.lock` that is locked and grows while its owner
+lives. It compares no clocks and trusts no process ids. Rank 0 holds it from before the first write
+to the run folder until after the last one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class RunLock:
     """The lock of one run folder.
 
     Args:
-        folder: need not exist.
-        patience: seconds after which a lock of another machine that does not grow is taken over.
+        folder: the run folder; it need not exist.
+        patience: seconds without growth after which another machine's lock is taken over.
     """
 
     def __init__(self, folder: Path, patience: float = PATIENCE):
@@ -37,18 +37,18 @@ class RunLock:
         self._held = False
 
     def refuse_if_held(self) -> None:
-        """Raise `UserError` where another process of this machine trains here; changes nothing."""
+        """Raise `UserError` if another process of this machine trains here; changes nothing."""
         if self._claims.is_held(NAME):
             owner = self._claims.owner(NAME)
             if owner is not None and not owner["me"]:
                 raise self._refusal(owner)
 
     def take(self) -> None:
-        """Take the lock; waits only for one of another machine, until it is known to live or not.
+        """Take the lock. If another machine holds it, wait until its owner proves alive or dead.
 
         Raises:
-            UserError: another trainer lives.
-            StorageError: the disk refuses.
+            UserError: another trainer is alive.
+            StorageError: the lock file cannot be written.
         """
         with refusals(self._folder / NAME):
             before = self._claims.owner(NAME)
@@ -56,7 +56,7 @@ class RunLock:
             self._held = True
             if before is not None:
                 who = f"process {before['pid']} on {before['host']}"
-                log.warning("warning: %s: took over the lock of %s: dead", self._folder, who)
+                log.warning("warning: %s: took over the lock of %s, dead", self._folder, who)
         with suppress(OSError):
             self._claims.clear_leftovers()
 
@@ -69,8 +69,8 @@ class RunLock:
                     raise self._refusal(owner)
                 if first is None:
                     log.warning(
-                        "%s is locked by process %s on %s; waiting up to %.0f s for a sign of its "
-                        "life",
+                        "%s is locked by process %s on %s; waiting up to %.0f s to see whether it "
+                        "is alive",
                         self._folder,
                         owner["pid"],
                         owner["host"],
@@ -87,25 +87,24 @@ class RunLock:
         )
 
     def is_lost(self) -> bool:
-        """Whether the lock was taken over: nothing more may be written here.
+        """Whether another trainer took over the lock, so that nothing more may be written here.
 
-        A process that is stopped, or cut off from the disk, for longer than another one's patience
-        loses it. False where this process never held it.
+        It can if this process was suspended, or cut off from the disk, for longer than `patience`.
+        False if this process never held the lock.
         """
         return self._held and not self._claims.is_mine(NAME)
 
     def check(self) -> None:
-        """Raise `StorageError` where the lock was lost. Called before every write into the run
-        folder."""
+        """Raise `StorageError` if the lock was lost. Call it before every write to the folder."""
         if self.is_lost():
             owner = self._claims.owner(NAME)
-            by = f"process {owner['pid']} on {owner['host']}" if owner else "somebody"
+            by = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
             raise StorageError(
-                f"{self._folder / NAME}: taken over by {by} while this process gave no sign of "
-                "life; this one ends and writes nothing more"
+                f"{self._folder / NAME}: taken over by {by} while this process did not respond; "
+                "this one ends and writes nothing more"
             )
 
     def release(self) -> None:
-        """Give the lock back, if it is held."""
+        """Release the lock, if it is held."""
         self._held = False
         self._claims.close()

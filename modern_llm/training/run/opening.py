@@ -1,4 +1,4 @@
-"""Start of a run: its processes and its folder, which is refused if it belongs to another run."""
+"""Start of a run: its processes, and its folder with the checks against other runs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 
 
 def record_of(**sections: Any) -> dict[str, Any]:
-    """Return the configuration as plain values for `config.yaml`; sections that are None are left
-    out."""
+    """Return the configuration as plain values for `config.yaml`, without sections that are
+    None."""
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
@@ -34,19 +34,19 @@ def record_of(**sections: Any) -> dict[str, Any]:
 def open_run(
     config: TrainingConfig, dry_run: DryRun | None = None, **sections: Any
 ) -> tuple[Runtime, RunFolder]:
-    """Start the processes and return them with the run's folder, which is refused if foreign.
+    """Start the processes and return them with the run folder, which must not hold another run.
 
     Args:
-        dry_run: given where the run is only tried; its folder is then a temporary one.
-        sections: what stands in `config.yaml` beside `train`; None is left out.
+        dry_run: if given, the run folder is a temporary one.
+        sections: sections of `config.yaml` beside `train`; those that are None are omitted.
     """
     check_trackers(config)
     record = record_of(**sections, train=config)
     runtime = start(config, record)
     if config.batch_size < runtime.world:
         raise UserError(
-            f"train.batch_size {config.batch_size} is below the {runtime.world} processes, so that "
-            f"some would compute nothing in any step: use {runtime.world} or more, or at most "
+            f"train.batch_size {config.batch_size} is smaller than the {runtime.world} processes, "
+            f"so that some would have no examples: use at least {runtime.world}, or start at most "
             f"{config.batch_size} processes"
         )
     run = RunFolder(config, record)
@@ -57,5 +57,5 @@ def open_run(
     if dry_run is not None:
         return runtime, dry_run.aside(runtime, run)
     if run.finished():
-        log.info("%s is finished already; remove %s to train again", config.run_name, run.path)
+        log.info("%s is already finished; remove %s to train again", config.run_name, run.path)
     return runtime, run

@@ -1,7 +1,4 @@
-"""How a run ends: `outcome.json`, and the time in which signals and the file STOP ask it to.
-
-Entered by the stages before they read their data.
-"""
+"""End of a run: `outcome.json`, the report, and stops by signals or the file STOP."""
 
 from __future__ import annotations
 
@@ -25,9 +22,10 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
-    """Hold the lock of the run folder, and write how the run ended into `outcome.json`, which
-    survives launchers that flatten exit statuses. In the body signals and the file STOP ask the run
-    to stop."""
+    """Hold the lock of the run folder, handle stop requests, and write `outcome.json` at the end.
+
+    The file is needed because launchers replace the exit status of their processes.
+    """
     if run.dry_run is None:
         runtime.on_main(run.lock.take)
     if runtime.is_main:
@@ -42,7 +40,7 @@ def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
             run.close(status, reason, run.last_step())
 
     def stacks() -> Path | None:
-        # A dry run keeps nothing, and who has lost the lock writes nothing: to stderr.
+        # None means stderr: a dry run keeps nothing, and without the lock nothing may be written.
         return run.path if run.dry_run is None and not run.lock.is_lost() else None
 
     watchdog = Watchdog(runtime, stacks, run.config.hang_timeout, close, run.what_next)
@@ -54,7 +52,7 @@ def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
         error = as_peer_error(failure, run.what_next)
         stopped = isinstance(error, Stopped)
         if run.lock.is_lost():
-            pass  # what stands there is another trainer's
+            pass  # the folder belongs to another trainer now
         elif runtime.is_main and (run.is_open() or stopped):
             run.close(status_of(error), f"{type(error).__name__}: {error}", run.last_step())
             write_report(run)
@@ -76,5 +74,5 @@ def _warn_of_stale_locks() -> None:
     """Warn about stale compiler locks: the next build would wait for them."""
     _, stale = build_locks(lock_folders())
     for lock in stale:
-        # An error, so that a node without rank 0 prints it as well.
+        # Logged as an error, so that nodes without rank 0 print it as well.
         log.error("warning: build locks: %s; %s", lock, lock.fix)

@@ -1,6 +1,6 @@
-"""What a run notes of itself for people: `summary.json` (data, environment) and `report.html`.
+"""Files of a run for human readers: `summary.json` (data, environment) and `report.html`.
 
-Neither is read by a run; what goes wrong with them does not touch it.
+No run reads them, and a failure to write the report does not end the run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PACKAGES = ("modern-llm", "torch", "transformers", "accelerate", "deepspeed", "p
 
 
 def data_notes(prepared: Prepared) -> list[dict[str, Any]]:
-    """Return what became of the rows of each source, and the mean lengths of all together."""
+    """Return the row counts of each source, and the mean lengths over all of them."""
     reports = [*(prepared.parts or (prepared.report,))]
     if prepared.evaluation_report is not None:
         reports.append(prepared.evaluation_report)
@@ -39,7 +39,7 @@ def data_notes(prepared: Prepared) -> list[dict[str, Any]]:
 
 
 def environment(runtime: Runtime) -> dict[str, Any]:
-    """Return versions, machine and processes."""
+    """Return package versions, machine and number of processes."""
     found: dict[str, Any] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -66,10 +66,10 @@ def write_summary(runtime: Runtime, run: RunFolder) -> None:
 
 
 def write_report(run: RunFolder) -> None:
-    """Write `report.html` beside the metrics."""
+    """Write `report.html`; a failure is only logged."""
     try:
         run.lock.check()
         if run.metrics.is_file():
             write_page([run.path], run.path / "report.html")
     except Exception as error:
-        log.warning("report.html was not written (%s); modern-llm report writes it anew", error)
+        log.warning("report.html was not written (%s); modern-llm report writes it again", error)

@@ -1,4 +1,4 @@
-"""What both tasks share: their data, the routers' loss, and what micro-batches cost and saved."""
+"""Base class of both tasks: data order, the routers' loss, and token and operation counts."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from modern_llm.training.task import StepSums
 USAGE = ("tokens", "area", "separate", "flops")
 SHARED = ("aux", *USAGE)
 """Statistics that every task has."""
-# Examples that are placed together in an evaluation: enough to fill micro-batches evenly.
+# Examples that are packed together in an evaluation: enough to fill micro-batches evenly.
 EVALUATION_GROUP = 256
 
 
 class SourceTask(ABC):
-    """The part of a `Task` that depends on its sources alone; subclasses add an objective.
+    """The part of a `Task` that depends only on the data; subclasses add an objective.
 
     Args:
-        source: of the examples that are trained on.
-        evaluation: of the held-out examples, if there are any.
+        source: training examples.
+        evaluation: held-out examples, if any.
         aux_coefficient: weight of the routers' load-balancing loss in the gradient; 0 for none.
             That loss is a mean over the real tokens of each micro-batch, weighted by their number.
     """
@@ -37,7 +37,7 @@ class SourceTask(ABC):
         self.budget = TokenBudget(sources, auto=source.auto)
 
     def steps_in(self, epochs: float) -> int:
-        """Return the optimizer steps of so many passes over the data."""
+        """Return the number of optimizer steps in `epochs` epochs."""
         return self._source.order.steps_in(epochs)
 
     def origins(self, step: int) -> list[list[str]]:
@@ -45,15 +45,15 @@ class SourceTask(ABC):
         return self._source.origins(step)
 
     def consumed(self, steps: int) -> int:
-        """Return the examples in the first `steps` steps."""
+        """Return the number of examples in the first `steps` steps."""
         return self._source.order.consumed(steps)
 
     @abstractmethod
     def denominator(self, step: int) -> float:
-        """Return the count that the loss of a step is divided by."""
+        """Return the divisor of the loss sum of a step."""
 
     def _weigh_routers(self, model: nn.Module, step: int) -> None:
-        """Note what the routers' loss of this step must be weighted by."""
+        """Compute the factor of this step that `_sums` applies to the routers' loss."""
         if self._aux and model.training:
             self._aux_scale = self.denominator(step) / self._source.tokens(step)
 
@@ -64,7 +64,7 @@ class SourceTask(ABC):
         aux: Tensor | None,
         batch: MicroBatch,
     ) -> StepSums:
-        """Return the sums of a forward with the routers' loss and the usage of its tokens.
+        """Return the sums of a forward, with the routers' loss and the token counts added.
 
         Args:
             loss: () differentiable sum of the objective.
@@ -79,8 +79,8 @@ class SourceTask(ABC):
 
 
 def usage_sums(batch: MicroBatch) -> dict[str, Tensor]:
-    """Return () float64 counts on the host: real tokens, tokens with padding, tokens of separate
-    rows, and ideal operations."""
+    """Return () float64 counts on the host: real tokens, tokens with padding, tokens without prefix
+    sharing, and floating-point operations."""
     counts = (batch.real_tokens, batch.area, batch.separate_tokens, batch.flops)
     return {
         name: torch.tensor(float(count), dtype=torch.float64)
@@ -89,7 +89,7 @@ def usage_sums(batch: MicroBatch) -> dict[str, Tensor]:
 
 
 def shared_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """Return the shares of padding and of tokens saved by sharing, and the routers' own loss."""
+    """Return the share of padding, the share of tokens saved by prefix sharing, and `aux_loss`."""
     metrics = {
         "padding": 1 - sums["tokens"] / max(sums["area"], 1),
         "prefix_saving": 1 - sums["tokens"] / max(sums["separate"], 1),

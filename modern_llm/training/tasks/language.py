@@ -1,4 +1,4 @@
-"""Pretraining and SFT: the mean negative log-likelihood of the target tokens of a step."""
+"""Task of pretraining and SFT: mean negative log-likelihood of the target tokens of a step."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from modern_llm.training.tasks.base import EVALUATION_GROUP, SourceTask, shared_
 
 
 class LanguageTask(SourceTask):
-    """A step's loss is its NLL over its number of target tokens, on all ranks together."""
+    """A step's loss is the NLL divided by the number of target tokens, both over all ranks."""
 
     def micro_batches(self, step: int) -> Lazy:
         """Return this rank's micro-batches of `step`."""
         return self._source.micro_batches(step)
 
     def denominator(self, step: int) -> float:
-        """Return the target tokens of the whole step."""
+        """Return the number of target tokens in the whole step."""
         return float(self._source.targets(step))
 
     def prepare(
         self, model: nn.Module, step: int, micro_batches: Sequence[MicroBatch]
     ) -> Sequence[MicroBatch]:
-        """Note what the routers' loss must be weighted by; the batches stay as they are."""
+        """Set the weight of the routers' loss; the batches are returned unchanged."""
         self._weigh_routers(model, step)
         return micro_batches
 
@@ -40,7 +40,7 @@ class LanguageTask(SourceTask):
         return self._sums(nll, statistics, output.aux_loss, batch)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return loss, perplexity, and apart from them aux_loss, the routers' own."""
+        """Return loss and perplexity; the routers' loss is separate, as `aux_loss`."""
         targets = max(sums["targets"], 1)
         loss = sums["nll"] / targets
         result = {"loss": loss, "perplexity": perplexity(sums["nll"], targets)}

@@ -1,4 +1,4 @@
-"""DPO and its family: log-prob sums of both answers against the reference's two numbers a pair."""
+"""Task of DPO and its family: log-prob sums of both answers, compared with the reference's."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Reference = NDArray[np.float32] | None
 
 
 class PreferenceTask(SourceTask):
-    """A step's loss is the mean over its pairs, on all ranks together.
+    """A step's loss is the mean over its pairs on all ranks.
 
-    A loss that looks across pairs (aot) is taken in two passes: the first, without gradient, scores
-    the whole step and differentiates the loss with respect to all sums of all ranks; the second
-    backpropagates these slopes micro-batch by micro-batch. So no loss depends on micro-batching.
+    A loss across pairs (aot) takes two passes. The first scores the whole step without gradient and
+    differentiates the loss with respect to the sums of all ranks. The second backpropagates these
+    slopes micro-batch by micro-batch. So the loss does not depend on micro-batching.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class PreferenceTask(SourceTask):
         *,
         live: nn.Module | None = None,
     ):
-        """`live` is a frozen model that is run in every step, in place of stored values."""
+        """`live` is a frozen reference model that runs in every step and replaces stored values."""
         super().__init__(source, evaluation, aux_coefficient)
         self._live = live
         self._runtime, self._config = runtime, config
@@ -50,23 +50,23 @@ class PreferenceTask(SourceTask):
 
     @property
     def plan(self) -> str:
-        """Digest of the order in which the pairs come."""
+        """Digest of the order of the pairs."""
         return self._source.order.digest
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
-        """Return this rank's micro-batches of `step`, the reference's numbers among them."""
-        return [_with(self._reference, batch) for batch in self._source.micro_batches(step)]
+        """Return this rank's micro-batches of `step` with their stored reference values."""
+        return [_fill(self._reference, batch) for batch in self._source.micro_batches(step)]
 
     def denominator(self, step: int) -> float:
-        """Return the pairs of the whole step."""
+        """Return the number of pairs in the whole step."""
         return float(len(self._source.order.step(step)))
 
     def prepare(
         self, model: nn.Module, step: int, micro_batches: Sequence[MicroBatch]
     ) -> Sequence[MicroBatch]:
-        """Ask a live reference; for a loss across pairs, also return the slopes."""
+        """Run the reference model if there is one; for a loss across pairs, add the slopes."""
         if self._live is not None:
-            micro_batches = [self._ask(self._live, batch) for batch in micro_batches]
+            micro_batches = [self._reference_forward(self._live, batch) for batch in micro_batches]
         self._weigh_routers(model, step)
         if not self._config.looks_across_pairs:
             return micro_batches
@@ -117,53 +117,53 @@ class PreferenceTask(SourceTask):
         return self._sums(loss, statistics, aux, batch)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return the means over the pairs under the names that other trainers use."""
+        """Return the means over the pairs, under the usual metric names."""
         pairs = max(sums["pairs"], 1)
         names = set(sums) - {"pairs", *SHARED}
         result = {"loss": 0.0} | {name: sums[name] / pairs for name in sorted(names)}
         return result | shared_metrics(sums)
 
     def evaluation(self) -> Iterator[list[MicroBatch]] | None:
-        """Return this rank's part of the held-out pairs."""
+        """Return this rank's micro-batches of the held-out pairs."""
         if self._evaluation is None:
             return None
-        # A loss across pairs means the pairs of one optimizer step, in evaluation as well.
+        # A loss across pairs compares as many pairs as one optimizer step has.
         batch_size = self._source.order.batch_size
         group = batch_size if self._config.looks_across_pairs else EVALUATION_GROUP
         parts: Iterator[Lazy] = self._evaluation.in_order(group)
-        return ([_with(self._evaluation_reference, batch) for batch in part] for part in parts)
+        return ([_fill(self._evaluation_reference, batch) for batch in part] for part in parts)
 
     def _score(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
-        """Sums (P, 2) of the policy, and the routers' loss."""
+        """Return the policy's log-prob sums (P, 2) and the routers' loss."""
         output = model(batch.ids, batch.positions, batch.segments, batch.targets)
         return self._logprob_sums(output.logprobs, batch), output.aux_loss
 
     @torch.no_grad()
-    def _ask(self, live: nn.Module, batch: MicroBatch) -> MicroBatch:
-        """Fill the column `reference` of a micro-batch by a forward of the frozen model."""
+    def _reference_forward(self, live: nn.Module, batch: MicroBatch) -> MicroBatch:
+        """Fill the column `reference` by a forward of the frozen model."""
         with self._runtime.accelerator.autocast():
             output = live(batch.ids, batch.positions, batch.segments, batch.targets)
         return replace(batch, reference=self._logprob_sums(output.logprobs, batch).float())
 
     def _logprob_sums(self, logprobs: Tensor, batch: MicroBatch) -> Tensor:
-        """Sums (P, 2) of the targets (N,), in their dtype; see `_weighted`."""
+        """Sum targets (N,) to (P, 2) in their dtype; see `_weighted`."""
         uses = batch.uses(logprobs)
         return batch.add(self._weighted(uses, batch)).to(logprobs.dtype)
 
     def _weighted(self, logprobs: Tensor, batch: MicroBatch) -> Tensor:
-        """Scale uses (M,) of tokens beyond the pair's shorter answer by `ld_alpha`."""
+        """Scale log-probs (M,) of tokens beyond the pair's shorter answer by `ld_alpha`."""
         if self._config.ld_alpha is None or not logprobs.numel():
             return logprobs
-        # As stored values are weighted: a product rounded to float32 would be another number.
+        # The dtype in which stored values were weighted: float32 would round the product.
         logprobs = logprobs.to(wide_dtype(logprobs.device))
         shared = batch.lengths.min(1).values.repeat_interleave(batch.lengths.shape[1])
-        # Within a slot targets stand in order, one after the other: their rank is their place.
+        # Targets of a slot are in token order, so a stable sort gives their index in the answer.
         order = torch.argsort(batch.slots, stable=True)
         ends = batch.lengths.flatten().cumsum(0)
         starts = (ends - batch.lengths.flatten())[batch.slots[order]]
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device) - starts
-        beyond = place >= shared[batch.slots]
+        index = torch.empty_like(order)
+        index[order] = torch.arange(len(order), device=order.device) - starts
+        beyond = index >= shared[batch.slots]
         return torch.where(beyond, logprobs * self._config.ld_alpha, logprobs)
 
     def _losses(self, policy: Tensor, reference: Tensor | None, lengths: Tensor) -> Tensor:
@@ -177,8 +177,8 @@ class PreferenceTask(SourceTask):
         )
 
 
-def _with(reference: Reference, batch: MicroBatch) -> MicroBatch:
-    """Fill the column `reference` of a micro-batch."""
-    if reference is None:  # a loss that reads none, or a live model that is asked later
+def _fill(reference: Reference, batch: MicroBatch) -> MicroBatch:
+    """Fill the column `reference` of a micro-batch from stored values."""
+    if reference is None:  # a loss without a reference, or a reference model that runs later
         return batch
     return replace(batch, reference=torch.from_numpy(reference[batch.examples]))

@@ -47,8 +47,8 @@ WHERE = {
     "step": (loop, "_optimizer_step"),
     "evaluation": (loop, "_evaluate"),
     "last evaluation": (loop, "_evaluate"),
-    "answers": (generate._Checked, "__call__"),
-    "first answers": (generate._Checked, "__call__"),
+    "answers": (generate._CheckEachToken, "__call__"),
+    "first answers": (generate._CheckEachToken, "__call__"),
     "saving": (format, "save"),
 }
 
@@ -172,7 +172,7 @@ def rounds(lengths: list[int]) -> tuple[int, str]:
 
 def expect_rounds(first: tuple, second: tuple) -> None:
     """Loops of unequal length are left together, by the one that has ended already as well."""
-    words = "stopped by SIGUSR1 here; run the same command to go on"
+    words = "stopped by SIGUSR1 here; run the same command to resume"
     assert first == ((2, words), (7, ""), (4, words))
     assert second == ((4, words), (3, ""), (4, words))
 
@@ -197,7 +197,7 @@ def test_all_stop_at_any_place_and_the_same_call_goes_on(
         words, _ = PLACES[place]
         messages = [result[place][0] for result in results]
         name = "SIGTERM" if place == "saving" else "SIGUSR1"
-        assert messages == [f"stopped by {name} {words}; run the same command to go on"] * world
+        assert messages == [f"stopped by {name} {words}; run the same command to resume"] * world
         _, status, tables, end, _ = results[0][place]
         assert status == 75 and tables == (place != "reading"), place
         assert end == expected, place

@@ -94,7 +94,7 @@ def test_a_changed_field_is_judged_by_its_class(name, tmp_path, caplog):
         refusal.value
     )
     assert "name another output_dir" in str(refusal.value)
-    assert ("say --accept-change" in str(refusal.value)) == (
+    assert ("add --accept-change" in str(refusal.value)) == (
         kind in (OnResume.ACCEPTED, OnResume.CONTENT)
     )
     if kind == OnResume.FORBIDDEN:
@@ -103,7 +103,7 @@ def test_a_changed_field_is_judged_by_its_class(name, tmp_path, caplog):
     else:
         with caplog.at_level(logging.INFO):
             lax.refuse_foreign()
-        assert f"going on with another setting: {name}: 'as it was' -> " in caplog.text
+        assert f"resuming with another setting: {name}: 'as it was' -> " in caplog.text
 
 
 def test_the_classes_that_the_documentation_promises():

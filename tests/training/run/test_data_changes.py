@@ -64,9 +64,9 @@ def test_changed_rows_are_refused_with_the_first_that_differs(change, broken, ti
         text = str(refusal.value)
         assert "step-00000004" in text and "digest" in text and "forbidden" in text
         if now is None:
-            assert f"row {then} of then, {data}:{then}, is missing" in text
+            assert f"row {then}, before from {data}:{then}, is missing" in text
         else:
-            assert f"first differing row: {now}, {data}:{now} (then {data}:{then})" in text
+            assert f"first differing row: {now}, {data}:{now} (before: {data}:{then})" in text
     assert numbers(folder) == before
     write_jsonl(data, rows())
     until(5, folder, tiny_checkpoint, data)  # with the rows as they were, the run goes on

@@ -81,7 +81,7 @@ def test_the_second_ends_at_once_and_a_killed_ones_lock_is_taken_over(tmp_path, 
         assert not (run / NAME).exists()
 
         again = forks.start(main, command)
-        assert again.wait(60) and again.status == 0 and "is finished already" in again.text
+        assert again.wait(60) and again.status == 0 and "is already finished" in again.text
 
 
 def until(met, seconds: float = 60.0) -> None:
@@ -133,7 +133,7 @@ def test_who_lost_its_lock_writes_nothing_more(tmp_path):
     mine.check()  # not held, nothing to lose
     mine.take()
     (tmp_path / NAME).unlink()
-    with pytest.raises(StorageError, match="taken over by somebody"):
+    with pytest.raises(StorageError, match="taken over by another process"):
         mine.check()
     other = elsewhere(tmp_path)
     other.take()
