@@ -1,7 +1,7 @@
-"""`modern-llm evaluate`: how well a policy prefers what people preferred, measured on pairs.
+"""`modern-llm evaluate`: accuracy, margins and calibration of a policy on preference pairs.
 
-Every pair is scored once, under any number of processes, and judged in the order of the data: the
-result does not depend on how many there are. Called by the verb.
+Statistics are computed in the order of the data, so the result does not depend on the number of
+processes.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ def evaluate_pairs(
     by: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Judge `model` on the pairs of `data`.
+    """Evaluate `model` on the pairs of `data`.
 
     Args:
         model: Hub id, `transformers` folder or `.pt` file.
         reference: likewise; the reward of an answer is beta * (log p_model - log p_reference).
-            Without it the reward is beta * log p_model: the preference of the bare likelihoods.
-        by: a column of the data whose values name groups; the files where it is not given.
-        options: as `score_pairs` takes them.
+            Without it the reward is beta * log p_model.
+        by: column of the data to group by; default: group by file.
+        options: options of `score_pairs`.
 
     Returns:
-        The judgement of all pairs, its `calibration`, and `groups`: by source, and by which
-        answer is the longer one.
+        The statistics of all pairs, their `calibration`, and the same statistics for `groups`: by
+        `by`, and by which answer is longer.
 
     Raises:
         DataError: no row has the column `by`.
@@ -60,7 +60,7 @@ def evaluate_pairs(
 
 
 def _by_length(scored: Scored) -> list[str]:
-    """Which answer has more tokens: a policy that prefers length shows here."""
+    """Return the longer answer of each pair, to detect a policy that prefers long answers."""
     counts = scored.counts
     names = np.array(["rejected longer", "same length", "chosen longer"])
     return names[np.sign(counts[:, 0] - counts[:, 1]) + 1].tolist()

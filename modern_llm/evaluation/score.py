@@ -1,8 +1,6 @@
-"""`modern-llm score`: the log-prob sums of both answers of every pair, under one or two models.
+"""`modern-llm score`: log-prob sums of both answers of every pair, under one or two models.
 
-Forward only, under any number of processes; rank 0 writes one JSON object a pair, in the order of
-the
-data.
+Any number of processes; rank 0 writes one JSON object per pair, in the order of the data.
 """
 
 from __future__ import annotations
@@ -45,12 +43,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Scored:
-    """The pairs of a data set with the log-prob sums of one model or two.
+    """Pairs of a data set with their log-prob sums under one or two models.
 
     Attributes:
-        columns: `policy` and, where one was given, `reference` -> sums and target counts, (P, 2).
-        rows: (P,) rows of the table; pairs with a sum that is not finite are left out.
-        dropped: rows of the data that are not among the pairs for their content or such a sum.
+        columns: `policy` and, if given, `reference` -> sums and target counts, (P, 2) each.
+        rows: (P,) rows of the table; pairs with a non-finite sum are excluded.
+        dropped: number of rows excluded for their content or for a non-finite sum.
     """
 
     runtime: distributed.Runtime
@@ -81,8 +79,9 @@ def scored_pairs(
     mixed_precision: str = "no",
     hang_timeout: float | None = 600.0,
 ) -> Iterator[Scored]:
-    """Give every pair of `data` with its sums, on every process; the table lives as long as the
-    context, in which all are watched as a run is.
+    """Yield the pairs of `data` with their sums, on every process, under a watchdog.
+
+    The table is deleted when the context ends.
 
     Args:
         hang_timeout: as `train.hang_timeout`.
@@ -118,7 +117,7 @@ def _read(
     folder: Path,
     lengths: dict[str, int | None],
 ) -> Prepared:
-    """Read and tokenise; every process for itself: nothing of this outlives the call."""
+    """Read and tokenise the data, on each process separately, into a temporary table."""
 
     def check() -> None:
         heartbeat.tick()
@@ -136,7 +135,7 @@ def _scored(
     config: TrainingConfig,
     max_dropped: float,
 ) -> Scored:
-    """Score all pairs under each model, and leave out those that have no finite sums."""
+    """Score all pairs under each model, and exclude those with a non-finite sum."""
     table = prepared.train
     columns = {name: _sums(runtime, model, table, config) for name, model in models.items()}
     heartbeat.enter("judging and writing")
@@ -157,21 +156,21 @@ def score_pairs(
     reference: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Write `policy_chosen policy_rejected [reference_chosen reference_rejected] chosen_tokens
-    rejected_tokens`.
+    """Score the pairs of `data` and write one JSON object per pair to `output`.
 
-    Log-probs are sums over the response tokens in nats; tokens are the numbers of target tokens.
+    Fields: `policy_chosen policy_rejected [reference_chosen reference_rejected]`, log-prob sums in
+    nats, and `chosen_tokens rejected_tokens`, numbers of target tokens.
 
     Args:
-        options: `tokenizer_name`, `max_length`, `max_prompt_length`, `mixed_precision`,
-            `hang_timeout` as `scored_pairs` takes them.
+        options: options of `scored_pairs`: `tokenizer_name`, `max_length`, `max_prompt_length`,
+            `mixed_precision`, `hang_timeout`.
 
     Returns:
         `pairs`, `dropped` and `output`.
     """
     if not output.parent.is_dir():
         raise UserError(
-            f"output {output}: {output.parent} is no folder; create it or name another place"
+            f"output {output}: {output.parent} is not a folder; create it or name another path"
         )
     with scored_pairs(model, data, reference=reference, **options) as scored:
         runtime, pairs = scored.runtime, len(scored.rows)
@@ -184,7 +183,7 @@ def score_pairs(
 
 
 def _dropped(scored: Scored, output: Path) -> dict[str, Any]:
-    """Say what was left out, and keep the list of it beside the output."""
+    """Log the excluded rows, and write their list beside the output."""
     report, missing = scored.prepared.report, scored.dropped
     listed = scored.prepared.train.folder.parent / LIST
     if scored.runtime.is_main:
@@ -193,14 +192,14 @@ def _dropped(scored: Scored, output: Path) -> dict[str, Any]:
         if missing:
             beside = output.with_suffix(".dropped_rows.jsonl")
             write_file(beside, read_text(listed))
-            log.info("rows that were left out: %s", beside)
+            log.info("dropped rows: %s", beside)
     return {"dropped": missing}
 
 
 def _sums(
     runtime: distributed.Runtime, checkpoint: Checkpoint, table: TokenTable, config: TrainingConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums and target counts (P, 2) of every pair under one model."""
+    """Return the sums and target counts (P, 2) of every pair under one model."""
     heartbeat.enter("preparing the model")
     scorer = set_up_frozen(runtime, checkpoint, config)
     module = runtime.freeze(scorer)

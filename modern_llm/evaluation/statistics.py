@@ -1,9 +1,6 @@
-"""How well rewards tell chosen from rejected answers: pure functions of numbers.
+"""Statistics of rewards on preference pairs: accuracy, margin and calibration, with 95% intervals.
 
-`judge` gives accuracy, margins and calibration with 95% intervals, for all pairs and for groups.
-Called by `evaluate`.
-
-Letters: P pairs.
+Pure functions. Letters: P pairs.
 """
 
 from __future__ import annotations
@@ -15,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Z = 1.959963984540054
-"""97.5% quantile of the normal distribution: intervals are of 95%."""
+"""97.5% quantile of the normal distribution, for 95% intervals."""
 RESAMPLES = 2000
 BINS = 10
 
 
 def wilson(successes: int, count: int) -> tuple[float, float]:
-    """Return the Wilson score interval (1927) of a share: right at 0 and 1 too, where the usual
-    one has no width."""
+    """Return the Wilson score interval (1927) of a share. Unlike the normal approximation it has a
+    width at shares of 0 and 1."""
     if count == 0:
         return 0.0, 1.0
     share, z2 = successes / count, Z * Z
@@ -32,12 +29,11 @@ def wilson(successes: int, count: int) -> tuple[float, float]:
 
 
 def bootstrap_mean(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
-    """Return the percentile bootstrap interval (Efron, 1979) of a mean; the same for the same
-    values."""
+    """Return the percentile bootstrap interval (Efron, 1979) of a mean; deterministic."""
     if len(values) < 2:
         return float(values.mean()), float(values.mean())
     rng = np.random.Generator(np.random.Philox(seed))
-    # In parts: an index matrix of a million pairs would take 16 GB.
+    # One resample at a time: the index matrix of all, for a million pairs, would take 16 GB.
     means = np.array(
         [values[rng.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
     )
@@ -46,23 +42,23 @@ def bootstrap_mean(values: NDArray[np.float64], seed: int = 0) -> tuple[float, f
 
 
 def calibration(margins: NDArray[np.float64]) -> dict[str, Any]:
-    """Return how far sigmoid(margin), the Bradley-Terry probability, can be believed.
+    """Return the calibration of sigmoid(margin), the Bradley-Terry probability of a pair's order.
 
     Args:
         margins: (P,) reward of the chosen answer minus that of the rejected one.
 
     Returns:
-        `log_loss` and `brier` of sigmoid(margin); `expected_error` (ECE: mean distance between
-        confidence and accuracy, weighted by bin) and the `bins` it is made of, over the confidence
-        max(p, 1 - p) in the pair's likelier order; a tie is right half of the time.
+        `log_loss` and `brier` of p = sigmoid(margin); `expected_error` (ECE: mean distance between
+        confidence and accuracy, weighted by bin) and its `bins`, over the confidence
+        max(p, 1 - p). A tie counts as half right.
     """
     probability = 1 / (1 + np.exp(-np.clip(margins, -700, 700)))
     confidence = np.maximum(probability, 1 - probability)
     right = np.where(margins == 0, 0.5, margins > 0)
-    place = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    binned = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
     bins = []
     for number in range(BINS):
-        inside = place == number
+        inside = binned == number
         if inside.any():
             bins.append(
                 {
@@ -83,7 +79,7 @@ def calibration(margins: NDArray[np.float64]) -> dict[str, Any]:
 
 
 def judge(rewards: NDArray[np.float64]) -> dict[str, Any]:
-    """Return accuracy (strictly larger; ties apart) and margin, each with its interval.
+    """Return accuracy (strict `>`, ties separately) and margin, each with its interval.
 
     Args:
         rewards: (P, 2), chosen and rejected.
@@ -106,11 +102,11 @@ def judge(rewards: NDArray[np.float64]) -> dict[str, Any]:
 def judge_groups(
     rewards: NDArray[np.float64], groups: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, Any]]:
-    """Return a judgement for every value of every grouping.
+    """Return the result of `judge` for each group of each grouping.
 
     Args:
         rewards: (P, 2).
-        groups: what pairs are grouped by -> the group of each of the P pairs.
+        groups: name of a grouping -> the group of each of the P pairs.
     """
     found: dict[str, dict[str, Any]] = {}
     for by, names in groups.items():

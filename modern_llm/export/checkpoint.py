@@ -1,7 +1,6 @@
-"""`modern-llm export`: a checkpoint in another form, and its card.
+"""`modern-llm export`: convert a checkpoint, write its model card, and upload it on request.
 
-A `.pt` file, a `transformers` folder in another dtype, or an adapter merged into its base; and a
-repository of the Hub, only where it is asked for by name. Called by the verb.
+The output is a `.pt` file or a `transformers` folder in any dtype; an adapter can be merged.
 """
 
 from __future__ import annotations
@@ -33,25 +32,25 @@ def export_checkpoint(
     tokenizer_name: str | None = None,
     merge: bool = False,
 ) -> dict[str, Any]:
-    """Write `model` to `output`: a `.pt` file by that ending, else a `transformers` folder.
+    """Write `model` to `output`: a `.pt` file if it ends so, else a `transformers` folder.
 
     Args:
-        model: Hub id, `transformers` folder, `.pt` file, or the folder of a `peft` adapter, which
-            `merge` is given for.
-        tokenizer_name: for a checkpoint without one; a folder gets no tokenizer else.
+        model: Hub id, `transformers` folder, `.pt` file, or folder of a `peft` adapter.
+        tokenizer_name: tokenizer for a checkpoint without one; by default the folder has none then.
+        merge: merge the adapter into its base; required for an adapter, an error otherwise.
 
     Returns:
         `output`, `dtype`, `parameters` and `merged`.
 
     Raises:
-        UserError: the checkpoint cannot be read, or the form cannot hold it.
-        StorageError: the disk refuses.
+        UserError: the checkpoint cannot be read, or a `.pt` file cannot represent it.
+        StorageError: the output cannot be written.
     """
     if output.exists():
-        raise ConfigError([f"output {output}: stands there already; name another place"])
+        raise ConfigError([f"output {output}: exists already; name another path"])
     checkpoint = inspect_checkpoint(model)
     if (checkpoint.base is not None) != merge:
-        which = "no adapter: leave merge out" if merge else "an adapter: say merge to merge it"
+        which = "not an adapter: remove merge" if merge else "an adapter: set merge to merge it"
         raise ConfigError([f"merge: {model} is {which}"])
     loaded = load_model(checkpoint).to(DTYPES[dtype])
     if output.suffix == ".pt":
@@ -76,35 +75,38 @@ def _write_folder(
     model: str, loaded: PreTrainedModel, output: Path, tokenizer_name: str | None
 ) -> None:
     source = Path(model)
-    holds_one = source.is_dir() and any(source.glob("tokenizer*"))
-    place = tokenizer_name or (model if holds_one or not source.exists() else None)
+    has_tokenizer = source.is_dir() and any(source.glob("tokenizer*"))
+    tokenizer = tokenizer_name or (model if has_tokenizer or not source.exists() else None)
     with committed_folder(output) as folder:
         with around("export.write"):
             loaded.save_pretrained(folder)
-            if place is not None:
-                load_tokenizer(place).save_pretrained(folder)
+            if tokenizer is not None:
+                load_tokenizer(tokenizer).save_pretrained(folder)
             if (run := run_of(source)) is not None:
                 (folder / CARD).write_text(model_card(run), encoding="utf-8")
 
 
 def run_of(folder: Path) -> Path | None:
-    """Return the run folder that a final model stands in, where it does; a folder above may hold a
-    configuration of something else."""
+    """Return the run folder that contains a final model, None if the parent is not a run folder."""
     parent = folder.resolve().parent
+    # `config.yaml` alone may be the configuration of something else.
     own = (parent / "config.yaml", parent / "metrics.jsonl")
     return parent if all(p.is_file() and not p.is_symlink() for p in own) else None
 
 
 def modern_config(model: PreTrainedModel, place: str) -> ModernLLMConfig:
-    """Return the shape of a model in this package's own fields.
+    """Return the `ModernLLMConfig` that builds the same architecture as `model`.
+
+    Args:
+        place: where the model was loaded from, for messages.
 
     Raises:
-        UserError: a `.pt` file cannot say what this model is; names what differs.
+        UserError: `ModernLLMConfig` cannot represent the model; the message names the settings.
     """
     config = model.config
     if config.model_type not in ("llama", "mixtral"):
         raise UserError(
-            f"checkpoint {place}: a .pt file holds Llama and Mixtral, not {config.model_type}: "
+            f"checkpoint {place}: a .pt file can hold Llama and Mixtral, not {config.model_type}: "
             "name a folder as output"
         )
     rope = dict(getattr(config, "rope_parameters", None) or {})
@@ -137,11 +139,11 @@ def modern_config(model: PreTrainedModel, place: str) -> ModernLLMConfig:
             ),
         }
     found = ModernLLMConfig(**fields)
-    _must_be_the_same(to_transformers_config(found), config, place)
+    _check_same_shape(to_transformers_config(found), config, place)
     return found
 
 
-# What the ids, the dtype and the code's version are does not change the shape.
+# Settings that do not change the architecture: ids, dtype, code version.
 _FREE = {
     "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "transformers_version",
     "architectures", "use_cache", "_name_or_path", "rope_parameters", "sliding_window",
@@ -149,8 +151,8 @@ _FREE = {
 }  # fmt: skip
 
 
-def _must_be_the_same(made: Any, own: Any, place: str) -> None:
-    """Refuse a model with something that the fields of `ModernLLMConfig` do not say."""
+def _check_same_shape(made: Any, own: Any, place: str) -> None:
+    """Refuse a model with a setting that `ModernLLMConfig` has no field for."""
     first, second = made.to_dict(), own.to_dict()
     different = [
         f"{name} {second[name]!r}"
@@ -159,16 +161,16 @@ def _must_be_the_same(made: Any, own: Any, place: str) -> None:
     ]
     if different:
         raise UserError(
-            f"checkpoint {place}: a .pt file cannot say {', '.join(different[:4])}: "
+            f"checkpoint {place}: a .pt file cannot represent {', '.join(different[:4])}: "
             "name a folder as output"
         )
 
 
 def push(folder: Path, repository: str, *, private: bool) -> str:
-    """Upload a folder to the Hub and return its address; called only where the user names one.
+    """Upload a folder to a repository of the Hub and return its URL.
 
     Raises:
-        UserError: the Hub refuses, or nobody is logged in.
+        UserError: the upload failed, for example without a login.
     """
     from huggingface_hub import HfApi
 
@@ -181,10 +183,10 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
             commit_message="Upload by modern-llm export",
             ignore_patterns=["MANIFEST.json"],
         )
-    except Exception as error:  # the client's own errors differ between its versions
+    except Exception as error:  # the client's exception classes differ between versions
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"push_to_hub {repository}: {type(error).__name__}: {first}; log in with `hf auth "
-            f"login` and look at the name; the export itself stands at {folder}"
+            f"login` and check the name; the export itself is complete, in {folder}"
         ) from error
     return str(url)

@@ -1,7 +1,6 @@
-"""From the weights in training to a folder that plain `transformers` loads.
+"""Export of the trained model to a folder that plain `transformers` loads.
 
-Whole parameters pass one at a time; rank 0 alone keeps them, in the memory of its machine. Called
-by the stages at their end.
+Sharded parameters are gathered one at a time; only rank 0 keeps them all, in host memory.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ def export(
     folder: Path,
     ends: tuple[int | None, ...] = (),
 ) -> None:
-    """Write float32 weights, or adapters where these were trained, with configuration and
-    tokenizer; a collective of all ranks.
+    """Write float32 weights, or the trained adapters, with configuration and tokenizer; a
+    collective.
 
     Args:
         ends: ids that end an answer besides the tokenizer's end token.
@@ -41,45 +40,44 @@ def export(
         heartbeat.tick()
         if runtime.is_main:
             state[name] = tensor.to("cpu", copy=tensor.device.type == "cpu")
-    with runtime.committed_folder(folder, {}) as place:
+    with runtime.committed_folder(folder, {}) as temporary:
         if runtime.is_main and adapted:
             name_special_ids(engine.inner, tokenizer, ends)
             with around("export.write"):
-                write_adapters(engine.inner, state, place)
-                tokenizer.save_pretrained(place)
+                write_adapters(engine.inner, state, temporary)
+                tokenizer.save_pretrained(temporary)
         elif runtime.is_main:
-            write_model(engine.inner, state, tokenizer, place, ends)
+            write_model(engine.inner, state, tokenizer, temporary, ends)
 
 
 def write_model(
     model: PreTrainedModel,
     state: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
-    place: Path,
+    folder: Path,
     ends: tuple[int | None, ...] = (),
 ) -> None:
-    """Write a folder from parameters `state` by name, tied ones once."""
+    """Write a `transformers` folder from the parameters `state`, name -> tensor, tied ones once."""
     name_special_ids(model, tokenizer, ends)
-    # The model at hand may be in shards, or in bfloat16 while the weights that were trained are
-    # float32; its shape alone is taken from it.
+    # Use only the shape of `model`: its own weights may be sharded, or rounded to bfloat16.
     with torch.device("meta"):
         shape = type(model)._from_config(model.config, dtype=torch.float32)
     shape.generation_config = model.generation_config
     with around("export.write"):
-        shape.save_pretrained(place, state_dict=_with_ties_and_buffers(model, state))
-        tokenizer.save_pretrained(place)
+        shape.save_pretrained(folder, state_dict=_with_ties_and_buffers(model, state))
+        tokenizer.save_pretrained(folder)
 
 
 def name_special_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: tuple[int | None, ...]
 ) -> None:
-    """Write the tokenizer's special ids into a model's configurations where they have none."""
+    """Set special ids that a model's configurations lack from the tokenizer."""
     generation = model.generation_config
     vocabulary = model.config.get_text_config().vocab_size
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         own = getattr(tokenizer, name)
         if own is None or own >= vocabulary:
-            continue  # padding that was added beside the embedding: no model loads with such an id
+            continue  # a padding token outside the embedding: no model loads with such an id
         if getattr(model.config, name, None) is None:
             setattr(model.config, name, own)
         if getattr(generation, name, None) is None:
@@ -87,15 +85,15 @@ def name_special_ids(
     known = end_ids(model, ends)
     if len(known) > 1:
         generation.eos_token_id = known
-    # Some published folders hold a temperature without do_sample; transformers reads such a
-    # configuration and refuses to write it.
+    # Some published models set a temperature without do_sample, which transformers reads but
+    # refuses to write.
     sampled = any(getattr(generation, n, None) not in (None, 1.0) for n in ("temperature", "top_p"))
     if not generation.do_sample and (sampled or getattr(generation, "top_k", None)):
         generation.do_sample = True
 
 
 def _with_ties_and_buffers(model: PreTrainedModel, parameters: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the state dictionary as `save_pretrained` expects it: every name, ties included."""
+    """Return the state dictionary for `save_pretrained`: all names, tied ones included."""
     names = {id(p): n for n, p in model.named_parameters()}
     result = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

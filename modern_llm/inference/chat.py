@@ -1,7 +1,4 @@
-"""Answers to prompts that are written exactly as training wrote them: same template, same ids.
-
-Called by the verb `generate`, by the demo and for the sample answers of a run.
-"""
+"""Answers of a checkpoint to prompts, encoded exactly as in training: same template, same ids."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ from modern_llm.models.load import (
 
 @dataclass(frozen=True)
 class Options:
-    """How answers are drawn.
+    """Template, length and sampling of answers.
 
     Raises:
         ConfigError: an option would have no effect.
@@ -46,7 +43,7 @@ class Options:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name} has no effect at temperature 0: raise temperature or leave {name} out"
+            f"{name} has no effect at temperature 0: raise temperature or remove {name}"
             for name, given in (("top_p", self.top_p != 1.0), ("seed", self.seed is not None))
             if given and self.temperature == 0
         ]
@@ -59,7 +56,7 @@ class Options:
 
     @property
     def drawing(self) -> dict[str, Any]:
-        """What `generate` takes of them."""
+        """The arguments for `generate`."""
         return {
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
@@ -69,7 +66,7 @@ class Options:
 
 
 class Answerer:
-    """A checkpoint that answers.
+    """Model and tokenizer of a checkpoint, loaded to answer prompts.
 
     Raises:
         UserError: the checkpoint or tokenizer cannot be loaded.
@@ -86,7 +83,7 @@ class Answerer:
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Return one answer for each prompt."""
+        """Return one answer per prompt."""
         rows, ends = prompt_ids(self.tokenizer, prompts, self.options.template)
         heartbeat.enter("answering")
         return generate(
@@ -100,10 +97,10 @@ class Answerer:
         )
 
     def stream(self, prompt: Prompt) -> str:
-        """Print the answer to one prompt on stdout while it is made, and return it."""
+        """Print the answer to one prompt on stdout while it is generated, and return it."""
         rows, ends = prompt_ids(self.tokenizer, [prompt], self.options.template)
         heartbeat.enter("answering")
-        streamer = _Printed(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = _PrintableStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         (ids,) = generate_ids(
             self.model,
             self.tokenizer,
@@ -118,13 +115,13 @@ class Answerer:
     def converse(
         self, read: Callable[[], str | None], system: str | None = None
     ) -> Iterator[tuple[str, str]]:
-        """Answer line after line, each streamed, and yield (line, answer).
+        """Answer each line, printed while it is generated, and yield (line, answer).
 
-        With a chat template the turns so far are the prompt; without one each line stands alone.
+        With a chat template the prompt is the conversation so far; without one, only the line.
 
         Args:
-            read: gives the next line, None at the end; the line `/new` forgets the turns so far.
-            system: words that stand before the first turn.
+            read: returns the next line, None at the end; the line `/new` starts a new conversation.
+            system: content of a system message before the first turn.
         """
         template = Template(self.tokenizer, self.options.template)
         chat = template.wraps or (template.frame is None and bool(self.tokenizer.chat_template))
@@ -132,7 +129,7 @@ class Answerer:
             raise ConfigError(["system has no effect without a chat template: set template: chat"])
         start = [{"role": "system", "content": system}] if system is not None else []
         turns = list(start)
-        while (line := _awaited(read)) is not None:
+        while (line := _read_line(read)) is not None:
             if line.strip() == "/new":
                 turns = list(start)
                 continue
@@ -144,8 +141,8 @@ class Answerer:
             yield line, answer
 
 
-class _Printed(TextStreamer):
-    """Prints an answer while it is made, without what would control the terminal."""
+class _PrintableStreamer(TextStreamer):
+    """Prints an answer while it is generated, without control characters."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print the next piece of text."""
@@ -153,13 +150,13 @@ class _Printed(TextStreamer):
 
 
 def _check() -> None:
-    """Say that it gets on; raise `Stopped` if a signal asked for it."""
+    """Report progress to the watchdog; raise `Stopped` if a signal asked to stop."""
     heartbeat.tick()
     stop_here("while it answered; nothing is kept")
 
 
-def _awaited(read: Callable[[], str | None]) -> str | None:
-    """Return the next line, for which nobody is blamed however long it takes."""
+def _read_line(read: Callable[[], str | None]) -> str | None:
+    """Return the next line; the watchdog ignores this wait."""
     with heartbeat.phase("waiting for a line", None, math.inf):
         return read()
 
@@ -171,7 +168,7 @@ def answer_prompts(
     tokenizer_name: str | None = None,
     **options: Any,
 ) -> list[str]:
-    """Load a checkpoint and return its answers, one for each prompt.
+    """Load a checkpoint and return its answers, one per prompt.
 
     Args:
         options: fields of `Options`.
@@ -185,11 +182,11 @@ def answer_prompts(
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], template: str | None
 ) -> tuple[list[list[int]], tuple[int | None, ...]]:
-    """Return the ids of each prompt as SFT and DPO see them, and the ids that end an answer.
+    """Return the ids of each prompt, encoded as for SFT and DPO, and the ids that end an answer.
 
     Args:
-        prompts: strings, or message lists, which always go through a chat template.
-        template: as in the data sections: `chat`, a text with `{prompt}`, a Jinja chat template.
+        prompts: strings, or message lists, which always use a chat template.
+        template: as `data.template`: `chat`, a text with `{prompt}`, or a Jinja chat template.
     """
     writer, encoder = Template(tokenizer, template), Encoder(tokenizer)
     try:
@@ -198,8 +195,8 @@ def prompt_ids(
         raise UserError(f"prompt: {error}") from error
     rows = []
     for ids, (_, chat) in zip(encoder([text for text, _ in written]), written, strict=True):
-        # A chat template writes the leading special tokens of its own model.
+        # A chat template writes the model's leading special tokens itself.
         rows.append((ids if chat else encoder.with_lead(ids)).tolist())
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    # Generation needs something to go on from, an empty prompt too.
+    # Generation needs at least one id, also for an empty prompt.
     return [row or [start] for row in rows], end_tokens(tokenizer, writer)

@@ -1,9 +1,4 @@
-"""Answers from a model: greedy or drawn, in batches, by `transformers`' own generation.
-
-Called by `training.answer`. The tree attention is for training rows; generation
-uses
-the model's native one.
-"""
+"""Text generation in batches, greedy or sampled, with the `generate` method of `transformers`."""
 
 from __future__ import annotations
 
@@ -33,15 +28,14 @@ from modern_llm.storage.regular_files import read_text
 
 log = logging.getLogger(__name__)
 
-# Tokens for which padding is tried, and the largest difference of a log-prob that rounding makes,
-# with float32 and with 16 bits.
+# Tokens of the test whether padding changes answers, and the largest difference of a log-prob that
+# is rounding: in float32 and in 16 bits.
 TRIED = 4
 NEAR, NEAR_16_BITS = 5e-3, 0.5
 
 
 def read_prompts(prompt: str | None, file: Path | None) -> list[str | list[dict[str, Any]]]:
-    """Return the prompts to answer: the one given, those of a file, or the lines of standard
-    input."""
+    """Return the given prompt, the prompts of a file, or the lines of standard input."""
     if prompt is not None and file is not None:
         raise ConfigError(["prompt and prompts exclude each other: keep one"])
     if prompt is not None:
@@ -58,7 +52,7 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str | list[dict[
 
 
 def _prompt(place: str, line: str) -> str | list[dict[str, Any]]:
-    """The prompt of one JSON object: a string, or messages with a role and words each."""
+    """Return the prompt of one JSON line: a string, or messages with role and content."""
     try:
         values = json.loads(line)
         value = values["messages"] if "messages" in values else values["prompt"]
@@ -91,10 +85,10 @@ def generate(
 
     Args:
         prompts: token ids of each prompt, at least one.
-        temperature: 0 takes the likeliest token each time; above, tokens are drawn from the whole
-            distribution (or its `top_p`), whatever the checkpoint's own generation settings say.
+        temperature: 0 is greedy. Above, tokens are sampled from the whole distribution or its
+            `top_p`; the checkpoint's own generation settings are ignored.
         ends: ids that end an answer besides the model's and the tokenizer's.
-        check: called after every token; what it raises ends the generation.
+        check: called after every token; it may raise to end the generation.
     """
     answers = generate_ids(
         model,
@@ -126,10 +120,10 @@ def generate_ids(
     streamer: Any = None,
     check: Callable[[], None] | None = None,
 ) -> list[list[int]]:
-    """Return the ids that `model` adds to each prompt, as `generate` does, its end token left out.
+    """Return the ids that `model` adds to each prompt, without the end token; see `generate`.
 
     Args:
-        streamer: one of `transformers`' streamers, for a single prompt.
+        streamer: a streamer of `transformers`, for a single prompt.
     """
     model.eval()
     torch.manual_seed(seed)
@@ -146,6 +140,7 @@ def generate_ids(
     )
     answers: list[list[int]] = [[]] * len(prompts)
     last = {*settings.eos_token_id, settings.pad_token_id}
+    criteria = None if check is None else StoppingCriteriaList([_CheckEachToken(check)])
     for part in _batches(model, prompts, settings, batch_size):
         rows = [prompts[i] for i in part]
         width = max(map(len, rows))
@@ -156,7 +151,7 @@ def generate_ids(
             attention_mask=mask.to(device),
             generation_config=settings,
             streamer=streamer,
-            stopping_criteria=None if check is None else StoppingCriteriaList([_Checked(check)]),
+            stopping_criteria=criteria,
         )
         for i, row in zip(part, output[:, width:].tolist(), strict=True):
             while row and row[-1] in last:
@@ -168,11 +163,11 @@ def generate_ids(
 def _padding(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]
 ) -> int:
-    """Return the id to fill rows with; refuse prompts with ids that the model has no row for."""
+    """Return the padding id; refuse prompts with ids outside the model's vocabulary."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     for number, row in enumerate(prompts, 1):
         check_id(max(row), vocabulary, tokenizer, f"prompt {number}")
-    # A padding token may have been added beside the embedding. Padding is masked: any id will do.
+    # The padding token may be outside the embedding. Padding is masked, so any id works.
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(at for at in known if at is not None and at < vocabulary)
 
@@ -183,20 +178,21 @@ def _batches(
     settings: GenerationConfig,
     batch_size: int,
 ) -> Iterator[list[int]]:
-    """Yield the prompts that are answered together: those of similar length, as padding on the
-    left costs time; of equal length where padding would change the answers."""
+    """Yield indices of prompts to answer together: of similar length, because padding costs time;
+    of equal length or alone if padding or other rows change the answers."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     groups = [order]
-    if batch_size > 1 and not _as_alone(model, prompts, order, settings):
+    if batch_size > 1 and not _batch_matches_alone(model, prompts, order, settings):
         groups = [list(g) for _, g in groupby(order, key=lambda i: len(prompts[i]))]
-        crowd = max(groups, key=len)
-        alone = len(crowd) == len(order) or not _as_alone(model, prompts, crowd, settings)
+        largest = max(groups, key=len)
+        alone = len(largest) == len(order)
+        alone = alone or not _batch_matches_alone(model, prompts, largest, settings)
         groups = [[i] for i in order] if alone else groups
         log.info(
-            "%s: a prompt gets another answer beside %s: answered %s",
+            "%s: answers change in a batch with %s: prompts are answered %s",
             type(model).__name__,
-            "others" if alone else "prompts of other lengths",
-            "one by one" if alone else "with those of its length",
+            "other prompts" if alone else "prompts of other lengths",
+            "one by one" if alone else "with those of equal length",
         )
     for group in groups:
         for start in range(0, len(group), batch_size):
@@ -214,14 +210,17 @@ def _padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torc
     return ids, mask
 
 
-def _as_alone(
+def _batch_matches_alone(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     group: Sequence[int],
     settings: GenerationConfig,
 ) -> bool:
-    """Whether the first of a group, sorted by length, gets the logits beside the last that it gets
-    alone, for a few tokens. States, convolutions and positions may run through the padding."""
+    """Whether the shortest prompt gets the same logits alone and in a batch with the longest.
+
+    Recurrent states, convolutions and positions may depend on the padding. `group` is sorted by
+    length; a few tokens are compared.
+    """
     if len(group) < 2:
         return True
     rows = [prompts[group[0]], prompts[group[-1]]]
@@ -236,7 +235,7 @@ def _as_alone(
         ids, mask = (tensor.to(model.device) for tensor in _padded(part, settings.pad_token_id))
         try:
             output = model.generate(ids, attention_mask=mask, generation_config=few)
-        except Exception as error:  # foreign code
+        except Exception as error:  # the model's code may raise anything
             log.debug("%s with padding: %s", type(model).__name__, error)
             return False
         logits = torch.stack([step[0].float() for step in output.logits])
@@ -251,8 +250,8 @@ def _as_alone(
     return worst <= (NEAR_16_BITS if narrow else NEAR)
 
 
-class _Checked(StoppingCriteria):
-    """Stops nothing by itself; asks after each token whether an error should."""
+class _CheckEachToken(StoppingCriteria):
+    """Calls `check` after each token, which may raise; never stops by itself."""
 
     def __init__(self, check: Callable[[], None]):
         self._check = check
@@ -264,7 +263,7 @@ class _Checked(StoppingCriteria):
 
 @contextmanager
 def native_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Give a model that is being trained on trees its own attention back while it generates."""
+    """Generate with the model's own attention if tree attention is set for training."""
     if model.config._attn_implementation != TREE_ATTENTION:
         yield
         return
@@ -276,6 +275,6 @@ def native_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def end_ids(model: PreTrainedModel, more: Iterable[int | None]) -> list[int]:
-    """Return the ids at which the model's own generation settings end an answer, and `more`."""
+    """Return the ids that end an answer by the model's generation settings, and `more`."""
     own = model.generation_config.eos_token_id
     return sorted({*(own if isinstance(own, list) else [own]), *more} - {None})

@@ -87,7 +87,7 @@ def test_export_merge_gives_a_plain_model(trained, tiny_checkpoint, tmp_path, ca
     out = tmp_path / "plain"
     command = ["export", "--model", str(trained), "--output", str(out)]
     assert main(command) == 2
-    assert "say merge" in capsys.readouterr().err
+    assert "set merge" in capsys.readouterr().err
     assert main([*command, "--merge", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["output"] == str(out)
     assert not (out / "adapter_config.json").exists()
@@ -100,7 +100,7 @@ def test_export_merge_gives_a_plain_model(trained, tiny_checkpoint, tmp_path, ca
     for name, tensor in load_file(out / "model.safetensors").items():
         assert torch.equal(load_file(low / "model.safetensors")[name], tensor.bfloat16())
     again = ["export", "--model", str(out), "--output", str(tmp_path / "x"), "--merge"]
-    assert main(again) == 2 and "no adapter" in capsys.readouterr().err
+    assert main(again) == 2 and "not an adapter" in capsys.readouterr().err
 
 
 def test_the_reference_is_the_base_whatever_the_mode(

@@ -69,7 +69,7 @@ def test_an_adapter_is_merged_into_its_base(place, tmp_path, capsys):
     ids = torch.tensor([[5, 9, 30, 7]])
     expected = model(ids).logits
     words = ["--model", tmp_path / "adapter", "--output", tmp_path / "merged", "--json"]
-    assert run_export(*words) == 2 and "say merge" in capsys.readouterr().err
+    assert run_export(*words) == 2 and "set merge" in capsys.readouterr().err
     assert run_export(*words, "--merge") == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["merged"]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -155,7 +155,7 @@ def test_a_push_that_fails_says_where_the_export_is(place, tmp_path, monkeypatch
     ("words", "part"),
     [
         (["--model", "no/such", "--output", "x"], "no/such"),
-        (["--model", "no/such", "--output", "."], "stands there already"),
+        (["--model", "no/such", "--output", "."], "exists already"),
         (["--model", "m", "--output", "x.pt", "--push_to_hub", "a/b"], "output is a .pt file"),
         (["--model", "m", "--output", "x", "--public"], "public has no effect"),
         (["--model", "m", "--output", "x", "--dtype", "int8"], "int8"),
@@ -177,5 +177,5 @@ def test_a_pt_file_refuses_what_it_cannot_say(place, tmp_path, capsys):
     model.config.attention_bias = True
     AutoModelForCausalLM.from_config(model.config).save_pretrained(tmp_path / "biased")
     assert run_export("--model", tmp_path / "biased", "--output", tmp_path / "b.pt") == 2
-    assert "cannot say attention_bias True" in capsys.readouterr().err
+    assert "cannot represent attention_bias True" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.pt"))

@@ -134,7 +134,7 @@ def verb(arguments: list[str], environment: dict[str, str]) -> None:
         self._check()
         return torch.zeros(len(ids), dtype=torch.bool)
 
-    generate._Checked.__call__ = slow
+    generate._CheckEachToken.__call__ = slow
     command(arguments, environment)
 
 
