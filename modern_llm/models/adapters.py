@@ -1,7 +1,7 @@
-"""LoRA adapters inside a standing model, in the form of `peft`: add, switch off, save, merge.
+"""LoRA adapters inside an existing model, in the format of `peft`: add, switch off, save, merge.
 
-The model keeps its class and its forward, so that it is asked as any other. `peft` is imported
-when adapters are asked for. Called by the stages, by `load` and by export.
+The model keeps its class and its forward, so that callers treat it like any other. `peft` is
+imported on first use.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from modern_llm.storage.untrusted import read_json
 
 NAME = "default"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What peft puts before the names of a wrapped model.
+# Prefix that peft adds to the names of a wrapped model.
 PREFIX = "base_model.model."
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, place: str, *, seed: int) -> None:
-    """Freeze `model` and put adapters into it, which change nothing until they have trained.
+    """Freeze `model` and add adapters, which have no effect before training.
 
     Args:
-        place: where its weights came from; written into the adapters' configuration.
-        seed: of the adapters' initial weights, the same on every rank.
+        place: checkpoint of the weights, written to the adapters' configuration.
+        seed: seed of the adapters' initial weights, the same on every rank.
     """
     peft = _peft()
     _refuse_unknown(model, config)
@@ -53,13 +53,13 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, place: str, *, seed
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether adapters stand in `model`."""
+    """Return whether `model` has adapters."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 @contextmanager
 def adapters_off(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model be its frozen base for the time of the body."""
+    """Switch adapters off inside the `with` block, which leaves the frozen base."""
     model.disable_adapters()
     try:
         yield
@@ -68,7 +68,7 @@ def adapters_off(model: PreTrainedModel) -> Iterator[None]:
 
 
 def write_adapters(model: PreTrainedModel, state: dict[str, Tensor], place: Path) -> None:
-    """Write the adapters as `peft` does.
+    """Write the adapters in the format of `peft`.
 
     Args:
         state: the trained parameters by name, whole and on the CPU.
@@ -87,7 +87,7 @@ def write_adapters(model: PreTrainedModel, state: dict[str, Tensor], place: Path
 
 
 def base_of(folder: Path) -> str | None:
-    """Return the checkpoint that the adapters in `folder` stand on; None where there are none."""
+    """Return the base checkpoint of the adapters in `folder`; None if there are none."""
     try:
         content = read_json(folder / CONFIG)
     except FileNotFoundError:
@@ -96,12 +96,12 @@ def base_of(folder: Path) -> str | None:
         raise UserError(f"{folder / CONFIG}: cannot be read ({error}); fetch it again") from error
     base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
     if not base:
-        raise UserError(f"{folder / CONFIG}: names no base model; write base_model_name_or_path")
+        raise UserError(f"{folder / CONFIG}: names no base model; set base_model_name_or_path")
     return str(base)
 
 
 def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Return `base` with the adapters in `folder` added into its weights, a plain model again."""
+    """Return `base` with the adapters in `folder` merged into its weights."""
     peft = _peft()
     try:
         model = peft.PeftModel.from_pretrained(base, folder, is_trainable=False)
@@ -113,7 +113,7 @@ def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def _refuse_unknown(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Refuse names that no module ends in; peft would pass over some of them with a warning."""
+    """Refuse names that match no module; peft would skip some of them with a warning."""
     ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     asked = [("modules_to_save", config.modules_to_save)]
     if config.targets != "all-linear":
@@ -134,6 +134,6 @@ def _peft() -> Any:
         import peft
     except ImportError as error:
         raise ConfigError(
-            ["LoRA was asked for and peft is not installed: pip install modern-llm[lora]"]
+            ["LoRA is configured and peft is not installed: pip install modern-llm[lora]"]
         ) from error
     return peft

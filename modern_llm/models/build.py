@@ -1,7 +1,7 @@
-"""From `ModernLLMConfig` to a stock architecture of `transformers`, with weights drawn from a seed.
+"""Models of a stock `transformers` architecture from `ModernLLMConfig`, with seeded weights.
 
-Llama carries RoPE + RMSNorm + SwiGLU (+ grouped queries); with experts it is Mixtral. So every
-checkpoint loads elsewhere without this package. Called by pretraining and by the `.pt` importer.
+Llama has RoPE + RMSNorm + SwiGLU (+ grouped queries); with experts it is Mixtral. So every
+checkpoint loads elsewhere without this package.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from modern_llm.config import ModernLLMConfig, MoEConfig
 
 
 def to_transformers_config(config: ModernLLMConfig) -> PretrainedConfig:
-    """Return the `transformers` configuration that has exactly the shape of `config`."""
+    """Return the `transformers` configuration of the same architecture as `config`."""
     shared = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -37,8 +37,8 @@ def to_transformers_config(config: ModernLLMConfig) -> PretrainedConfig:
         "attention_dropout": config.dropout,
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": config.tie_embeddings,
-        # The defaults of transformers (1 and 2) are ordinary tokens of somebody's vocabulary; the
-        # tokenizer's own ids are written into the configuration when a stage has one.
+        # The defaults of transformers (1 and 2) may be ordinary tokens. A stage sets the ids of its
+        # tokenizer.
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
@@ -58,8 +58,7 @@ def to_transformers_config(config: ModernLLMConfig) -> PretrainedConfig:
 
 
 def build_model(config: ModernLLMConfig, *, seed: int) -> PreTrainedModel:
-    """Return a float32 model on the CPU with weights drawn from `seed`, the same on every machine
-    and rank."""
+    """Return a float32 model on the CPU with weights drawn from `seed`, equal on all ranks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(to_transformers_config(config), dtype=torch.float32)

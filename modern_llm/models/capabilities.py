@@ -1,11 +1,9 @@
-"""What we claim of a foreign model is measured at load: trees, padded rows, the fused head, lean
-layers.
+"""Capabilities of a model, measured at load: trees, padded rows, the fused head, fused CPU layers.
 
-Two models are asked: the one that was loaded, in short rows, and its `twin`, a small one of the
-same architecture in rows longer than all its windows and other special lengths, with gradients.
-Both are asked by their own plain forward, one unpadded sequence at a time, and again as training
-asks. A feature in which either disagrees is turned off, and the log says so in one line. Called
-once by `make_scorer`, before the model is prepared for training.
+Two models are measured: the loaded one, in short rows, and its `twin`, a small one of the same
+architecture in rows longer than all its windows and other special lengths, with gradients. Each is
+run by its own plain forward, one unpadded sequence at a time, and again as training runs it. A
+feature whose results differ on either model is turned off, and the log says so in one line.
 """
 
 from __future__ import annotations
@@ -37,31 +35,31 @@ from modern_llm.models.twin import one_thread, twin_of
 
 log = logging.getLogger(__name__)
 
-# Largest difference of one token's log-prob between two orders of the same sums, by weight dtype.
+# Largest difference of a token's log-prob that comes from the order of sums, by weight dtype.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-# The twin's logits are some ten times as large as a model's, and so is their rounding.
+# The twin's logits, and so their rounding, are about ten times as large as a model's.
 TWIN_TOLERANCE = 1e-2
-# Largest distance of the twin's gradient from that of its plain forward, as a share of its norm.
+# Largest difference of the twin's gradient from that of its plain forward, relative to its norm.
 GRADIENT_TOLERANCE = 2e-3
-# Tokens of [prompt, answer, answer] of two trees. Long ones exceed the twin's special lengths and
-# the blocks of every backend.
+# Tokens of [prompt, answer, answer] of two trees. The long ones exceed the twin's special lengths
+# and the blocks of every backend.
 SHORT = ((5, 4, 7), (3, 6, 2))
 # Tokens of the row in which large logits are measured.
 ROW = 12
 LONG = ((70, 60, 75), (40, 50, 30))
-# Every token of them is compared in rows with much padding: where a layer keeps its best keys, one
-# token of a hundred shows that padding was among them.
+# Trees for rows with much padding, in which every token is compared: a layer that keeps only its
+# best keys may pick padding for one token of a hundred.
 UNEVEN = ((1, 130, 90), (1, 180, 240))
 
 
 class Subject:
-    """A model that is measured, and what its own plain forward gives.
+    """A model under measurement, with the results of its own plain forward.
 
     Args:
-        model: set up by `probe` as it goes.
-        sizes: of its trees.
-        gradients: compare gradients too.
+        model: changed by `probe` step by step.
+        sizes: tokens of its trees.
         tolerance: largest difference of a token's log-prob.
+        gradients: compare gradients too.
     """
 
     def __init__(
@@ -81,7 +79,7 @@ class Subject:
         self.last = LastStates(model, torch.cat([prompt, answer])[:ROW], tolerance)
 
     def _measured(self, forward: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Log-probs of all answers, and the gradient of a weighted sum of them by parameter."""
+        """Return log-probs of all answers, and the gradients of a weighted sum of them."""
         if not self.gradients:
             with torch.no_grad():
                 return forward(), {}
@@ -93,17 +91,17 @@ class Subject:
         return logprobs.detach(), found
 
     def differs_plainly(self) -> str:
-        """Say how the plain forward differs from what it gave at first, or ""."""
+        """Return how the plain forward differs from its first results, or ""."""
         return self._difference(lambda: _plain_all(self.model, self.pairs))
 
     def shares(self, capabilities: Capabilities) -> str:
-        """Switch to the tree attention; say why the model does not do with it, or ""."""
+        """Switch to the tree attention; return why the model does not support it, or ""."""
         if self.gradients and capabilities.backend == "flex":
-            # FlexAttention has a backward on a GPU only: the twin shows what is visible to whom.
+            # FlexAttention has a backward only on a GPU: the twin tests the same mask, dense.
             capabilities = replace(capabilities, backend="mask")
         try:
             self.model.set_attn_implementation(TREE_ATTENTION)
-        except Exception as error:  # foreign code
+        except Exception as error:  # the model's code may raise anything
             return f"the tree attention is refused ({first_line(error)})"
         if self.model.config._attn_implementation != TREE_ATTENTION:
             return "the architecture has an attention of its own"
@@ -111,10 +109,10 @@ class Subject:
         return f"the tree attention {why}" if why else ""
 
     def differs(self, capabilities: Capabilities) -> str:
-        """Say how the answers of a scorer with `abilities` differ, or ""."""
+        """Return how the results of a scorer with `capabilities` differ, or ""."""
         for merge_below in (0, MERGE_BELOW) if capabilities.trees else (0,):
             scorer = TokenScorer(self.model, capabilities)
-            # The few tokens of the probe must take the way of long trees, and that of short ones.
+            # The probe's short trees must test the code paths of long and of short trees.
             scorer.merge_below = merge_below
             rows = _rows(self.pairs, self.model.device, capabilities.trees)
             why = self._difference(lambda s=scorer, r=rows: s(*r).logprobs)
@@ -126,16 +124,16 @@ class Subject:
         return ""
 
     def pads(self, capabilities: Capabilities) -> str:
-        """Say how rows of several lengths in one forward differ, or ""."""
+        """Return how the results of rows of several lengths in one forward differ, or ""."""
         why = self.differs(capabilities)
-        if why or not self.gradients:  # the model itself may be too slow, or have fewer positions
+        if why or not self.gradients:  # long rows on the twin only: the model may be slow
             return why
         return Subject(self.model, UNEVEN, self.tolerance).differs(capabilities)
 
     def _difference(self, forward: Callable[[], Tensor]) -> str:
         try:
             logprobs, gradients = self._measured(forward)
-        except Exception as error:  # foreign code: whatever it raises, it does not do
+        except Exception as error:  # any exception means unsupported
             return f"does not run in it ({first_line(error)})"
         expected, others = self._expected
         worst = float((logprobs - expected).abs().max())
@@ -154,11 +152,11 @@ class Subject:
 
     @torch.no_grad()
     def _leak(self, scorer: TokenScorer) -> str:
-        """Say whether another chosen answer in the first tree moves its rejected answer or the
-        second tree.
+        """Return a message if another chosen answer in the first tree changes its rejected answer
+        or the second tree, else "".
 
-        Same shapes, same kernels: without experts nothing may move by a single bit, in any dtype.
-        Experts compute their tokens in groups, so other tokens move the rounding.
+        Same shapes, same kernels: without experts no bit may change, in any dtype. Experts compute
+        their tokens in groups, so other tokens change the rounding.
         """
         (prompt, chosen, rejected), other = self.pairs
         changed = [[prompt, chosen.roll(1), rejected], other]
@@ -178,7 +176,7 @@ class Subject:
         return float((before - after).abs().max()) > self.tolerance
 
 
-# The twin's gradients are measured, also where the caller is in inference mode.
+# Gradients of the twin are measured even if the caller is in inference mode.
 @torch.inference_mode(False)
 def probe(
     model: PreTrainedModel,
@@ -188,17 +186,15 @@ def probe(
     lean: bool = True,
     dropout: bool | None = None,
 ) -> Capabilities:
-    """Measure what `model` does exactly and leave it set up to be asked that way.
+    """Measure the capabilities of `model` and set it up to use them.
 
     Args:
-        trees: False skips the tree part: the user asked for separate rows.
-        tried: backends of the tree attention, the first that is exact serves; by device unless
-            said.
-        lean: on a CPU, put the functions of `lean` into the model.
-        dropout: whether the model trains with dropout; None where it is only asked.
+        trees: False skips the measurement of trees: the user requested separate rows.
+        tried: backends of the tree attention; the first exact one is used. Default: by device.
+        lean: on a CPU, use the functions of `cpu.fused_ops`.
+        dropout: whether the model trains with dropout; None if it is only scored.
 
-    Side effects: the head becomes a `FusedHead` where that is exact, and the attention
-    implementation the tree attention where that is.
+    Side effects: sets the fused head and the tree attention in `model` where they are exact.
 
     Raises:
         UserError: a token's log-prob depends on later tokens; that is no causal language model.
@@ -206,7 +202,7 @@ def probe(
     training = model.training
     model.eval()
     twin = twin_of(model)
-    # On a GPU long rows cost nothing; without a twin they are the only evidence.
+    # Long rows of the model itself: on a GPU they are cheap, without a twin the only evidence.
     long = twin is None or model.device.type == "cuda"
     modes = []
     if dropout is not None:
@@ -235,7 +231,7 @@ def probe(
 
 
 class _Trial:
-    """Features tried one after the other on all subjects; what one refuses is off for all."""
+    """Trial of features on all subjects; a feature that fails on one is off for all."""
 
     def __init__(self, subjects: list[Subject]):
         self.subjects = subjects
@@ -247,7 +243,7 @@ class _Trial:
         return next(filter(None, map(ask, self.subjects)), "")
 
     def patch_cpu_ops(self, wanted: bool) -> None:
-        """Put the functions of `lean` into the layers."""
+        """Put the functions of `cpu.fused_ops` into the layers."""
         if not wanted:
             return
         for subject in self.subjects:
@@ -267,15 +263,14 @@ class _Trial:
         self.notes.append(f"the model's own layers: {reason}")
 
     def pad(self) -> None:
-        """Put rows of several lengths into one forward."""
+        """Try rows of several lengths in one forward."""
         why = self._why_not(lambda subject: subject.pads(self.capabilities))
         if why:
             self.capabilities = replace(self.capabilities, padded=False)
             self.notes.append(f"one row at a time: a padded row {why}")
 
     def fuse(self) -> None:
-        """Compute the head on target positions in chunks: of logits without a bound, else with
-        the bound that is measured."""
+        """Try the fused head without a bound of the logits, then with the measured bound."""
         why = self._why_not_fused([None] * len(self.subjects))
         if why:
             bounds = bounds_of([subject.last for subject in self.subjects])
@@ -291,21 +286,21 @@ class _Trial:
         if not all([fuse(subject.model, bound) for subject, bound in pairs]):
             return "the head is not a linear layer"
         if not any(subject.last.can_grow for subject in self.subjects):
-            return "what bounds the logits cannot be measured: they cannot be enlarged"
+            return "the bound of the logits cannot be measured: they cannot be enlarged"
         fused = replace(self.capabilities, fused=True)
         why = self._why_not(lambda subject: subject.differs(fused))
         why = why or self._why_not(lambda subject: subject.last.differs(fused))
         return why and f"the fused head {why}"
 
     def share(self, tried: tuple[Backend, ...]) -> None:
-        """Let answers share their prompt, by the first backend that is exact."""
+        """Try trees, in which answers share their prompt, with the first exact backend."""
         register_tree_attention()
         why = self._first_of(tried)
         if why and self._patched:
             kept = list(self.notes)
             self._restore_ops(f"with their version for a CPU {why}")
             why = self._first_of(tried)
-            if why:  # it was not they: they come back
+            if why:  # the CPU functions are not the reason: use them again
                 self.notes = kept
                 self.patch_cpu_ops(True)
         if why:
@@ -326,7 +321,7 @@ class _Trial:
 
 
 def _distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Return the norm of the difference of two gradients as a share of the second's."""
+    """Return the norm of the difference of two gradients, relative to the norm of `expected`."""
     if not expected:
         return 0.0
     zero = torch.zeros(())
@@ -335,8 +330,7 @@ def _distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 def _random_pairs(model: PreTrainedModel, sizes: tuple[tuple[int, ...], ...]) -> list[list[Tensor]]:
-    """Two trees [prompt, chosen, rejected] of unequal lengths, from ids that no tokenizer makes
-    special."""
+    """Return two trees [prompt, chosen, rejected] of unequal lengths, of random ids."""
     generator = torch.Generator().manual_seed(0)
     config = model.config.get_text_config()
     rows = model.get_input_embeddings().weight.shape[0]
@@ -351,13 +345,13 @@ def _random_pairs(model: PreTrainedModel, sizes: tuple[tuple[int, ...], ...]) ->
 
 
 def _plain_all(model: PreTrainedModel, pairs: list[list[Tensor]]) -> Tensor:
-    """Log-probs of all answers one after the other."""
+    """Return the log-probs of all answers, concatenated."""
     parts = [_plain(model, prompt, answer) for prompt, *answers in pairs for answer in answers]
     return torch.cat(parts)
 
 
 def _plain(model: PreTrainedModel, prompt: Tensor, answer: Tensor) -> Tensor:
-    """Log-probs of `answer` after `prompt` by the model's own forward on one unpadded sequence."""
+    """Return the log-probs of `answer` after `prompt`, by the model's own forward, unpadded."""
     ids = torch.cat([prompt, answer]).to(model.device)[None]
     logits = model(input_ids=ids, use_cache=False, **without_router_loss(model)).logits[0]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -366,8 +360,8 @@ def _plain(model: PreTrainedModel, prompt: Tensor, answer: Tensor) -> Tensor:
 
 
 def _rows(pairs: list[list[Tensor]], device: torch.device, trees: bool) -> tuple[Tensor, ...]:
-    """All trees in one row, or one padded sequence a row: ids, positions, segments, targets of the
-    scorer."""
+    """Return the scorer's ids, positions, segments and targets: all trees in one row, or one padded
+    sequence per row."""
     sequences = (
         [[(p, 0, 0), (a, 1, len(p)), (b, 2, len(p))] for p, a, b in pairs]
         if trees
@@ -384,14 +378,14 @@ def _rows(pairs: list[list[Tensor]], device: torch.device, trees: bool) -> tuple
     at = 0
     for index, sequence in enumerate(sequences):
         row, at = (0, at) if trees else (index, 0)
-        trunk_end = at + len(sequence[0][0]) - 1
+        prefix_end = at + len(sequence[0][0]) - 1
         for part, (tokens, branch, start) in enumerate(sequence):
             here = slice(at, at + len(tokens))
             ids[row, here] = tokens
             positions[row, here] = torch.arange(start, start + len(tokens))
             segments[row, here] = torch.tensor([index, branch])
             if part:
-                states = [trunk_end, *range(at, at + len(tokens) - 1)]
+                states = [prefix_end, *range(at, at + len(tokens) - 1)]
                 targets += [(row * length + s, int(t)) for s, t in zip(states, tokens, strict=True)]
             at += len(tokens)
     packed = (ids, positions, segments, torch.tensor(targets).t())

@@ -1,7 +1,7 @@
-"""What stands in a checkpoint's weight files: names, shapes, types and bytes, without a model.
+"""Tensors in a checkpoint's weight files: names, shapes, types and bytes, without a model.
 
-Called for the digest of a reference, which must be had before a model is loaded, or without loading
-one. Files are mapped, so that a tensor costs memory only while it is looked at.
+The digest of a reference needs them before a model is loaded, or without one. Files are mapped, so
+that a tensor costs memory only while it is read.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from modern_llm.models.load import Checkpoint, inspect_checkpoint, parts_of
 from modern_llm.models.shapes import empty_model
 from modern_llm.storage.regular_files import check_regular
 
-# In the order in which transformers looks for them.
+# In the order of preference of transformers.
 _LAYOUTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def weight_files(checkpoint: Checkpoint) -> list[Path]:
-    """Return the files that hold the weights; of a Hub id those in the Hub's cache.
+    """Return the weight files of a checkpoint; for a Hub id those in the Hub's cache.
 
     Raises:
-        UserError: there are none.
+        UserError: the checkpoint has no weight files.
     """
     if checkpoint.is_pt:
         return [Path(checkpoint.place)]
@@ -79,10 +79,10 @@ def _parts(place: str, index: Path) -> list[Path]:
 
 
 def stored_tensors(checkpoint: Checkpoint, files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and tensor of every weight in `files`, under the names that `transformers` saves.
+    """Yield name and tensor of every weight in `files`, with the names that `transformers` saves.
 
-    A tied weight is yielded once, wherever it was written twice. The same for a `.pt` file and the
-    folder that `save_pretrained` makes of its model.
+    A tied weight is yielded once, also if it is stored twice. A `.pt` file and the folder that
+    `save_pretrained` writes for its model yield the same.
 
     Raises:
         StorageError: a file is damaged.
@@ -107,9 +107,9 @@ def stored_tensors(checkpoint: Checkpoint, files: list[Path]) -> Iterator[tuple[
 def _without_weights(checkpoint: Checkpoint) -> PreTrainedModel:
     try:
         return empty_model(checkpoint.config)
-    except Exception as error:  # values that the architecture's own code stumbles over
+    except Exception as error:  # bad values fail anywhere in the architecture's code
         raise UserError(
-            f"checkpoint {checkpoint.place}: no model can be made of its config.json "
+            f"checkpoint {checkpoint.place}: no model can be built from its config.json "
             f"({type(error).__name__}: {first_line(error)}); fetch it again"
         ) from error
 
@@ -120,7 +120,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             check_regular(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
             tensors = sorted((name, tensor) for name, tensor in state.items())
-        except Exception as error:  # the unpickler's own kinds among them
+        except Exception as error:  # including the unpickler's own exceptions
             raise StorageError(
                 f"{path}: damaged weights ({first_line(error)}); fetch it again; nothing in it was "
                 "executed"

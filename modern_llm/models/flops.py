@@ -1,7 +1,7 @@
-"""The arithmetic that an ideal algorithm needs, and what a device can do: the two sides of `mfu`.
+"""Ideal operations of a model and peak operations of a device: the two terms of `mfu`.
 
 Ideal means: each prompt token once, the head on targets only, attention on visible pairs only.
-Padding, recomputation and masked-out scores count as time, not as work. Called by the stages.
+Padding, recomputation and masked-out scores count as time, not as work.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from modern_llm.models.shapes import attention_widths
 from modern_llm.models.training_mode import decoder_layers
 
-# Dense matrix products in bfloat16, operations a second, as the maker states them; the words of the
-# device's name after the maker's. The longest entry that the name begins with counts.
+# Operations per second of dense bfloat16 matrix products, from the data sheets, by device name
+# without the vendor. The longest entry that is a prefix of the name is used.
 BF16_PEAKS = {
     "H200": 989e12,
     "H200 NVL": 835e12,
@@ -37,17 +37,17 @@ BF16_PEAKS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-# What may follow an entry: the memory and the form of the card. Another word (Ti, Laptop, MIG)
-# names another device.
+# Words that may follow an entry: memory and form factor. Any other word (Ti, Laptop, MIG) means
+# another device.
 SAME_DEVICE = re.compile(r"\d+GB|HBM\d\w*|SXM\d*|PCIE", re.IGNORECASE)
 SIDE, REPEATS = 1024, 6
 
 
 class IdealFlops:
-    """Floating-point operations of one forward, or forward and backward, of a model's tokens.
+    """Floating-point operations of a forward, or of forward and backward.
 
     Args:
-        model: a decoder; parameters that are frozen now need no gradient of their own.
+        model: a decoder; its frozen parameters count without weight gradients.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -64,18 +64,19 @@ class IdealFlops:
         self._token, self._target = used, float(rows.numel())
         self._trained = trained
         self._trained_target = self._target if rows.requires_grad else 0.0
-        # Scores and their weighted sum: a multiplication and an addition each.
+        # Per visible pair: scores and weighted sum, each a multiplication and an addition.
         heads, width = attention_widths(config)
         self._pair = 4.0 * heads * width
         self._layers = _layers_by_window(config, len(layers)) if heads else {}
 
     def __call__(self, reach: Tensor, targets: int, *, training: bool) -> float:
-        """Return the operations.
+        """Return the number of operations.
 
         Args:
-            reach: (T,) how many tokens each real token sees in full attention, itself included.
+            reach: (T,) number of tokens that each real token sees in full attention, itself
+                included.
             targets: number of target tokens.
-            training: with the backward: gradients of the inputs, and of trained parameters.
+            training: include the backward.
         """
         pairs = sum(
             count * float((reach if window is None else reach.clamp(max=window)).sum())
@@ -89,7 +90,7 @@ class IdealFlops:
 
 
 def _layers_by_window(config: object, count: int) -> dict[int | None, int]:
-    """Return how many layers attend within each window; those without attention are left out."""
+    """Return the number of layers per attention window; layers without attention do not count."""
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     window = getattr(config, "sliding_window", None)
     if not kinds:
@@ -101,7 +102,7 @@ def _layers_by_window(config: object, count: int) -> dict[int | None, int]:
 
 
 def _share_of_experts(config: object, name: str, parameter: Tensor) -> float:
-    """Return the part of a parameter that one token uses: less than 1 for experts only."""
+    """Return the share of a parameter that one token uses: below 1 only for experts."""
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     used = getattr(config, "num_experts_per_tok", None)
     if not experts or not used or "expert" not in name or "shared" in name:
@@ -110,10 +111,10 @@ def _share_of_experts(config: object, name: str, parameter: Tensor) -> float:
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """Return the device's matrix operations a second in the run's dtype, and where that is from.
+    """Return the peak operations per second of a device in the run's dtype, and their source.
 
-    A CPU is measured; a GPU is looked up, because a short product shows what its clock did just
-    then; one that is not in the table gives 0.
+    A CPU is measured. A GPU is looked up, because a short measurement depends on its current clock;
+    an unknown one gives 0.
 
     Args:
         precision: "no", "bf16" or "fp16".
@@ -126,8 +127,7 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
 
 
 def looked_up(name: str, precision: str) -> float:
-    """Return the peak of a GPU by its name; 0 where it is not known (nor float32 on tensor
-    cores)."""
+    """Return the peak of a GPU by its name; 0 if unknown, and for float32."""
     words = [word for word in re.split(r"[ -]", name) if word not in ("NVIDIA", "GeForce")]
     for length in range(len(words), 0, -1):
         peak = BF16_PEAKS.get(" ".join(words[:length]))
@@ -139,7 +139,7 @@ def looked_up(name: str, precision: str) -> float:
 
 @lru_cache
 def _measured(dtype: torch.dtype, threads: int) -> float:
-    """Best of a few products; `threads` is part of what was measured."""
+    """Return the best of a few products; `threads` is a key of the cache."""
     left, right = (torch.ones(SIDE, SIDE, dtype=dtype) for _ in range(2))
     out = torch.mm(left, right)
     best = float("inf")

@@ -1,9 +1,8 @@
-"""The fused head: log-probs of given target tokens from hidden states, without whole logits.
+"""The fused head: log-probs of target tokens from hidden states, without full logits.
 
-`(N, V)` logits are never held: they are made, reduced and dropped in chunks of rows, in the forward
-and again in the backward. `fuse_head` turns a model's own `lm_head` into this head in place,
-because
-ZeRO-3 gathers a weight only inside the hooks of the module that owns it. Called by `TokenScorer`.
+The `(N, V)` logits never exist: chunks of rows are computed and reduced in the forward, and again
+in the backward. `fuse_head` turns a model's own `lm_head` into this head in place, because ZeRO-3
+gathers a weight only inside the hooks of the module that owns it.
 
 Letters: N target positions, D hidden width, V vocabulary, C rows of one chunk.
 """
@@ -15,19 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# Logits of one chunk, in bytes. 4 MiB stays near the caches of a CPU; on a GPU larger chunks are
-# needed to fill the device with one matrix product, as far as there is memory.
+# Logits of one chunk, in bytes. 4 MiB stays near the caches of a CPU; a GPU needs larger chunks to
+# be busy with one matrix product.
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-# With fewer rows on a CPU, a product of a large vocabulary waits for its weight to be read.
+# With fewer rows, a CPU spends its time reading the weight of a large vocabulary.
 LEAST_ROWS = {"cpu": 64}
 LEAST_CHUNK = 16 << 20
-# A chunk has about three like it beside it in the backward: its slope, and both in 16 bits.
+# In the backward a chunk needs about three more of its size: its gradient, and both in 16 bits.
 SHARE_OF_FREE = 1 / 16
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to the product of head and hidden state before its softmax.
+    """Transform of the product of head and hidden state before the softmax.
 
     logits = softcap * tanh(scale * x / softcap), without the tanh where `softcap` is None.
     Gemma 2/3 cap, Cohere multiplies, Granite divides.
@@ -55,11 +54,11 @@ class LogitTransform:
 
 
 def chunk_rows(vocabulary: int, device: torch.device, itemsize: int) -> int:
-    """Rows of hidden states whose logits fill one chunk: on CUDA a share of the free memory, a
-    power of two of bytes between `LEAST_CHUNK` and `CHUNK_BYTES`.
+    """Return the rows of one chunk.
 
-    Ask once for a run and keep to it: the gradient of the head is added up chunk by chunk, so
-    another size rounds differently. Powers of two stay the same where free memory differs a little.
+    On CUDA a chunk is a share of the free memory, rounded to a power of two of bytes between
+    `LEAST_CHUNK` and `CHUNK_BYTES`, so that small differences of free memory do not matter. Call it
+    once per run: the head's gradient is summed by chunk, so another size rounds differently.
     """
     size = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
     if device.type == "cuda":
@@ -69,19 +68,17 @@ def chunk_rows(vocabulary: int, device: torch.device, itemsize: int) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a CUDA device has left for this process: free ones, and those that PyTorch has
-    taken and does not use."""
+    """Return the bytes available on a CUDA device, including PyTorch's unused reserve."""
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
 
 
 class _TargetLogProbs(torch.autograd.Function):
-    """log softmax(transform(h W^T + b))[target], row by row; the backward makes the logits
-    again."""
+    """log softmax(transform(h W^T + b))[target] by row; the backward recomputes the logits."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, transform, rows):  # noqa: ANN001
-        # Sums over a vocabulary in bfloat16 are visibly wrong: float32 at least from here on.
+        # At least float32: sums over a vocabulary in bfloat16 are visibly wrong.
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = hidden.new_empty(len(hidden), dtype=dtype)
         normalisers = torch.empty_like(logprobs)
@@ -89,7 +86,7 @@ class _TargetLogProbs(torch.autograd.Function):
             part = slice(start, start + rows)
             logits = transform.forward_(_product(hidden[part], weight, bias).to(dtype))
             chosen = logits.gather(-1, targets[part, None]).squeeze(-1)
-            # One pass where `logsumexp` makes four.
+            # One pass over memory; `logsumexp` makes four.
             logits = torch.log_softmax(logits, -1)
             logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1)
             normalisers[part] = chosen - logprobs[part]
@@ -103,7 +100,7 @@ class _TargetLogProbs(torch.autograd.Function):
         hidden, weight, bias, targets, normalisers = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # One chunk after the other adds to these: in bfloat16 the small ones would be lost.
+        # Sums over chunks: in bfloat16 small contributions would be lost.
         grad_weight = torch.zeros_like(weight, dtype=normalisers.dtype) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=normalisers.dtype) if needs_bias else None
         for start in range(0, len(hidden), ctx.rows):
@@ -164,7 +161,7 @@ def target_logprobs(
         weight: (V, D), the dtype of `hidden`.
         targets: (N,) int64, each in [0, V).
         bias: (V,) or None.
-        rows: rows a chunk; by `chunk_rows` unless given.
+        rows: rows of a chunk; default: `chunk_rows`.
 
     Returns:
         (N,) natural-log probabilities, float32 (float64 for float64 input).
@@ -187,17 +184,16 @@ def target_logprobs(
 
 
 class FusedHead(nn.Linear):
-    """A model's own `lm_head`, with a second way to be called: `head(hidden, targets)` -> (N,)
-    log-probs.
+    """A model's own `lm_head` that also returns log-probs (N,): `head(hidden, targets)`.
 
-    Made by `fuse_head`, which changes the class of the standing module: parameters, names, ties,
-    hooks and what `save_pretrained` writes stay as they were.
+    `fuse_head` makes it by a change of the module's class: parameters, names, ties, hooks and the
+    output of `save_pretrained` stay the same.
     """
 
     transform: LogitTransform
     rows: dict[bool, int]
-    """Rows a chunk with and without gradients, as found at the first forward of each kind: the
-    probe and the reference pass find memory free that training needs."""
+    """Rows of a chunk with and without gradients, each set in its first forward: the probe and the
+    reference pass have more free memory than training."""
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return logits (..., V) without `targets`, else log-probs (N,) of `targets` (N,)."""
@@ -218,8 +214,7 @@ class FusedHead(nn.Linear):
 
 
 def fuse_head(head: nn.Module, transform: LogitTransform) -> bool:
-    """Turn a plain linear head into a `FusedHead` in place; False where it is no plain linear
-    layer."""
+    """Turn a plain linear head into a `FusedHead` in place; return False for other modules."""
     if type(head) not in (nn.Linear, FusedHead):
         return False
     head.__class__ = FusedHead

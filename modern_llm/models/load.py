@@ -1,8 +1,7 @@
 """Load any causal LM: a Hub id, a `transformers` folder, or a `.pt` file.
 
-Gives the model, the tokenizer's whereabouts and what can be known of both before any weight is
-read.
-No remote code is run. Called by the stages and by `score` and `generate`.
+Gives the model, the path of the tokenizer, and the facts about both that are available before any
+weight is read. No remote code is run.
 """
 
 from __future__ import annotations
@@ -42,14 +41,14 @@ LARGEST_INDEX = 100_000_000
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint is, before its weights are read."""
+    """Description of a checkpoint whose weights are not read yet."""
 
     place: str
-    """As the user said it."""
+    """Hub id or path, as the user wrote it."""
     config: PretrainedConfig
     has_tokenizer: bool
     base: str | None = None
-    """The checkpoint that the adapters in this folder stand on; None for a whole model."""
+    """Base checkpoint of the adapters in this folder; None for a whole model."""
 
     @property
     def is_pt(self) -> bool:
@@ -63,12 +62,12 @@ class Checkpoint:
 
     @property
     def positions(self) -> int | None:
-        """Positions the model is made for, or None where it has no bound."""
+        """Maximum number of positions, None without a limit."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
 
 def inspect_checkpoint(place: str | Path) -> Checkpoint:
-    """Say what stands at `place`, or raise `UserError` with what was looked for."""
+    """Return the checkpoint at `place`, or raise `UserError` with the accepted forms."""
     place = str(place)
     if place.endswith(".pt"):
         return Checkpoint(place, pt_checkpoint.read_config(Path(place)), has_tokenizer=False)
@@ -76,10 +75,10 @@ def inspect_checkpoint(place: str | Path) -> Checkpoint:
     base = base_of(path)
     if base is not None:
         if base_of(Path(base)) is not None:
-            # peft itself would not follow: its base is a plain model.
+            # peft supports only a plain model as the base.
             raise UserError(
-                f"checkpoint {place}: adapters on {base}, which holds adapters too or stand on "
-                "themselves; merge those first (modern-llm export)"
+                f"checkpoint {place}: adapters on {base}, which holds adapters too or is this "
+                "folder; merge those first (modern-llm export)"
             )
         inner = inspect_checkpoint(base)
         return Checkpoint(place, inner.config, _load_tokenizer(place) is not None, base)
@@ -94,22 +93,22 @@ def inspect_checkpoint(place: str | Path) -> Checkpoint:
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         _forget_implementations(config)
-    except Exception as error:  # a broken config.json raises whatever its reader stumbles over
+    except Exception as error:  # a broken config.json may raise anything
         raise UserError(
             f"checkpoint {place}: neither a folder here nor a model that the Hub gives "
             f"({first_line(error)}); check the path or the id"
         ) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(
-            f"checkpoint {place}: {config.model_type} is no causal language model that "
-            "transformers knows; give a decoder"
+            f"checkpoint {place}: transformers has no causal language model of type "
+            f"{config.model_type}; give a decoder"
         )
     return Checkpoint(place, config, has_tokenizer=_load_tokenizer(place) is not None)
 
 
 def _forget_implementations(config: PretrainedConfig) -> None:
-    """Leave the choice of attention and experts to `transformers`: a configuration may name a
-    kernel of the Hub, which is somebody's code."""
+    """Clear the configured kernels of attention and experts: they may be foreign code of the
+    Hub."""
     for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
         if getattr(config, name, None) is not None:
             setattr(config, name, None)
@@ -119,18 +118,18 @@ def _forget_implementations(config: PretrainedConfig) -> None:
 
 
 def parts_of(index: Path, place: str) -> list[str]:
-    """Return the names of the weight files that an index lists; all must lie beside it."""
+    """Return the names of the weight files that an index lists; all must be in its folder."""
     try:
         names = sorted(set(read_json(index, LARGEST_INDEX)["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name or name == ".."]
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(
-            f"checkpoint {place}: {index.name} is no index of weight files; fetch it again"
+            f"checkpoint {place}: {index.name} is not an index of weight files; fetch it again"
         ) from error
     if outside:
         raise UserError(
-            f"checkpoint {place}: {index.name} names {outside[0]!r}, which is no file beside it; "
-            "an index that leads out of its folder is not followed"
+            f"checkpoint {place}: {index.name} names {outside[0]!r}, which leads out of its "
+            "folder; such a file is not read"
         )
     return names
 
@@ -138,14 +137,13 @@ def parts_of(index: Path, place: str) -> list[str]:
 def load_model(
     checkpoint: Checkpoint, quantize: str | None = None, *, as_stored: bool = False
 ) -> PreTrainedModel:
-    """Return the model in float32 on the CPU: training keeps float32 weights, autocast lowers the
-    forward. Adapters in a folder are merged into the model that they stand on.
+    """Return the model in float32 on the CPU; adapters in a folder are merged into their base.
 
     Args:
-        quantize: "nf4" or "int8" for frozen weights in few bits, on the GPU.
-        as_stored: leave the weights of a `transformers` folder in the dtype of its files. They are
-            then mapped, not copied: the processes of a machine share them until one writes. For
-            those who round them to 16 bits at once.
+        quantize: "nf4" or "int8" for quantized frozen weights on the GPU.
+        as_stored: keep the weights of a `transformers` folder in the dtype of its files. They are
+            then memory-mapped and shared by the processes of a machine. For callers that convert
+            them to 16 bits.
     """
     if checkpoint.base is not None:
         return merged(load_model(inspect_checkpoint(checkpoint.base)), Path(checkpoint.place))
@@ -155,7 +153,7 @@ def load_model(
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint.place,
-            config=copy.deepcopy(checkpoint.config),  # read once, and without foreign code
+            config=copy.deepcopy(checkpoint.config),  # already read, and without foreign kernels
             dtype="auto" if as_stored else torch.float32,
             output_loading_info=True,
             trust_remote_code=False,
@@ -165,7 +163,7 @@ def load_model(
         raise StorageError(
             f"checkpoint {checkpoint.place}: damaged weights ({first_line(error)}); fetch it again"
         ) from error
-    except Exception as error:  # as above, of any file in the folder
+    except Exception as error:  # a broken file may raise anything
         raise UserError(
             f"checkpoint {checkpoint.place}: its weights cannot be loaded ({first_line(error)}); "
             "check the folder or the id"
@@ -203,15 +201,15 @@ def make_scorer(
     """Probe `model` and wrap it.
 
     Args:
-        attention: "auto" uses trees where they are exact, "tree" insists, "separate" does not try;
-            the name of a backend insists on that one.
+        attention: "auto" uses trees if they are exact, "tree" or the name of a backend requires
+            them, "separate" does not use them.
         lean: see `probe`.
-        router_loss: weight of the routers' load-balancing loss; None follows the checkpoint, 0 is
-            for a model that is only asked.
-        dropout: whether the model trains with dropout; False switches it off, with all else that
-            only training does. None is for a model that is only asked.
+        router_loss: weight of the routers' load-balancing loss; None follows the checkpoint. Use 0
+            for a model that is only scored.
+        dropout: whether the model trains with dropout; False switches it off, with everything else
+            that differs in training mode. None is for a model that is only scored.
     """
-    # Before the probe: afterwards the model may be asked through `TokenScorer` only.
+    # Before the probe: after it only `TokenScorer` may call the model.
     routers = router_loss_of(model, router_loss)
     tried = None if attention in ("auto", "tree", "separate") else (attention,)
     capabilities = probe(
@@ -237,7 +235,7 @@ def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
 
 
 def check_folder(place: str, kind: str) -> None:
-    """Refuse a local folder with files that `transformers` would wait for, such as pipes."""
+    """Refuse a local folder with files that block a reader, such as pipes."""
     folder = Path(place)
     for path in folder.iterdir() if folder.is_dir() else ():
         try:
@@ -250,14 +248,14 @@ def check_folder(place: str, kind: str) -> None:
 
 
 def _load_tokenizer(place: str) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer at `place`, None where there is none; one that is broken is refused."""
+    """Return the tokenizer at `place`, None if there is none; a damaged one is refused."""
     check_folder(place, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         # A folder without tokenizer files yields an empty tokenizer of the model's class.
         if not len(tokenizer):
             return None
-        # Some damage shows only in use, and some of it is no `Exception` but a panic in Rust.
+        # Some damage shows only in use, some of it as a Rust panic, which is not an `Exception`.
         tokenizer("a b")
     except KeyboardInterrupt:
         raise
@@ -274,16 +272,16 @@ def _load_tokenizer(place: str) -> PreTrainedTokenizerBase | None:
 
 
 def outside_note(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> str | None:
-    """Return what to say of a tokenizer with ids outside an embedding of `vocabulary` rows.
+    """Return a note if a tokenizer has ids outside an embedding of `vocabulary` rows, else None.
 
-    Text models with the tokenizer of a larger family have such ids for images, or for padding.
+    Text models of a multimodal family have such ids, for images or for padding.
     """
     outside = {at: token for token, at in tokenizer.get_vocab().items() if at >= vocabulary}
     if not outside:
         return None
     return (
         f"{len(outside)} of the tokenizer's ids are outside the embedding, which has {vocabulary} "
-        f"rows (first: {outside[min(outside)]!r}); a row that holds one is refused"
+        f"rows (first: {outside[min(outside)]!r}); a data row with such an id is refused"
     )
 
 

@@ -1,9 +1,8 @@
-"""Measure what a model does to its logits at sizes that its present weights do not reach.
+"""Measure how a model bounds its logits, at sizes that its present weights do not reach.
 
-A soft cap of 30 changes no bit of the logits of a new model, and a bound of the last states none
-of a trained one. Training may reach both later. Here the last states of a model are multiplied by
-a factor on their way to the head, by hooks: no weight changes. The model's own logits are then
-compared with the fused head's. Called by `probe`, on the loaded model and on its twin.
+A soft cap of 30 has no effect on the logits of a new model, but training may reach it later. So
+hooks multiply the last states by a factor before the head; weights stay the same. The model's own
+logits are then compared with the fused head's, on the loaded model and on its twin.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from modern_llm.models.scorer import Capabilities, TokenScorer
 
 log = logging.getLogger(__name__)
 
-# Standard deviations of the logits at which both are compared. A trained model reaches the first; a
-# bound far above the second changes no softmax.
+# Standard deviations of the compared logits. A trained model reaches the first; a bound far above
+# the second has no effect on a softmax.
 SIZES = (15.0, 150.0)
-# Where these two give the same largest logit, it is a bound. 16 bits reach that far.
+# If both give the same largest logit, it is the bound. 16-bit floats represent these sizes.
 BOUNDED = (4e3, 8e3)
-# Largest rounding of a number of the configuration by the dtype of the weights.
+# Largest relative rounding of a number from the configuration, by weight dtype.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-# The tolerance is meant for logits up to this size; their rounding grows with them.
+# The tolerance is for logits up to this size; rounding grows with them.
 USUAL = 16.0
 
 
 class LastStates:
-    """The last states of one row of tokens, and a hook that enlarges them.
+    """Last states of one row of tokens, with a hook that enlarges them.
 
     Args:
         ids: (L,) tokens of the row.
@@ -45,26 +44,25 @@ class LastStates:
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, tolerance: float):
         self._model, self._ids, self._tolerance = model, ids.to(model.device)[None], tolerance
-        self._places: list[str] = []
-        self._spread = float(self._look().std())
+        self._hooks: list[str] = []
+        self._spread = float(self._find_hooks().std())
 
     @property
     def can_grow(self) -> bool:
-        """Whether larger states give larger logits: a head of zeros gives none."""
-        return bool(self._places) and self._spread > 0
+        """Whether larger states give larger logits; not with a head of zeros."""
+        return bool(self._hooks) and self._spread > 0
 
-    def _look(self) -> Tensor:
-        """Return the logits (L, V); note the modules through which the model's own forward sends
-        the states, the base model first."""
+    def _find_hooks(self) -> Tensor:
+        """Return the logits (L, V), and record which modules a hook can enlarge the states in."""
         head, base = self._model.get_output_embeddings(), self._model.base_model
 
         def see_base(module: nn.Module, args: object, output: object) -> None:
             if isinstance(getattr(output, "last_hidden_state", None), Tensor):
-                self._places.append("base")
+                self._hooks.append("base")
 
         def see_head(module: nn.Module, args: tuple) -> None:
             if args:
-                self._places.append("head")
+                self._hooks.append("head")
 
         handles = [] if head is None else [head.register_forward_pre_hook(see_head)]
         if base is not self._model:
@@ -84,7 +82,7 @@ class LastStates:
 
     @contextmanager
     def _enlarged(self, size: float) -> Iterator[None]:
-        """Let the logits have a standard deviation of `size`, as far as nothing bounds them."""
+        """Scale the states so that unbounded logits have a standard deviation of `size`."""
         factor = max(size / self._spread, 1.0)
 
         def grow_base(module: nn.Module, args: object, output: object) -> object:
@@ -94,7 +92,7 @@ class LastStates:
         def grow_head(module: nn.Module, args: tuple) -> tuple:
             return (args[0] * factor, *args[1:])
 
-        if self._places[0] == "base":
+        if self._hooks[0] == "base":
             handle = self._model.base_model.register_forward_hook(grow_base)
         else:
             handle = self._model.get_output_embeddings().register_forward_pre_hook(grow_head)
@@ -104,9 +102,10 @@ class LastStates:
             handle.remove()
 
     def bound(self) -> float | None:
-        """Return the bound of the logits; None where there is none, or none that is exact.
+        """Return the bound of the logits, None if there is no exact one.
 
-        It is the number of the configuration where that has one of this size: 16 bits round it.
+        A number of the configuration near the measured bound replaces it, because 16-bit weights
+        round it.
         """
         if not self.can_grow:
             return None
@@ -115,7 +114,7 @@ class LastStates:
             try:
                 with self._enlarged(size):
                     largest.append(float(self._logits().abs().max()))
-            except Exception as error:  # foreign code
+            except Exception as error:  # the model's code may raise anything
                 log.debug("%s: %s", type(self._model).__name__, error)
                 return None
         rounding = ROUNDING[self._model.dtype]
@@ -127,7 +126,7 @@ class LastStates:
         return largest[1] if rounding < 1e-3 else None
 
     def states(self, bound: float | None) -> bool:
-        """Whether the configuration has this number."""
+        """Whether the configuration contains the number `bound`."""
         return bound in self._numbers()
 
     def _numbers(self) -> list[float]:
@@ -137,19 +136,19 @@ class LastStates:
 
     @torch.no_grad()
     def differs(self, capabilities: Capabilities) -> str:
-        """Say how a scorer with `abilities` differs where logits are large, or ""."""
+        """Return how a scorer with `capabilities` differs at large logits, or ""."""
         for size in SIZES if self.can_grow else ():
             try:
                 with self._enlarged(size):
                     worst, allowed = self._distance(capabilities)
-            except Exception as error:  # foreign code
+            except Exception as error:  # the model's code may raise anything
                 return f"does not run where logits are near {size:g} ({first_line(error)})"
             if not worst <= allowed:
                 return f"differs by {worst:.2g} nats a token where logits are near {size:g}"
         return ""
 
     def _distance(self, capabilities: Capabilities) -> tuple[float, float]:
-        """Return the largest difference of a log-prob, and how large it may be."""
+        """Return the largest difference of a log-prob, and its tolerance."""
         expected = self._logits()
         if not bool(torch.isfinite(expected).all()):
             return 0.0, 0.0  # beyond the range of 16 bits
@@ -163,7 +162,7 @@ class LastStates:
 
 
 def _extremes(logits: Tensor) -> Tensor:
-    """Return (2, N): each position with its likeliest and least likely tokens, and some others."""
+    """Return targets (2, N): at each position its most and least likely tokens, and some others."""
     count = min(4, logits.shape[-1])
     some = torch.arange(count, device=logits.device).expand(len(logits), count)
     high, low = (logits.topk(count, largest=largest).indices for largest in (True, False))
@@ -173,8 +172,8 @@ def _extremes(logits: Tensor) -> Tensor:
 
 
 def bounds_of(models: list[LastStates]) -> list[float | None]:
-    """Return the bound of each model's logits. Logits that cannot grow have that of the others, if
-    it is a number of their configuration."""
+    """Return the bound of each model's logits. If a model's logits cannot grow, the bound of the
+    other models is used if it is in its configuration."""
     found = [model.bound() for model in models]
     others = next((b for b in found if b is not None), None)
     return [
@@ -184,7 +183,7 @@ def bounds_of(models: list[LastStates]) -> list[float | None]:
 
 
 def fuse(model: PreTrainedModel, bound: float | None) -> bool:
-    """Fuse the head of a model whose logits have this bound; False where it is no linear layer."""
+    """Fuse the head of a model with this bound of the logits; False if it is not a linear layer."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)

@@ -1,10 +1,10 @@
-"""Let the training mode of a model compute what its evaluation mode does.
+"""Make the training mode of a model compute the same function as its evaluation mode.
 
 The reference is scored in evaluation mode and the policy trains in training mode: both must be the
-same function. Dropout is switched off by `disable_dropout`; what else a model does in one mode only
-(router noise, skipped layers, an expert's capacity) is measured here. Modules that do it stay in
-one mode. Also measured: modules that change weights in place in evaluation mode (RWKV), which would
-be saved so. Called by `probe`, before anything else is measured.
+same function. `disable_dropout` switches dropout off. Other differences between the modes (router
+noise, skipped layers, an expert's capacity) are measured here, and modules with one stay in one
+mode. Modules that change weights in place in evaluation mode (RWKV) are measured too, because the
+changed weights would be saved.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from modern_llm.models.training_mode import disable_dropout, dropouts
 
 log = logging.getLogger(__name__)
 
-# Tensors up to this size are restored where the trial of a mode changed them (statistics, clips).
+# Tensors up to this size (statistics, clips) are restored if a trial changed them.
 SMALL = 1 << 16
 
 
 def settle(asked: list[tuple[PreTrainedModel, int, float]], *, dropout: bool) -> list[str]:
-    """Keep modules in one mode where the other computes something else; return one line each.
+    """Keep modules in one mode if their modes compute different functions; return log lines.
 
     Args:
-        asked: the model and its twin, each with the tokens of its row and the largest difference of
-            a log-prob by rounding.
-        dropout: the run trains with dropout: what only training does is wanted, and stays.
+        asked: the model and its twin, each with the tokens of a row and the largest difference of a
+            log-prob by rounding.
+        dropout: the run trains with dropout, so that differences in training mode are kept.
     """
     notes, models = [], [model for model, _, _ in asked]
     trials = [_Trial(*each) for each in asked]
@@ -68,7 +68,7 @@ def settle(asked: list[tuple[PreTrainedModel, int, float]], *, dropout: bool) ->
 
 
 class _Trial:
-    """A model that is asked in both modes."""
+    """Comparison of one model in both modes."""
 
     def __init__(self, model: PreTrainedModel, length: int, tolerance: float):
         self.model, self._tolerance = model, tolerance
@@ -77,8 +77,8 @@ class _Trial:
         self._expected: Tensor | None = None
 
     def changes_weights(self, modules: Iterable[nn.Module]) -> str:
-        """Say whether a forward with these modules in evaluation mode, all others in training
-        mode, writes to weights. The next one in training mode takes it back."""
+        """Return "changes weights" if a forward with only these modules in evaluation mode writes
+        to weights, else "". The next forward in training mode restores them."""
         self.model.train()
         for module in modules:
             module.training = False
@@ -91,8 +91,8 @@ class _Trial:
         return "changes weights"
 
     def why_training_differs(self, modules: Iterable[nn.Module]) -> str:
-        """Say what a forward with these modules in training mode does that one in evaluation mode
-        does not, or ""."""
+        """Return how a forward with these modules in training mode differs from one in evaluation
+        mode, or ""."""
         self.model.eval()
         if self._expected is None:
             self._expected, self._draws = self._ask()
@@ -101,7 +101,7 @@ class _Trial:
         try:
             with _restored(self.model):
                 found, draws = self._ask()
-        except Exception as error:  # foreign code
+        except Exception as error:  # the model's code may raise anything
             return f"fails ({first_line(error)})"
         finally:
             self.model.eval()
@@ -121,8 +121,10 @@ class _Trial:
 
 
 def _classes(trials: list[_Trial], why, *, training: bool) -> dict[type, str]:  # noqa: ANN001
-    """Return the classes of modules that answer `why`, with the answer: those that do so alone, or
-    all where that takes several together."""
+    """Return the classes of modules for which `why` gives a reason, with the reason.
+
+    All classes, if no single class explains the difference.
+    """
     found: dict[type, str] = {}
     for trial in trials:
         try:
@@ -136,7 +138,7 @@ def _classes(trials: list[_Trial], why, *, training: bool) -> dict[type, str]:  
                 alone |= {kind: answer} if answer else {}
             rest = why(trial, [m for m in modules if type(m) not in alone])
             found |= dict.fromkeys(map(type, modules), reason) if rest or not alone else alone
-        except Exception as error:  # foreign code
+        except Exception as error:  # the model's code may raise anything
             log.debug("%s: %s", type(trial.model).__name__, error)
     return found
 
@@ -144,11 +146,11 @@ def _classes(trials: list[_Trial], why, *, training: bool) -> dict[type, str]:  
 def _hold(models: list[PreTrainedModel], kinds: Iterable[type], *, training: bool) -> None:
     for module in (m for model in models for m in model.modules() if type(m) in kinds):
         module.training = training
-        module.train = MethodType(_stays, module)
+        module.train = MethodType(_train_children, module)
 
 
-def _stays(module: nn.Module, mode: bool = True) -> nn.Module:
-    """Stand in for `train` of a module that keeps its mode; those inside change theirs."""
+def _train_children(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Replace `train` of a module that keeps its mode; its submodules still change theirs."""
     for child in module.children():
         child.train(mode)
     return module
@@ -165,7 +167,7 @@ def _reason(found: dict[type, str]) -> str:
 
 @contextmanager
 def _without_dropout(models: list[PreTrainedModel]) -> Iterator[None]:
-    """Switch dropout off for a while."""
+    """Switch dropout off inside the `with` block."""
     kept = [(m, name, getattr(m, name)) for model in models for m, name in dropouts(model)]
     for module, name, _ in kept:
         setattr(module, name, 0.0)
@@ -178,7 +180,7 @@ def _without_dropout(models: list[PreTrainedModel]) -> Iterator[None]:
 
 @contextmanager
 def _restored(model: PreTrainedModel) -> Iterator[None]:
-    """Undo what a forward does to small tensors of the model."""
+    """Restore the small tensors of the model that a forward changes."""
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.numel() <= SMALL]
     kept = [t.detach().clone() for t in tensors]
     try:
@@ -192,7 +194,7 @@ def _restored(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _own_generators(device: torch.device) -> Iterator:
-    """Yield a function that says whether random numbers were drawn; restore all generators."""
+    """Yield a function that returns whether random numbers were drawn; restore all generators."""
 
     def state() -> list[object]:
         cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []

@@ -1,9 +1,7 @@
-"""The `.pt` form of a checkpoint: `{"config": {...}, "model_state": {...}}`, read with
-`weights_only=True`.
+"""Checkpoints as a `.pt` file: `{"config": {...}, "model_state": {...}}`, without pickled code.
 
 `config` holds the fields of `ModernLLMConfig`; `model_state` the tensors under the names of the
-stock
-architecture that it builds. Called by `load` and by export.
+stock architecture that it builds. Files are read with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -23,18 +21,17 @@ from modern_llm.config.printable import first_line
 from modern_llm.models.build import build_model, to_transformers_config
 from modern_llm.storage.regular_files import check_regular
 
-# Wrappers leave their names in state dictionaries; they say nothing about the weights.
+# Prefixes that wrappers (DDP, torch.compile) leave in the names of state dictionaries.
 WRAPPERS = ("module.", "_orig_mod.", "model_state.")
 
 
 def read_config(path: Path) -> PretrainedConfig:
-    """Return the `transformers` configuration of a `.pt` file without reading its tensors into
-    memory."""
+    """Return the `transformers` configuration of a `.pt` file; its tensors are only mapped."""
     return to_transformers_config(_model_config(path, _read(path)))
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a `.pt` file under plain names, mapped where the format allows it."""
+    """Return the tensors of a `.pt` file under plain names, mapped if the format allows it."""
     return _plain_names(_read(path))
 
 
@@ -71,13 +68,13 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"checkpoint {path}: no such file; check the path")
     try:
-        # Mapped, so that the configuration costs no reading of weights; files in the format before
-        # torch 1.6, which is no zip archive, cannot be.
+        # Mapped, so that reading the configuration reads no weights. The format before torch 1.6,
+        # which is not a zip archive, cannot be mapped.
         check_regular(path)
         content = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except Exception as error:  # the unpickler's own kinds among them
+    except Exception as error:  # including the unpickler's own exceptions
         raise UserError(
             f"checkpoint {path}: not a .pt file of plain tensors ({first_line(error)}); nothing in "
             "it was executed"
@@ -96,7 +93,7 @@ def _model_config(path: Path, content: dict[str, Any]) -> ModernLLMConfig:
     except (ValueError, TypeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(
-            f"checkpoint {path}: config is no ModernLLMConfig: {' '.join(lines[:6])}"
+            f"checkpoint {path}: config is not a valid ModernLLMConfig: {' '.join(lines[:6])}"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """The load-balancing loss of a model's routers (Switch Transformer, arXiv 2101.03961, eq. 4-6).
 
 It is an option of a run. Without the option it is computed only for a checkpoint that enables it
-itself (`output_router_logits`), as plain `transformers` does. Called by `load.make_scorer`.
+itself (`output_router_logits`), as plain `transformers` does.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
 @dataclass(frozen=True)
 class RouterLoss:
-    """(router logits of each layer, real (R, L)) -> () loss, with its weight in the gradient."""
+    """Load-balancing loss of a model: (router logits of each layer, real (R, L)) -> () loss."""
 
     function: Callable[..., Tensor]
     experts: int
     top_k: int
     coefficient: float
+    """Weight of the loss in the gradient."""
 
     def __call__(self, logits: tuple[Tensor, ...], real: Tensor) -> Tensor:
         """Return the loss over the real tokens."""
@@ -40,14 +41,14 @@ class RouterLoss:
 
 
 def router_loss_of(model: PreTrainedModel, coefficient: float | None) -> RouterLoss | None:
-    """Return the routers' loss of a run, or None where it has none.
+    """Return the routers' loss of a run, None if it has none.
 
     Args:
-        coefficient: the option of the run. None follows the checkpoint: its own coefficient where
-            it sets `output_router_logits`, none otherwise.
+        coefficient: option of the run. None follows the checkpoint: its own coefficient if it sets
+            `output_router_logits`, no loss otherwise.
 
     Raises:
-        UserError: the option asks for a loss that this model does not have.
+        UserError: `coefficient` is set and the model has no such loss.
     """
     asked, config = coefficient is not None, model.config.get_text_config()
     if not asked and getattr(config, "output_router_logits", False):
@@ -57,8 +58,8 @@ def router_loss_of(model: PreTrainedModel, coefficient: float | None) -> RouterL
     loss, why = _loss(model, float(coefficient))
     if loss is None and asked:
         raise UserError(
-            f"train.router_loss_coefficient {coefficient}: {type(model).__name__} {why}; leave "
-            "the option out"
+            f"train.router_loss_coefficient {coefficient}: {type(model).__name__} {why}; remove "
+            "the option"
         )
     if loss is None:
         log.info("%s: no router loss: it %s", type(model).__name__, why)
@@ -69,15 +70,15 @@ def router_loss_of(model: PreTrainedModel, coefficient: float | None) -> RouterL
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Whether tokens choose among experts, which are then computed in groups."""
+    """Whether the model has experts, which compute their tokens in groups."""
     return any("expert" in name for name, _ in model.named_parameters())
 
 
 def without_router_loss(model: PreTrainedModel) -> dict[str, bool]:
-    """Return the arguments of a forward that computes no router loss.
+    """Return arguments for a forward without router loss.
 
-    A checkpoint that enables the loss computes it in every forward, and fails where it is a dense
-    member of its family. Few architectures know the argument, so others are not given it.
+    A checkpoint that enables the loss computes it in every forward, and fails if it is a dense
+    model of its family. Most architectures do not accept the argument, so it is set only then.
     """
     enabled = getattr(model.config.get_text_config(), "output_router_logits", False)
     return {"output_router_logits": False} if enabled else {}
@@ -85,14 +86,14 @@ def without_router_loss(model: PreTrainedModel) -> dict[str, bool]:
 
 @torch.no_grad()
 def _loss(model: PreTrainedModel, coefficient: float) -> tuple[RouterLoss | None, str]:
-    """The loss, or the reason why the model has none; it is tried on a few tokens."""
+    """Return the loss, tried on a few tokens, or None and the reason why the model has none."""
     config = model.config.get_text_config()
     function = getattr(sys.modules[type(model).__module__], FUNCTION, None)
     if function is None or list(inspect.signature(function).parameters) != ARGUMENTS:
         return None, "defines no load-balancing loss"
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     if not experts or not config.num_experts_per_tok:
-        return None, "is a dense member of its family and has no routers"
+        return None, "is a dense model of its family and has no routers"
     loss = RouterLoss(function, experts, config.num_experts_per_tok, coefficient)
     ids = torch.arange(3, 9, device=model.device)[None]
     try:
@@ -100,6 +101,6 @@ def _loss(model: PreTrainedModel, coefficient: float) -> tuple[RouterLoss | None
         if not output.router_logits:
             return None, "has no layer with routers"
         loss(output.router_logits, torch.ones_like(ids))
-    except Exception as error:  # foreign code
+    except Exception as error:  # the model's code may raise anything
         return None, f"does not compute its load-balancing loss ({first_line(error)})"
     return loss, ""

@@ -1,10 +1,7 @@
-"""`TokenScorer`: the one question asked of a model: how likely was each target token?
+"""`TokenScorer`: log-probs of target tokens under any causal LM of `transformers`.
 
-It wraps any causal LM of `transformers` and is the only thing that is given to
-`accelerator.prepare`,
-so that DDP, ZeRO and FSDP always see a whole forward. Logits never leave it. How a model may be
-asked
-(`Capabilities`) is measured by `probe`, not assumed.
+It is the only module given to `accelerator.prepare`, so that DDP, ZeRO and FSDP always see a whole
+forward. Logits never leave it. `probe` measures the `Capabilities` of the model.
 
 Letters: R rows, L tokens of a row, N target tokens.
 """
@@ -26,35 +23,34 @@ from modern_llm.models.routers import RouterLoss, has_experts, without_router_lo
 
 
 class ScorerOutput(NamedTuple):
-    """What one forward gives."""
+    """Result of one forward."""
 
     logprobs: Tensor
     """(N,) natural-log probabilities of the targets, float32 (float64 for a float64 model)."""
     aux_loss: Tensor | None
-    """() load-balancing loss of the routers over this forward's real tokens; None where the run
-    has none."""
+    """() load-balancing loss of the routers over the real tokens; None if the run has none."""
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a model was seen to do exactly; see `probe`."""
+    """Features that a model supports exactly, as measured by `probe`."""
 
     trees: bool
-    """Rows may hold several trees, answers may share their prompt."""
+    """A row may hold several trees, in which answers share their prompt."""
     fused: bool
-    """The head may be computed on target positions in chunks."""
+    """The head may be computed in chunks, on target positions only."""
     padded: bool = True
-    """Rows of several lengths may share a forward; otherwise each row has one of its own."""
+    """Rows of several lengths may share a forward; otherwise one row per forward."""
     backend: Backend = "mask"
-    """How attention within trees is computed."""
+    """Backend of the tree attention."""
     windows: tuple[int | None, ...] = ()
-    """Sliding windows that its layers were seen to ask for; None is full attention."""
+    """Sliding windows of the layers; None is full attention."""
     notes: tuple[str, ...] = ()
-    """Why something is off, one line each."""
+    """Reasons why a feature is off, one line each."""
 
 
 class TokenScorer(nn.Module):
-    """(ids, positions, segments, targets) -> log-probs of the target tokens.
+    """Scorer of target tokens: (ids, positions, segments, targets) -> log-probs.
 
     Args:
         router_loss: see `routers.router_loss_of`; None computes none.
@@ -75,12 +71,12 @@ class TokenScorer(nn.Module):
 
     @property
     def config(self):  # noqa: ANN201
-        """The model's configuration (DeepSpeed asks a module for it)."""
+        """The model's configuration; DeepSpeed reads it."""
         return self.model.config
 
     @property
     def _no_split_modules(self):  # noqa: ANN202
-        """The model's decoder layers, which FSDP wraps one by one (Accelerate asks for them)."""
+        """The classes of the decoder layers that FSDP wraps; Accelerate reads it."""
         return self.model._no_split_modules
 
     @property
@@ -90,7 +86,7 @@ class TokenScorer(nn.Module):
 
     @property
     def aux_coefficient(self) -> float:
-        """Weight of the routers' load-balancing loss in the gradient; 0 where the run has none."""
+        """Weight of the routers' load-balancing loss in the gradient; 0 if the run has none."""
         return 0.0 if self._router_loss is None else self._router_loss.coefficient
 
     def forward(
@@ -99,12 +95,12 @@ class TokenScorer(nn.Module):
         """Score the targets.
 
         Args:
-            ids: (R, L) int64 token ids; any valid id where segments say padding.
+            ids: (R, L) int64 token ids; padding may have any valid id.
             positions: (R, L) int64.
-            segments: (R, L, 2) int64, [tree, branch]; branch 0 is the trunk, tree -1 is padding.
-                A model without trees takes one unbroken sequence a row, padding at its end.
-            targets: (2, N) int64: flat index into R * L of the state that predicts, and the token
-            id.
+            segments: (R, L, 2) int64, [tree, branch]; branch 0 is the prefix, tree -1 is padding.
+                Without trees, each row holds one sequence with padding at its end.
+            targets: (2, N) int64: flat index into R * L of the state that predicts the target, and
+                the target's token id.
         """
         if ids.ndim != 2 or positions.shape != ids.shape or segments.shape != (*ids.shape, 2):
             raise ValueError(
@@ -116,12 +112,12 @@ class TokenScorer(nn.Module):
             tree = self._masks(segments, positions, targets[0])
             return self._ask(ids, real, targets, position_ids=positions, tree=tree)
         if self.capabilities.padded:
-            # Positions are the model's own: some begin at another number than 0.
+            # The model computes positions itself: some models do not start at 0.
             return self._ask(ids, real, targets, attention_mask=real.long())
         return self._ask_row_by_row(ids, real, targets)
 
     def _ask_row_by_row(self, ids: Tensor, real: Tensor, targets: Tensor) -> ScorerOutput:
-        """Run a forward for each row alone, without padding, as plain `transformers` would."""
+        """Run one forward per row, without padding."""
         width = ids.shape[1]
         sizes = real.sum(1).tolist()
         order, logprobs, losses = [], [], []
@@ -170,7 +166,7 @@ class TokenScorer(nn.Module):
         if self._narrows:
             masks.needed = needed_of(masks, sources, segments.shape[:2])
         if not self.capabilities.windows:
-            self.asked = masks  # the probe reads from it which windows there are
+            self.asked = masks  # the probe reads the model's windows from it
             return masks
         if masks.needed is not None:
             return masks
@@ -179,7 +175,7 @@ class TokenScorer(nn.Module):
 
 
 def _plain_logprobs(logits: Tensor, sources: Tensor, labels: Tensor) -> Tensor:
-    """Log-probs (N,) out of whole logits (R, L, V): for models whose head cannot be fused."""
+    """Return log-probs (N,) from full logits (R, L, V), for models whose head cannot be fused."""
     chosen = logits.flatten(0, 1).index_select(0, sources)
     chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
     return chosen.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)

@@ -1,4 +1,4 @@
-"""Models without weights, and the shapes of their parameters: for planning."""
+"""Models without weights, and the shapes of their parameters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Return the model of a configuration with shapes and no weights."""
+    """Return the model of a configuration on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=False
@@ -20,9 +20,9 @@ def parameter_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 
 
 def attention_widths(config: PretrainedConfig) -> tuple[int, int]:
-    """Return heads and width of one head; (0, 0) for a family without attention.
+    """Return the number of attention heads and their width; (0, 0) for a model without attention.
 
-    State-space and recurrent families have no heads of attention, and some name none at all.
+    State-space and recurrent families have no attention heads, and some have no such field.
     """
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int) or heads <= 0:
@@ -32,7 +32,7 @@ def attention_widths(config: PretrainedConfig) -> tuple[int, int]:
 
 
 def decoder_sizes(config: PretrainedConfig) -> dict[str, int]:
-    """Return the widths of a decoder under the field names of `planning.memory.Sizes`."""
+    """Return the sizes of a decoder under the field names of `planning.memory.Sizes`."""
     text = config.get_text_config()
     heads, head_dim = attention_widths(text)
     mlp = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None)

@@ -1,5 +1,4 @@
-"""What is done to a loaded model before it trains: dropout off, layers compiled. Called by the
-stages."""
+"""Preparation of a loaded model for training: dropout off, recomputation, compiled layers."""
 
 from __future__ import annotations
 
@@ -16,17 +15,17 @@ from transformers import PreTrainedModel
 def disable_dropout(model: nn.Module) -> None:
     """Switch off every dropout and skipped layer, so that two forwards of one policy agree.
 
-    The model can then stay in training mode, which recomputation of activations needs. What else
-    a training mode does is measured and switched off by `modes.settle`.
+    The model can then stay in training mode, which activation recomputation needs. `modes.settle`
+    switches off everything else that differs in training mode.
     """
     for module, name in dropouts(model):
         setattr(module, name, 0.0)
 
 
 def dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return modules with the names of their probabilities of dropout.
+    """Return the modules with dropout, each with the name of its probability attribute.
 
-    Attention keeps its probability as a number on the module, not as a `Dropout`.
+    Attention layers hold the probability as a float, not as a `Dropout` module.
     """
     found = []
     for module in model.modules():
@@ -47,26 +46,26 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def recompute_activations(model: PreTrainedModel, *, selective: bool = False) -> None:
-    """Keep only each layer's input for the backward pass, and make the rest again.
+    """Keep only each layer's input for the backward pass, and recompute the rest.
 
     Args:
-        selective: also keep what matrix products and attention give: what is made again is then
-            cheap (norms, rotary positions, gated products, sums).
+        selective: also keep the results of matrix products and attention, so that only cheap
+            operations (norms, rotary positions, gated products, sums) are recomputed.
     """
     options: dict[str, object] = {"use_reentrant": False}
     if selective:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _kept)
-    # Renamed in transformers 5.2x; the old name is there until version 6.
+    # Renamed in transformers 5.2x; the old name exists until version 6.
     new = getattr(model, "activation_checkpointing_enable", None)
     (new or model.gradient_checkpointing_enable)(options)
 
 
-# Names, because some exist on some devices only; FlexAttention is no operator of aten.
+# By name, because some exist only on some devices, and FlexAttention is not an aten operator.
 _COSTLY = frozenset({"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "flex_attention"})
 
 
 def _kept(context: object, operator: Any, *of: object, **more: object) -> CheckpointPolicy:
-    """Say of an operator whether its result is kept."""
+    """Return the policy of selective recomputation for one operator."""
     name = getattr(operator, "_name", str(operator)).rpartition("::")[2].partition(".")[0]
     costly = name in _COSTLY or name.startswith("_scaled_dot_product")
     return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
@@ -75,8 +74,8 @@ def _kept(context: object, operator: Any, *of: object, **more: object) -> Checkp
 def compile_layers(model: PreTrainedModel) -> None:
     """`torch.compile` each decoder layer in place; one graph serves all, lengths are dynamic.
 
-    Whatever differs from forward to forward beside lengths must be kept from the compiler
-    (`attention.Parts`), or each forward is compiled anew.
+    Everything except lengths that changes between forwards must be hidden from the compiler
+    (`attention.Parts`), or each forward is compiled again.
     """
     for layer in decoder_layers(model):
         layer.compile(dynamic=True)

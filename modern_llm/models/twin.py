@@ -1,13 +1,13 @@
-"""A small model of the same architecture, at whose rows every feature of a large one matters.
+"""The twin: a small model of the same architecture that exercises every feature in short rows.
 
-A sliding window of 4,096 positions or a soft cap of 30 shows in no short row of a new model. The
-twin has the configuration of the model and its own random weights: few layers (one of each kind at
-least), narrow ones, windows and other special lengths of 12 to 23 tokens, large logits, no constant
-weights. What it does exactly in rows of a few hundred tokens, the model does at its own lengths. A
-probe of it costs the same for a model of any size.
+A sliding window of 4,096 positions or a soft cap of 30 has no effect in short rows of a new model.
+The twin has the model's configuration and random weights, with few and narrow layers (at least one
+of each kind), windows and other special lengths of 12 to 23 tokens, large logits and no constant
+weights. A feature that is exact on the twin in rows of a few hundred tokens is exact on the model
+at its own lengths. The probe costs the same for a model of any size.
 
-No part of this decides by the name of a field that a feature exists: names only propose what is
-made smaller, and a proposal is kept if the architecture still builds and runs.
+Field names never decide whether a feature exists: they only propose values to reduce, and a
+proposal is kept if the architecture still builds and runs.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from modern_llm.models.routers import without_router_loss
 
 log = logging.getLogger(__name__)
 
-# Rows of the probe have more tokens than this; special lengths are made shorter.
+# Tokens of the row with which a twin is tried.
 LONGEST = 256
 FIRST_LENGTH = 12
 MOST_PARAMETERS = 20_000_000
 VOCABULARY = 256
-# Logits of a new model are near 0, where no cap is felt; the twin's have this standard deviation.
+# Standard deviation of the twin's logits. Those of a new model are near 0, where caps do nothing.
 LOGITS = 15.0
-# Fields that say how wide a layer is, and what the twin has instead.
+# Fields for the width of a layer, with the twin's values.
 WIDTHS = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
@@ -50,13 +50,13 @@ WIDTHS = {
     "vocab_size_per_layer_input": VOCABULARY, "expert_ffn_hidden_size": 32,
     "ffn_hidden_size": 96, "decoder_ffn_dim": 96, "d_ff": 96, "global_head_dim": 16,
 }  # fmt: skip
-# Integers that are no length, whatever their size.
+# Parts of the names of integers that are not lengths.
 NO_LENGTHS = ("token", "_id", "vocab", "position", "layer", "seed", "rope", "version")
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one core: small products take longer on several that wait for each other."""
+    """Compute on one core: small products are slower on several, which wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -67,7 +67,7 @@ def one_thread() -> Iterator[None]:
 
 @torch.no_grad()
 def twin_of(model: PreTrainedModel) -> PreTrainedModel | None:
-    """Return the twin in float32 on the CPU, in evaluation mode; None where none can be made."""
+    """Return the twin in float32 on the CPU, in evaluation mode; None if it cannot be built."""
     kind = type(model)
     with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(0)
@@ -78,13 +78,13 @@ def twin_of(model: PreTrainedModel) -> PreTrainedModel | None:
                 if twin is not None:
                     _enliven(twin)
                     return twin if _runs(twin) else None
-        except Exception as error:  # foreign code
+        except Exception as error:  # the model's code may raise anything
             log.debug("no twin of %s: %s", kind.__name__, error)
     return None
 
 
 def _at_work(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel | None:
-    """Build with short lengths and weights at which layers act; None where that does not run."""
+    """Build with short lengths and weights at which layers act; None if that does not run."""
     base = _built(kind, config)
     if base is None or base.num_parameters() > MOST_PARAMETERS:
         return None
@@ -96,7 +96,7 @@ def _at_work(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTraine
         model = _built(kind, changed, "cpu")
         if model is None:
             return None
-        # An own head is the one shape that may differ.
+        # Only an untied head may add a shape.
         found = [tuple(p.shape) for p in model.parameters()]
         same = found in (shapes, [*shapes, shapes[0]]) or sorted(found) == sorted(shapes)
         return model.eval() if same and _runs(model) else None
@@ -122,11 +122,11 @@ def _plain_copy(config: PretrainedConfig) -> PretrainedConfig:
 def _built(
     kind: type[PreTrainedModel], config: PretrainedConfig, device: str = "meta"
 ) -> PreTrainedModel | None:
-    """Build by the class alone: `from_config` would shard the model under ZeRO-3."""
+    """Build from the class: `from_config` would shard the model under ZeRO-3."""
     try:
         with torch.device(device):
             return kind(copy.deepcopy(config)).float()
-    except Exception as error:  # foreign code
+    except Exception as error:  # the model's code may raise anything
         log.debug("%s: %s", kind.__name__, error)
         return None
 
@@ -136,7 +136,7 @@ def _runs(model: PreTrainedModel) -> bool:
     ids = torch.arange(3, 3 + LONGEST)[None] % model.get_input_embeddings().weight.shape[0]
     try:
         logits = model(input_ids=ids, use_cache=False, **without_router_loss(model)).logits
-    except Exception as error:  # foreign code
+    except Exception as error:  # the model's code may raise anything
         log.debug("%s: %s", type(model).__name__, error)
         return False
     return bool(torch.isfinite(logits).all())
@@ -147,14 +147,13 @@ def _set(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConfig:
     config = copy.deepcopy(config)
     text = config.get_text_config()
     for name, value in changes.items():
-        with suppress(AttributeError):  # a property, which follows from other fields
+        with suppress(AttributeError):  # a property, computed from other fields
             setattr(text, name, value)
     return config
 
 
 def _fewer_layers(kind: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:
-    """Keep the first layers, as many as hold one of each kind, where that leaves the rest as it
-    was."""
+    """Keep only the first layers that contain one of each kind; all if kinds cannot be told."""
     text = config.get_text_config()
     count = text.num_hidden_layers
     whole = _built(kind, config)
@@ -175,8 +174,8 @@ def _fewer_layers(kind: type[PreTrainedModel], config: PretrainedConfig) -> Pret
 
 
 def _kinds(model: PreTrainedModel, text: PretrainedConfig, count: int) -> list[str]:
-    """Return for each layer what distinguishes it: its modules, their settings, its own entries in
-    lists of the configuration."""
+    """Describe each layer by its modules, their settings, and its entries in the configuration's
+    lists."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not lists:
         return []
@@ -198,7 +197,7 @@ def _signature(module: nn.Module) -> str:
 
 
 def _narrower(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
-    """Yield narrow ones: by `WIDTHS`, by a share of the heads, not at all."""
+    """Yield configurations to try: `WIDTHS`, a share of the original widths, unchanged."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     groups = getattr(text, "num_key_value_heads", None)
@@ -220,7 +219,7 @@ def _narrower(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
 
 
 def _safe_ids(config: PretrainedConfig) -> PretrainedConfig:
-    """Replace special ids beyond the small vocabulary."""
+    """Replace special ids outside the small vocabulary."""
     text = config.get_text_config()
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         value = getattr(text, name, None)
@@ -234,7 +233,7 @@ def _positive(value: object) -> bool:
 
 
 def _shorter(config: PretrainedConfig, chosen: list[int]) -> PretrainedConfig:
-    """Return a copy with the chosen lengths short. Two of them get two values."""
+    """Return a copy with short values, not all equal, for the chosen lengths."""
     config = copy.deepcopy(config)
     setters = list(_lengths(config))
     for at in chosen:
@@ -244,8 +243,6 @@ def _shorter(config: PretrainedConfig, chosen: list[int]) -> PretrainedConfig:
 
 def _lengths(config: PretrainedConfig) -> Iterator[Callable[[int], None]]:
     """Yield a setter of each integer in the configuration that may be a length in tokens."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    limit = max(limit, LONGEST)
 
     def inside(holder: Any, prefix: str) -> Iterator[Callable[[int], None]]:
         items = vars(holder) if isinstance(holder, PretrainedConfig) else holder
@@ -273,7 +270,7 @@ def _setter(holder: Any, name: Any) -> Callable[[int], None]:
 
 
 def _louder(config: PretrainedConfig) -> PretrainedConfig:
-    """Ask for initial weights at which layers act, and for a head of its own."""
+    """Set initial weights at which layers act, and untie the head."""
     text = config.get_text_config()
     changes: dict[str, Any] = {"tie_word_embeddings": False}
     if isinstance(getattr(text, "initializer_range", None), float):
@@ -284,7 +281,7 @@ def _louder(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _enliven(model: PreTrainedModel) -> None:
-    """Give constant weights (gates at 0, norms at 1) different values, and logits a wide range."""
+    """Randomise constant weights (gates at 0, norms at 1), and scale the head for large logits."""
     for parameter in model.parameters():
         if parameter.numel() > 1 and float(parameter.std()) < 1e-6:
             size = 0.2 if parameter.ndim < 2 else parameter.shape[-1] ** -0.5

@@ -126,7 +126,7 @@ def test_damaged_or_missing_weights_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match="cannot be loaded"):
         load_model(inspect_checkpoint(folder))
     (folder / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(UserError, match="t5 is no causal language model"):
+    with pytest.raises(UserError, match="no causal language model of type t5"):
         inspect_checkpoint(folder)
 
 

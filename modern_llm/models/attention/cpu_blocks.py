@@ -1,10 +1,10 @@
-"""Attention within trees on a CPU: one call for each unpadded part, and no mask of a whole row.
+"""Attention within trees on a CPU: one kernel call per unpadded part, without masks of whole rows.
 
-A tree `[trunk | branch | branch]` is trunk and first branch as one causal sequence, then each other
-branch as queries against the trunk and itself. Each of these is cut into short ranges of queries:
-the kernel computes whole rectangles, so that a range sees little that lies above the diagonal.
-Trees too small for calls of their own share one with a small mask. Called by `attention`; which
-parts a batch has (`find_blocks`) is found once and serves all layers.
+A tree `[prefix | response | response]` is computed as one causal sequence of the prefix and first
+response, then each other response as queries against the prefix and itself. Each part is split into
+short ranges of queries, because the kernel computes whole rectangles and wastes what is above the
+diagonal. Small trees share one call with a small mask. The blocks of a batch (`find_blocks`) are
+found once and used by all layers.
 
 Letters: R rows, L tokens of a row, H heads, E head width.
 """
@@ -18,11 +18,12 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-# Trees are put together until they have this many tokens: a call costs about as much as a square of
-# this side, so that smaller ones would be mostly overhead.
+# Trees are merged up to this many tokens: the overhead of a call equals the work of about
+# 96 x 96 scores.
 MERGE_BELOW = 96
-# Queries of one call. Of a square of 256 keys, four calls of 64 queries took 0.7 of the time of
-# one, forward and backward; 32 gained nothing more. Cores beyond eight get longer ranges to share.
+# Queries per call. For 256 x 256 scores, four calls of 64 queries took 0.7 of the time of one call,
+# forward and backward; 32 queries gained nothing more. Above eight cores ranges are longer, because
+# the cores share a call.
 QUERIES = 64
 
 Visible = Callable[[Tensor, Tensor, int | None], Tensor]
@@ -30,27 +31,27 @@ Visible = Callable[[Tensor, Tensor, int | None], Tensor]
 
 @dataclass(frozen=True)
 class Block:
-    """Queries `[start, stop)` of a row, and the keys that they may see.
+    """Queries `[start, stop)` of a row, with the keys that they may see.
 
-    Keys are `[own, stop)`, after those of `[trunk, trunk_stop)` where that is not empty.
+    Keys are `[prefix, prefix_stop)`, which may be empty, then `[own, stop)`.
     """
 
     row: int
     start: int
     stop: int
-    trunk: int
-    trunk_stop: int
+    prefix: int
+    prefix_stop: int
     own: int
     mask: Tensor | None
-    """(queries, keys) additive; None is causal, where `own` is `start` and there is no trunk."""
+    """(queries, keys) additive; None is causal, with `own` = `start` and an empty prefix range."""
 
     def keys(self, tensor: Tensor) -> Tensor:
-        """Return the part (1, H, keys, E) of (R, H, L, E) that the queries may see."""
+        """Return the part (1, H, keys, E) of (R, H, L, E) that holds the keys."""
         own = tensor[self.row : self.row + 1, :, self.own : self.stop]
-        if self.trunk == self.trunk_stop:
+        if self.prefix == self.prefix_stop:
             return own
-        trunk = tensor[self.row : self.row + 1, :, self.trunk : self.trunk_stop]
-        return torch.cat([trunk, own], dim=2)
+        prefix = tensor[self.row : self.row + 1, :, self.prefix : self.prefix_stop]
+        return torch.cat([prefix, own], dim=2)
 
     def queries(self, tensor: Tensor) -> Tensor:
         """Return the part (1, H, queries, E) of (R, H, L, E)."""
@@ -69,7 +70,7 @@ class Run:
 
 
 def runs_of(segments: Tensor) -> list[Run]:
-    """Return the runs of (R, L, 2) segments in order, padding left out."""
+    """Return the runs of (R, L, 2) segments in order, without padding."""
     rows, length, _ = segments.shape
     flat = segments.reshape(-1, 2)
     starts = torch.ones(len(flat), dtype=torch.bool)
@@ -93,13 +94,13 @@ def find_blocks(
     visible: Visible,
     merge_below: int = MERGE_BELOW,
 ) -> tuple[Block, ...]:
-    """Cut rows into blocks that together compute exactly the visible part.
+    """Split rows into blocks that together compute exactly the visible part.
 
     Args:
         segments, positions, window: as in `attention.visible`, on the CPU.
         dtype: of the masks.
-        visible: `attention.visible`, asked for the small masks.
-        merge_below: tokens below which trees of a row share a call.
+        visible: `attention.visible`, which makes the small masks.
+        merge_below: trees of a row with fewer tokens share a call.
     """
     blocks: list[Block] = []
 
@@ -110,7 +111,7 @@ def find_blocks(
 
     pending: tuple[int, int, int] | None = None
     for row, start, stop, runs in _trees(runs_of(segments)):
-        # A window that no token of the tree reaches past is none.
+        # A window as long as the tree has no effect.
         cut = window is not None and stop - start > window
         single = len(runs) == 1 or (len(runs) == 2 and runs[0].branch == 0)
         alone = (single and not cut) or stop - start >= merge_below
@@ -133,25 +134,27 @@ def _trees(runs: Sequence[Run]) -> Iterator[tuple[int, int, int, list[Run]]]:
     for (row, _), members in groupby(runs, key=lambda run: (run.row, run.tree)):
         tree = list(members)
         if any(run.branch == 0 for run in tree[1:]) or len({r.branch for r in tree}) < len(tree):
-            raise ValueError("a tree must be its trunk, then each of its branches once")
+            raise ValueError("a tree must be its prefix (branch 0), then each other branch once")
         yield row, tree[0].start, tree[-1].stop, tree
 
 
 def _of_tree(runs: list[Run], dtype: torch.dtype) -> list[Block]:
-    """Blocks of one tree without a window: trunk and first branch causal, then branch by branch."""
+    """Return the blocks of one tree without a window: prefix and first response, then the rest."""
     start = runs[0].start
-    trunk_stop = runs[0].stop if runs[0].branch == 0 else start
+    prefix_stop = runs[0].stop if runs[0].branch == 0 else start
     whole = len(runs) > 1 and runs[0].branch == 0
     blocks = _ranges(runs[0], start, runs[1 if whole else 0].stop, start, dtype)
     for run in runs[2 if whole else 1 :]:
-        blocks += _ranges(run, start, run.stop, trunk_stop, dtype)
+        blocks += _ranges(run, start, run.stop, prefix_stop, dtype)
     return blocks
 
 
-def _ranges(run: Run, trunk: int, stop: int, trunk_stop: int, dtype: torch.dtype) -> list[Block]:
-    """Cut the queries from the start of `run` to `stop`, which see each other causally and all of
-    `[trunk, trunk_stop)`, into ranges of about equal length."""
-    own, seen = run.start, trunk_stop - trunk
+def _ranges(run: Run, prefix: int, stop: int, prefix_stop: int, dtype: torch.dtype) -> list[Block]:
+    """Split the queries from the start of `run` to `stop` into ranges of about equal length.
+
+    They see each other causally, and all of `[prefix, prefix_stop)`.
+    """
+    own, seen = run.start, prefix_stop - prefix
     count = max(1, round((stop - own) / max(QUERIES, 8 * torch.get_num_threads())))
     edges = [own + (stop - own) * at // count for at in range(count + 1)]
     blocks = []
@@ -162,29 +165,29 @@ def _ranges(run: Run, trunk: int, stop: int, trunk_stop: int, dtype: torch.dtype
             mask[:, seen + start - own :] = torch.full(
                 (size, size), float("-inf"), dtype=dtype
             ).triu_(1)
-        blocks.append(Block(run.row, start, end, trunk, trunk_stop, own, mask))
+        blocks.append(Block(run.row, start, end, prefix, prefix_stop, own, mask))
     return blocks
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return 0 where `seen`, -inf elsewhere: SDPA would convert booleans in every layer."""
+    """Return 0 where `seen`, -inf elsewhere; SDPA would convert booleans again in every layer."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
         ~seen, float("-inf")
     )
 
 
 def has_kernel() -> bool:
-    """Whether this torch has the CPU kernel under the name that is used here (not a public one)."""
+    """Whether this torch version has the CPU flash kernel, which is not public API."""
     ops = torch.ops.aten
     name = "_scaled_dot_product_flash_attention_for_cpu"
     return hasattr(ops, name) and hasattr(ops, f"{name}_backward")
 
 
 class BlockAttention(torch.autograd.Function):
-    """Attention over blocks by the CPU's flash kernel.
+    """Attention over blocks with the CPU's flash kernel.
 
-    A function of its own, because slices in autograd would make a gradient of the whole row, full
-    of zeros, for every block.
+    An autograd function, because the gradient of each slice would otherwise be a whole row, mostly
+    zeros.
     """
 
     @staticmethod
@@ -232,13 +235,13 @@ class BlockAttention(torch.autograd.Function):
                 attn_mask=block.mask,
                 scale=ctx.scale,
             )
-            shared = block.trunk_stop - block.trunk
+            shared = block.prefix_stop - block.prefix
             block.queries(grads[0]).copy_(parts[0])
             for total, part in zip(grads[1:], parts[1:], strict=True):
                 row = total[block.row : block.row + 1]
                 row[:, :, block.own : block.stop] += part[:, :, shared:]
                 if shared:
-                    row[:, :, block.trunk : block.trunk_stop] += part[:, :, :shared]
+                    row[:, :, block.prefix : block.prefix_stop] += part[:, :, :shared]
         return *grads, None, None
 
 
@@ -249,7 +252,9 @@ def blockwise(
     blocks: Sequence[Block],
     attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """The same by any differentiable `attend(query, key, value, mask)`: soft-cap, dropout.
+    """Attention over blocks with any differentiable `attend(query, key, value, mask)`.
+
+    For soft-caps and dropout, which the kernel does not have.
 
     Returns:
         (R, H, L, E); zero where there is padding.

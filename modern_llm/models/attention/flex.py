@@ -1,8 +1,7 @@
 """Attention within trees on a GPU: FlexAttention with a block mask built from segment ids.
 
 The mask of 128 x 128 blocks is made on the device from the first and last tree and branch of each
-block, without ever making a mask of tokens and without waiting for the device. Called by
-`attention`.
+block, without a mask of tokens and without waiting for the device.
 
 Letters: R rows, L tokens of a row, H heads, E head width, B blocks of a row.
 """
@@ -17,16 +16,16 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 
 SIDE = 128
-"""Tokens along one block: rows are padded to a multiple, so that lengths repeat."""
-# Above every tree: padding, which is visible to nothing but itself.
+"""Side of a block in tokens. Rows are padded to a multiple, so that there are few lengths."""
+# Tree id of padding, larger than any other: padding sees only itself.
 NO_TREE = 1 << 30
 
 
 def block_mask(segments: Tensor, positions: Tensor, window: int | None) -> BlockMask:
-    """Return the block mask of what `attention.visible` says.
+    """Return the block mask of `attention.visible`.
 
-    Blocks in which a token may see another are computed and masked token by token; those in which
-    every token sees every other are marked so, and skip that.
+    Blocks with any visible pair of tokens are computed and masked token by token; blocks in which
+    all pairs are visible skip the mask.
     """
     tree, branch = segments.unbind(-1)
     tree = torch.where(tree < 0, NO_TREE, tree)
@@ -52,9 +51,9 @@ def block_mask(segments: Tensor, positions: Tensor, window: int | None) -> Block
 def _blocks(
     tree: Tensor, branch: Tensor, positions: Tensor, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Return (R, B, B) [row, query, key]: some token may see another; every token sees every other.
+    """Return (R, B, B) [row, query, key] twice: some pair may be visible; all pairs are visible.
 
-    The first is an upper bound, the second a lower one: blocks between are masked by the token.
+    The first is an upper bound, the second a lower one; blocks between are masked by token.
     """
     first_tree, last_tree = _extremes(tree, NO_TREE)
     first, last = _extremes(branch, 0)
@@ -77,7 +76,7 @@ def _blocks(
     trunk = key(last) == 0
     some = itself | (before & overlap & ~(one_tree & one_branch & ~same & ~trunk))
     whole = before & one_tree & (trunk | same)
-    # A short last block is no whole one: what lies beyond the row is not visible.
+    # A short last block is never whole: keys beyond the row are not visible.
     if tree.shape[1] % SIDE:
         whole[:, -1] = False
     if window is not None:
@@ -86,14 +85,14 @@ def _blocks(
 
 
 def _extremes(values: Tensor, filler: int) -> tuple[Tensor, Tensor]:
-    """Return least and greatest (R, B) of (R, L) in each block."""
+    """Return minimum and maximum (R, B) of each block of (R, L)."""
     short = -values.shape[1] % SIDE
     blocks = F.pad(values, (0, short), value=filler).unflatten(1, (-1, SIDE))
     return blocks.amin(-1), blocks.amax(-1)
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn (R, B, B) into numbers (R, 1, B) and indices (R, 1, B, B) of the blocks that are set."""
+    """Turn (R, B, B) booleans into counts (R, 1, B) and indices (R, 1, B, B) of the set blocks."""
     indices = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     numbers = blocks.sum(-1)
     return numbers.to(torch.int32)[:, None], indices.to(torch.int32).contiguous()[:, None]
@@ -101,7 +100,7 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=1)
 def _compiled():  # noqa: ANN202
-    # One graph for all lengths: they differ from batch to batch.
+    # Dynamic: one graph for all lengths.
     return torch.compile(flex_attention, dynamic=True)
 
 
@@ -114,14 +113,14 @@ def attend(
     softcap: float | None,
     dropout: float,
 ) -> Tensor:
-    """Attend where `mask` says; returns (R, H, L, E).
+    """Return the attention (R, H, L, E) over the visible keys of `mask`.
 
     Args:
         query: (R, H, L, E); key, value: (R, H / groups, L, E).
     """
     grouped = query.shape[1] != key.shape[1]
     if dropout:
-        # FlexAttention has none: a dense mask, as models that pretrain with it are small.
+        # FlexAttention has no dropout. Models trained with it are small: a dense mask is enough.
         rows, _, length, _ = query.shape
         seen = create_mask(mask.mask_mod, rows, None, length, length, device=query.device)
         if softcap is not None:

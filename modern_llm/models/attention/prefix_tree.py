@@ -1,14 +1,12 @@
-"""Attention for rows that hold trees: a token sees its own branch and the trunk before it, nothing
-else.
+"""Attention within prefix trees: a token sees only its own response and the prefix before it.
 
-One function, registered with `transformers` under `TREE_ATTENTION`, serves every layer of every
-architecture that asks its `AttentionInterface`: scaling, sliding window and soft-cap come from the
-layer, the segments come as the keyword `tree` of the model call. It is also the packing mask: trees
-of one row never see each other. Models that bypass the interface are found by `probe`.
+One function, registered with `transformers` under `TREE_ATTENTION`, is used by every layer that
+calls its `AttentionInterface`. Scaling, sliding window and soft-cap come from the layer; the
+segments are the keyword `tree` of the model call. It is also the packing mask: trees of one row
+never see each other. `probe` finds models that bypass the interface.
 
-Three backends compute the same: `blocks` (CPU: parts of rows, see `attention_blocks`), `flex`
-(CUDA: FlexAttention with a block mask, see `attention_flex`) and `mask` (SDPA with a dense mask,
-anywhere).
+Three backends compute the same: `blocks` (CPU: parts of rows, see `cpu_blocks`), `flex` (CUDA:
+FlexAttention with a block mask, see `flex`) and `mask` (SDPA with a dense mask, any device).
 
 Letters: R rows, L tokens of a row, H heads, E head width.
 """
@@ -37,7 +35,7 @@ from modern_llm.models.attention.cpu_blocks import (
 TREE_ATTENTION = "modern_llm_tree"
 
 Backend = Literal["blocks", "flex", "mask"]
-# What a layer is given for its window: parts of rows, a block mask, or a mask (R, 1, L, L).
+# Mask of one window by backend: parts of rows, a block mask, or a dense mask (R, 1, L, L).
 TreeMask = tuple[Block, ...] | flex.BlockMask | Tensor
 
 
@@ -49,13 +47,14 @@ def backends(device: torch.device) -> tuple[Backend, ...]:
 
 
 def visible(segments: Tensor, positions: Tensor, window: int | None = None) -> Tensor:
-    """Return who sees whom, (R, L, L) booleans [row, query, key].
+    """Return which tokens are visible, (R, L, L) booleans [row, query, key].
 
     Args:
-        segments: (R, L, 2) integers, [tree, branch] of each token. Branch 0 is the trunk (the
-            prompt). Tree -1 is padding, which sees only itself: a row without any visible key
-            would be not-a-number.
-        positions: (R, L) integers; a window is measured in positions, which restart at a branch.
+        segments: (R, L, 2) integers, [tree, branch] of each token. Branch 0 is the prefix, the
+            others are responses. Tree -1 is padding, which sees only itself: the softmax of a token
+            without any visible key would be NaN.
+        positions: (R, L) integers. Windows are measured in positions, which continue after the
+            prefix in each response.
         window: positions that a token looks back, itself included; None for all.
     """
     if segments.ndim != 3 or segments.shape[:2] != positions.shape or segments.shape[2] != 2:
@@ -75,16 +74,16 @@ def visible(segments: Tensor, positions: Tensor, window: int | None = None) -> T
 
 
 class TreeMasks(dict[int | None, TreeMask]):
-    """What layers need to attend within trees, by sliding window; see `Backend`.
+    """Masks of layers that attend within trees, by sliding window; see `Backend`.
 
-    A window that was not asked for yet is made when a layer asks. That serves the probe; later all
-    known windows are made before the forward, so that compiled layers see a plain dictionary.
+    Masks are made on first use, which tells the probe the windows of the model. Later all of them
+    are made before the forward, so that compiled layers get a plain dictionary.
 
     Args:
-        merge_below: see `attention_blocks.find_blocks`.
+        merge_below: see `cpu_blocks.find_blocks`.
 
     Attributes:
-        needed: what the last layer is to compute (`narrow.Needed`); None is all.
+        needed: states that the last layer must compute (`last_layer.Needed`); None is all.
     """
 
     needed: object = None
@@ -115,10 +114,10 @@ class TreeMasks(dict[int | None, TreeMask]):
 
 
 class Parts:
-    """Masks of parts of rows, for layers that may be compiled.
+    """Masks of the `blocks` backend for layers that may be compiled.
 
-    Their number and places differ from forward to forward, so a compiler that looked at them would
-    make a graph for each: it is kept out. Nor would it see them in a dictionary without looking.
+    Number and size of the parts differ between forwards, so a compiler would make a graph for each
+    batch. This class hides them from it; in a dictionary it would inspect them.
     """
 
     def __init__(self, masks: Mapping[int | None, TreeMask]):
@@ -126,7 +125,7 @@ class Parts:
 
     @torch.compiler.disable
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *of: object) -> tuple:
-        """Attend as `tree_attention` does; `of` is what the layer says."""
+        """Attend as `tree_attention` does; `of` are the settings of the layer."""
         return _attend(query, key, value, self._masks, *of)
 
 
@@ -147,8 +146,8 @@ def tree_attention(
 
     Args:
         query: (R, H, L, E); key, value: (R, H / groups, L, E).
-        scaling, dropout, sliding_window, softcap: as the layer says.
-        tree: what is visible for each window, see `TreeMasks`.
+        scaling, dropout, sliding_window, softcap: settings of the layer.
+        tree: mask of each window, see `TreeMasks`.
 
     Returns:
         (R, L, H, E) and no weights.
@@ -178,7 +177,7 @@ def _attend(
     mask = tree[sliding_window]
     device = query.device.type
     if torch.is_autocast_enabled(device):
-        # As SDPA is under autocast: rotary tables leave queries and keys wider than values.
+        # SDPA does this under autocast: rotary tables leave queries and keys in float32.
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if isinstance(mask, flex.BlockMask):
@@ -215,7 +214,7 @@ def _softcapped(
     softcap: float,
     dropout: float,
 ) -> Tensor:
-    """softmax(softcap * tanh(scaling q k^T / softcap) + mask) v, which SDPA cannot do (Gemma 2)."""
+    """softmax(softcap * tanh(scaling q k^T / softcap) + mask) v (Gemma 2); SDPA has no soft-cap."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
     scores = torch.tanh(scores / softcap) * softcap + mask
@@ -225,9 +224,8 @@ def _softcapped(
 
 
 def register_tree_attention() -> None:
-    """Make `TREE_ATTENTION` known to `transformers`; again is harmless.
+    """Register `TREE_ATTENTION` with `transformers`; repeated calls are harmless.
 
-    No mask function is registered beside it on purpose: `transformers` then builds no mask of its
-    own.
+    It must have no mask function, so that `transformers` builds no mask of its own.
     """
     AttentionInterface.register(TREE_ATTENTION, tree_attention)

@@ -1,7 +1,7 @@
-"""Norms, gated products and rotary positions in fewer passes over memory, for a CPU in float32.
+"""Norms, gated products and rotary positions with less memory traffic, for a CPU in float32.
 
-`transformers` writes them as many small operations; on a CPU each is a pass over the activations,
-and autograd keeps what they leave behind. Here each is one function with a backward of its own.
+`transformers` writes them as many small operations. On a CPU each of them reads all activations,
+and autograd keeps the intermediate results. Here each is one function with a backward of its own.
 `patch_cpu_ops` installs them where a trial with random numbers gives the same values.
 `capabilities` then checks the whole model.
 """
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Float32 against float32: the same sums in another order.
+# Absolute difference of two float32 results that sum in another order.
 TOLERANCE = 1e-5
 
 
@@ -35,8 +35,8 @@ class _RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # noqa: ANN001
         x, weight, scale = ctx.saved_tensors
-        # A copy in any case: weights mapped from a file stand at any address, and a product of
-        # matrix and vector rounds differently at another alignment.
+        # Always a copy: weights mapped from a file may have any alignment, and a matrix-vector
+        # product rounds differently at another alignment.
         gain = weight + ctx.offset
         width = x.shape[-1]
         flat, grad, scale = x.reshape(-1, width), grad.reshape(-1, width), scale.reshape(-1, 1)
@@ -49,7 +49,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _SiluProduct(torch.autograd.Function):
-    """silu(gate) * up; silu(gate) is made again in the backward instead of kept."""
+    """silu(gate) * up; the backward recomputes silu(gate)."""
 
     @staticmethod
     def forward(ctx, gate, up):  # noqa: ANN001
@@ -90,13 +90,13 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 def rotary(
     query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Rotate query (R, H, L, E) and key by the tables cos, sin (R, L, E), as layers ask."""
+    """Rotate query (R, H, L, E) and key by the tables cos, sin (R, L, E)."""
     return _Rotary.apply(query, key, cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim))
 
 
 @torch.no_grad()
 def patch_cpu_ops(model: nn.Module) -> dict[str, int]:
-    """Put the functions of this file into `model`, in place; return how many of each kind.
+    """Replace operations of `model` in place by the functions of this file; return their counts.
 
     Modules keep their class, parameters, names and hooks: only `forward` is set on the instance.
     """
@@ -120,7 +120,7 @@ def restore_ops(model: nn.Module) -> None:
 
 
 def set_forward(module: nn.Module, function: Callable) -> None:
-    """Give this one module another `forward`, until `restore_ops`."""
+    """Replace the `forward` of this module until `restore_ops`."""
     function.patched = True
     module.forward = MethodType(function, module)
 
@@ -168,10 +168,10 @@ def _patch_product(module: nn.Module) -> bool:
 
 
 def _patch_rotary(module: nn.Module, fits: dict[Callable, bool]) -> bool:
-    """Let this module's `forward` find `rotary` under the name of its file's own function.
+    """Make this module's `forward` call `rotary` in place of its file's own function.
 
-    The function is a global of the file that defines the architecture. Changing that would change
-    every other model of the process; a copy of `forward` with globals of its own changes this one.
+    That function is a global of the file that defines the architecture. Replacing it would change
+    every model of the process; a copy of `forward` with its own globals changes only this module.
     """
     original = type(module).forward
     name = "apply_rotary_pos_emb"
@@ -196,7 +196,7 @@ def _patch_rotary(module: nn.Module, fits: dict[Callable, bool]) -> bool:
 
 def _rotary_or(theirs: Callable) -> Callable:
     def either(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: int, **named: int):  # noqa: ANN202
-        # Tables narrower than the head rotate a part of it only.
+        # Tables narrower than the head rotate only a part of it.
         whole = query.dtype == torch.float32 and cos.shape[-1] == query.shape[-1]
         return (rotary if whole else theirs)(query, key, cos, sin, *args, **named)
 
@@ -209,7 +209,7 @@ def _rotary_is(theirs: Callable) -> bool:
     tables = angles.cos(), angles.sin()
     try:
         found = theirs(query, key, *tables)
-    except Exception:  # foreign code of the same name: another signature is another function
+    except Exception:  # a function of the same name with another signature
         return False
     return all(same(a, b) for a, b in zip(found, rotary(query, key, *tables), strict=True))
 
@@ -221,10 +221,10 @@ def is_gated_product(module: nn.Module | None) -> bool:
 
 
 def numbers(*shape: int) -> Tensor:
-    """Return the same random numbers for one shape each time."""
+    """Return the same random numbers for the same shape."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
 
 
 def same(a: object, b: Tensor) -> bool:
-    """Whether two results of a trial agree up to the order of sums."""
+    """Return whether two results of a trial agree up to the order of sums."""
     return isinstance(a, Tensor) and a.shape == b.shape and torch.allclose(a, b, 1e-4, TOLERANCE)

@@ -1,9 +1,9 @@
-"""The last layer where it is needed: after its attention, only states that predict a target.
+"""Narrow last layer: compute only the states that predict a target.
 
-What follows the last attention is computed token by token, and nobody reads the states of a prompt
-there. So the gated product of that layer runs on the needed states alone, and of its attention only
-the parts that hold one of them are computed, forward and backward. Called by `probe`, which puts it
-into a model and then checks the whole, and by `TokenScorer`, which says what is needed.
+After the last attention every token is computed alone, and the states of a prompt are unused there.
+So the gated product of that layer runs on the needed states only, and its attention only on the
+parts that hold one of them, forward and backward. `probe` installs it and checks the whole model;
+`TokenScorer` selects the states.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from modern_llm.models.attention.prefix_tree import TreeMask, TreeMasks
 from modern_llm.models.cpu.fused_ops import is_gated_product, numbers, same, set_forward
 
-# Above this share of needed tokens, picking them out costs more than it saves.
+# Above this share of needed tokens, selecting them costs more than it saves.
 WORTH = 0.8
 
 
 class FewerParts(dict[int | None, TreeMask]):
-    """The masks of `whole` without the parts of rows that hold no needed query.
+    """Masks of `whole` without the parts of rows that contain no needed query.
 
     Args:
         needed: (R, L) booleans.
@@ -43,11 +43,11 @@ class FewerParts(dict[int | None, TreeMask]):
 
 @dataclass(frozen=True)
 class Needed:
-    """What the last layer is to compute.
+    """Work of the last layer in one forward.
 
     Attributes:
-        states: (N,) flat indices into R * L, each once.
-        masks: for its attention.
+        states: (N,) flat indices into R * L, without repetition.
+        masks: masks of its attention.
     """
 
     states: Tensor
@@ -55,7 +55,7 @@ class Needed:
 
 
 def needed_of(masks: TreeMasks, sources: Tensor, shape: torch.Size) -> Needed | None:
-    """Return what the last layer is to compute, or None where nothing is gained.
+    """Return the states that the last layer must compute, or None if nothing is saved.
 
     Args:
         sources: flat indices of the states that predict a target.
@@ -72,17 +72,17 @@ def needed_of(masks: TreeMasks, sources: Tensor, shape: torch.Size) -> Needed | 
 
 
 def narrows(model: nn.Module) -> bool:
-    """Whether `narrow_last_layer` made the last layer of `model` ready."""
+    """Return whether `narrow_last_layer` was applied to `model`."""
     mlp = getattr(_last_layer(model), "mlp", None)
     return hasattr(getattr(mlp, "forward", None), "narrow")
 
 
 @torch.no_grad()
 def narrow_last_layer(model: nn.Module) -> bool:
-    """Let the last layer compute what it is told of by `tree.needed`, in place.
+    """Patch the last layer in place to compute only the states in `tree.needed`.
 
     Returns:
-        False where its feed-forward is not known to treat each token alone; nothing is changed.
+        False, without any change, if its feed-forward may not treat each token alone.
     """
     layer = _last_layer(model)
     attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
@@ -91,8 +91,9 @@ def narrow_last_layer(model: nn.Module) -> bool:
     x = numbers(2, 3, mlp.gate_proj.in_features)
     if not same(mlp(x)[:, 1:], mlp(x[:, 1:])):
         return False
-    # From the attention to the product after it, which gets a tensor only. Not set on the layer:
-    # recomputation begins inside of it. By thread, because several may run one model.
+    # Channel from the attention to the gated product, which gets only a tensor. Both are patched,
+    # not the layer, because recomputation starts inside the layer. Thread-local, because several
+    # threads may run one model.
     here = threading.local()
     attend, multiply = attention.forward.__func__, mlp.forward.__func__
 

@@ -15,7 +15,7 @@ HEADS, WIDTH = 2, 16
 
 
 def layout(rows: list[list[list[int]]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Segments and positions of rows of trees, a tree being the sizes [trunk, branch, ...]."""
+    """Segments and positions of rows of trees, a tree being the sizes [prefix, response, ...]."""
     length = max(sum(map(sum, row)) for row in rows) + padding
     segments = torch.full((len(rows), length, 2), -1)
     positions = torch.zeros(len(rows), length, dtype=torch.long)
@@ -190,8 +190,8 @@ def test_a_long_tree_is_computed_in_short_ranges_without_a_mask_of_its_row(monke
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     segments, positions = layout([[[300, 100, 50, 20], [150, 30, 30]]], 0)
     blocks = find_blocks(segments, positions, None, torch.float32, visible)
-    parts = [(b.own, b.stop, b.trunk_stop - b.trunk) for b in blocks]
-    # Trunk and first branch in six ranges that each see all before them, then branch by branch.
+    parts = [(b.own, b.stop, b.prefix_stop - b.prefix) for b in blocks]
+    # Prefix and first response in six ranges that each see all before them, then other responses.
     assert parts == [
         *((0, stop, 0) for stop in (66, 133, 200, 266, 333, 400)),
         (400, 450, 300), (450, 470, 300), *((470, stop, 0) for stop in (530, 590, 650)),
@@ -215,7 +215,7 @@ def test_small_trees_share_a_call():
 def test_branches_out_of_order_are_refused():
     segments, positions = layout([[[3, 2, 2]]], 0)
     segments[0, 5:, 1] = 0
-    with pytest.raises(ValueError, match="trunk"):
+    with pytest.raises(ValueError, match="prefix"):
         find_blocks(segments, positions, None, torch.float32, visible, 0)
 
 
