@@ -1,9 +1,8 @@
-"""The preference losses by name: paper, needs and options of each, as one table without torch.
+"""Table of the preference losses: paper, inputs and options of each, without torch.
 
-Gives `LOSSES` and the judgement of a user's options (`check_options`). It computes nothing: the row
-names its function in `preference.py`, which is only looked up when a loss is computed, so that a
-configuration can be checked, and `--help` printed, before torch is imported.
-A new loss is one function there and one row here.
+A row names its function in `preference.py`, which is looked up when the loss is computed. So a
+configuration can be checked, and `--help` printed, before torch is imported. A new loss is one
+function there and one row here.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Interval:
-    """The values an option may have, and in half a sentence why no others."""
+    """Range of the values of an option, with the reason for it as half a sentence."""
 
     low: float
     high: float
@@ -47,7 +46,7 @@ INTERVALS: Mapping[str, Interval] = MappingProxyType(
         "label_smoothing": Interval(
             0.0, 0.5, "it is the share of flipped labels, and from one half on labels say nothing"
         ),
-        # Above 1 the exponential part outgrows the weight that should fade it out.
+        # Above 1 the exponential term grows faster than its weight falls.
         "discopop_tau": Interval(
             0.0, 1.0, "above 1 the loss grows exponentially", low_open=True, high_open=False
         ),
@@ -65,11 +64,11 @@ _EXO_SMOOTHING = Interval(
 class LossRow:
     """One preference loss.
 
-    `reference`: reads the reference's log-probs. `lengths`: reads the numbers of target tokens.
-    `across_pairs`: its value depends on which pairs are given together, so that it must be given
-    all pairs of an optimizer step. `options`: what it takes besides beta and `COMMON_OPTIONS`, with
-    defaults. `intervals`: bounds that differ from `INTERVALS`. `function`: its name in
-    `preference.py`. `paper`: authors, arXiv number, and the equation where it has one number.
+    `reference`: uses the reference's log-probs. `lengths`: uses the numbers of target tokens.
+    `across_pairs`: compares pairs, so that it needs all pairs of an optimizer step at once.
+    `options`: options besides beta and `COMMON_OPTIONS`, with defaults. `intervals`: ranges that
+    differ from `INTERVALS`. `function`: its name in `preference.py`. `paper`: authors, arXiv
+    number, and the equation if there is one.
     """
 
     name: str
@@ -86,7 +85,7 @@ class LossRow:
         object.__setattr__(self, "intervals", MappingProxyType(dict(self.intervals)))
 
     def interval(self, option: str) -> Interval:
-        """The values that `option` may have with this loss."""
+        """Return the range of `option` with this loss."""
         return self.intervals.get(option) or INTERVALS[option]
 
 
@@ -172,11 +171,10 @@ LOSSES: Mapping[str, LossRow] = MappingProxyType({row.name: row for row in _ROWS
 
 
 def check_options(loss_type: str, options: Mapping[str, object], *, beta: object) -> list[str]:
-    """Return every problem of these settings as a one-line sentence; none means they are usable.
+    """Return all problems of these settings, one line each; an empty list means they are valid.
 
-    `options` are the settings besides beta, `label_smoothing` and `nll_coefficient` among them;
-    None means not set, and so does a `label_smoothing` of 0 for a loss that does not take it (the
-    common configuration always has that field).
+    `options` are all settings besides beta. None means not set, as does a `label_smoothing` of 0
+    for a loss that does not take it, because the configuration always has that field.
     """
     problems = _out_of_bounds("beta", beta, BETA, "any loss")
     row = LOSSES.get(loss_type) if isinstance(loss_type, str) else None
@@ -195,9 +193,9 @@ def check_options(loss_type: str, options: Mapping[str, object], *, beta: object
 
 
 def resolve_options(loss_type: str, options: Mapping[str, float | None]) -> dict[str, float]:
-    """Return every option of this loss with its value: as given, else the default of its row.
+    """Return every option of this loss with its value, from `options` or by default.
 
-    Only for options in which `check_options` saw no problem.
+    `options` must have passed `check_options`.
     """
     row = LOSSES[loss_type]
     defaults = {**row.options, **COMMON_OPTIONS}
@@ -209,7 +207,7 @@ def resolve_options(loss_type: str, options: Mapping[str, float | None]) -> dict
 
 
 def _out_of_bounds(option: str, value: object, interval: Interval, place: str) -> list[str]:
-    # True is 1 to Python, but `label_smoothing: true` in a file is a mistake.
+    # True equals 1 in Python, but `label_smoothing: true` in a file is a mistake.
     if isinstance(value, bool) or not isinstance(value, Real):
         return [f"{option}={value!r} is not a number: give one in {interval}"]
     if value not in interval:

@@ -1,8 +1,7 @@
-"""The preference losses as functions of log-probs, and the statistics that go with them.
+"""The preference losses and their statistics, as functions of log-probs.
 
-`preference_loss` checks, brings to one type and calls the one small function of the loss, whose
-needs and options `catalogue` lists. Nothing is averaged: losses are per pair and statistics are
-sums, because the loop alone divides. The callers are the DPO task and scripts.
+`preference_loss` checks the arguments and calls the function of one loss; `catalogue` lists inputs
+and options of each. Losses are per pair and statistics are sums, because the loop divides.
 
 Letters: P pairs; `policy`, `reference` and `lengths` are (P, 2), column 0 = chosen (w in papers),
 column 1 = rejected (l); log-probs are sums over the target tokens in nats; `r` is the log-ratio
@@ -29,19 +28,18 @@ def preference_loss(
     nll_coefficient: float = 0.0,
     **options: float | None,
 ) -> Tensor:
-    """Return the loss of each pair (P,), in the widest type given and at least float32.
+    """Return the loss of each pair (P,), in the widest input type and at least float32.
 
     `policy`, `reference`: (P, 2) sums of log-probs, column 0 = chosen; `lengths`: (P, 2) numbers of
-    target tokens, each >= 1 (not checked: that would wait for the device). `reference` is not read,
-    and may be None, for the losses without one; `lengths` may be None where neither the loss nor
-    `nll_coefficient` reads them. The reference gets no gradient. P = 0 gives shape (0,).
+    target tokens, each >= 1 (not checked: that would wait for the device). `reference` may be None
+    for losses without one; `lengths` may be None if neither the loss nor `nll_coefficient` needs
+    them. The reference gets no gradient. P = 0 gives shape (0,).
 
-    An option that is None has the default of the loss's row. `nll_coefficient` adds that much of
-    the chosen answer's NLL per token, the term of Pang et al. 2024, arXiv 2404.19733. For `aot` and
-    `aot_unpaired` give all pairs of the optimizer step; row i is then the term in which pair i's
-    policy ratio stands.
+    An option that is None has the default of the loss. `nll_coefficient` weighs an added term, the
+    chosen answer's NLL per token (Pang et al. 2024, arXiv 2404.19733). For `aot` and `aot_unpaired`
+    pass all pairs of the optimizer step; row i is then the term with pair i's policy ratio.
 
-    ValueError: wrong shape, type or device; unknown loss; an option not taken or out of bounds.
+    ValueError: wrong shape, type or device; unknown loss; option not taken or out of bounds.
     """
     given = {**options, "label_smoothing": label_smoothing, "nll_coefficient": nll_coefficient}
     if problems := catalogue.check_options(loss_type, given, beta=beta):
@@ -73,12 +71,11 @@ def preference_statistics(
 ) -> dict[str, Tensor]:
     """Return detached sums over the P pairs (0-dim tensors): rewards, accuracies, ties, log-probs.
 
-    A reward is beta * (policy - reference) in nats for every loss with a reference (also the
-    length-normalised ones, as other trainers log it), and beta * policy / lengths, the reward of
-    SimPO (arXiv 2405.14734, eq. 4), for those without: these need `lengths`. An accuracy is a
-    strict chosen > rejected; equal rewards count as `ties`. `logps/*` are sums over tokens for
-    every loss.
-    Shapes, types and errors as in `preference_loss`.
+    A reward is beta * (policy - reference) in nats for every loss with a reference, also the
+    length-normalised ones, as other trainers log it. Losses without a reference need `lengths`:
+    their reward is that of SimPO, beta * policy / lengths (arXiv 2405.14734, eq. 4). An accuracy
+    is a strict chosen > rejected; equal rewards count as `ties`. `logps/*` are sums over tokens for
+    every loss. Shapes, types and errors as in `preference_loss`.
     """
     if problems := catalogue.check_options(loss_type, {}, beta=beta):
         raise ValueError("; ".join(problems))
@@ -107,20 +104,20 @@ def _checked(
     *,
     lengths_needed: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The three inputs in one floating type; ValueError where one is missing or misshapen."""
+    """Return the three inputs in one floating type; ValueError if one is missing or misshapen."""
     if policy.dim() != 2 or policy.shape[1] != 2:
         raise ValueError(
             f"policy must have shape (P, 2), column 0 = chosen; got {tuple(policy.shape)}"
         )
     if row.reference and reference is None:
         raise ValueError(
-            f"loss_type={row.name!r} needs the reference's log-probs and reference is None: "
+            f"loss_type={row.name!r} needs the reference's log-probs, but reference is None: "
             f"score the reference, or choose a loss without one"
         )
     if lengths_needed and lengths is None:
         raise ValueError(
-            f"loss_type={row.name!r} with these settings divides by token counts and lengths is "
-            f"None: give the number of target tokens of each answer, shape (P, 2)"
+            f"loss_type={row.name!r} with these settings divides by token counts, but lengths is "
+            f"None: pass the number of target tokens of each answer, shape (P, 2)"
         )
     for name, tensor in (("reference", reference), ("lengths", lengths)):
         if tensor is not None and tensor.shape != policy.shape:
@@ -226,9 +223,9 @@ def sppo_hard_loss(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
 
 
 def _by_rank(values: Tensor, others: Tensor) -> Tensor:
-    """For each entry of `values` (P,) the entry of `others` (P,) of the same ascending rank."""
+    """Return for each entry of `values` (P,) the entry of `others` (P,) of the same rank."""
     order = values.argsort(stable=True)
-    # Written back to the places of `values`, so that row i stays pair i's.
+    # Scattered back to the order of `values`, so that row i belongs to pair i.
     return torch.zeros_like(others).scatter(0, order, others.sort().values)
 
 
@@ -247,9 +244,8 @@ def aot_unpaired_loss(
 ) -> Tensor:
     """L(r_w(k) - r_l(k)) by ranks k: chosen ratios should dominate rejected ones in every quantile.
 
-    AOT on unpaired data, arXiv 2406.05882. Row i has the rank of pair i's chosen answer, and also
-    sends gradient to the rejected answer of that rank, as a rule another pair's: a caller that has
-    only some pairs live must differentiate the sum over all rows.
+    AOT on unpaired data, arXiv 2406.05882. Row i also has a gradient for the rejected answer of the
+    same rank, usually of another pair: differentiate the sum over all rows, not single rows.
     """
     r = policy - reference
     return _smoothed(beta * (r[:, 0] - _by_rank(r[:, 0], r[:, 1])), label_smoothing)
@@ -286,18 +282,18 @@ def simpo_loss(
 ) -> Tensor:
     """`-log s(beta (log p_w/|w| - log p_l/|l|) - gamma)`, SimPO, arXiv 2405.14734, eq. 6.
 
-    gamma is the paper's target margin, in units of the reward: not multiplied by beta. Code that
-    speaks of a `gamma_beta_ratio` g has gamma = g * beta.
+    gamma is the paper's target margin, in units of the reward: not multiplied by beta. Code with a
+    `gamma_beta_ratio` g has gamma = g * beta.
     """
     mean = policy / lengths
     return _smoothed(beta * (mean[:, 0] - mean[:, 1]) - simpo_gamma, label_smoothing)
 
 
 def orpo_loss(policy: Tensor, lengths: Tensor, *, beta: float) -> Tensor:
-    """`NLL_w/|w| - beta log s(log odds_w - log odds_l)`, odds = p / (1 - p), log p a mean a token.
+    """`NLL_w/|w| - beta log s(log odds_w - log odds_l)`, odds = p / (1 - p).
 
-    ORPO, arXiv 2403.07691, eqs. 4, 6 and 7; beta is the paper's lambda. The NLL is that of the
-    target tokens, a mean over each answer.
+    ORPO, arXiv 2403.07691, eqs. 4, 6 and 7; beta is the paper's lambda. log p and the NLL are means
+    over the target tokens of an answer.
     """
     log_p = policy / lengths
     # p = 1 has infinite odds; rounding reaches it, so stop one step short. log(-expm1(x)) and not
