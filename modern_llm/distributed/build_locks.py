@@ -1,4 +1,4 @@
-"""Stale locks of extension builds: torch and DeepSpeed wait indefinitely for one."""
+"""Detect stale locks of extension builds, which torch and DeepSpeed wait for indefinitely."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ COMPILERS = {"ninja", "nvcc", "cc1plus", "c++", "g++", "gcc", "cicc", "ptxas", "
 
 
 class StaleLock(NamedTuple):
-    """A lock file that is older than every build that runs."""
+    """A lock file that is older than every running build."""
 
     path: Path
     minutes: float
 
     def __str__(self) -> str:
-        return f"{self.path} is {self.minutes:.0f} minutes old and no build runs that could hold it"
+        return f"{self.path} is {self.minutes:.0f} minutes old and no running build can hold it"
 
     @property
     def fix(self) -> str:
-        """What to do about it."""
+        """Instruction for the user."""
         return f"remove {self.path}: every later build waits for it"
 
 
 def lock_folders() -> list[Path]:
-    """Return where torch and DeepSpeed build extensions, by their own rules."""
+    """Return the folders in which torch and DeepSpeed build extensions."""
     named = os.environ.get("TORCH_EXTENSIONS_DIR")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return [Path(named)] if named else [cache / "torch_extensions"]
 
 
 def build_locks(folders: Iterable[Path]) -> tuple[list[Path], list[StaleLock]]:
-    """Return every lock file in these folders, and which of them no running build can hold."""
+    """Return all lock files in these folders, and the stale ones among them."""
     found = [lock for folder in folders if folder.is_dir() for lock in folder.rglob("lock")]
     oldest = oldest_compiler()
     stale = []
@@ -51,9 +51,9 @@ def build_locks(folders: Iterable[Path]) -> tuple[list[Path], list[StaleLock]]:
 
 
 def oldest_compiler() -> float | None:
-    """Return the age in seconds of the oldest running compiler; None where none runs.
+    """Return the age in seconds of the oldest running compiler, None if none is running.
 
-    A system without /proc cannot tell: an hour is then taken for the longest build.
+    Without /proc it is unknown, and one hour is assumed as the longest build.
     """
     if not Path("/proc/self/stat").exists():
         return 3600.0

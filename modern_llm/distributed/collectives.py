@@ -1,7 +1,7 @@
-"""What the processes of a run agree on: sums, objects, errors, folders that all write into.
+"""Collectives of the processes of a run: sums, objects, errors, and folders that all write to.
 
-`Peers` is the part of `Runtime` that needs a process group and nothing else, so that a thread may
-have one of its own, whose collectives are never mistaken for those of the main thread.
+`Peers` needs only a process group, so that a thread can have its own, whose collectives cannot mix
+with those of the main thread.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from modern_llm.storage.fault_points import around
 
 T = TypeVar("T")
 MEETING_H = 3
-"""Hours: long enough for one process to tokenise while the others wait."""
+"""Timeout of collectives in hours: one process may tokenise while the others wait."""
 _groups: dict[str, tuple[Any, Any]] = {}
 
 
 class Peers:
-    """One process among `world`, and how it agrees with the others.
+    """One process among `world`, with its collectives.
 
     Args:
-        group: of these processes; None is the one that all were started with.
+        group: process group; None is the default group.
     """
 
     def __init__(self, rank: int, world: int, group: dist.ProcessGroup | None = None):
@@ -54,11 +54,11 @@ class Peers:
         return total
 
     def begin_sum(self, values: Tensor) -> Callable[[], Tensor]:
-        """Start the elementwise sum of a few numbers of the host over all processes.
+        """Start the elementwise sum of a few host values over all processes.
 
         Returns:
-            What waits for the sum and returns it. Between the two this process does other work,
-            and no accelerator is waited for: the sum is made by processors.
+            A function that waits for the sum and returns it. Until then this process can do other
+            work. The sum is computed on the CPU, so it waits for no accelerator.
         """
         total = values.clone()
         if self.world == 1:
@@ -74,8 +74,7 @@ class Peers:
         return wait
 
     def of_hosts(self) -> dist.ProcessGroup | None:
-        """Return a group whose collectives take tensors of the host; the first call is a
-        collective."""
+        """Return a group for tensors on the host; the first call is a collective."""
         if dist.get_backend(self.group) == "gloo":
             return self.group
         return own_group("hosts")
@@ -99,7 +98,7 @@ class Peers:
         return box[0]
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Let rank 0 do `work` while the others wait; all get its result, or its error."""
+        """Run `work` on rank 0 while the others wait; all get its result or its error."""
         result: T | None = None
         failure: BaseException | None = None
         if self.is_main:
@@ -111,10 +110,9 @@ class Peers:
         return self.from_main(result)  # type: ignore[return-value]
 
     def raise_together(self, failure: BaseException | None) -> None:
-        """Meet the others; raise this process's `failure`, or else the first that another one had.
+        """Raise this process's `failure`, or the first failure of another process; a collective.
 
-        Called where each did work of its own before a collective: who failed alone would leave the
-        others waiting in it.
+        For work before a collective: a process that failed alone would leave the others waiting.
         """
         failures = [f for f in self.gather(_portable(failure)) if f is not None]
         if failure is not None:
@@ -124,10 +122,10 @@ class Peers:
 
     @contextmanager
     def committed_folder(self, target: Path, facts: dict[str, Any]) -> Iterator[Path]:
-        """Let all ranks write into one folder that appears as `target` when all are done.
+        """Let all ranks write to a temporary folder, which becomes `target` when all are done.
 
-        Rank 0 makes it and names it; each flushes and digests its share of the files. An error on
-        any rank leaves nothing and is raised on all.
+        Each rank flushes and digests a share of the files. An error on any rank removes the folder
+        and is raised on all.
         """
 
         def begin() -> Path:
@@ -144,7 +142,7 @@ class Peers:
             with self.failing_together(), atomic.refusals(target):
                 if not place.is_dir():
                     raise StorageError(
-                        f"{target.parent}: rank {self.rank} does not see what rank 0 writes there; "
+                        f"{target.parent}: rank {self.rank} does not see the files of rank 0; "
                         "name a folder on a disk that all nodes share"
                     )
                 yield place
@@ -161,7 +159,7 @@ class Peers:
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """Do the body on every rank; an error in any of them is raised on all."""
+        """Raise an error that any rank has in the `with` block on all ranks."""
         failure: Exception | None = None
         try:
             yield
@@ -180,9 +178,8 @@ class Peers:
 
 
 def own_group(name: str) -> dist.ProcessGroup:
-    """Return the gloo group of all processes called `name`; a collective when it is first asked
-    for."""
-    # Stages run one after another in one process; a group of the first serves all.
+    """Return the gloo group of all processes called `name`; the first call is a collective."""
+    # Kept, because several stages may run one after another in one process.
     world, group = _groups.get(name, (None, None))
     if world is not dist.group.WORLD:
         # Barrier first: late ranks are tolerated, later losses time out.
@@ -195,12 +192,12 @@ def own_group(name: str) -> dist.ProcessGroup:
 
 
 def forget_groups() -> None:
-    """Drop the groups that `own_group` keeps, so that they can end."""
+    """Release the groups that `own_group` keeps."""
     _groups.clear()
 
 
 def _portable(error: BaseException | None) -> BaseException | None:
-    """Return an error that survives pickling: foreign ones may hold what cannot be sent."""
+    """Return an error that can be pickled; those of other packages may not be."""
     if error is None:
         return None
     if isinstance(error, ConfigError):

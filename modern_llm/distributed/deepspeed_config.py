@@ -1,8 +1,8 @@
-"""The DeepSpeed JSON that `accelerate launch` names, checked against the run's configuration.
+"""Check of the DeepSpeed JSON of `accelerate launch` against the run's configuration.
 
-The run sets batch sizes, rates, clipping and precision; the JSON sets what is sharded and where it
-is kept. A setting that both give differently is refused with both values. DeepSpeed itself ignores
-unknown keys at the top level silently, so they are looked for here.
+The run sets batch sizes, learning rates, clipping and precision; the JSON sets sharding and
+offloading. A setting with different values in both is refused. Unknown top-level keys are refused
+here, because DeepSpeed silently ignores them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError
 from modern_llm.storage.untrusted import read_json
 
-# Sections that DeepSpeed reads and that leave the meaning of a run as it is. Left out on purpose:
-# its pipelines, curricula, sparse attention, autotuning and batch-size elasticity.
+# Top-level keys that do not change what a run computes. Excluded on purpose: pipelines, curricula,
+# sparse attention, autotuning and elastic batch sizes.
 KNOWN = frozenset(
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer "
     "scheduler gradient_clipping fp16 bf16 torch_autocast data_types zero_optimization "
@@ -25,8 +25,8 @@ KNOWN = frozenset(
     "prescale_gradients gradient_predivide_factor steps_per_print wall_clock_breakdown "
     "memory_breakdown comms_logger flops_profiler dump_state log_level disable_python_gc".split()
 )
-# Counted in words of the run: our micro-batches hold tokens, not a fixed number of examples, and
-# the loop alone divides, so DeepSpeed is told one of each.
+# Set by the run: micro-batches here have a number of tokens, not of examples, and the loop does the
+# division, so DeepSpeed gets 1 for each.
 COUNTED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -46,14 +46,14 @@ def read_file(path: str) -> dict[str, Any]:
 
 
 def resolve(content: dict[str, Any], config: TrainingConfig, place: str) -> dict[str, Any]:
-    """Return what DeepSpeed is given, with everything filled in from the run's configuration.
+    """Return the complete DeepSpeed configuration, with the settings of the run filled in.
 
     Args:
         content: the JSON as read; it is not changed.
         place: its path, for messages.
 
     Raises:
-        ConfigError: unknown keys, contradictions and what a stage cannot do, all at once.
+        ConfigError: unknown keys, contradictions and impossible settings, all at once.
     """
     problems = [
         *_unknown_keys(content),
@@ -72,26 +72,26 @@ def resolve(content: dict[str, Any], config: TrainingConfig, place: str) -> dict
         # Stage 0 clips only in mixed precision; the engine's wrapper clips there.
         "gradient_clipping": (config.max_grad_norm or 0.0) if stage > 0 else 0.0,
         "zero_allow_untested_optimizer": True,
-        # Else AdamW becomes the compiled CPU Adam, whose decay is coupled when it is rebuilt.
+        # True would replace AdamW by the compiled CPU Adam, whose decay is coupled once rebuilt.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": float("inf"),
     }
     for name in ("bf16", "fp16"):
         enabled = config.precision == name and stage > 0 and not _autocast(result)
         result[name] = {**result.get(name, {}), "enabled": enabled}
-    # The default; without it a gradient that is not finite would be applied in bfloat16.
+    # The default. Without it a non-finite gradient would be applied in bfloat16.
     result["bf16"]["check_grad_overflow"] = True
     if config.precision == "bf16" and stage == 0:
-        # Stage 0 shards nothing: float32 weights and autocast, exactly as DDP computes.
+        # Stage 0 shards nothing: float32 weights and autocast, as with DDP.
         result["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return result
 
 
 def reference_config(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration of a frozen model's engine beside the policy's resolved `content`.
+    """Return the configuration of a frozen model's engine from the policy's resolved `content`.
 
-    Always ZeRO-3, whatever the policy's stage: weights are all that a frozen model has. They lie
-    where the policy's lie, and precision is the policy's.
+    Always ZeRO-3, because a frozen model has nothing but weights to shard. Precision and offloading
+    are the policy's.
     """
     zero = content["zero_optimization"]
     kept = {name: value for name, value in zero.items() if name.startswith("stage3_")}
@@ -151,7 +151,7 @@ def _unknown(prefix: str, section: dict[str, Any], known: frozenset[str]) -> Ite
 
 
 def _contradictions(content: dict[str, Any], config: TrainingConfig) -> Iterator[str]:
-    """What the JSON and the run's configuration both say, and differently."""
+    """Yield a message for each setting that differs between the JSON and the run."""
     autocast_dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(config.precision, "float32")
     wanted = {
         # path in the JSON: (field of train, its value)
@@ -209,9 +209,7 @@ def _impossible(content: dict[str, Any], config: TrainingConfig) -> Iterator[str
                 "memory; use cpu"
             )
         elif device != "none" and stage < needed:
-            yield (
-                f"zero_optimization.{name}: stage {stage} cannot, it needs stage {needed} or above"
-            )
+            yield (f"zero_optimization.{name}: needs stage {needed} or above, and stage is {stage}")
     if stage == 3 and config.compile:
         yield (
             "zero_optimization.stage 3 gathers weights in hooks that a compiled layer does not "

@@ -1,8 +1,8 @@
-"""A prepared model and its optimizer: backward passes that add up, then one step of all ranks.
+"""Engines: a prepared model with its optimizer, backward passes, and one step on all ranks.
 
-`Engine` is Accelerate alone (one process, DDP, FSDP2); `DeepSpeedEngine` lets DeepSpeed reduce,
-clip and step. Both are told which backward is the last of a step, divide nothing, and report the
-norm of the whole gradient. Made by `Runtime.prepare`; used by the loop.
+`Engine` uses Accelerate alone (one process, DDP, FSDP2); in `DeepSpeedEngine` DeepSpeed reduces,
+clips and steps. Both need to know the last backward of a step, divide nothing, and return the norm
+of the whole gradient.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from modern_llm.storage.fault_points import around
 
 
 class Flag:
-    """A yes or no that a device has computed, on its way to the host.
+    """A boolean on its way from the device to the host.
 
-    Reading waits for what the device was given before it, not for what it was given since.
+    Reading waits only for work that the device got before it.
     """
 
     def __init__(self, value: Tensor):
@@ -38,7 +38,7 @@ class Flag:
             self._there.record()
 
     def read(self) -> bool:
-        """Return it."""
+        """Return the value."""
         if self._there is not None:
             self._there.synchronize()
         return bool(self._value)
@@ -46,16 +46,16 @@ class Flag:
 
 @dataclass(frozen=True)
 class Update:
-    """What became of one optimizer step; the same on every rank."""
+    """Result of one optimizer step; the same on every rank."""
 
     norm: Tensor | float
     """() norm of the whole gradient before clipping."""
     refused: Flag | bool
-    """Whether the gradient was not finite: weights and moments are as before."""
+    """Whether the gradient was not finite; weights and moments are then unchanged."""
 
     @property
     def is_known(self) -> bool:
-        """Whether nobody has to wait for a device to learn what became of it."""
+        """Whether `applied` can be read without waiting for the device."""
         return not isinstance(self.refused, Flag)
 
     @property
@@ -70,40 +70,40 @@ class Update:
 
 
 class Engine:
-    """Accelerate's own way: gradients on the parameters, the optimizer in our hands."""
+    """Engine with Accelerate alone: gradients are on the parameters, the optimizer is ours."""
 
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
     ):
         self.accelerator = accelerator
         self.inner = model.model
-        """What the scorer wraps: the names and parameters that are saved."""
+        """The unwrapped model, with the names and parameters that are saved."""
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
     @property
     def decides_on_device(self) -> bool:
-        """Whether a step that is not finite is refused by the fused optimizer's own kernels, so
-        that the host learns of it later. On a CPU there is nothing to wait for."""
-        # A loss scaler reads its flag itself; a plain flag beside sharded parameters is refused.
+        """Whether the fused optimizer's kernels skip a non-finite step, which the host learns
+        later. On a CPU the host decides at once."""
+        # A loss scaler reads the flag itself; with sharded parameters torch refuses a plain flag.
         return self.accelerator.device.type == "cuda" and not self.scales_loss and self.recovers
 
     @cached_property
     def recovers(self) -> bool:
-        """Whether a backward pass that broke off leaves nothing behind but gradients: nobody else
-        keeps or reduces parts of them."""
+        """Whether an interrupted backward leaves only gradients behind, so that it can be
+        repeated."""
         return not any(hasattr(parameter, "to_local") for parameter in self.inner.parameters())
 
     @property
     def scales_loss(self) -> bool:
-        """Whether a loss scaler is at work, for which an overflow now and then is expected."""
+        """Whether a loss scaler is active, which overflows now and then."""
         return self.accelerator.scaler is not None
 
     def scaler_state(self) -> dict[str, Any] | None:
-        """Return the loss scaler's state as plain values, or None where there is no scaler."""
+        """Return the loss scaler's state as plain values, None without a scaler."""
         return self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
 
     def load_scaler_state(self, state: dict[str, Any] | None) -> None:
-        """Restore the loss scale of an earlier part of the run."""
+        """Restore the loss scale on resume."""
         if state and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state)
 
@@ -113,27 +113,27 @@ class Engine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of `loss`."""
-        # Accelerate's own backward would divide by its gradient accumulation, which a script or a
-        # variable may have set; the loop alone divides.
+        # Accelerate's own backward divides by its gradient accumulation, which a script or an
+        # environment variable may have set; the loop already divides.
         scaler = self.accelerator.scaler
         (loss if scaler is None else scaler.scale(loss)).backward()
 
     def release(self) -> None:
-        """Give up what would keep a finished run's weights in memory; nothing is trained after."""
+        """Free references that keep the weights in memory; the engine cannot train afterwards."""
 
     def clear(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def average_gradients(self) -> None:
-        """Reduce the gradients of backwards none of which was the last; a collective."""
+        """Average the gradients of backwards that did not reduce; a collective."""
         world = dist.get_world_size()
         for parameter in self.inner.parameters():
             if not parameter.requires_grad:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            # Divided first, as DDP does.
+            # Divide before the reduction, as DDP does.
             parameter.grad.div_(world)
             with around("collective.gradients"), waiting():
                 dist.all_reduce(parameter.grad)
@@ -146,7 +146,7 @@ class Engine:
         if self.decides_on_device:
             return self._step_if_finite(norm)
         finite = bool(torch.isfinite(norm))
-        # With a scaler, the scaler itself looks for overflow and skips.
+        # A scaler detects overflow and skips by itself.
         if finite or self.scales_loss:
             self.optimizer.step()
         self.clear()
@@ -154,11 +154,11 @@ class Engine:
         return Update(float(norm), refused=skipped or not (finite or self.scales_loss))
 
     def _step_if_finite(self, norm: Tensor) -> Update:
-        """Step where the norm () is finite, without asking the device whether it is."""
+        """Step if the norm () is finite, without waiting for the device."""
         bad = 1.0 - torch.isfinite(norm).to(torch.float32)
         fused = self.optimizer.optimizer  # Accelerate's wrapper holds the AdamW
-        # As a GradScaler tells it: the kernels return at once where the flag is 1, and the count
-        # of steps is taken back.
+        # The interface of GradScaler: with a flag of 1 the kernels do nothing, and the step count
+        # is restored.
         fused.found_inf = bad
         try:
             self.optimizer.step()
@@ -169,7 +169,7 @@ class Engine:
 
 
 class DeepSpeedEngine(Engine):
-    """DeepSpeed's way: it owns the gradients, and its boundary is the last backward of a step."""
+    """Engine with DeepSpeed, which owns the gradients; its boundary is a step's last backward."""
 
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
@@ -180,43 +180,43 @@ class DeepSpeedEngine(Engine):
         self.optimizer = self.model.optimizer
 
     def release(self) -> None:
-        """Remove DeepSpeed's hooks and tables: what they refer to is never collected."""
+        """Remove DeepSpeed's hooks and tables, which would keep the model in memory."""
         deepspeed_release.destroy(self.model)
 
     @cached_property
     def recovers(self) -> bool:
-        """DeepSpeed keeps parts of gradients in buffers of its own."""
+        """False: DeepSpeed keeps parts of gradients in its own buffers."""
         return False
 
     @property
     def scales_loss(self) -> bool:
-        """Whether DeepSpeed's own loss scaler is at work."""
+        """Whether DeepSpeed's loss scaler is active."""
         return bool(self.model.fp16_enabled())
 
     def scaler_state(self) -> dict[str, Any] | None:
-        """Return the numbers of DeepSpeed's loss scaler."""
+        """Return the state of DeepSpeed's loss scaler."""
         if not self.scales_loss:
             return None
         scaler = vars(self.optimizer.loss_scaler)
         return {name: value for name, value in scaler.items() if isinstance(value, int | float)}
 
     def load_scaler_state(self, state: dict[str, Any] | None) -> None:
-        """Set the numbers of DeepSpeed's loss scaler."""
+        """Restore the state of DeepSpeed's loss scaler."""
         if state and self.scales_loss:
             vars(self.optimizer.loss_scaler).update(state)
 
     def forward_backward(self, last: bool) -> AbstractContextManager[Any]:
-        """Nothing to do around a forward: the boundary is set at the backward."""
+        """Return an empty context: the boundary is set in the backward."""
         return nullcontext()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of `loss`; the last one finishes their reduction."""
-        # Accelerate's own backward would step at once, before its norm can be looked at.
+        # Accelerate's own backward would step at once, before the norm can be checked.
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
         self.model.backward(loss)
 
     def step(self, max_norm: float | None) -> Update:
-        """Step; clipping was given to DeepSpeed when it started, except at stage 0."""
+        """Step; DeepSpeed clips by its configuration, except at stage 0."""
         if self.stage == 0:
             parameters = [p for p in self.model.module.parameters() if p.grad is not None]
             norm = float(nn.utils.clip_grad_norm_(parameters, max_norm or float("inf")))

@@ -1,7 +1,6 @@
-"""Give memory that was freed back to the system.
+"""Return freed memory to the operating system, between the phases of a run.
 
-What threads of a pass allocated stays with their arenas after they have ended: beside it, the
-training that follows would reach a higher peak. Called between the phases of a run.
+Memory of ended threads stays in their arenas, which would raise the peak of the next phase.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ import sys
 
 
 def release_freed_memory() -> bool:
-    """Return free pages of the C library's heaps to the system; False where it has no such call."""
+    """Return free pages of the C heap to the system; False if the C library cannot do it."""
     if not sys.platform.startswith("linux"):
         return False
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     return bool(trim is not None and trim(0))

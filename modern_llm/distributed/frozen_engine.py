@@ -1,8 +1,8 @@
-"""A frozen model beside the policy: whole on each device, or sharded by its own ZeRO-3 engine.
+"""Frozen models beside the policy: whole on each device, or sharded by their own ZeRO-3 engine.
 
-Under DeepSpeed, whatever the policy's stage, the engine has neither optimizer nor gradients, and
-every process holds its share of each weight. All processes must do the same number of forwards.
-Called through `Runtime.freeze` and `Runtime.release`.
+The engine is used under DeepSpeed at every stage of the policy. It has no optimizer and no
+gradients, and every process holds its share of each weight. All processes must do the same number
+of forwards.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def engine_config(policy: dict[str, Any], file: str, config: TrainingConfig) -> 
 
     Args:
         policy: the policy's resolved configuration.
-        file: the JSON that the policy's came from; `reference_zero3.json` beside it is taken.
+        file: the policy's JSON file; `reference_zero3.json` beside it is used if it exists.
     """
     beside = Path(file).with_name(REFERENCE_FILE)
     if not beside.is_file():
@@ -38,7 +38,7 @@ def engine_config(policy: dict[str, Any], file: str, config: TrainingConfig) -> 
 
 
 def shard(module: nn.Module, config: dict[str, Any]) -> nn.Module:
-    """Return `module` in a ZeRO-3 engine that only does forwards; its weights are sharded."""
+    """Return `module` in a ZeRO-3 engine for forwards only, with sharded weights."""
     import deepspeed
 
     freeze_parameters(module)
@@ -54,7 +54,7 @@ def freeze_parameters(module: nn.Module) -> nn.Module:
 
 
 def release_frozen(frozen: nn.Module) -> None:
-    """Free a frozen model's weights now, not when the last name for it goes away."""
+    """Free a frozen model's weights now, even if references to it remain."""
     if not hasattr(frozen, "destroy"):
         frozen.to("meta")
     else:

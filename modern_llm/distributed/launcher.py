@@ -1,8 +1,8 @@
-"""The launcher's environment next to the run's configuration: the run decides what is computed.
+"""Check of the launcher's environment variables against the run's configuration.
 
-Accelerate reads a variable wherever an argument is left out. While it starts and prepares a model,
-it sees only those in `KEPT`; every other one is compared here with the run's configuration and
-refused where it differs.
+Accelerate reads a variable for every argument that it is not given. Variables that would change
+what is computed are compared with the run's configuration, and refused if they differ. While
+Accelerate starts and prepares a model it sees only those in `KEPT`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from modern_llm.distributed.deepspeed_config import value_at
 log = logging.getLogger(__name__)
 
 PREFIXES = ("ACCELERATE_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
-# Where a process runs, who shards, and which modules ZeRO-3 gathers whole (MOE_LAYER_CLS_NAMES).
-# The variables FSDP_* say how FSDP shards.
+# Device, sharding backend, and the modules that ZeRO-3 gathers whole (MOE_LAYER_CLS_NAMES). The
+# variables FSDP_*, which set how FSDP shards, are not affected.
 KEPT = frozenset(
     "ACCELERATE_USE_CPU ACCELERATE_USE_DEEPSPEED ACCELERATE_USE_FSDP ACCELERATE_TORCH_DEVICE "
     "ACCELERATE_DEBUG_MODE ACCELERATE_CPU_AFFINITY ACCELERATE_LOG_LEVEL "
     "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES "
     "ACCELERATE_USE_SAGEMAKER ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE".split()
 )
-# Fields of deepspeed_config in Accelerate's YAML -> where a DeepSpeed JSON says the same.
+# Fields of deepspeed_config in Accelerate's YAML -> the same setting in a DeepSpeed JSON.
 ZERO = "ACCELERATE_DEEPSPEED_"
 FIELDS = {
     f"{ZERO}ZERO_STAGE": "zero_optimization.stage",
@@ -44,14 +44,14 @@ def asked(name: str) -> bool:
 
 
 def value_of(name: str) -> str | None:
-    """Return what a variable says, or None where it is unset or says nothing."""
+    """Return the value of a variable, None if it is unset, empty or a word for "nothing"."""
     value = os.environ.get(name, "").strip()
     return None if value.lower() in NOTHING else value
 
 
 @contextmanager
 def hidden() -> Iterator[None]:
-    """Hide all variables that Accelerate reads, except `KEPT`, while the body runs."""
+    """Hide all variables that Accelerate reads, except `KEPT`, inside the `with` block."""
     names = [n for n in os.environ if n.startswith(PREFIXES) and n not in KEPT]
     before = {name: os.environ.pop(name) for name in names}
     try:
@@ -61,7 +61,7 @@ def hidden() -> Iterator[None]:
 
 
 def refuse_contradictions(config: TrainingConfig, *, on_cpu: bool, world: int) -> None:
-    """Raise `ConfigError` for what a launcher or this machine would silently do differently."""
+    """Raise `ConfigError` for settings that launcher or machine would silently override."""
     problems = [
         *_machine(config, on_cpu=on_cpu),
         *_computation(config),
@@ -85,24 +85,24 @@ def _machine(config: TrainingConfig, *, on_cpu: bool) -> Iterator[str]:
         yield "train.mixed_precision fp16 needs a GPU: use bf16 or no on this machine"
     if on_cpu and asked("ACCELERATE_USE_FSDP"):
         yield (
-            "FSDP needs a GPU: without one Accelerate leaves gradients unsynchronised without a "
-            "word; use accelerate_configs/ddp.yaml or a ZeRO stage on a CPU"
+            "FSDP needs a GPU: without one Accelerate silently leaves gradients unsynchronised; "
+            "use accelerate_configs/ddp.yaml or a ZeRO stage on a CPU"
         )
     if asked("ACCELERATE_USE_DEEPSPEED") and asked("ACCELERATE_USE_CPU"):
         yield (
-            "use_cpu switches DeepSpeed off without a word: leave it out (use_cpu: false); on a "
-            "machine without a GPU DeepSpeed then runs on the CPU"
+            "use_cpu silently switches DeepSpeed off: set use_cpu: false; on a machine without a "
+            "GPU DeepSpeed then runs on the CPU"
         )
 
 
 def _computation(config: TrainingConfig) -> Iterator[str]:
-    """What the launcher asks to be computed otherwise than the run says."""
-    # Only what accelerate launch itself was told: its own default is "no".
+    """Yield a message for each launcher setting that contradicts the run."""
+    # "no" is the launcher's default, not a setting of the user.
     precision = value_of("ACCELERATE_MIXED_PRECISION")
     if precision not in (None, config.precision, config.mixed_precision):
         yield (
-            f"accelerate launch says mixed precision {precision}, train.mixed_precision says "
-            f"{config.mixed_precision}: say the same in both"
+            f"accelerate launch sets mixed precision {precision}, and train.mixed_precision is "
+            f"{config.mixed_precision}: set both to the same value"
         )
     compiler = value_of("ACCELERATE_DYNAMO_BACKEND")
     if compiler is not None and not config.compile:

@@ -1,10 +1,9 @@
-"""What this process holds of the training state, whatever shards it: pieces of flat parameters.
+"""This process's shard of the training state, as pieces of flat parameters, for every engine.
 
-One `Piece` is a range of one parameter with its float32 weights and AdamW moments. Under ZeRO every
-rank holds different pieces, else every rank holds all parameters whole. Checkpoints are made of
-pieces, so that a run may resume under another stage or on another number of processes; export
-gathers them one parameter at a time. Knows DeepSpeed's flat buffers, which are not public: the
-tests read every piece back.
+A `Piece` is a range of one parameter with its float32 weights and AdamW moments. Under ZeRO every
+rank holds different pieces; otherwise every rank holds all parameters whole. Checkpoints consist of
+pieces, so that a run can resume under another stage or number of processes. DeepSpeed's flat
+buffers are not public API: the tests read every piece back.
 """
 
 from __future__ import annotations
@@ -24,28 +23,28 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Piece:
-    """A range of one parameter, as this rank holds it."""
+    """A range of one parameter on this rank."""
 
     name: str
     """The parameter's name in the module before it was prepared."""
     start: int
-    """First element, counted in the flattened parameter."""
+    """First element, as an index into the flattened parameter."""
     weight: Tensor
-    """(n,) the weights that the optimizer steps: float32, also where the forward has fewer bits."""
+    """(n,) weights that the optimizer updates: float32, even if the forward uses 16 bits."""
     owner: Tensor
-    """The optimizer's own parameter: this one, or a flat buffer of many."""
+    """The optimizer's parameter: this one, or a flat buffer of many."""
     offset: int
-    """Where the piece begins in the flattened `owner`."""
+    """First element, as an index into the flattened `owner`."""
 
     def moment(self, optimizer: torch.optim.Optimizer, key: str) -> Tensor | None:
-        """Return the (n,) view of a moment, or None before the first step."""
+        """Return the (n,) view of a moment, None before the first step."""
         state = optimizer.state.get(self.owner, {})
         if key not in state:
             return None
         return _local(state[key]).view(-1)[self.offset : self.offset + self.weight.numel()]
 
     def make_moments(self, optimizer: torch.optim.Optimizer, step: float) -> None:
-        """Make the owner's moments, zero, where it has none yet, and set its count of steps."""
+        """Create missing moments of the owner as zeros, and set its step count."""
         state = optimizer.state[self.owner]
         for key in MOMENTS:
             if key not in state:
@@ -54,7 +53,7 @@ class Piece:
 
 
 def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
-    """Return the AdamW object whose state holds the moments."""
+    """Return the AdamW object inside all wrappers, whose state holds the moments."""
     optimizer = engine.optimizer
     while not isinstance(optimizer, torch.optim.AdamW):
         optimizer = optimizer.optimizer
@@ -62,7 +61,7 @@ def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
 
 
 def pieces(engine: Engine) -> list[Piece]:
-    """Return what this rank holds of every trained parameter, in the model's order."""
+    """Return this rank's pieces of the trained parameters."""
     if isinstance(engine, DeepSpeedEngine) and engine.stage == 3:
         return list(_stage_3(engine))
     if isinstance(engine, DeepSpeedEngine) and engine.stage > 0:
@@ -75,19 +74,17 @@ def pieces(engine: Engine) -> list[Piece]:
 
 
 def replicated(engine: Engine) -> bool:
-    """Whether every rank holds all pieces, so that one of them is enough."""
+    """Whether every rank holds all pieces, so that one rank can write them."""
     if isinstance(engine, DeepSpeedEngine):
         return engine.stage == 0
     return not any(hasattr(parameter, "to_local") for parameter in engine.inner.parameters())
 
 
 def full_parameters(engine: Engine, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, whole float32 parameter) one after the other; a collective on every rank.
-
-    A rank that lets go of each tensor holds one parameter at a time.
+    """Yield (name, whole float32 parameter) one at a time; a collective.
 
     Args:
-        trained: whether frozen ones are left out.
+        trained: yield only trained parameters.
     """
     names = {id(p): name for name, p in engine.inner.named_parameters()}
     sharded = isinstance(engine, DeepSpeedEngine) and engine.stage > 0
@@ -112,12 +109,12 @@ def full_parameters(engine: Engine, *, trained: bool = False) -> Iterator[tuple[
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """The tensor's data; of a DTensor (FSDP2) this rank's shard."""
+    """Return the tensor's data; of a DTensor (FSDP2) this rank's shard."""
     return tensor.to_local().detach() if hasattr(tensor, "to_local") else tensor.data
 
 
 def _first_element(parameter: nn.Parameter) -> int:
-    """Where this rank's shard begins in the flattened parameter; FSDP2 shards along rows."""
+    """Return the first element of this rank's shard; FSDP2 shards along rows."""
     if not hasattr(parameter, "to_local"):
         return 0
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -160,7 +157,7 @@ def _stage_3(engine: DeepSpeedEngine) -> Iterator[Piece]:
             index, offset, numel = sharded.grad_position[sharded.get_param_id(parameter)]
             flat = sharded.fp32_partitioned_groups_flat[index]
             start = numel * rank
-            # Partitions are of equal size: what lies behind the parameter's end is padding.
+            # Partitions have equal size: elements after the parameter's end are padding.
             real = min(numel, parameter.ds_numel - start)
             if real > 0:
                 yield Piece(

@@ -1,7 +1,4 @@
-"""What a person sees while something long runs: lines and, on a terminal, a bar with the time left.
-
-Rank 0 only.
-"""
+"""Terminal output of long operations: lines and, on a terminal, a progress bar. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from modern_llm.config.printable import printable
 
 
 class ProgressBar:
-    """Lines and, on a terminal, a bar. Silent on every rank but 0."""
+    """Lines on stdout and, on a terminal, a bar on stderr; nothing without `shown`."""
 
     def __init__(self, title: str, total: int, done: int, *, shown: bool):
         self._shown = shown
@@ -31,7 +28,7 @@ class ProgressBar:
                 console=self._console,
                 transient=True,
                 refresh_per_second=4,
-                # A person may keep stdout in a file and look at the bar, which goes to stderr.
+                # stdout may be redirected to a file while the bar is on the terminal.
                 redirect_stdout=False,
             )
             self._task = self._bar.add_task(title, total=total, completed=done, status="")
@@ -56,7 +53,7 @@ class ProgressBar:
             self._bar.update(self._task, status=printable(text))
 
     def line(self, text: str) -> None:
-        """Print one line on stdout, where the documented console line is looked for."""
+        """Print one line on stdout, where scripts expect the documented console line."""
         if not self._shown:
             return
         text = printable(text)

@@ -1,8 +1,7 @@
-"""From `TrainingConfig` to an `Accelerator`, and the few collectives that the rest may use.
+"""Start of the process group and of Accelerate, and the engines of a run.
 
-The only place that starts the process group. On a CPU several processes talk through gloo; the
-world size is compared with what the launcher said, because a bare `Accelerator()` there quietly
-trains N separate runs.
+On a CPU processes communicate through gloo. The world size is compared with the launcher's, because
+a plain `Accelerator()` would silently train N separate runs there.
 """
 
 from __future__ import annotations
@@ -50,38 +49,38 @@ RELEASE_S = 10.0
 
 
 class Runtime(Peers):
-    """One process of a run: who it is, and how it agrees with the others.
+    """One process of a run: rank, device, collectives, engines and frozen models.
 
-    A context: its engines and frozen models are freed at the end.
+    A context manager that frees its engines and frozen models at the end.
     """
 
     def __init__(self, accelerator: Accelerator, config: TrainingConfig):
         self.accelerator, self.config = accelerator, config
         super().__init__(accelerator.process_index, accelerator.num_processes)
         self.device: torch.device = accelerator.device
-        self.stopping: str | None = None  # what all have agreed to stop for
-        self.flag: Any = None  # a `consensus.Flag`: a decision to stop that is under way
-        # Whether work beside the training is under way here, and whether none was anywhere when
-        # the last decision to stop began: what ends at its own time is looked at in one step.
+        self.stopping: str | None = None  # the signal that all ranks have agreed to stop for
+        self.flag: Any = None  # a `consensus.Flag`: the vote in progress
+        # `busy`: whether a background save runs here. `all_idle`: whether none ran on any rank at
+        # the last vote, so that all ranks collect a finished save at the same step.
         self.busy: Callable[[], bool] = bool
         self.all_idle = False
-        # What frees each engine and frozen model that is still in use, by its id.
+        # Id of each engine and frozen model in use -> function that frees it.
         self._in_use: dict[int, Callable[[], None]] = {}
 
     @property
     def stage(self) -> int | None:
-        """ZeRO stage, or None without DeepSpeed."""
+        """ZeRO stage, None without DeepSpeed."""
         content = self.deepspeed_content
         return deepspeed_config.stage_of(content) if content else None
 
     @property
     def deepspeed_content(self) -> dict[str, Any]:
-        """What DeepSpeed was given; empty without it."""
+        """DeepSpeed's configuration; empty without DeepSpeed."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         return {} if plugin is None else plugin.deepspeed_config
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Engine:
-        """Return `model` and its optimizer in the hands of DDP, DeepSpeed or nobody."""
+        """Return an engine with `model` and its optimizer, under DDP, FSDP, DeepSpeed or none."""
         kind = Engine if self.stage is None else DeepSpeedEngine
         self._in_use[id(model)] = partial(deepspeed_release.forget, model)  # if it does not start
         with launcher.hidden():
@@ -92,29 +91,29 @@ class Runtime(Peers):
 
     @property
     def forward_dtype(self) -> str:
-        """What weights and activations of a forward are: part of what a log-prob depends on."""
+        """Precision of weights and activations in a forward; log-probs depend on it."""
         if self.stage and not self.deepspeed_content.get("torch_autocast", {}).get("enabled"):
             for name in ("bf16", "fp16"):
                 if self.deepspeed_content[name]["enabled"]:
-                    return f"{name}-weights"  # no autocast: norms and residuals are rounded too
+                    return f"{name}-weights"  # without autocast norms and residuals are rounded too
         precision = self.config.precision
         return "float32" if precision == "no" else precision
 
     @property
     def shards_weights(self) -> bool:
-        """Whether a forward gathers weights from other processes: ZeRO-3 and FSDP."""
+        """Whether a forward gathers weights from other processes (ZeRO-3, FSDP)."""
         return self.stage == 3 or self.accelerator.distributed_type == DistributedType.FSDP
 
     @property
     def rounds_weights(self) -> bool:
-        """Whether the engine keeps weights in 16 bits for forwards, however they were loaded."""
+        """Whether the engine converts the weights of forwards to 16 bits."""
         return self.forward_dtype.endswith("-weights")
 
     def freeze(self, module: nn.Module) -> nn.Module:
-        """Return a module that is only asked, never trained, ready for forwards on this device.
+        """Return a frozen module, ready for forwards on this device.
 
-        Every rank makes the same number of forwards with it, in step: under DeepSpeed it is sharded
-        by an engine of its own.
+        Under DeepSpeed it is sharded by its own engine, so every rank must do the same number of
+        forwards.
         """
         if self.stage is None:
             return self._frozen(frozen_engine.freeze_parameters(module).to(self.device))
@@ -134,20 +133,20 @@ class Runtime(Peers):
         self._in_use.pop(id(used))()
 
     def close(self) -> None:
-        """Free every engine and frozen model that is still in use, however the run ended.
+        """Free every engine and frozen model that is still in use, also after an error.
 
-        In a thread with a deadline: after an error of this rank alone its device may wait for
-        collectives that the others never join.
+        In a thread with a deadline, because after an error of this rank alone its device may wait
+        for collectives that the other ranks never enter.
         """
         held, self._in_use = list(self._in_use.values()), {}
 
         def free() -> None:
             if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)  # which device is in use is told by thread
+                torch.cuda.set_device(self.device)  # the current device is set per thread
             for release in held:
                 try:
                     release()
-                except Exception as error:  # another error may be on its way to the user
+                except Exception as error:  # must not hide the error that ended the run
                     log.warning("warning: a model could not be freed: %s", error)
 
         if held:
@@ -166,10 +165,9 @@ class Runtime(Peers):
 
     @contextmanager
     def one_per_machine_first(self) -> Iterator[None]:
-        """Let one process of each machine do the body before the others (who then find it done).
+        """Run the `with` block on one process of each machine first, then on the others.
 
-        An error on the first reaches everyone: the others would wait for a barrier that never
-        comes.
+        An error of a first process is raised on all, because the others would wait forever.
         """
         failure: BaseException | None = None
         first = self.accelerator.is_local_main_process
@@ -184,19 +182,19 @@ class Runtime(Peers):
 
 
 def start(config: TrainingConfig, record: dict[str, Any] | None = None) -> Runtime:
-    """Start the process group, if there is one, and return this process's part in it.
+    """Start the process group, if there is one, and return this process's `Runtime`.
 
     Args:
-        record: the run's whole configuration. It must be the same on every process, which is
-            looked at before the first collective; and so must the local inputs that it names.
+        record: the run's whole configuration. It must be equal on every process, as must the local
+            input files that it names; both are checked before any work.
 
     Raises:
-        ConfigError: a precision or sharding that this machine cannot do, or a DeepSpeed JSON that
+        ConfigError: this machine does not support the precision or sharding, or the DeepSpeed JSON
             contradicts `config`.
-        PeerError: processes are missing, or do not fit together.
+        PeerError: processes are missing, or have different versions or inputs.
     """
     on_cpu = not torch.cuda.is_available()
-    if on_cpu:  # else DeepSpeed warns; Accelerate imports it at export though nobody asked for it
+    if on_cpu:  # else DeepSpeed warns, which Accelerate imports at export even if it is not used
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = launcher.asked("ACCELERATE_USE_DEEPSPEED")
     announced = int(os.environ.get("WORLD_SIZE", "1"))
@@ -209,14 +207,14 @@ def start(config: TrainingConfig, record: dict[str, Any] | None = None) -> Runti
     if dist.is_initialized():
         process_exit.handle_exit()
     before = PartialState._shared_state.get("distributed_type")
-    # Stages run one after another in one process, each with a precision and perhaps a sharding of
-    # its own; the process group of the first serves all.
+    # Several stages may run in one process, each with its own precision and sharding; they share
+    # the process group of the first.
     AcceleratorState._reset_state(
         reset_partial_state=(before == DistributedType.DEEPSPEED) != deepspeed
     )
     accelerator = _accelerator(config, plugin, on_cpu=on_cpu)
     if plugin is not None:
-        # Transformers shards what it loads while this is set, and the probe needs whole weights.
+        # While this is set, transformers shards the models it loads; the probe needs whole weights.
         plugin.dschf = None
     _check_started(accelerator, announced, deepspeed=deepspeed)
     runtime = Runtime(accelerator, config)
@@ -226,7 +224,7 @@ def start(config: TrainingConfig, record: dict[str, Any] | None = None) -> Runti
 
 
 def _check_started(accelerator: Accelerator, announced: int, *, deepspeed: bool) -> None:
-    """Raise `PeerError` where Accelerate started something else than requested."""
+    """Raise `PeerError` if Accelerate started with another backend or world size."""
     if deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise PeerError(
             f"DeepSpeed was requested, but Accelerate started {accelerator.distributed_type}: a "
@@ -242,14 +240,14 @@ def _check_started(accelerator: Accelerator, announced: int, *, deepspeed: bool)
 def _accelerator(
     config: TrainingConfig, plugin: DeepSpeedPlugin | None, *, on_cpu: bool
 ) -> Accelerator:
-    """Start Accelerate with what the run says, whatever its variables say."""
-    # Given to a single process, a backend makes it look for a group that does not exist.
+    """Start Accelerate with the settings of the run; its environment variables are hidden."""
+    # With a backend, a single process would look for a group that does not exist.
     handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else None), _own_buffers()]
     with launcher.hidden():
         return Accelerator(
             mixed_precision=config.precision,
-            # cpu=True under DeepSpeed would switch DeepSpeed off without a word; without it,
-            # processes on a CPU would each believe to be alone.
+            # cpu=True silently switches DeepSpeed off; without DeepSpeed, CPU processes need it, or
+            # each trains alone.
             cpu=on_cpu and plugin is None,
             gradient_accumulation_steps=1,
             deepspeed_plugins=plugin,
@@ -258,7 +256,7 @@ def _accelerator(
 
 
 def _facts(record: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what must agree between processes before they connect; reads no file."""
+    """Return the settings that must agree before processes connect, without reading files."""
     if record is None:
         return {}
     places = {"output_dir", "resume"}  # may differ from node to node
@@ -267,15 +265,14 @@ def _facts(record: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _compare_inputs(runtime: Runtime, record: dict[str, Any]) -> None:
-    """Refuse local inputs that differ between nodes; one process of each node reads them, while
-    the others wait in a collective, however long that takes."""
+    """Refuse local input files that differ between nodes; one process of each node reads them."""
     heartbeat.enter("comparing the input files")
     found: dict[str, str] | None = None
     with runtime.failing_together():
         if os.environ.get("LOCAL_RANK", "0") == "0":
             found = named_in(record)
     mark = None if found is None else json.dumps(found, sort_keys=True)
-    # All processes get one short mark of each node; the digests themselves only where they differ.
+    # All processes get one short digest per node; those of single files only if nodes differ.
     marks = runtime.gather(mark and hashlib.sha256(mark.encode()).hexdigest())
     if len({mark for mark in marks if mark is not None}) > 1:
         notes = runtime.gather(whereabouts() | {"files": found})
@@ -283,14 +280,14 @@ def _compare_inputs(runtime: Runtime, record: dict[str, Any]) -> None:
 
 
 def _own_buffers() -> DistributedDataParallelKwargs:
-    """Buffers are constants here; sending them would make every forward wait for all ranks."""
-    # Accelerate knows no other name for it yet.
+    """Do not broadcast buffers: they are constants, and every forward would wait for all ranks."""
+    # Accelerate has no other name for the option yet.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     return DistributedDataParallelKwargs(broadcast_buffers=False)
 
 
 def _deepspeed_plugin(config: TrainingConfig) -> DeepSpeedPlugin:
-    """Return Accelerate's plugin for the JSON or the fields that `accelerate launch` was given."""
+    """Return Accelerate's plugin for the JSON or the fields passed to `accelerate launch`."""
     try:
         import deepspeed
     except ImportError as error:
@@ -298,9 +295,9 @@ def _deepspeed_plugin(config: TrainingConfig) -> DeepSpeedPlugin:
             ["DeepSpeed was requested and is not installed: pip install modern-llm[deepspeed]"]
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it writes to stdout
-    # Of calls between DeepSpeed and torch, once a tensor.
+    # DeepSpeed's calls to torch warn once per tensor.
     warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning, "torch.distributed")
-    _leave_out_shared_memory_collectives(deepspeed)
+    _skip_shared_memory_op(deepspeed)
     named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if named != "none":
         content, place = deepspeed_config.read_file(named), named
@@ -318,11 +315,11 @@ def _deepspeed_plugin(config: TrainingConfig) -> DeepSpeedPlugin:
         return DeepSpeedPlugin(hf_ds_config=content, zero3_init_flag=False)
 
 
-def _leave_out_shared_memory_collectives(deepspeed: Any) -> None:
-    """Keep DeepSpeed from compiling a C++ op that serves inference alone.
+def _skip_shared_memory_op(deepspeed: Any) -> None:
+    """Keep DeepSpeed from compiling a C++ op that only inference needs.
 
-    It takes 45 to 150 s and a compiler, and a start that is killed meanwhile leaves a lock on which
-    later ones wait. The table is private: without it the op is compiled, and all works the same.
+    Compiling takes 45 to 150 s, and a process killed meanwhile leaves a lock that later ones wait
+    for. The table is private: in a version without it the op is compiled, and nothing else changes.
     """
     table = getattr(deepspeed.ops, "__compatible_ops__", None)
     if isinstance(table, dict) and "deepspeed_shm_comm" in table:

@@ -131,7 +131,7 @@ def test_an_accumulation_of_the_launcher_is_said_to_have_no_effect(launched, cap
 @pytest.mark.parametrize(
     ("variables", "sentence"),
     [
-        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "accelerate launch says mixed precision fp8"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "accelerate launch sets mixed precision fp8"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "INDUCTOR of accelerate has no effect"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM is not supported"),
         (

@@ -86,7 +86,7 @@ def test_float16_without_a_gpu_is_refused():
             {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "true"},
             "use_cpu switches DeepSpeed off",
         ),
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "accelerate launch says mixed precision bf16"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "accelerate launch sets mixed precision bf16"),
         (
             {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "gone.json"},
             "deepspeed_config_file gone.json: No such file",

@@ -1,9 +1,9 @@
-"""Where this process is: its phase, its last sign of progress and its own speed, for the watchdog.
+"""Progress of this process, for the watchdog: its phase, its last heartbeat and its own speed.
 
-All processes enter the same phases in the same order, so that the one that has entered the fewest
-is the one that the others wait for. A phase may be silent for a long time unless it is `quick`: a
-step or a forward, which is measured, and judged by what it has taken so far in this run. Marks are
-a few writes of plain values, cheap enough for every micro-batch. Nothing here decides.
+All processes enter the same phases in the same order, so the others wait for the process that has
+entered the fewest. A phase may be silent for a long time, unless it is `quick`: a step or forward,
+whose limit comes from its own durations in this run. Heartbeats are a few assignments, cheap enough
+for every micro-batch. Nothing here decides that a process hangs.
 """
 
 from __future__ import annotations
@@ -16,59 +16,61 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 LONG_S = 3600.0
-"""Seconds of silence that are allowed where there is no measure: downloads, reading, digesting,
-tokenizing, preparing an engine, compiling, the first forward of a kind, exports."""
+"""Seconds of silence allowed without a measurement: downloads, reading, digesting, tokenizing,
+preparing an engine, compiling, the first forward of a kind, exports."""
 COMPILE_S = 600.0
-"""What a compiler may take within a step whose shapes are new."""
+"""Seconds that compilation may take in a step with new shapes."""
 SLOWEST_DISK = 20e6
-"""Bytes a second that reading a checkpoint is given time for."""
+"""Bytes per second assumed for the time limit of reading a checkpoint."""
 DISK_PAUSE_S = 30.0
-"""What a network disk may stop for, beyond the time that its speed explains."""
+"""Seconds that a network disk may pause, beyond the time for its speed."""
 FACTOR = 10
-"""How many times its own longest silence a phase may be silent."""
+"""Limit of a phase's silence, as a multiple of its own longest silence."""
 REMEMBERED = 20
-"""Steps by which a process is judged slower than the others."""
+"""Last steps in which the speed of processes is compared."""
 
 
 class Measure:
-    """The silences between two marks of one phase, in seconds."""
+    """Silences between heartbeats of one phase, in seconds."""
 
     def __init__(self) -> None:
         self._visited = False
-        self._first = 0.0  # with compilation, warm-up and cold caches in it
+        self._first = 0.0  # first visit: includes compilation, warm-up and cold caches
         self._rest: deque[float] = deque(maxlen=100)
 
     def add(self, seconds: float) -> None:
-        """Note one silence."""
+        """Record one silence."""
         if self._visited:
             self._rest.append(seconds)
         else:
             self._first = max(self._first, seconds)
 
     def leave(self) -> None:
-        """Note that the phase is over, for the first time or again."""
+        """Record the end of the phase."""
         self._visited = True
 
     @property
     def longest(self) -> float | None:
-        """The longest of the last 100, None before the phase was over once. What the first time
-        took counts only as long as nothing else is known."""
+        """The longest of the last 100 silences; None in the first visit of the phase.
+
+        Silences of the first visit count only until there are others.
+        """
         return max(self._rest, default=self._first) if self._visited else None
 
 
 @dataclass
 class Phase:
-    """Where a thread of this process is.
+    """Progress of one thread of this process.
 
     Attributes:
         count: phases entered since the stage began.
-        quick: whether the phase is judged by its measure as soon as it has one.
-        ticked: monotonic time of the last mark.
-        allowance: seconds of silence beyond what the measure explains.
-        waiting: whether it waits for others in a collective of our own.
-        threads: those whose marks are this place's.
-        measures: of each phase.
-        busy: seconds that each of the last optimizer steps computed before it waited for another
+        quick: whether the phase's own measurement sets its limit, once there is one.
+        ticked: monotonic time of the last heartbeat.
+        allowance: seconds of silence allowed beyond the measurement.
+        waiting: whether it waits for other processes in one of our collectives.
+        threads: ids of the threads whose heartbeats count for this phase.
+        measures: silences of each phase by name.
+        busy: for each of the last optimizer steps, seconds of work before waiting for another
             process.
     """
 
@@ -85,33 +87,33 @@ class Phase:
 
     @property
     def name(self) -> str:
-        """The phase, with its step where it has one."""
+        """The phase, with its step if it has one."""
         return self.phase if self.step is None else f"{self.phase} of step {self.step}"
 
     @property
     def measured(self) -> float | None:
-        """The longest silence of this phase so far, None in the first of its kind."""
+        """The longest silence of this phase so far, None in its first visit."""
         measure = self.measures.get(self.phase)
         return None if measure is None else measure.longest
 
     def explained(self, least: float) -> float:
-        """Seconds of silence that this place's own speed explains, at least `least`."""
+        """Return the seconds of silence that its own speed explains, at least `least`."""
         return max(least, FACTOR * (self.measured or 0.0))
 
     def limit(self, least: float) -> float:
-        """Seconds of silence after which others no longer wait for it."""
+        """Return the seconds of silence after which it counts as hung."""
         unknown = self.quick and self.measured is None
         return self.explained(least) + self.allowance + (LONG_S if unknown else 0.0)
 
     def mark(self, *, own: bool = True) -> None:
-        """Note a sign of progress; `own` counts the silence before it as this process's speed."""
+        """Record a heartbeat; `own` counts the silence before it as this process's speed."""
         now = time.monotonic()
         if own:
             self.measures.setdefault(self.phase, Measure()).add(now - self.ticked)
         self.ticked = now
 
     def enter(self, phase: str, step: int | None, allowance: float, *, quick: bool) -> None:
-        """Leave the phase before and begin this one."""
+        """Leave the current phase and begin another."""
         self.mark()
         self.measures[self.phase].leave()
         self.phase, self.step, self.allowance, self.quick = phase, step, allowance, quick
@@ -119,13 +121,13 @@ class Phase:
 
 
 here = Phase()
-"""Where the thread is that opened the watchdog."""
+"""Progress of the thread that opened the watchdog."""
 aside: Phase | None = None
-"""Where a save beside the training is, while there is one."""
+"""Progress of a background save, while there is one."""
 
 
 def _mine() -> Phase | None:
-    """The place whose marks the calling thread makes; None for a thread that nobody waits for."""
+    """Return the phase that the calling thread works for; None if it is not watched."""
     thread = threading.get_ident()
     if aside is not None and thread in aside.threads:
         return aside
@@ -134,7 +136,7 @@ def _mine() -> Phase | None:
 
 @contextmanager
 def beside(place: Phase) -> Iterator[None]:
-    """Let marks of this thread go to `place`, while the main thread continues with its own work."""
+    """Count heartbeats of this thread for `place`, beside the main thread's phase."""
     global aside
     place.threads = {threading.get_ident()}
     aside = place
@@ -145,7 +147,7 @@ def beside(place: Phase) -> Iterator[None]:
 
 
 def helper() -> Callable[[], None]:
-    """Return an initializer for worker threads of this one, whose marks then count as its own."""
+    """Return an initializer for worker threads, whose heartbeats then count as this thread's."""
     place = _mine()
 
     def join() -> None:
@@ -156,32 +158,34 @@ def helper() -> Callable[[], None]:
 
 
 def begin() -> None:
-    """Reset all marks: a stage begins in this thread."""
+    """Reset all progress: a stage begins in this thread."""
     fresh = Phase(threads={threading.get_ident()})
     for name, value in vars(fresh).items():
         setattr(here, name, value)
 
 
 def enter(phase: str, step: int | None = None) -> None:
-    """Name what follows, on every process; it may be silent for `LONG_S`."""
+    """Begin a phase, on every process; it may be silent for `LONG_S`."""
     here.enter(phase, step, LONG_S, quick=False)
 
 
 @contextmanager
 def phase(name: str, step: int | None = None, allowance: float = LONG_S) -> Iterator[None]:
-    """Enclose some work, on every process. What follows is again in the phase around it.
+    """Run the `with` block as a phase, on every process, and return to the phase around it.
 
     Args:
-        allowance: seconds of silence beyond what this phase has taken before. A shorter one than
-            `LONG_S` needs a reason: a size and a speed.
+        allowance: seconds of silence beyond the measurement. A value below `LONG_S` needs a reason,
+            for example a size and a speed.
     """
     yield from _enclosed(name, step, allowance, quick=False)
 
 
 @contextmanager
 def quick(name: str, step: int | None = None, allowance: float = 0.0) -> Iterator[None]:
-    """Enclose a step or a forward, on every process: the first of its kind may be silent for
-    `LONG_S`, later ones for what those before explain."""
+    """Run a step or a forward as a phase, on every process.
+
+    The first of its kind may be silent for `LONG_S`; the limit of later ones is measured.
+    """
     yield from _enclosed(name, step, allowance, quick=True)
 
 
@@ -196,7 +200,7 @@ def _enclosed(name: str, step: int | None, allowance: float, *, quick: bool) -> 
 
 
 def tick() -> None:
-    """Note a sign of progress within a phase."""
+    """Record a heartbeat within a phase."""
     place = _mine()
     if place is not None:
         place.mark()
@@ -204,7 +208,7 @@ def tick() -> None:
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Enclose a wait for the other processes; its time is not this process's speed."""
+    """Mark a wait for other processes, which does not count as this process's speed."""
     place = _mine()
     if place is None:
         yield
@@ -219,5 +223,5 @@ def waiting() -> Iterator[None]:
 
 
 def step_done(busy: float) -> None:
-    """Note the seconds that an optimizer step computed before this process waited for another."""
+    """Record the seconds that an optimizer step worked before it waited for another process."""
     here.busy.append(busy)

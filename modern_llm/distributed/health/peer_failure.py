@@ -1,8 +1,8 @@
-"""Another process is gone: which errors mean that, and whose line is printed first.
+"""Errors that mean a lost peer, and the order of error lines.
 
-A process that ends while others wait in a collective breaks it for them, and they see a message of
-the transport. It becomes a `PeerError`, and the line of the process that failed by itself comes
-before the lines of those that only lost a partner. After an error there is no collective.
+If a process ends while others wait in a collective, they get an error of the transport. It becomes
+a `PeerError`, and the line of the process that failed first is printed before theirs. After an
+error no collective may follow.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from modern_llm.config.errors import PeerError, status_of
 from modern_llm.distributed.rendezvous import handshake
 
-# What gloo, NCCL and the store say when a peer's socket closes or its heartbeat ends.
+# Messages of gloo, NCCL and the store when a peer's socket closes or its heartbeat ends.
 SIGNS = (
     "connection closed by peer",
     "connection reset by peer",
@@ -30,17 +30,17 @@ SIGNS = (
     "remote process exited",
     "watchdog caught collective operation timeout",
 )
-# How long those who lost a partner wait, so that the partner's own line comes first.
+# Seconds that processes which lost a peer wait, so that the peer's own line comes first.
 GRACE = 2.0
 
 
 def as_peer_error(
     error: BaseException, then: Callable[[], str] = lambda: "run the same command again"
 ) -> BaseException:
-    """Return a `PeerError` where `error` is what a lost process looks like, else `error`.
+    """Return a `PeerError` if `error` means that another process ended, else `error`.
 
     Args:
-        then: returns what the user does next.
+        then: returns the user's next step, for the message.
     """
     if not isinstance(error, RuntimeError) or status_of(error) != 1 or not dist.is_initialized():
         return error
@@ -56,15 +56,15 @@ def as_peer_error(
 
 
 def may_speak(error: BaseException) -> bool:
-    """Whether this process prints its error; of many that have the same one only the first does."""
+    """Whether this process prints its error; of processes with the same error only one does."""
     store = handshake.store()
     if store is None:
-        # Before the processes met: all of them found the same, or this one is alone.
+        # Before the handshake: all processes have the same error, or there is only this one.
         return os.environ.get("RANK", "0") == "0" or status_of(error) not in (2, 5)
     kind = "lost" if isinstance(error, PeerError) and error.__cause__ is not None else "error"
     if kind == "lost":
         time.sleep(GRACE)
     try:
         return store.add(f"said/{kind}", 1) == 1
-    except RuntimeError:  # the process that held it is gone
+    except RuntimeError:  # the process with the store has ended
         return True

@@ -1,4 +1,4 @@
-"""Processes that take much longer than the others: what a step computes before anybody waits."""
+"""Warnings about processes whose steps work much longer than those of the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEAST_S = 0.005
 
 
 class Stragglers:
-    """Names each slow process once, and again when it was as fast as the others in between."""
+    """Warns once about each slow process, and again if it was as fast as the others in between."""
 
     def __init__(self) -> None:
         self._named: set[int] = set()
@@ -25,7 +25,7 @@ class Stragglers:
         """Compare all processes over their last `REMEMBERED` steps.
 
         Args:
-            beats: rank -> `busy` [shortest, median] seconds of these steps, `steps` their number,
+            beats: rank -> `busy`, [shortest, median] seconds of these steps; `steps`, their number;
                 `host`.
         """
         known = {r: b for r, b in beats.items() if b["steps"] >= REMEMBERED}
@@ -40,7 +40,7 @@ class Stragglers:
                 self._named.add(rank)
                 log.warning(
                     "warning: rank %d (%s) took more than %.1f s in each of its last %d steps, the "
-                    "others %.2f s: all wait for it; look at that machine",
+                    "others %.2f s: all wait for it; check that machine",
                     rank,
                     beat["host"],
                     shortest,

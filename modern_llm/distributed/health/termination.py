@@ -1,7 +1,4 @@
-"""How a process writes its last line, shows its stacks on request, and ends one that cannot.
-
-None of this needs the main thread, which may hang.
-"""
+"""Last error line, stack dumps and forced termination, without the main thread, which may hang."""
 
 from __future__ import annotations
 
@@ -24,29 +21,29 @@ LAUNCHERS = {
 
 
 def say(line: str) -> None:
-    """Write a line to stderr past every lock that the main thread may hold."""
+    """Write a line to stderr without any lock that the main thread may hold."""
     with around("line.write"):
         os.write(2, f"{one_line(line)}\n".encode())
 
 
 def within(seconds: float, work: Callable[[], Any]) -> None:
-    """Do some work in a thread, and leave it there if it takes longer."""
+    """Run `work` in a thread, and abandon it if it takes longer."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
 
 
 def on_request(function: Callable[..., Any]) -> None:
-    """Let SIGUSR2 write the stacks of this process to stderr, by C code alone."""
+    """Make SIGUSR2 write the stacks of this process to stderr, in C code only."""
     if hasattr(signal, "SIGUSR2") and sys.__stderr__ is not None:
         try:
             function(signal.SIGUSR2, file=sys.__stderr__, all_threads=True)
-        except (OSError, ValueError, RuntimeError):  # no file behind it
+        except (OSError, ValueError, RuntimeError):  # stderr is not a real file
             return
 
 
 def end_other(pid: int, patience: float) -> None:
-    """End a process of this machine that cannot end by itself; it shows its stacks first."""
+    """End a hung process of this machine; it writes its stacks first."""
     try:
         for signals_ in ((), (signal.SIGUSR2, signal.SIGCONT)):
             for number in signals_:
@@ -57,11 +54,11 @@ def end_other(pid: int, patience: float) -> None:
                 time.sleep(0.1)
         os.kill(pid, signal.SIGKILL)
     except OSError:
-        return  # it has ended
+        return  # it has already ended
 
 
 def is_launcher(pid: int) -> bool:
-    """Whether a process is one that starts and ends others, as far as the system tells."""
+    """Whether a process is a launcher; without /proc, whether torchrun's variable is set."""
     try:
         words = read_bytes(f"/proc/{pid}/cmdline").decode(errors="replace").split("\0")
     except OSError:

@@ -1,11 +1,11 @@
-"""Ends processes that hang while others wait for them, and warns of one that is silent alone.
+"""Watchdog: ends a run in which a process hangs while others wait for it.
 
-Two threads of each process: one reports, through the rendezvous store, where this process is; the
-other judges. Every process writes one key; rank 0 reads all of them and publishes one verdict, so
-that the traffic grows with the number of processes and not with its square. Only rank 0 itself is
-judged by the others, by its silence. A process that hangs is named with its phase, all write their
-stacks, and all end with status 5. One process alone is never ended. Nobody's clock is compared with
-another's. Opened by every verb that computes for long.
+Each process has two threads. One reports the process's progress through the rendezvous store, the
+other looks for hung processes. Every process writes one key; rank 0 reads all of them and publishes
+one verdict, so that the traffic grows linearly with the number of processes. The others watch only
+rank 0. The verdict names the hung process and its phase; all processes write their stacks and end
+with status 5. A process that runs alone is only warned about. Clocks of different machines are
+never compared.
 """
 
 from __future__ import annotations
@@ -44,28 +44,28 @@ from modern_llm.storage.fault_points import around
 log = logging.getLogger(__name__)
 
 PARTING_S = 10.0
-"""Seconds that a process gets to end by itself once another has failed."""
+"""Seconds that a process gets to end by itself after another has failed."""
 ORPHAN_S = 20.0
-"""Seconds that a process whose launcher is gone gets to save and stop."""
+"""Seconds that a process gets to save and stop after its launcher has ended."""
 RARELY = 5
-"""Reports after which rank 0 reads those of all, and they its own, while nobody is late."""
+"""Reports are read only every so many rounds while no process is late."""
 _ROUNDS = 0
 Verdict = dict[str, Any]
 
 
 def nowhere() -> Path | None:
-    """Return no folder: stacks go to stderr."""
+    """Return no folder, so that stacks are written to stderr."""
     return None
 
 
 class Watchdog:
-    """Context in which this process and the others are watched.
+    """Context manager that watches this process and the others.
 
     Args:
-        folder: returns where `stacks/` is written; None writes the stacks to stderr.
-        least: seconds of silence that any phase is given; None watches nothing.
+        folder: returns the folder for `stacks/`; None writes the stacks to stderr.
+        least: minimum of the seconds that a phase may be silent; None switches the watchdog off.
         close: called with status and reason by the one process that reports the end.
-        then: returns what the user does after an end, for the error line.
+        then: returns the user's next step, for the error line.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Watchdog:
             return self
         _ROUNDS += 1
         if self._world > 1 and (store := handshake.store()) is not None:
-            # A connection of its own: on the other one the main thread may be waiting.
+            # Its own connection, because the main thread may be waiting on the other one.
             self._meeting = store.clone()
             self._store = dist.PrefixStore(f"watch/{_ROUNDS}", self._meeting)
             self._store.set_timeout(timedelta(seconds=max(5.0, self._least)))
@@ -115,17 +115,17 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        with self._ending:  # held while this process is being ended: its own line is not wanted
+        with self._ending:  # waits if the watchdog is ending this process, which prints the line
             self._over.set()
         if error is not None:
-            self._leave_word(error)
+            self._announce_end(error)
         for thread in self._threads:
             thread.join(2.0)
         if self._watches:
             on_request(lambda number, **_: faulthandler.unregister(number))
 
-    def _leave_word(self, error: BaseException) -> None:
-        """Let the others know that this process ends, however they wait for it."""
+    def _announce_end(self, error: BaseException) -> None:
+        """Tell the other processes that this one ends."""
         if self._store is None or getattr(error, "status", 1) == 75:
             return  # all stop together
         try:
@@ -141,14 +141,14 @@ class Watchdog:
             while not self._over.wait(self._pause):
                 seq += 1
                 self._exchange(seq)
-        except RuntimeError:  # the store's process has ended: each watches alone
+        except RuntimeError:  # the store's process has ended: every process watches only itself
             self._store = None
 
     def _exchange(self, seq: int) -> None:
-        """Report once, and read what concerns this process: on rank 0 the reports of all."""
+        """Report once; read the other reports (rank 0) or rank 0's, the verdict, and ends."""
         assert self._store is not None
         self._store.set(f"beat/{self._rank}", json.dumps(self._beat(seq)))
-        # All judge rank 0: where it has stopped, the store may have stopped with it.
+        # All ranks watch rank 0: if it stops, the store may stop too.
         whose = range(self._world) if self._rank == 0 else range(1)
         if self._looks or seq % RARELY == 0 or len(self._heard) < len(whose):
             self._listen(whose)
@@ -198,7 +198,7 @@ class Watchdog:
         while not self._over.wait(self._pause):
             now = time.monotonic()
             if now - before > max(5 * self._pause, 5.0):
-                # This process was itself stopped (Ctrl-Z, a suspended machine).
+                # This process itself was suspended (Ctrl-Z, a sleeping machine).
                 heartbeat.here.mark(own=False)
                 self._heard = {r: Heard(one.beat, now) for r, one in self._heard.items()}
                 self._looks = False
@@ -216,7 +216,7 @@ class Watchdog:
                         self._end(verdict, speaks=self._first(verdict))
 
     def _verdict(self, now: float) -> Verdict | None:
-        """Return who hangs and where, None while nobody is known to."""
+        """Return the hung processes with their phase, None if none is known to hang."""
         mine = self._beat(0)
         age, limit = mine["age"], mine["limit"]
         if (save := heartbeat.aside) is not None and not save.waiting:
@@ -232,13 +232,13 @@ class Watchdog:
         if self._rank != 0:
             one = self._heard.get(0)
             if one is None or now - one.at <= self._patience:
-                return None  # rank 0 lives, and judges
+                return None  # rank 0 is alive, and decides
             late = min(limit, one.beat["limit"])
             gone = self._looks and age > late and one.age(now) > late
             return self._sentence(Hung({0: one.beat}, one.age(now), True)) if gone else None
         heard = dict(self._heard)
         if not self._looks or len(heard) < self._world:
-            return None  # the meeting before has its own deadline
+            return None  # some have not reported yet: the handshake has its own deadline
         found = hung(heard, 0, now, self._patience)
         if found is None:
             self._warn_of_the_last(heard, now)
@@ -252,7 +252,7 @@ class Watchdog:
         text = f"no progress for {found.seconds:.0f} s in the phase {phase}"
         if found.silent:
             text = (
-                f"no sign of life for {found.seconds:.0f} s, last seen in the phase {phase}, while "
+                f"no heartbeat for {found.seconds:.0f} s, last seen in the phase {phase}, while "
                 f"others wait in the phase {heartbeat.here.name}"
             )
         return {
@@ -262,13 +262,13 @@ class Watchdog:
         }
 
     def _advice(self) -> str:
-        """What the user does next; nothing where that needs a look at a disk that hangs."""
+        """Return the user's next step, empty if finding it takes too long (a disk that hangs)."""
         found: list[str] = []
         within(2.0, lambda: found.append(self._then()))
         return f"; {found[0]}" if found else ""
 
     def _warn_alone(self, now: float) -> None:
-        """Say that nothing has happened for long, and show where; again when it has doubled."""
+        """Warn that there is no progress, with the stacks; again whenever the time has doubled."""
         here = heartbeat.here
         age, limit = now - here.ticked, here.explained(self._least)
         place, next_at = self._warned
@@ -284,7 +284,7 @@ class Watchdog:
         )
 
     def _warn_of_the_last(self, heard: dict[int, Heard], now: float) -> None:
-        """Say once that all wait for a process which may still be at work."""
+        """Warn once that all wait for a process that may still be working."""
         (rank, one), *more = last(heard).items()
         count, limit = one.beat["count"], one.beat["limit"]
         if more or count == self._warned[0] or one.age(now) <= one.beat["explained"]:
@@ -300,30 +300,30 @@ class Watchdog:
         )
 
     def _first(self, verdict: Verdict) -> bool:
-        """Whether this process's verdict is the one that counts."""
+        """Whether this process's verdict is the first one, so that this process prints it."""
         if self._store is None or time.monotonic() - self._store_at > 3 * self._pause:
             return True
         mine = json.dumps(verdict | {"by": self._rank})
         try:
-            self._meeting.add("said/lost", 1)  # of those who lose their partners now, none speaks
+            self._meeting.add("said/lost", 1)  # processes that lose a peer now print nothing
             return self._store.compare_set("verdict", "", mine).decode() == mine
         except RuntimeError:
             return True
 
     def _look_for_launcher(self, now: float) -> None:
-        """Stop where the launcher was killed: nobody would end this process, or wait for it."""
+        """Stop if the launcher was killed, because nothing else would end this process."""
         if not self._launched or os.getppid() == self._parent:
             return
         if self._orphan_since is None:
             self._orphan_since = now
             signals.ask("the end of its launcher")
         elif now - self._orphan_since > ORPHAN_S:
-            self._leave("modern-llm: error: the launcher of this process is gone")
+            self._leave("modern-llm: error: the launcher of this process has ended")
 
     # The end.
 
     def _part(self, rank: int) -> None:
-        """End, if the error of another process does not reach this one by its own ways."""
+        """End this process if another has failed and no collective reports that here."""
         if rank == self._rank or self._over.wait(PARTING_S):
             return
         self._leave(
@@ -337,9 +337,9 @@ class Watchdog:
         os._exit(PeerError.status)
 
     def _end(self, verdict: Verdict, *, speaks: bool) -> None:
-        """Write the stacks, say what happened, and end, without the main thread."""
+        """Write the stacks, print the error and end the process, without the main thread."""
         text = verdict["text"]
-        # In threads of their own: a disk that hangs may be the reason.
+        # In separate threads with deadlines, because the disk may hang.
         if speaks:
             say(f"modern-llm: error: {text}")
             if self._close is not None:

@@ -1,11 +1,10 @@
-"""Who is there, and do all bring the same things: said through a store before any collective.
+"""Handshake before the first collective: all processes exist, with equal versions and settings.
 
-A collective among processes that do not fit together hangs or computes nonsense. So every process
-first leaves a note (where it runs, versions, configuration) in the rendezvous store and counts
-itself; rank 0 reads the notes when all have come, or after `MEET_SECONDS`, and leaves its verdict
-for the others: who is missing or differs, in one line. A process makes a few requests, however many
-there are. The same meeting of nodes, before a launcher starts, is `python -m
-modern_llm.distributed.rendezvous.preflight`.
+A collective of processes that differ hangs or computes wrong results. So every process first writes
+a note (host, versions, configuration) to the rendezvous store. Rank 0 compares the notes when all
+have arrived, or after `MEET_SECONDS`, and publishes one line: who is missing or differs. The number
+of requests per process is constant. `rendezvous/preflight.py` does the same for nodes, before a
+launcher starts.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from modern_llm.storage.fault_points import around
 
 MEET_SECONDS = 60.0
 JOIN_SECONDS = 30.0
-"""For connecting those that have met; torch itself would wait as long as for any collective."""
+"""Time limit for connecting after the handshake; torch's own limit is that of all collectives."""
 PACKAGES = ("modern-llm", "torch", "accelerate", "transformers", "deepspeed", "peft", "safetensors")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that must agree between processes; "absent" where not installed."""
+    """Return the package versions that must be equal on all processes; "absent" if missing."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -45,11 +44,11 @@ def versions() -> dict[str, str]:
 
 
 def open_store(host: str, port: int, *, serves: bool, seconds: float = MEET_SECONDS) -> dist.Store:
-    """Return the store at host:port, which this process hosts if it `serves`.
+    """Return the store at host:port; with `serves` this process hosts it.
 
     Raises:
-        UserError: the port is taken.
-        PeerError: nobody answers there within `seconds`.
+        UserError: the port is in use.
+        PeerError: the store does not answer within `seconds`.
     """
     try:
         return dist.TCPStore(
@@ -79,17 +78,17 @@ def meet(
     word: str = "rank",
     seconds: float = MEET_SECONDS,
 ) -> list[dict[str, Any]]:
-    """Leave `facts` and wait until all have left theirs and rank 0 has compared them.
+    """Publish `facts`, and wait until all have done so and rank 0 has compared them.
 
     Args:
-        word: what a member is called in messages: "rank" or "node".
+        word: "rank" or "node", for messages.
         facts: plain values under short names; `host` and `node` are added.
 
     Returns:
-        What every node left, in order; nothing for ranks, of which there may be thousands.
+        The facts of every node, in order; an empty list for ranks, which may be thousands.
 
     Raises:
-        PeerError: some did not come, two claim one place, or their facts differ; names them.
+        PeerError: members are missing, use the same number, or have different facts.
     """
     if not 0 <= rank < world:
         raise PeerError(
@@ -110,14 +109,14 @@ def meet(
         problem = _compared(store, rank, world, word, seconds)
         notes = _notes(store, range(world)) if word == "node" and not problem else []
         store.add("read", 1)
-        # Rank 0 holds the store, as a rule, and would take it along if it ended first. Ranks that
-        # fit together meet again when they connect.
+        # Rank 0 usually hosts the store, which ends with it, so it waits until all have read. Ranks
+        # without a problem wait for each other when they connect.
         if rank == 0 and (problem or word == "node"):
             _until(lambda: store.add("read", 0) >= world, 2.0 if problem else seconds)
     except dist.DistError as error:
         raise PeerError(
-            f"{word} {rank}: the rendezvous went away while waiting for the others "
-            f"({' '.join(str(error).split())[:80]}); look at what node 0 says"
+            f"{word} {rank}: the rendezvous store ended while waiting for the others "
+            f"({' '.join(str(error).split())[:80]}); look at the output of node 0"
         ) from error
     if problem:
         raise PeerError(problem)
@@ -125,12 +124,12 @@ def meet(
 
 
 def whereabouts() -> dict[str, Any]:
-    """Return where this process runs, for messages to others."""
+    """Return host, node and process id of this process, for messages."""
     return {"host": socket.gethostname(), "node": _node(), "pid": os.getpid()}
 
 
 def _compared(store: dist.Store, rank: int, world: int, word: str, seconds: float) -> str:
-    """Return what rank 0 found to be wrong, the same everywhere; empty where nothing is."""
+    """Return the problem that rank 0 found, the same on every member; empty if none."""
     if rank == 0:
         complete = _until(lambda: store.add("count", 0) >= world, seconds)
         if complete:
@@ -139,37 +138,37 @@ def _compared(store: dist.Store, rank: int, world: int, word: str, seconds: floa
             problem = _absence(store, world, word, seconds)
         store.set("verdict", json.dumps(problem))
         return problem
-    # Rank 0 may have come later than this one, and waits as long for the others.
+    # Rank 0 may have started later than this one, and waits as long for the others.
     if not _until(lambda: store.check(["verdict"]), seconds):
         if store.add("accuser", 1) == 1 and not store.check(["here/0"]):
             store.compare_set("verdict", "", json.dumps(_absence(store, world, word, seconds)))
         if not _until(lambda: store.check(["verdict"]), seconds):
             return (
-                f"{word} 0 of {world} has come and did not answer {word} {rank} within "
-                f"{2 * seconds:.0f} s: look at what it says"
+                f"{word} 0 of {world} has started but did not answer {word} {rank} within "
+                f"{2 * seconds:.0f} s: look at its output"
             )
     return str(json.loads(store.get("verdict")))
 
 
 def differences(notes: list[dict[str, Any]], word: str) -> list[str]:
-    """Return one sentence for each fact that is not the same in all notes, naming who differs."""
+    """Return one sentence for each fact that differs between notes, naming the first difference."""
     problems = []
     for name in sorted(set().union(*notes) - {"host", "node", "pid", "bytes"}):
-        # What a process leaves out, another one of its node has said.
-        said = [(rank, note) for rank, note in enumerate(notes) if note.get(name) is not None]
-        first, one = said[0]
-        for rank, note in said[1:]:
+        # None: another process of the same node has published the fact.
+        known = [(rank, note) for rank, note in enumerate(notes) if note.get(name) is not None]
+        first, one = known[0]
+        for rank, note in known[1:]:
             if note[name] != one[name]:
                 problems.append(
-                    f"{word} {rank} (node {note['node']}, {note['host']}) has another {name} than "
-                    f"{word} {first}: {_apart(one[name], note[name])}"
+                    f"{word} {rank} (node {note['node']}, {note['host']}) differs from "
+                    f"{word} {first} in its {name}: {_difference(one[name], note[name])}"
                 )
                 break
     return [f"{problem}; make them the same on every node" for problem in problems]
 
 
-def _apart(one: Any, other: Any) -> str:
-    """Say how two values differ: of mappings, only the entries that do."""
+def _difference(one: Any, other: Any) -> str:
+    """Describe how two values differ; for mappings, only the entries that do."""
     if isinstance(one, dict) and isinstance(other, dict):
         names = [n for n in sorted(set(one) | set(other)) if one.get(n) != other.get(n)]
         return ", ".join(f"{n} {_short(other.get(n))}, not {_short(one.get(n))}" for n in names[:4])
@@ -185,7 +184,7 @@ def _notes(store: dist.Store, ranks: Iterable[int]) -> list[dict[str, Any]]:
 
 
 def _absence(store: dist.Store, world: int, word: str, seconds: float) -> str:
-    """Say who did not come; one process alone looks for each."""
+    """Return the message about missing members; one process checks each of them."""
     missing = [rank for rank in range(world) if not store.check([f"here/{rank}"])]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if word == "rank" else 1
     nodes = ", ".join(str(node) for node in sorted({rank // local for rank in missing}))
@@ -197,7 +196,7 @@ def _absence(store: dist.Store, world: int, word: str, seconds: float) -> str:
 
 
 def _until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Ask again and again until `condition()` holds; False where the time is over before."""
+    """Poll `condition` until it is true; return False after `seconds`."""
     deadline = time.monotonic() + seconds
     pause = 0.01
     while not condition():
@@ -218,7 +217,7 @@ def joined() -> bool:
 
 
 def store() -> dist.Store | None:
-    """Return the store through which the processes of this world met; None before they did."""
+    """Return the rendezvous store of this process, None before `join`."""
     return _MET[-1] if _MET else None
 
 
@@ -231,15 +230,16 @@ def _node() -> str:
 
 @contextmanager
 def connecting(rank: int) -> Iterator[None]:
-    """End this process where the body, in which processes that have just met connect, takes longer
-    than `JOIN_SECONDS`: a peer that was killed after the meeting is waited for inside torch, where
-    no exception reaches."""
+    """End this process if the `with` block, which connects processes, exceeds `JOIN_SECONDS`.
+
+    If a peer is killed after the handshake, torch waits for it in code that no exception reaches.
+    """
     seconds = JOIN_SECONDS
 
     def end() -> None:
         line = (
             f"modern-llm: error: rank {rank}: the processes have met, but one did not connect "
-            f"within {seconds:.0f} s; look at what the others say, then start all of them again\n"
+            f"within {seconds:.0f} s; look at the output of the others, then start all again\n"
         )
         with around("line.write"):
             os.write(2, line.encode())
@@ -255,17 +255,17 @@ def connecting(rank: int) -> Iterator[None]:
 
 
 def join(backend: str | None, facts: dict[str, Any], timeout: timedelta) -> None:
-    """Meet the other processes that the environment announces and start the process group.
+    """Do the handshake with the processes that the environment announces; start the process group.
 
     Args:
-        backend: of torch.distributed; None takes what fits the device.
-        facts: what must be the same everywhere, besides the versions.
+        backend: of torch.distributed; None selects it by device.
+        facts: values that must be equal on all processes, besides the versions.
         timeout: of every later collective.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     host = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     port = int(os.environ.setdefault("MASTER_PORT", "0" if world == 1 else "29500"))
-    # Under torchrun the launcher itself holds the store, and keeps it over a restart.
+    # Under torchrun the launcher hosts the store, also across restarts of the workers.
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = open_store(host, port, serves=rank == 0 and not agent)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -1,4 +1,4 @@
-"""Digests of the local files that a configuration reads, to compare them between nodes."""
+"""Digests of the local input files of a configuration, to compare them between nodes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from modern_llm.storage.file_digests import file_digests
 from modern_llm.storage.regular_files import open_regular, read_text
 from modern_llm.storage.untrusted import LARGEST_YAML, parse_yaml
 
-# Of a larger file only its size and both ends are compared; the tokenised data and the reference's
-# weights are compared whole, later.
+# Of larger files only the size and both ends are compared; tokenised data and reference weights are
+# compared completely later.
 WHOLE_BYTES = 256 << 20
 END_BYTES = 8 << 20
 INPUTS = frozenset(
@@ -24,8 +24,7 @@ INPUTS = frozenset(
         "pretrain_checkpoint", "reference_checkpoint", "reference_store",
     }
 )  # fmt: skip
-"""Options that name what a run reads. The value of any other one may look like a path as well, but
-is written by the run, or text."""
+"""Options that name inputs. Other values may look like paths, but are outputs or text."""
 
 
 def content_of(config: Path) -> tuple[str, Any]:
@@ -43,7 +42,7 @@ def content_of(config: Path) -> tuple[str, Any]:
 
 
 def named_in(values: Any) -> dict[str, str]:
-    """Return the digest of every local file or folder that an input among nested values names.
+    """Return the digest of every local file or folder that an input option in `values` names.
 
     Raises:
         ConfigError: one cannot be read.
@@ -60,7 +59,7 @@ def named_in(values: Any) -> dict[str, str]:
 
 
 def bytes_in(values: Any) -> int:
-    """Return how much `named_in` would read at most."""
+    """Return the maximum number of bytes that `named_in` reads."""
     sizes = (file.stat().st_size for name in _inputs(values) for file in _files(Path(name)))
     return sum(size if size <= WHOLE_BYTES else 2 * END_BYTES for size in sizes)
 
@@ -85,7 +84,7 @@ def _names(values: Any) -> Iterator[str]:
 def _is_local(name: str) -> bool:
     try:
         return bool(name) and Path(name).exists()
-    except (OSError, ValueError):  # longer than a file's name may be, or with a null byte
+    except (OSError, ValueError):  # too long for a file name, or with a null byte
         return False
 
 
@@ -100,7 +99,7 @@ def _digest(path: Path) -> str:
     whole = [file for file in files if sizes[file] <= WHOLE_BYTES]
     known = dict(zip(whole, file_digests(whole), strict=True))
     for file in files:
-        # A path of its own may differ between nodes; the files below a named folder may not.
+        # Relative names: the path of an input may differ between nodes, its content may not.
         digest.update(f"{file.relative_to(path)}:{sizes[file]}\n".encode())
         digest.update(known[file].encode() if file in known else _ends(file))
     return digest.hexdigest()

@@ -1,11 +1,11 @@
-"""Before a launcher starts on several nodes: are all there, and do they bring the same things?
+"""Check before a launch on several nodes: all nodes are reachable, with equal software and inputs.
 
     python -m modern_llm.distributed.rendezvous.preflight --nodes 2 --node_rank 0 \\
         --main_address HOST --main_port PORT --config run.yaml
 
-Launchers wait minutes for a node that is missing, and say little of one that claims another's rank.
-This says it in one line within a minute, and what differs: packages, the configuration file, and
-every local input that it names, which are read when all have met.
+Launchers wait minutes for a missing node, and hardly report two nodes with one rank. This check
+reports both within a minute, in one line, and also differences of packages, of the configuration
+file, and of the local input files that it names.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from modern_llm.distributed.rendezvous.input_files import bytes_in, content_of, 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Meet the other nodes; return 0, or the status of what does not fit."""
+    """Check all nodes; return 0, or the exit status of the error."""
     parser = argparse.ArgumentParser(prog="meet_nodes", allow_abbrev=False)
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--node_rank", type=int, required=True)

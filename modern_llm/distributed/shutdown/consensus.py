@@ -1,8 +1,8 @@
-"""One decision of all processes to stop: a flag that any of them has, reduced where all meet.
+"""Common decision of all processes to stop, by a reduction of a flag that any of them may set.
 
-Asked after each optimizer step, forward of an evaluation or of the reference pass, and generated
-token. In a step the reduction begins before the optimizer and is collected after it: by then it is
-made, and nobody waits.
+There is a vote after each optimizer step, each forward of an evaluation or reference pass, and each
+generated token. In an optimizer step the reduction starts before the update and is collected after
+it, so that no process waits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _FAILED = "a failure"
 
 
 class Flag:
-    """A decision under way: whether any process has a word, from when this one says its own."""
+    """A vote in progress: whether any process has a word (the signal that asked it to stop)."""
 
     def __init__(self, runtime: Runtime, word: str | None):
         self._runtime, self._word = runtime, word
@@ -25,27 +25,27 @@ class Flag:
         self._sum = runtime.begin_sum(flags)
 
     def decided(self) -> str | None:
-        """Return the word of the first process that has one, None where none has; a collective."""
+        """Return the word of the first process that has one, None if none has; a collective."""
         asked, busy = self._sum().tolist()
         self._runtime.all_idle = not busy
         if not asked:
             return None
-        return next(said for said in self._runtime.gather(self._word) if said is not None)
+        return next(word for word in self._runtime.gather(self._word) if word is not None)
 
 
 def begin_asking(runtime: Runtime) -> None:
-    """Begin what the next `stop_asked` decides, where waiting for the others would cost time.
+    """Start the vote that the next `stop_asked` collects, so that other work hides its latency.
 
-    Who is asked between the two is heard by the decision after that.
+    Signals that arrive later count at the next vote.
     """
     if runtime.world > 1 and runtime.stopping is None and runtime.flag is None:
         runtime.flag = Flag(runtime, heard(main=runtime.is_main))
 
 
 def stop_asked(runtime: Runtime) -> str | None:
-    """Return what asks the run to stop, the same on all processes; a collective.
+    """Return the signal that asks the run to stop, the same on all processes; a collective.
 
-    What was once decided stays decided.
+    A decision to stop is final.
     """
     if runtime.stopping is None:
         flag, runtime.flag = runtime.flag, None
@@ -60,50 +60,50 @@ def check(runtime: Runtime, state: str) -> None:
     Args:
         state: what was saved, for the message.
     """
-    if (told := stop_asked(runtime)) is not None:
-        raise stopped(told, state)
+    if (word := stop_asked(runtime)) is not None:
+        raise stopped(word, state)
 
 
 def leave(runtime: Runtime, failure: Exception | None) -> bool:
-    """Whether all processes leave a loop now, because one has failed or was asked to stop.
+    """Whether all processes must leave a loop, because one failed or was asked to stop.
 
-    A collective that takes the failed one along, so that the others do not wait for it.
+    A collective, which a process with a `failure` enters too, so that the others do not wait.
     """
-    told = heard(main=runtime.is_main)
-    word = Flag(runtime, _FAILED if failure is not None else told).decided()
+    asked = heard(main=runtime.is_main)
+    word = Flag(runtime, _FAILED if failure is not None else asked).decided()
     if word is not None and word != _FAILED:
         runtime.stopping = word
     return word is not None
 
 
 class Rounds:
-    """A loop whose length may differ between processes (answers end where they end), left together.
+    """Votes in a loop whose length differs between processes, such as generation.
 
-    Every process calls `check` once a round and `finish` after its last.
+    Every process calls `check` in each round and `finish` after its last.
     """
 
     def __init__(self, runtime: Runtime, state: str):
         self._runtime, self._state = runtime, state
 
     def check(self) -> None:
-        """Raise `Stopped` on all if one was asked to stop."""
-        self._meet(1.0)
+        """Raise `Stopped` on all processes if one was asked to stop."""
+        self._vote(1.0)
 
     def finish(self) -> None:
-        """Keep the others company until all have finished."""
-        while self._meet(0.0):
+        """Take part in the votes until all processes have finished."""
+        while self._vote(0.0):
             pass
 
-    def _meet(self, unfinished: float) -> float:
+    def _vote(self, unfinished: float) -> float:
         runtime = self._runtime
         heartbeat.tick()
-        told = heard(main=runtime.is_main)
+        word = heard(main=runtime.is_main)
         if runtime.world == 1:
-            asked, others = float(told is not None), 0.0
+            asked, others = float(word is not None), 0.0
         else:
-            flags = torch.tensor([float(told is not None), unfinished])
+            flags = torch.tensor([float(word is not None), unfinished])
             asked, others = runtime.begin_sum(flags)().tolist()
         if asked:
-            runtime.stopping = next(w for w in runtime.gather(told) if w is not None)
+            runtime.stopping = next(w for w in runtime.gather(word) if w is not None)
             check(runtime, self._state)
         return others

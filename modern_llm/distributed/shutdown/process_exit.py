@@ -1,9 +1,9 @@
-"""End of a process that had process groups, so that it ends with its own status.
+"""Clean exit of a process with process groups, so that it keeps its own exit status.
 
 A worker thread of gloo releases the tensors of a collective after its caller has resumed, and needs
-the interpreter for that. Where Python finalises first, the thread is unwound inside a destructor
-and the process aborts (SIGABRT), although its work is done and written. The command line ends its
-process here; a script that calls `run_*` ends through the exit handler that `runtime.start` sets.
+the interpreter for that. If Python finalises first, the thread is unwound inside a destructor and
+the process aborts (SIGABRT) although its work is done. The command line calls `leave`; for scripts
+that call `run_*`, `runtime.start` registers an exit handler.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from modern_llm.distributed.rendezvous import handshake
 from modern_llm.storage.fault_points import around
 
 WORKER = "pt_gloo_runloop"
-"""Name that torch gives the threads that run gloo's collectives."""
+"""Name of the threads that run gloo's collectives, set by torch."""
 TASKS = "/proc/self/task"
 CALM_S = 60.0
-"""Seconds that the exit handler waits for such threads; on a busy machine they are late."""
-_LOOK_S = 0.02
+"""Seconds that the exit handler waits for such threads, which may be late on a busy machine."""
+_POLL_S = 0.02
 _handled: set[int] = set()
-"""Ids of the processes that have the exit handler; a forked child inherits it but not the groups'
-threads."""
+"""Ids of the processes with the exit handler. A forked child inherits the handler, but not the
+threads of the groups."""
 
 
 def handle_exit() -> None:
-    """Let this process end its groups when Python exits, however it comes to that."""
+    """Register an exit handler that ends the process groups."""
     if os.getpid() not in _handled:
         _handled.add(os.getpid())
         atexit.register(_at_exit)
 
 
 def leave(status: int) -> None:
-    """End the groups and, where threads of them remain, the process; else return.
+    """End the process groups and, if threads of them remain, the process; else return.
 
     Args:
-        status: of the process. After 0 the processes meet first: one that only ends takes its
-            connections along, and a peer that still uses them would be aborted in its transport.
+        status: exit status. With 0 there is a barrier first, because the end of a process closes
+            its connections, and a peer that still uses them would abort.
     """
     if not dist.is_initialized():
         return
     if status == 0:
-        # A peer that failed after the last meeting has a line and a status of its own.
+        # A peer that failed since the last collective has its own error line and status.
         with suppress(RuntimeError), around("collective.leave"):
             dist.barrier()
         end_groups()
@@ -59,10 +59,9 @@ def leave(status: int) -> None:
 
 
 def end_groups() -> None:
-    """Release every process group that this package started or asked for, and wait for its
-    threads."""
+    """Release every process group that this package started."""
     collectives.forget_groups()
-    # The engines of a finished run refer to groups, in cycles.
+    # The engines of a finished run refer to groups in reference cycles.
     gc.collect()
     if dist.is_initialized() and handshake.joined():
         dist.destroy_process_group()
@@ -70,17 +69,15 @@ def end_groups() -> None:
 
 
 def workers() -> dict[str, str] | None:
-    """Return state and count of context switches of each of gloo's worker threads, by thread id.
-
-    None where the system does not tell.
-    """
+    """Return state and context switches of each gloo worker thread, by thread id; None without
+    /proc."""
     found: dict[str, str] = {}
     try:
         names = os.listdir(TASKS)
     except OSError:
         return None
     for name in names:
-        with suppress(OSError):  # it has ended
+        with suppress(OSError):  # the thread has ended
             with open(f"{TASKS}/{name}/status", encoding="utf-8", errors="replace") as file:
                 lines = dict(line.rstrip("\n").partition(":\t")[::2] for line in file)
             if lines.get("Name") == WORKER:
@@ -90,12 +87,12 @@ def workers() -> dict[str, str] | None:
 
 
 def calm(seconds: float) -> bool:
-    """Wait until gloo's workers have released what their last collectives used.
+    """Wait until gloo's worker threads have released the tensors of their last collectives.
 
-    One that runs, or waits for the interpreter, changes its state or its count of switches.
+    A thread that runs, or waits for the interpreter, changes its state or its context switches.
 
     Returns:
-        Whether they have, within so many seconds; True where the system does not tell.
+        Whether all did so within `seconds`; True without /proc.
     """
     deadline = time.monotonic() + seconds
     before = None
@@ -105,25 +102,24 @@ def calm(seconds: float) -> bool:
         if time.monotonic() > deadline:
             return False
         before = now
-        time.sleep(_LOOK_S)  # gives the interpreter to them
+        time.sleep(_POLL_S)  # lets them have the interpreter
     return True
 
 
 def _at_exit() -> None:
     if os.getpid() not in _handled:
         return
-    # After an uncaught error a collective may be under way: to end its group is to wait for peers.
+    # After an uncaught error a collective may be in progress: ending its group waits for peers.
     if getattr(sys, "last_value", None) is None and calm(CALM_S):
-        with suppress(RuntimeError, ValueError):  # the script has ended them in its own way
+        with suppress(RuntimeError, ValueError):  # the script has already ended them
             end_groups()
     calm(CALM_S)
 
 
 def _leave_hard(status: int) -> None:
-    """Do what Python does at exit, but for its finalisation, and end with `status`."""
+    """Exit as Python does, but without its finalisation, with `status`."""
     atexit.unregister(_at_exit)
-    # What the interpreter itself calls: it waits for threads that are no daemons, then runs the
-    # exit handlers.
+    # As the interpreter does: wait for non-daemon threads, then run the exit handlers.
     with suppress(Exception):
         threading._shutdown()  # type: ignore[attr-defined]
     with suppress(Exception):

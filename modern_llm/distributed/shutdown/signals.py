@@ -1,8 +1,8 @@
-"""Signals and the file STOP become a flag of this process; nothing is done in a handler.
+"""Stop requests of this process: signals and the file STOP only set a flag.
 
-SIGTERM, SIGINT and SIGUSR1 ask a run to save and stop (status 75); a second SIGINT ends at once.
-What all processes do about a flag is `distributed.stopping`. Opened by the command line, which may
-be asked before anything heavy is imported, and by the stages.
+SIGTERM, SIGINT and SIGUSR1 ask a run to save and stop (status 75); a second SIGINT ends it at once.
+`consensus` makes the flag a decision of all processes. The command line opens a `StopRequest`
+before it imports anything heavy, and each stage opens one.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _OPEN: list[StopRequest] = []
 
 
 class StopRequest:
-    """Context in which the signals only set `asked`; one inside another shares the outer's flag.
+    """Context manager in which signals only set `asked`; a nested one shares the outer's flag.
 
     Args:
-        file: asks as well while it exists: batch systems touch it whose signals do not reach the
+        file: also asks to stop while it exists, for batch systems whose signals do not reach the
             processes of a launcher.
     """
 
@@ -60,10 +60,10 @@ class StopRequest:
 
 
 def heard(*, main: bool) -> str | None:
-    """Return what asks this process to stop: the first signal, or the file STOP.
+    """Return the first signal that asked this process to stop, or "the file STOP"; None if none.
 
     Args:
-        main: whether this process looks for the file; one does, so that all see it in one step.
+        main: whether this process checks the file; only rank 0 does.
     """
     for request in _OPEN:
         if request.asked is not None:
@@ -74,21 +74,21 @@ def heard(*, main: bool) -> str | None:
 
 
 def ask(word: str) -> None:
-    """Ask this process to stop, as a signal would."""
+    """Ask this process to stop, like a signal named `word`."""
     for request in _OPEN[:1]:
         request.asked = request.asked or word
 
 
 def stop_here(state: str, *, main: bool = True) -> None:
-    """Raise `Stopped` if this process was asked, without asking the others.
+    """Raise `Stopped` if this process was asked to stop, without a vote.
 
     Args:
         state: what was saved, for the message.
     """
-    if (told := heard(main=main)) is not None:
-        raise stopped(told, state)
+    if (word := heard(main=main)) is not None:
+        raise stopped(word, state)
 
 
-def stopped(told: str, state: str) -> Stopped:
-    """Return the error of a run that was asked to stop by `told`; `state` says what was saved."""
-    return Stopped(f"stopped by {told} {state}; run the same command to resume")
+def stopped(word: str, state: str) -> Stopped:
+    """Return the error of a run stopped by the signal `word`; `state` says what was saved."""
+    return Stopped(f"stopped by {word} {state}; run the same command to resume")

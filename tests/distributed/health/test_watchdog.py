@@ -128,4 +128,4 @@ def test_where_rank_0_gives_no_sign_the_others_name_it(world, monkeypatch):
     dogs[7]._store_at = now
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now)
     verdict = dogs[7]._verdict(now)
-    assert list(verdict["beats"]) == ["0"] and "no sign of life" in verdict["text"]
+    assert list(verdict["beats"]) == ["0"] and "no heartbeat" in verdict["text"]

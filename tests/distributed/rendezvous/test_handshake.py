@@ -56,7 +56,7 @@ def test_a_difference_names_the_node_and_both_values(port):
     ]
     for message in together(port, facts, 2):
         assert message.startswith("node 1 (node 1, ")
-        assert "another versions than node 0: torch 2.12.0, not 2.13.0" in message
+        assert "differs from node 0 in its versions: torch 2.12.0, not 2.13.0" in message
         assert "peft" not in message
 
 
@@ -188,7 +188,7 @@ def test_512_ranks_meet_with_a_few_requests_each():
 def test_of_512_ranks_one_that_differs_or_is_missing_is_named_everywhere():
     results, stores = many(512, rank300={"seed": 1})
     assert len(set(results)) == 1 and "rank 300 (node 0" in results[0]
-    assert "another configuration than rank 0: seed 1, not 0" in results[0]
+    assert "differs from rank 0 in its configuration: seed 1, not 0" in results[0]
     assert sum(store.keys for store in stores.values()) < 512 * 40
     for gone in (7, 0):
         results, stores = many(512, absent=(gone,), seconds=3.0)

@@ -153,7 +153,7 @@ def test_a_file_that_differs_is_named_on_every_node(tmp_path):
     for status, errors in meeting(*configs):
         (line,) = [text for text in errors.splitlines() if "modern-llm: error:" in text]
         assert status == 5
-        assert "node 1 (node 1, " in line and "another files than node 0: run.yaml" in line
+        assert "node 1 (node 1, " in line and "differs from node 0 in its files: run.yaml" in line
 
 
 def test_a_port_in_use_is_one_line(capsys):
@@ -180,7 +180,7 @@ def test_local_inputs_that_differ_are_named_on_every_node(tmp_path):
     (folders[1] / "p.jsonl").write_text("2\n")
     for status, errors in meeting(*configs, folders=folders):
         (line,) = [text for text in errors.splitlines() if "modern-llm: error:" in text]
-        assert status == 5 and "has another files than node 0: p.jsonl" in line
+        assert status == 5 and "differs from node 0 in its files: p.jsonl" in line
 
 
 @pytest.mark.parametrize("name", ["slurm.sbatch", "torchrun.sh", "two_nodes_local.sh"])
