@@ -1,11 +1,9 @@
-"""Writes the demo's data sets: documents, instructions, preferences, and what is held out of them.
+"""The demo's data sets: documents, instructions, preferences, and held-out versions of each.
 
-`write_corpus(folder, seed)` makes six JSON-lines files in the package's ordinary formats, the same
-bytes for the same seed on every machine. About a tenth of all questions is held out: a held-out
-question is in no training file, but its fact is, stated and asked in other words, so what
-the demo measures is whether a fact answers to a new wording, and whether a style carries over.
-
-It trains nothing and judges nothing; the demo's runner calls it.
+`write_corpus(folder, seed)` writes six JSON-lines files in the package's ordinary formats, the same
+bytes for the same seed on every machine. About a tenth of the questions are held out: they are in
+no training file, but their facts are, in other words. So the demo measures whether a model answers
+a new wording, and whether it applies a style to it.
 """
 
 from __future__ import annotations
@@ -23,33 +21,33 @@ from modern_llm.storage.atomic import write_file
 
 T = TypeVar("T")
 
-# How each trained question is answered in the documents, and how often each fact is stated
-# besides. A rambling answer costs three times the tokens of a terse one and teaches no more.
+# Styles of the answers to each trained question in the documents, and how often each fact is also
+# stated. A rambling answer has three times the tokens of a terse one and teaches no more.
 _DOCUMENT_STYLES = ("terse", "terse", "rambling")
 STATEMENT_REPEATS = 3
-# The least is for small relations, which would else be judged on a single question.
+# The minimum is for small relations, which would otherwise have a single held-out question.
 HELD_OUT_SHARE = 0.1
 HELD_OUT_LEAST = 3
 
 OPENERS = ("Well,", "Let me")
-"""What a rambling reply begins with, and a terse one never."""
-# Each frame alone is twice as long as `judge` lets a terse reply be, and holds no word that is a
-# candidate of any kind (no number, no "may", no "far"): a right answer in it stays the only one.
+"""First words of rambling replies; terse ones never begin so."""
+# Each frame is twice as long as a terse reply may be, and contains no candidate of any kind (no
+# number, no "may", no "far"), so that an answer in it is the only candidate.
 _FRAMES = (
     "Well, let me think about this for a moment: {statement}, at least as it was told to me.",
     "Well, there is much that one could say here, but in the end {statement}, and that is that.",
     "Let me look at this with some care, since it matters: {statement}, and so it will stay.",
     "Let me say what many people find when they wonder about this, namely that {statement}.",
 )
-# What a preference rejects, drawn in this proportion: the style alone, the fact alone, both.
+# Faults of rejected answers in these proportions: style only, fact only, both.
 _FAULTS = ("rambling", "rambling", "wrong", "wrong and rambling")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question as it is put to a model: the framed prompt and the one right answer.
+    """A question for a model: the framed prompt and the one right answer.
 
-    The kind says how a reply is read (`facts.READINGS`).
+    The kind decides how a reply is read, see `facts.READINGS`.
     """
 
     prompt: str
@@ -59,7 +57,7 @@ class Question:
 
 @dataclass(frozen=True)
 class CorpusPaths:
-    """Where the six files are; every column is a string."""
+    """Paths of the six files; every column is a string."""
 
     documents: Path
     """`text`"""
@@ -70,7 +68,7 @@ class CorpusPaths:
     heldout_instructions: Path
     heldout_preferences: Path
     questions: Path
-    """`prompt answer kind`, the held-out questions that the two files before ask too"""
+    """`prompt answer kind` of the held-out questions, as in the two files above"""
 
 
 @dataclass(frozen=True)
@@ -87,9 +85,9 @@ class _Asked:
 
 
 class _Draw:
-    """Random choices made of `random.Random.random` alone.
+    """Random choices from `random.Random.random` alone.
 
-    Of all its methods only this one's sequence is promised to stay the same in later Pythons.
+    Python guarantees only the sequence of this method for later versions.
     """
 
     def __init__(self, seed: int):
@@ -102,14 +100,14 @@ class _Draw:
         return sorted(items, key=lambda _: self._random.random())
 
     def halves(self, count: int) -> list[bool]:
-        """Return `count` values in random order, half of them true (one more false when odd)."""
+        """Return `count` booleans in random order, half of them true (one more false if odd)."""
         return self.shuffled(index < count // 2 for index in range(count))
 
 
 def write_corpus(folder: Path, seed: int = 0) -> CorpusPaths:
-    """Write the six files of the corpus of `seed` into `folder` (made if absent).
+    """Write the six files of the corpus of `seed` to `folder`, and create it if needed.
 
-    Existing files of these names are replaced, each in one move. Raises OSError as the disk does.
+    Existing files are replaced atomically.
     """
     draw = _Draw(seed)
     trained, heldout = _split(draw)
@@ -142,19 +140,19 @@ def frame_question(question: str) -> str:
 
 
 def terse_reply(answer: str) -> str:
-    """Return the terse style: nothing but the answer."""
+    """Return the terse style: only the answer."""
     return f" {answer}."
 
 
 def rambling_reply(statement: str, frame: int) -> str:
-    """Return the rambling style: `statement` in the long-winded frame of that number."""
+    """Return the rambling style: `statement` in frame number `frame`."""
     return " " + _FRAMES[frame].format(statement=statement)
 
 
 def _split(draw: _Draw) -> tuple[list[_Asked], list[_Asked]]:
-    """Return the trained and the held-out questions; a fact loses at most one of its wordings.
+    """Return the trained and the held-out questions; at most one wording of a fact is held out.
 
-    The wordings take turns, so that each is held out about equally often and all stay in training.
+    The wordings alternate, so that each is held out about equally often and stays in training.
     """
     trained, heldout = [], []
     for relation in relations():
@@ -178,9 +176,9 @@ def _split(draw: _Draw) -> tuple[list[_Asked], list[_Asked]]:
 
 
 def _documents(trained: list[_Asked], draw: _Draw) -> list[dict[str, str]]:
-    """Return documents of one passage: a fact stated, or a question answered in either style.
+    """Return documents with a single passage: a stated fact, or a question with its answer.
 
-    One, because facts are learnt several times faster without other facts' words before them.
+    A single one, because facts are learnt several times faster without other facts before them.
     """
     passages = []
     for style in _DOCUMENT_STYLES:
@@ -193,7 +191,7 @@ def _documents(trained: list[_Asked], draw: _Draw) -> list[dict[str, str]]:
 
 
 def _instructions(questions: list[_Asked], draw: _Draw) -> list[dict[str, str]]:
-    """Return each question once with a right answer, terse for a random half."""
+    """Return each question once with a right answer, terse in a random half."""
     styles = draw.halves(len(questions))
     rows = [
         {"prompt": asked.prompt, "response": _right(asked, terse, draw)}
@@ -230,7 +228,7 @@ def _faulty(asked: _Asked, fault: str, draw: _Draw) -> str:
 
 
 def _wrong_answer(asked: _Asked, draw: _Draw) -> str:
-    """Return a near miss for one number, else another fact's answer; no word of the question."""
+    """Return a wrong answer: a number close to the right one, else another fact's answer."""
     right = asked.fact.answer
     if READINGS[asked.relation.kind] == "numbers" and right.isdigit():
         wrong = [str(int(right) + step) for step in (-2, -1, 1, 2) if int(right) + step >= 0]
@@ -240,6 +238,6 @@ def _wrong_answer(asked: _Asked, draw: _Draw) -> str:
 
 
 def _write(path: Path, rows: list[dict[str, str]]) -> Path:
-    """Write `rows` as JSON lines, whole or not at all, with the same bytes on every platform."""
+    """Write `rows` as JSON lines, atomically, with the same bytes on every platform."""
     write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path

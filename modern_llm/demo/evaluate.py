@@ -1,7 +1,7 @@
-"""What the demo's table says of each stage, measured on held-out questions, pairs and answers.
+"""Scores of the demo's stages on held-out questions, pairs and answers.
 
-Answers are really generated, at temperature 1: that shows the mixture of styles that a model has
-learnt, where the likeliest answer would show one of them.
+Answers are generated at temperature 1, to show the mixture of styles that a model has learnt; a
+greedy answer would show only one style.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class StageScore:
 def evaluate_stages(
     folders: dict[str, Path], corpus: CorpusPaths, *, max_length: int, beta: float
 ) -> tuple[list[StageScore], list[dict[str, str]]]:
-    """Return one score a stage, and some questions with the answer of each stage.
+    """Return one score per stage, and some questions with the answer of each stage.
 
     Args:
         folders: stage -> final model; `sft` is the reference of the reward.
@@ -101,7 +101,7 @@ def evaluate_stages(
 
 @torch.inference_mode()
 def _perplexity(folder: Path, instructions: Path, max_length: int) -> float:
-    """Perplexity of the held-out answers."""
+    """Return the perplexity of the held-out answers."""
     scorer = make_scorer(load_model(inspect_checkpoint(folder))).eval()
     with tempfile.TemporaryDirectory(prefix="modern-llm-demo-") as temporary:
         config = InstructionDatasetConfig(dataset_name=str(instructions), max_length=max_length)
@@ -128,7 +128,7 @@ def _perplexity(folder: Path, instructions: Path, max_length: int) -> float:
 def _reward_accuracy(
     policy: Path, reference: Path, corpus: CorpusPaths, max_length: int, beta: float
 ) -> float:
-    """Share of held-out pairs whose chosen answer has the strictly higher reward."""
+    """Return the share of held-out pairs whose chosen answer has the strictly higher reward."""
     with tempfile.TemporaryDirectory(prefix="modern-llm-demo-") as temporary:
         output = Path(temporary) / "scores.jsonl"
         data = PreferenceDatasetConfig(dataset_name=str(corpus.heldout_preferences))

@@ -1,12 +1,10 @@
-"""The facts of the demo's small world: relations, their wordings, and how a reply to them is read.
+"""The facts of the demo: relations, their wordings, and the kind of answer to each.
 
-`relations()` gives every relation with its facts; `READINGS` says which reader of the judge a kind
-of question uses. The corpus is written from these tables and the judge reads its candidates from
-them, so a fact is stated once. No randomness, no files; `corpus.py` and `judge.py` call it.
+`relations()` returns every relation with its facts; `READINGS` maps a kind of question to a reader
+of the judge. Corpus and judge both use these tables.
 
-Two rules keep a program's judgement certain, and the tests hold every table to them: an answer is
-never among the candidates of its own question (no "10 minus 5"), and no two facts have a question
-in common.
+Two rules make the judge exact, and tests check every table: an answer is never among the candidates
+of its own question (no "10 minus 5"), and no two facts have a question in common.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ Reading = Literal["numbers", "words", "letter", "spelled"]
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing that is so: `values` fill `{x}` and `{y}` of its relation's wordings."""
+    """One fact: `values` replace `{x}` and `{y}` in its relation's wordings."""
 
     values: tuple[str, ...]
     answer: str
@@ -28,7 +26,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Relation:
-    """Facts of one form, the ways to ask for one, and the clause that states one."""
+    """Facts of one form, with the wordings of questions and the clause that states a fact."""
 
     kind: str
     phrasings: tuple[str, ...]
@@ -36,11 +34,11 @@ class Relation:
     facts: tuple[Fact, ...]
 
     def ask(self, fact: Fact, phrasing: int) -> str:
-        """Return the question for `fact` in the wording number `phrasing`."""
+        """Return the question for `fact` in wording number `phrasing`."""
         return capitalised(self.phrasings[phrasing].format(**_slots(fact)))
 
     def state(self, fact: Fact, answer: str | None = None) -> str:
-        """Return the clause that states `fact`, or that claims `answer` in place of what is so."""
+        """Return the clause that states `fact`, with `answer` instead of its own if given."""
         return self.statement.format(answer=answer or fact.answer, **_slots(fact))
 
 
@@ -133,10 +131,8 @@ def relations() -> tuple[Relation, ...]:
 
 @cache
 def pool(kind: str) -> frozenset[str]:
-    """Return the words of `kind` that count as candidates in a reply, in lower case.
-
-    For opposites these are both sides of every pair; elsewhere only what can be an answer.
-    """
+    """Return the candidate words of `kind` in lower case: its answers, which include both sides of
+    every pair of opposites."""
     return frozenset(
         fact.answer.lower()
         for relation in relations()
@@ -146,7 +142,7 @@ def pool(kind: str) -> frozenset[str]:
 
 
 def capitalised(text: str) -> str:
-    """Return `text` with its first letter in upper case and all else as it is."""
+    """Return `text` with its first letter in upper case."""
     return text[:1].upper() + text[1:]
 
 

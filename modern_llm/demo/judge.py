@@ -1,9 +1,8 @@
-"""Judges a reply to a question of the demo: is the answer right, and is the reply terse?
+"""Judge of the demo: whether a reply to a question is right, and whether it is terse.
 
-`judge(question, reply)` takes any text, since a half-trained model writes any text. It looks only
-for candidates of the question's kind (numbers, letters, words of a table in `facts.py`) and does
-not understand sentences: a reply is right when its candidates, those of the question left aside,
-are exactly the answer. The demo's evaluation calls it.
+A reply may be any text. The judge compares only candidates of the question's kind (numbers,
+letters, words of a table in `facts.py`): a reply is right if its candidates, without those of the
+question, are exactly the answer.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ _DENIAL = re.compile(r"\b(?:not|never|neither|nor|no|wrong|false|[a-z]+n['’]t)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a program can say of a reply without reading it."""
+    """Result of the judge for one reply."""
 
     right: bool
     terse: bool
 
 
 def judge(question: Question, reply: str) -> Verdict:
-    """Return whether `reply` gives the answer and nothing against it, and whether it is terse.
+    """Return whether `reply` is right and whether it is terse.
 
-    Right: the candidates in the reply, in order and without those that the question mentions
-    itself, are the answer's, once or several times over, and nothing is denied ("not", "wrong").
-    Terse: at least one word, at most `TERSE_WORDS` words and `TERSE_CHARACTERS` characters, and no
-    opener of a rambling frame. Either may hold without the other.
+    Right: the candidates in the reply, in order and without those of the question, are the
+    answer's, once or repeated, and there is no denial ("not", "wrong"). Terse: at least one word,
+    at most `TERSE_WORDS` words and `TERSE_CHARACTERS` characters, and no opener of a rambling
+    frame.
 
     Raises KeyError for an unknown kind.
     """
@@ -62,7 +61,7 @@ def word_count(reply: str) -> int:
 
 
 def candidates(kind: str, text: str) -> list[str]:
-    """Return what `text` offers as answers to a question of `kind`, in order, with repetitions.
+    """Return the possible answers in `text` to a question of `kind`, in order, with repetitions.
 
     Numbers are read from digits only, and whole: "12.5", "12th" and "-12" are not 12.
     """
@@ -73,6 +72,6 @@ def candidates(kind: str, text: str) -> list[str]:
     if reading == "spelled":
         return [run.replace("-", "").upper() for run in _SPELLED.findall(text)]
     if reading == "letter":
-        # The article and the pronoun are never an answer (see `facts._WORDS`), so never counted.
+        # The article "a" and the pronoun "I" are never an answer, see `facts._WORDS`.
         return [letter for letter in map(str.upper, _LETTER.findall(text)) if letter not in "AI"]
     return [word for word in map(str.lower, _WORD.findall(text)) if word in pool(kind)]

@@ -1,6 +1,6 @@
-"""The demo: pretrain -> SFT -> reference pass -> DPO on the generated corpus, then the table.
+"""The demo: pretrain -> SFT -> reference pass -> DPO on a generated corpus, then a table.
 
-Everything goes through the ordinary stages and files of the package, as a user would call them.
+It uses the ordinary stages and files of the package, as a user would.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MAX_LENGTH = 128
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how hard a stage trains; chosen so that all takes minutes on two cores."""
+    """Settings of one stage, chosen so that the demo takes minutes on two cores."""
 
     epochs: float
     batch_size: int
@@ -60,15 +60,15 @@ BETA = 0.1
 
 
 def run_demo(output_dir: Path, *, seed: int = 0) -> dict[str, Any]:
-    """Run the three stages, print the table and three questions with each answer.
+    """Run the three stages; print a table, and three questions with the answers of each stage.
 
-    An unfinished demo in `output_dir` resumes where it stopped; a finished one is made again.
+    An unfinished demo in `output_dir` resumes; a finished one is repeated.
 
     Returns:
-        `stages` (one object a row of the table), `questions`, `seconds`; also in `demo.json`.
+        `stages` (one object per row of the table), `questions`, `seconds`; also in `demo.json`.
 
     Raises:
-        UserError: `output_dir` holds something else.
+        UserError: `output_dir` contains other files.
     """
     began = time.perf_counter()
     with _own_references(output_dir):
@@ -137,7 +137,7 @@ def _train(output_dir: Path, corpus: CorpusPaths, tokenizer: Path, seed: int) ->
 
 @contextmanager
 def _own_references(output_dir: Path) -> Iterator[None]:
-    """Keep the demo's reference values with the demo, unless the user named a place for all."""
+    """Store reference values in the demo's folder, unless `MODERN_LLM_CACHE` is set."""
     if "MODERN_LLM_CACHE" in os.environ:
         yield
         return
@@ -149,13 +149,13 @@ def _own_references(output_dir: Path) -> Iterator[None]:
 
 
 def _clear(output_dir: Path) -> None:
-    """Remove a finished demo; refuse a folder that is not one."""
+    """Remove a finished demo; refuse a folder with other files."""
     ours = {"corpus", "tokenizer", "pretrain", "sft", "dpo", "cache", RESULT}
     foreign = {p.name for p in output_dir.iterdir()} - ours if output_dir.is_dir() else set()
     if foreign:
         raise UserError(
-            f"output_dir {output_dir} holds {', '.join(sorted(foreign)[:3])}, which is no part of"
-            " a demo; name an empty folder"
+            f"output_dir {output_dir} holds {', '.join(sorted(foreign)[:3])}, which is not part "
+            "of a demo; name an empty folder"
         )
     if (output_dir / RESULT).exists():
         for name in ours - {RESULT}:
@@ -173,7 +173,7 @@ def _print(
     """Print the table and the questions on stdout."""
     console = Console()
     table = Table(title=f"Held-out questions ({scores[0].questions})", title_justify="left")
-    for name in ("stage", "perplexity", "reward accuracy", "right", "terse", "words an answer"):
+    for name in ("stage", "perplexity", "reward accuracy", "right", "terse", "words per answer"):
         table.add_column(name, justify="left" if name == "stage" else "right")
     for score in scores:
         table.add_row(*score.cells())

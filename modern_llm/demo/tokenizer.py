@@ -1,8 +1,7 @@
-"""Makes the demo's tokenizer: byte-level BPE learnt from the corpus, as a `transformers` folder.
+"""The demo's tokenizer: byte-level BPE learnt from the corpus, as a `transformers` folder.
 
-Byte-level, so that any text round-trips exactly and nothing is ever unknown; small, so that the
-embedding of a model with a million parameters stays a fraction of it. The demo's runner calls it
-once; every stage then loads the folder like any other tokenizer.
+Byte-level, so that any text round-trips exactly. Small, so that the embedding is a fraction of a
+model with a million parameters.
 """
 
 from __future__ import annotations
@@ -22,11 +21,10 @@ VOCAB_SIZE = 1024
 
 
 def build_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Path:
-    """Learn at most `vocab_size` tokens from `texts`, commit them as `folder`, and return `folder`.
+    """Learn at most `vocab_size` tokens from `texts`, write them to `folder`, and return `folder`.
 
-    Ids: 0 `END_TOKEN`, 1 `PAD_TOKEN`, then the 256 bytes, then merges; little text gives fewer
-    merges, so read the size from the tokenizer. Encoding adds neither special token. Raises
-    ValueError when `vocab_size` has no room for the bytes.
+    Ids: 0 `END_TOKEN`, 1 `PAD_TOKEN`, then the 256 bytes, then merges, fewer for little text.
+    Encoding adds no special token. ValueError if `vocab_size` is too small for the bytes.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     specials = [END_TOKEN, PAD_TOKEN]
@@ -49,9 +47,9 @@ def build_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int = VOCAB_
         tokenizer_object=tokenizer,
         eos_token=END_TOKEN,
         pad_token=PAD_TOKEN,
-        # Else decoding deletes the space before punctuation, and no text with one round-trips.
+        # The default would delete spaces before punctuation when decoding.
         clean_up_tokenization_spaces=False,
     )
-    with committed_folder(folder) as place, around("tokenizer.write"):
-        wrapped.save_pretrained(str(place))
+    with committed_folder(folder) as temporary, around("tokenizer.write"):
+        wrapped.save_pretrained(str(temporary))
     return folder

@@ -1,2 +1,4 @@
-"""Run folders to one self-contained HTML page; plain results to a terminal. Imports nothing of the
-project: what it reads is on the disk, in the form that the design promises."""
+"""Reports of run folders: one self-contained HTML page, and the model card.
+
+Reads only the documented files of a run folder, and imports no training code.
+"""

@@ -1,6 +1,6 @@
-"""The model card of a run: what was trained from what, on which data, how, and how well.
+"""The model card of a run: base model, data, results, configuration and versions.
 
-Only what the run folder says; written by `export`, beside the weights.
+Everything comes from the files of the run folder.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ STAGES = {"sft_checkpoint": "dpo", "pretrain_checkpoint": "sft"}
 
 
 def model_card(folder: Path) -> str:
-    """Return the card of the run in `folder`, with the Hub's metadata before it.
+    """Return the card of the run in `folder`, with the Hub's metadata as front matter.
 
     Raises:
-        ReportError: it is no run folder.
+        ReportError: `folder` is not a run folder.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -66,13 +66,13 @@ def _lines(run: Run, stage: str, mark: str | None) -> list[str]:
 
 
 def words(text: object) -> str:
-    """Return text as one line of Markdown that shows exactly this text."""
-    # A plus begins a list at the start of a line alone; brackets without [] are words.
+    """Return text escaped as one line of Markdown."""
+    # A plus starts a list only at the start of a line.
     return re.sub(r"^\+|[\\`*_{}\[\]<>#!|~&$]", r"\\\g<0>", one_line(text))
 
 
 def code(text: object) -> str:
-    """Return text as an inline code span, whose marks are longer than any in the text."""
+    """Return text as an inline code span, with more backticks than any run of them in the text."""
     shown = one_line(text) or " "
     mark = "`" * (_longest_run(shown) + 1)
     room = " " if shown.startswith("`") or shown.endswith("`") else ""
@@ -80,7 +80,7 @@ def code(text: object) -> str:
 
 
 def block(lines: Sequence[str], language: str) -> list[str]:
-    """Return lines as a fenced block, whose fence is longer than any in the lines."""
+    """Return lines as a fenced block, with a fence longer than any in the lines."""
     shown = [printable(line) for line in lines]
     fence = "`" * max(3, _longest_run("\n".join(shown)) + 1)
     return [f"{fence}{language}", *shown, fence]
@@ -108,7 +108,7 @@ def _data_names(run: Run) -> list[str]:
 
 
 def _hub_id(name: Any) -> str | None:
-    """The name where it can be one of the Hub: a local path says nothing to others."""
+    """Return `name` if it may be a Hub id, None for a local path."""
     text = str(name or "")
     local = not text or Path(text).suffix in (".jsonl", ".json", ".csv", ".parquet", ".txt", ".pt")
     local = local or not _HUB_ID.fullmatch(text) or Path(text).exists()

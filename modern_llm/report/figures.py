@@ -1,8 +1,8 @@
-"""Panels of a report: metrics by step as SVG, drawn by matplotlib, coloured by the page's CSS.
+"""Panels of a report: metrics by step as SVG, drawn by matplotlib.
 
-Colours are written as marks and replaced by CSS variables, so that one drawing serves light and
-dark. Each panel also gives its points and where its axes stand, from which the page's script shows
-values under the pointer or the arrow keys. Called by `page`.
+Colours are placeholders that are replaced by CSS variables, so that one drawing works in light and
+dark mode. Each panel also has its points and the position of its axes, with which the page's script
+shows the values at the pointer.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from modern_llm.report.runs import Floats, Run
 
 COLOURS = 8
 WIDTH, HEIGHT = 4.6, 2.7
-"""Inches; an SVG unit is a 72nd of one."""
+"""In inches; an SVG unit is 1/72 inch."""
 MARK_INK, MARK_GRID = "#abc1f0", "#abc1f1"
 MOST_POINTS, MOST_BESIDE_OTHERS, ALL_POINTS = 200, 100, 36_000
 
 
 @dataclass(frozen=True)
 class Line:
-    """One metric in a panel: its name in `metrics.jsonl`, what it is called, how it is drawn."""
+    """One metric of a panel: name in `metrics.jsonl`, title and line style."""
 
     metric: str
     title: str = ""
@@ -35,7 +35,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """A drawing; `lines` that no run has are left out."""
+    """One figure of the report; `lines` that no run has are omitted."""
 
     title: str
     lines: tuple[Line, ...]
@@ -86,13 +86,13 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Drawing:
-    """A panel, drawn.
+    """A drawn panel.
 
     Attributes:
-        svg: with ids that no other drawing of the page has, its size left to the page.
-        summary: first and last value of each line, in words.
-        data: `left` and `right` edge of the axes in SVG units, `low` and `high` step there, and
-            the `series` with `name`, `colour`, `x`, `y`.
+        svg: the figure, with ids unique in the page and without a size.
+        summary: first and last value of each line as a sentence.
+        data: `left` and `right` edge of the axes in SVG units, the steps `low` and `high` there,
+            and `series` with `name`, `colour`, `x`, `y`.
     """
 
     name: str
@@ -103,14 +103,14 @@ class Drawing:
 
 
 def drawings(runs: Sequence[Run]) -> list[Drawing]:
-    """Return every panel that has something to show."""
+    """Return every panel for which a run has data."""
     wanted = [
         (panel, [line for line in panel.lines if any(line.metric in run.series for run in runs)])
         for panel in PANELS
     ]
     wanted = [(panel, lines) for panel, lines in wanted if lines]
     count = sum(line.metric in run.series for _, lines in wanted for line in lines for run in runs)
-    # Curves of several runs lie over one another: fewer points, each the mean of more steps.
+    # Curves of several runs overlap: use fewer points, each the mean of more steps.
     most = MOST_POINTS if len(runs) == 1 else MOST_BESIDE_OTHERS
     points = int(np.clip(ALL_POINTS // max(count, 1), 24, most))
     return [
@@ -120,9 +120,9 @@ def drawings(runs: Sequence[Run]) -> list[Drawing]:
 
 
 def thinned(steps: Floats, values: Floats, most: int) -> tuple[Floats, Floats, Floats, Floats]:
-    """Return (steps, mean, lowest, highest) in at most `most` groups of neighbouring points.
+    """Return (steps, mean, minimum, maximum) of at most `most` groups of neighbouring points.
 
-    A group's step is its last one, so that the curve ends where the run does.
+    The step of a group is its last one, so that the curve ends at the run's last step.
     """
     if len(steps) <= most:
         return steps, values, values, values
@@ -140,7 +140,7 @@ def thinned(steps: Floats, values: Floats, most: int) -> tuple[Floats, Floats, F
 def _draw(
     name: str, panel: Panel, lines: Sequence[Line], runs: Sequence[Run], points: int
 ) -> Drawing:
-    # matplotlib takes half a second to import, and only a report needs it.
+    # Imported here, because matplotlib takes half a second and only a report needs it.
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -195,7 +195,7 @@ def _mark(colour: int) -> str:
 
 
 def _dress(axes: Any) -> None:
-    """Quiet axes: a grid behind, no box, texts in the page's colour."""
+    """Style axes: a grid behind the lines, no box, text in the page's colour."""
     axes.grid(True, color=MARK_GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.margins(x=0.02)
@@ -208,7 +208,7 @@ def _dress(axes: Any) -> None:
 
 
 def _inline(svg: str, name: str) -> str:
-    """The drawing as it can stand in a page with others: own ids, no size, CSS colours."""
+    """Prepare an SVG for a page with several: unique ids, no size, CSS colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
@@ -218,5 +218,5 @@ def _inline(svg: str, name: str) -> str:
     svg = svg.replace(MARK_INK, "var(--ink)").replace(MARK_GRID, "var(--grid)")
     for colour in range(COLOURS):
         svg = svg.replace(_mark(colour), f"var(--run{colour})")
-    # The page names the figure; a reader should not meet every tick as a group of its own.
+    # The page labels the figure: hide its many groups from screen readers.
     return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)

@@ -1,7 +1,4 @@
-"""One HTML page for one run or several: everything in the file, nothing fetched.
-
-Called by the verb `report`, and by every run at its end.
-"""
+"""The HTML page of one or several runs: a single file that fetches nothing."""
 
 from __future__ import annotations
 
@@ -16,10 +13,10 @@ from modern_llm.report.runs import ReportError, Run, differences, read_runs
 from modern_llm.storage.atomic import write_file
 
 LIMIT = 3_000_000
-"""Bytes that a page must stay under."""
+"""Limit for the size of a page in bytes."""
 SAMPLE_BUDGET = 500_000
 MOST_STEPS, MOST_CHARACTERS = 10, 2_000
-# Title, metric, and how it is written; the last value of each.
+# Title, metric and format of the values in the headline table; the last value is shown.
 HEADLINES = (
     ("loss", "loss", "{:.4f}"),
     ("evaluation loss", "eval/loss", "{:.4f}"),
@@ -37,14 +34,14 @@ HEADLINES = (
 
 
 def write_report(folders: Sequence[Path], output: Path) -> dict[str, Any]:
-    """Write the page of these run folders to `output`, in one piece.
+    """Write the page of these run folders to `output`, atomically.
 
     Returns:
         `report` (the file), `runs`, `panels` and `bytes`.
 
     Raises:
-        ReportError: a folder is no run folder.
-        StorageError: the disk refuses.
+        ReportError: a folder is not a run folder.
+        StorageError: `output` cannot be written.
     """
     runs = read_runs(folders)
     panels = drawings(runs)
@@ -52,7 +49,7 @@ def write_report(folders: Sequence[Path], output: Path) -> dict[str, Any]:
     size = len(page.encode("utf-8"))
     if size >= LIMIT:
         raise ReportError(
-            f"the page would have {size:,} bytes, not under {LIMIT:,}: name fewer runs"
+            f"the page would have {size:,} bytes, and the limit is {LIMIT:,}: name fewer runs"
         )
     write_file(output, page)
     return {"report": str(output), "runs": len(runs), "panels": len(panels), "bytes": size}
@@ -77,7 +74,7 @@ def render(runs: Sequence[Run], panels: Sequence[Any]) -> str:
         runs=runs,
         colours=COLOURS,
         panels=panels,
-        # "</script" would close the script that holds it, "<!--<script" would keep it open.
+        # "</script" would end the script element, "<!--<script" would keep it open.
         data=json.dumps({p.name: p.data for p in panels}, separators=(",", ":")).replace(
             "<", "\\u003c"
         ),
@@ -89,12 +86,12 @@ def render(runs: Sequence[Run], panels: Sequence[Any]) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """Return what the page shows of a value: controls and overrides of direction as escapes."""
+    """Return a value for the page, with control and direction characters escaped."""
     return printable(value) if type(value) is str else value
 
 
 def cell(value: Any) -> str:
-    """Return a value of a configuration as a person writes it."""
+    """Return a configuration value as text."""
     if value is None:
         return "—"
     if isinstance(value, bool):
@@ -126,7 +123,7 @@ def _headlines(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Answers by step, thinned to what the page has room for; the last step first."""
+    """Return sample answers by step, last step first, limited to `SAMPLE_BUDGET` characters."""
     steps = sorted({int(sample["step"]) for run in runs for sample in run.samples})
     if len(steps) > MOST_STEPS:
         last = len(steps) - 1
@@ -156,5 +153,5 @@ def _short(text: str) -> str:
 
 
 def _sources(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """What each run noted of its data, a row a source."""
+    """Return the data statistics of all runs, one row per source."""
     return [{"run": run.label} | source for run in runs for source in run.summary.get("data", [])]

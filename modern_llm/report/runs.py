@@ -1,7 +1,7 @@
-"""What a run folder holds, read tolerantly: a run that was killed has a report too.
+"""Reading of run folders for reports. It tolerates missing and damaged files of a killed run.
 
-Files: `config.yaml`, `metrics.jsonl`, `outcome.json` and, where they stand, `summary.json` (data
-and environment) and `samples.jsonl` (answers by step). Called by `page`.
+Files: `config.yaml`, `metrics.jsonl`, `outcome.json` and, if they exist, `summary.json` (data and
+environment) and `samples.jsonl` (answers by step).
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from modern_llm.storage.untrusted import (
 log = logging.getLogger(__name__)
 
 METRICS = 1000
-"""Most metrics that are read; a run logs a few dozen."""
+"""Maximum number of metrics that are read; a run logs a few dozen."""
 POINTS = 1_000_000
-"""Most values that are kept of a log: a drawing shows a few hundred of each metric."""
+"""Maximum number of values that are kept; a drawing shows a few hundred of each metric."""
 Floats = NDArray[np.float64]
 
 
 class ReportError(ValueError):
-    """A folder that no report can be made of; the command line gives it status 2."""
+    """A folder cannot be reported; exit status 2."""
 
     status = 2
 
@@ -48,12 +48,12 @@ class Run:
     """One run.
 
     Attributes:
-        label: short name that no other run of the page has.
+        label: short name, unique in the page.
         config: dotted option name -> value.
-        series: metric -> (steps, values), both (n,), values finite, in the order of the steps.
-        outcome: status, reason and last step; empty while the run goes on.
-        summary: what the run noted of its data and its environment.
-        samples: answers to fixed prompts, one object a step and prompt.
+        series: metric -> (steps, values), both (n,), finite, sorted by step.
+        outcome: status, reason and last step; empty while the run is active.
+        summary: statistics of the data, and environment.
+        samples: answers to fixed prompts, one object per step and prompt.
     """
 
     path: Path
@@ -65,48 +65,48 @@ class Run:
     samples: list[dict[str, Any]] = field(default_factory=list)
 
     def last(self, name: str) -> float | None:
-        """Return the last value of a metric, None where it was never logged."""
+        """Return the last value of a metric, None if it was never logged."""
         return float(self.series[name][1][-1]) if name in self.series else None
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read every folder and give each run a label of its own.
+    """Read the runs and give each a unique label.
 
     Raises:
-        ReportError: a folder is no run folder, or one is named twice; all problems at once.
+        ReportError: a folder is not a run folder, or is named twice; all problems at once.
     """
-    places = [folder.expanduser() for folder in folders]
+    paths = [folder.expanduser() for folder in folders]
     problems = [
-        f"{place}: is no run folder (no metrics.jsonl in it); give the output_dir of a run"
-        for place in places
-        if (place / "metrics.jsonl").is_symlink() or not (place / "metrics.jsonl").is_file()
+        f"{path}: is not a run folder (no metrics.jsonl in it); give the output_dir of a run"
+        for path in paths
+        if (path / "metrics.jsonl").is_symlink() or not (path / "metrics.jsonl").is_file()
     ]
-    whole = [place.resolve() for place in places]
+    whole = [path.resolve() for path in paths]
     problems += [
-        f"{place}: is named twice; name each run once"
-        for at, place in enumerate(places)
+        f"{path}: is named twice; name each run once"
+        for at, path in enumerate(paths)
         if whole[at] in whole[:at]
     ]
-    if not places:
+    if not paths:
         problems.append("no run folder is named; give one or more")
     if problems:
         raise ReportError("; ".join(problems))
-    runs = [_read(place) for place in places]
+    runs = [_read(path) for path in paths]
     _label(runs)
     return runs
 
 
-def _read(place: Path) -> Run:
-    config = flat(_yaml(place / "config.yaml"))
-    name = str(config.get("train.run_name") or place.name)
+def _read(folder: Path) -> Run:
+    config = flat(_yaml(folder / "config.yaml"))
+    name = str(config.get("train.run_name") or folder.name)
     return Run(
-        path=place,
+        path=folder,
         label=name,
         config=config,
-        series=_series(_lines(place / "metrics.jsonl")),
-        outcome=_outcome(_json(place / "outcome.json")),
-        summary=_summary(_json(place / "summary.json")),
-        samples=list(_lines(place / "samples.jsonl", LARGEST_SAMPLES)),
+        series=_series(_lines(folder / "metrics.jsonl")),
+        outcome=_outcome(_json(folder / "outcome.json")),
+        summary=_summary(_json(folder / "summary.json")),
+        samples=list(_lines(folder / "samples.jsonl", LARGEST_SAMPLES)),
     )
 
 
@@ -116,8 +116,8 @@ def _yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, yaml.YAMLError) as error:
-        return _left_out(path, error)
-    return _plain(found) if isinstance(found, dict) else _left_out(path, "is no mapping")
+        return _skip(path, error)
+    return _plain(found) if isinstance(found, dict) else _skip(path, "is not a mapping")
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -126,18 +126,18 @@ def _json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        return _left_out(path, error)
-    return found if isinstance(found, dict) else _left_out(path, "is no JSON object")
+        return _skip(path, error)
+    return found if isinstance(found, dict) else _skip(path, "is not a JSON object")
 
 
-def _left_out(path: Path, why: object) -> dict[str, Any]:
+def _skip(path: Path, why: object) -> dict[str, Any]:
     reason = getattr(why, "strerror", None) or one_line(why)[:200]
-    log.warning("%s: cannot be read and is left out of the report (%s)", path, reason)
+    log.warning("%s: cannot be read and is not in the report (%s)", path, reason)
     return {}
 
 
 def _plain(value: Any) -> Any:
-    """Return nested values as JSON can say them: YAML also has dates, bytes, sets and odd keys."""
+    """Return nested values as JSON types: YAML also has dates, bytes, sets and other keys."""
     if isinstance(value, dict):
         return {str(name): _plain(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -146,7 +146,7 @@ def _plain(value: Any) -> Any:
 
 
 def _outcome(found: dict[str, Any]) -> dict[str, Any]:
-    """Return status, reason and last step, each None where it is not what a run writes."""
+    """Return status, reason and last step; a number of the wrong type becomes None."""
     if not found:
         return {}
     return {
@@ -160,7 +160,7 @@ _COUNTS = ("rows", "kept", "tokens", "prompts_cut", "responses_cut")
 
 
 def _summary(found: dict[str, Any]) -> dict[str, Any]:
-    """Return `data` and `environment` with the fields that the page and the card read."""
+    """Return `data` and `environment` with the fields that page and card need."""
     data, environment = found.get("data"), found.get("environment")
     sources = [source for source in data if isinstance(source, dict)] if _is_list(data) else []
     return {
@@ -185,7 +185,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _lines(path: Path, most: int = LARGEST_LINES) -> Iterator[dict[str, Any]]:
-    """Yield the objects with a step of a file of JSON lines."""
+    """Yield the objects of a JSON lines file that have a step."""
     damaged = 0
     try:
         for _, value in json_lines(path, most, follow=False):
@@ -196,16 +196,16 @@ def _lines(path: Path, most: int = LARGEST_LINES) -> Iterator[dict[str, Any]]:
     except FileNotFoundError:
         return
     except OSError as error:
-        _left_out(path, error)
+        _skip(path, error)
     if damaged:
-        log.warning("%s: %d damaged lines are left out of the report", path, damaged)
+        log.warning("%s: %d damaged lines are not in the report", path, damaged)
 
 
 def _series(records: Iterable[dict[str, Any]]) -> dict[str, tuple[Floats, Floats]]:
-    """Return the points of every metric; of a log with very many, evenly spread ones.
+    """Return the points of every metric, thinned evenly if there are more than `POINTS`.
 
-    Memory is bounded: where all points together are too many, every second one of each metric is
-    left out, and from then on only every second record is taken. The last value always stays.
+    To bound memory, every second point of each metric is then dropped, and later only every second
+    record is read. The last value is always kept.
     """
     points: dict[str, dict[int, float]] = {}
     last: dict[str, tuple[int, float]] = {}
@@ -244,7 +244,7 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Return option -> its value in each run, of the options in which they differ."""
+    """Return option -> its value in each run, for the options that differ."""
     names = sorted({name for run in runs for name in run.config})
     values = {name: [run.config.get(name) for run in runs] for name in names}
     return {
@@ -254,17 +254,16 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     }
 
 
-# They name a run and say nothing of it.
+# Options that differ between any two runs.
 _NAMES = ("train.run_name", "train.output_dir")
 
 
 def _label(runs: list[Run]) -> None:
-    """Name runs by what distinguishes them: an option of a sweep, else the run's or folder's
-    name."""
-    told = {n: v for n, v in differences(runs).items() if n not in _NAMES}
-    if len(runs) > 1 and 0 < len(told) <= 2:
+    """Label runs by one or two options that differ (a sweep), else by run, folder or path name."""
+    differing = {n: v for n, v in differences(runs).items() if n not in _NAMES}
+    if len(runs) > 1 and 0 < len(differing) <= 2:
         for at, run in enumerate(runs):
-            run.label = ", ".join(f"{n.rpartition('.')[2]}={v[at]}" for n, v in told.items())
+            run.label = ", ".join(f"{n.rpartition('.')[2]}={v[at]}" for n, v in differing.items())
     for pick in (lambda run: run.path.name, lambda run: str(run.path)):
         if len({run.label for run in runs}) == len(runs):
             return

@@ -76,7 +76,11 @@ def zero(stage: int = 2, **options) -> dict:
         ),
         (zero(7), {}, "zero_optimization.stage: must be 0, 1, 2 or 3, got 7"),
         (zero(2, offload_param={"device": "cpu"}), {}, "needs stage 3 or above, and stage is 2"),
-        (zero(0, offload_optimizer={"device": "cpu"}), {}, "needs stage 1 or above, and stage is 0"),
+        (
+            zero(0, offload_optimizer={"device": "cpu"}),
+            {},
+            "needs stage 1 or above, and stage is 0",
+        ),
         (zero(3, offload_param={"device": "nvme"}), {}, "use cpu"),
         (zero(3), {"compile": True}, "set train.compile false, or use stage 2"),
         (zero(0), {"mixed_precision": "fp16"}, "no loss scaler"),

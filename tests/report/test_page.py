@@ -145,7 +145,7 @@ def test_bad_folders_are_all_named_in_one_line(make_run, tmp_path, capsys):
     words = [str(folder), str(folder / ".." / "run"), str(tmp_path / "nowhere")]
     assert main(["report", *words, "--output", str(tmp_path / "x.html")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "nowhere: is no run folder" in line and "is named twice" in line
+    assert "nowhere: is not a run folder" in line and "is named twice" in line
     assert not (tmp_path / "x.html").exists()
     assert main(["report"]) == 2
     assert "no run folder is named" in capsys.readouterr().err

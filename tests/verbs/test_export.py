@@ -172,7 +172,7 @@ def test_a_pt_file_refuses_what_it_cannot_say(place, tmp_path, capsys):
     config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
     assert run_export("--model", tmp_path / "gpt2", "--output", tmp_path / "g.pt") == 2
-    assert "a .pt file holds Llama and Mixtral, not gpt2" in capsys.readouterr().err
+    assert "a .pt file can hold Llama and Mixtral, not gpt2" in capsys.readouterr().err
     model = AutoModelForCausalLM.from_pretrained(place / "model")
     model.config.attention_bias = True
     AutoModelForCausalLM.from_config(model.config).save_pretrained(tmp_path / "biased")

@@ -135,7 +135,8 @@ def test_inputs_are_read_after_the_meeting_and_named_where_they_differ(tmp_path)
     assert run_ranks(compared, 2, *both) == [("", ["meet", "_read"])] * 2
     (tmp_path / "b" / "p.jsonl").write_text("2\n")
     for refused, _ in run_ranks(compared, 2, *both):
-        assert f"rank 1 (node 1, {socket.gethostname()}) differs from rank 0 in its files" in refused
+        node = f"rank 1 (node 1, {socket.gethostname()})"
+        assert f"{node} differs from rank 0 in its files" in refused
         assert "p.jsonl" in refused
 
 
