@@ -1,4 +1,4 @@
-"""`evaluate`: the policy's own log-probs, judged the same on one process and on two."""
+"""`evaluate`: statistics of the policy's own log-probs, equal on one and on two processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def other(tmp_path_factory, tiny_tokenizer):
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """A folder of two files, one of which has a column that names kinds."""
+    """A folder of two files, one of which has a column for groups."""
     folder = tmp_path / "data"
     folder.mkdir()
     write_jsonl(folder / "a.jsonl", transcripts(15, seed=1))
@@ -84,7 +84,7 @@ def test_judgements_are_those_of_the_scores_on_one_and_two_processes(
     assert two[0]["margin"] == pytest.approx(found["margin"], abs=1e-4)
 
 
-def test_groups_by_a_column_and_the_bare_likelihoods(tiny_checkpoint, data):
+def test_groups_by_a_column_without_a_reference(tiny_checkpoint, data):
     found = evaluate_pairs(
         str(tiny_checkpoint),
         PreferenceDatasetConfig(dataset_name=str(data)),
@@ -99,7 +99,7 @@ def test_groups_by_a_column_and_the_bare_likelihoods(tiny_checkpoint, data):
         evaluated(tiny_checkpoint, tiny_checkpoint, data, by="nothing")
 
 
-def test_a_model_beside_itself_has_only_ties(tiny_checkpoint, data):
+def test_a_model_as_its_own_reference_has_only_ties(tiny_checkpoint, data):
     found = evaluated(tiny_checkpoint, tiny_checkpoint, data)
     assert (found["accuracy"], found["ties"], found["margin"]) == (0.0, 1.0, 0.0)
     assert found["calibration"]["log_loss"] == pytest.approx(0.693147, abs=1e-5)

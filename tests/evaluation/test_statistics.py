@@ -1,4 +1,4 @@
-"""Accuracy, intervals and calibration against closed forms, other code and made-up truths."""
+"""Accuracy, intervals and calibration against closed forms, other code and known truths."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_wilson_intervals_are_the_published_ones(successes, count, low, high):
     assert wilson(successes, count) == pytest.approx((low, high), abs=5e-5)
 
 
-def test_wilson_without_a_pair_knows_nothing():
+def test_wilson_without_a_pair_is_the_whole_interval():
     assert wilson(0, 0) == (0.0, 1.0)
 
 
@@ -41,7 +41,7 @@ def test_the_bootstrap_is_near_the_normal_interval_and_repeats():
     assert bootstrap_mean(np.array([3.0])) == (3.0, 3.0)
 
 
-def test_a_judgement_counts_ties_apart():
+def test_ties_are_counted_separately():
     rewards = np.array([[1.0, 0.0], [0.5, 0.5], [0.0, 2.0], [3.0, 1.0]])
     found = judge(rewards)
     assert (found["pairs"], found["accuracy"], found["ties"]) == (4, 0.5, 0.25)
@@ -49,10 +49,10 @@ def test_a_judgement_counts_ties_apart():
     assert (found["reward_chosen"], found["reward_rejected"]) == pytest.approx((1.125, 0.875))
 
 
-def test_probabilities_that_are_true_have_no_calibration_error():
+def test_true_probabilities_have_no_calibration_error():
     rng = np.random.default_rng(0)
     gaps = rng.normal(size=200_000) * 2
-    # With probability sigmoid(gap) the first of the two answers is the chosen one.
+    # The first of the two answers is chosen with probability sigmoid(gap).
     right = rng.random(200_000) < 1 / (1 + np.exp(-gaps))
     margins = np.where(right, gaps, -gaps)
     found = calibration(margins)
@@ -60,7 +60,7 @@ def test_probabilities_that_are_true_have_no_calibration_error():
     assert sum(bin["pairs"] for bin in found["bins"]) == 200_000
     for bin in found["bins"]:
         assert bin["from"] <= bin["confidence"] <= bin["to"] + 1e-12
-    assert calibration(margins * 5)["expected_error"] > 0.1  # the same order, too sure of it
+    assert calibration(margins * 5)["expected_error"] > 0.1  # the same order, but overconfident
 
 
 def test_log_loss_and_brier_are_their_formulas():
@@ -69,11 +69,11 @@ def test_log_loss_and_brier_are_their_formulas():
     found = calibration(margins)
     assert found["log_loss"] == pytest.approx(-np.log(p).mean())
     assert found["brier"] == pytest.approx(((1 - p) ** 2).mean())
-    assert calibration(np.zeros(5))["expected_error"] == 0  # sure of nothing, right half the time
+    assert calibration(np.zeros(5))["expected_error"] == 0  # half right without confidence
     assert np.isfinite(calibration(np.array([1e5, -1e5]))["log_loss"])
 
 
-def test_groups_are_judged_apart():
+def test_groups_are_judged_separately():
     rewards = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
     found = judge_groups(rewards, {"source": ["a", "b", "a"]})
     assert {n: (g["pairs"], g["accuracy"]) for n, g in found["source"].items()} == {

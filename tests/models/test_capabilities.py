@@ -1,4 +1,4 @@
-"""Features that act at some lengths or weights only are measured where they act, on a twin."""
+"""Features that have an effect only at some lengths or weights are measured there, on a twin."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LATENT = {
     "index_n_heads": 2,
 }  # fmt: skip
 LONGER = {"max_position_embeddings": 512}
-# name -> configuration, and the ability that must be off.
+# name -> configuration, and the capability that must be off.
 FAMILIES = {
-    # The window is in the mask alone: layers do not pass it to their attention.
+    # The window is only in the mask: layers do not pass it to their attention.
     "phimoe": (
         lambda: tf.PhimoeConfig(
             **WITHOUT_HEAD_DIM | LONGER, num_local_experts=4, sliding_window=64
@@ -35,15 +35,15 @@ FAMILIES = {
         ),
         "trees",
     ),
-    # A number of keys that a token keeps, far above the rows of a short probe.
+    # A number of keys that each token keeps, far above the rows of a short probe.
     "doge": (lambda: tf.DogeConfig(**WITHOUT_HEAD_DIM | LONGER, keep_window_size=100), "trees"),
-    # Ties among the keys that are kept: padding decides them.
+    # Ties among the kept keys, which padding decides.
     "deepseek_v32": (
         lambda: tf.DeepseekV32Config(**WITHOUT_HEAD_DIM | LONGER | LATENT
                                      | {"num_key_value_heads": 4}),
         "padded",
     ),
-    # Positions begin at the padding id and 1.
+    # Positions start at the padding id + 1.
     "camembert": (
         lambda: tf.CamembertConfig(**WITHOUT_HEAD_DIM | LONGER, is_decoder=True),
         "trees",
@@ -67,8 +67,8 @@ def test_rows_beyond_every_special_length_are_scored_as_plain_sequences(name):
     torch.testing.assert_close(score(scorer, table)[0].double(), expected, rtol=0, atol=1e-3)
 
 
-def test_a_cap_that_new_weights_do_not_feel_is_found_and_kept():
-    """A cap of 30 under another name; later the logits grow."""
+def test_a_cap_without_effect_on_new_weights_is_found_and_kept():
+    """A cap of 30 under another field name; the logits grow later."""
     model = make(
         tf.RecurrentGemmaConfig(
             vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=3,

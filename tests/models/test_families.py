@@ -1,4 +1,5 @@
-"""Log-probs and gradients of every family by every way of rows, against plain float64 sequences."""
+"""Log-probs and gradients of every family with every row layout, against plain float64
+sequences."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ WEIGHTS = torch.tensor([[1.0, -0.5], [0.25, 2.0], [-1.0, 0.75], [0.5, -0.25]], d
 SHORT = ["llama", "qwen2_moe", "phimoe", "gemma2", "recurrent_gemma", "mamba", "falcon_mamba",
          "deepseek_v32", "doge", "camembert", "gpt_oss", "xlstm", "deepseek_v4"]  # fmt: skip
 
-# Built and not checked, or not exact, and why.
+# Families that are built but not checked, or not exact, with the reason.
 OPEN = {
     "prophetnet": "padding moves a sequence by 0.002 nats, which the probe does not see without a "
     "twin",
@@ -32,8 +33,8 @@ OPEN = {
 
 
 def plain(model, table):
-    """Sums and gradients in float64, one unpadded sequence at a time; in float32 where the code of
-    a family is for that alone."""
+    """Return sums and gradients in float64, one unpadded sequence at a time; in float32 for
+    families whose code supports only that."""
     try:
         return plain_in(torch.float64, model, table)
     except RuntimeError:
@@ -57,7 +58,7 @@ def plain_in(dtype, model, table):
 
 
 def asked(scorer, table, shared, groups):
-    """The same by the scorer, in forwards of the given groups."""
+    """The same with the scorer, in forwards of the given groups."""
     scorer.zero_grad()
     examples = Examples(table, trees=scorer.capabilities.trees)
     sums = torch.zeros(len(table), 2, dtype=torch.float64)
@@ -71,7 +72,7 @@ def asked(scorer, table, shared, groups):
 
 
 def check(name):
-    """Compare all ways of rows; return the scorer's abilities."""
+    """Compare all row layouts; return the scorer's capabilities."""
     model, table = build_family(name), random_pairs(SIZES)
     expected, gradients = plain(model, table)
     scorer = make_scorer(model, dropout=False)
@@ -110,6 +111,6 @@ def test_every_other_family_too(name):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", UNBUILT)
-def test_a_family_is_left_out_only_as_long_as_it_cannot_be_built(name):
+def test_a_family_is_skipped_only_while_it_cannot_be_built(name):
     with pytest.raises((ImportError, ValueError, StrictDataclassError)):
         build_family(name)(input_ids=torch.arange(3, 43)[None], use_cache=False)

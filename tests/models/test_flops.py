@@ -1,4 +1,4 @@
-"""Ideal operations against torch's own counter on plain forwards, and the peaks they are over."""
+"""Ideal operations against torch's own counter on plain forwards, and the peaks of devices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FAMILIES_WITHOUT_ATTENTION = {
 
 
 def counted(model, length: int) -> tuple[float, float]:
-    """What torch counts in one eager forward of a sequence, and in its backward besides."""
+    """Return torch's count for one eager forward of a sequence, and for its backward."""
     model.set_attn_implementation("eager")
     ids = torch.arange(3, 3 + length)[None]
     with FlopCounterMode(display=False) as forward:
@@ -35,18 +35,18 @@ def counted(model, length: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen3", "gpt2", "gemma2"])
-def test_operations_are_those_that_torch_counts_but_for_the_unseen_half_of_attention(name):
+def test_operations_equal_torchs_count_with_full_attention(name):
     length = 12
     model = make_model(name)
     config = model.config.get_text_config()
     ideal = IdealFlops(model)
-    # torch's count of eager attention has every (query, key); ours is told each token sees all.
+    # torch counts every (query, key) of eager attention, so ours is told that each token sees all.
     everyone = torch.full((length,), length)
-    if name == "gemma2":  # half of its layers see 4 positions at most: told so, all are equal
+    if name == "gemma2":  # half of its layers see only 4 positions: count all
         ideal._layers = {None: config.num_hidden_layers}
     forward, backward = counted(model, length)
     rotary = forward - ideal(everyone, length, training=False)
-    # Rotary tables are a small product of their own in some architectures.
+    # Rotary tables are a small matrix product in some architectures.
     assert 0 <= rotary <= 0.005 * forward
     total = ideal(everyone, length, training=True)
     assert total == pytest.approx(forward + backward, rel=0.01)
@@ -64,7 +64,7 @@ def test_visible_pairs_and_targets_alone_are_counted():
     assert ideal(reach, 3, training=False) == 2 * 10 * linear + 2 * 3 * head + attention
 
 
-def test_experts_that_a_token_does_not_visit_are_no_work():
+def test_experts_that_a_token_does_not_use_are_not_counted():
     model = make_model("mixtral")  # 2 of 4 experts
     every = sum(p.numel() for p in decoder_layers(model).parameters() if p.ndim > 1)
     experts = sum(
@@ -87,7 +87,7 @@ def test_families_without_attention_have_no_operations_of_attention(name):
     assert sizes["hidden"] == 32
 
 
-def test_hybrids_count_their_attention_layers_alone():
+def test_hybrids_count_only_their_attention_layers():
     config = tf.GraniteMoeHybridConfig(
         **WITHOUT_HEAD_DIM, layer_types=["mamba", "attention", "mamba"], num_local_experts=0,
         num_experts_per_tok=0, shared_intermediate_size=64, mamba_n_heads=8, mamba_d_head=8,

@@ -1,5 +1,4 @@
-"""The fused head against plain float64 log-softmax, `gradcheck`, and its memory against the
-chunk."""
+"""The fused head against plain float64 log-softmax, `gradcheck`, and the memory of one chunk."""
 
 from __future__ import annotations
 
@@ -104,7 +103,7 @@ def test_wrong_shapes_are_refused():
 
 
 def test_peak_extra_memory_is_bounded_by_the_chunk():
-    """Counts every live byte that torch allocates: whole logits would be 64 times the bound."""
+    """Counts every live byte that torch allocates: full logits would be 64 times the bound."""
     from torch.profiler import ProfilerActivity, profile
 
     n, d, v, rows = 2048, 16, 4096, 16
@@ -152,7 +151,7 @@ def test_fuse_head_keeps_parameters_names_and_ties():
     torch.testing.assert_close(grad, wanted)
 
 
-def test_a_head_that_is_no_linear_layer_is_left_alone():
+def test_a_head_that_is_not_a_linear_layer_is_not_changed():
     head = nn.Sequential(nn.Linear(5, 11))
     assert not fuse_head(head, LogitTransform())
     assert type(head) is nn.Sequential
@@ -162,7 +161,7 @@ def test_a_head_that_is_no_linear_layer_is_left_alone():
     ("free", "expected"),
     [
         (140 << 30, CHUNK_BYTES["cuda"]),
-        (3 << 30, 128 << 20),  # 192 MiB, down to a power of two
+        (3 << 30, 128 << 20),  # 192 MiB, rounded down to a power of two
         (1 << 30, 64 << 20),
         (100 << 20, LEAST_CHUNK),
         (0, LEAST_CHUNK),
@@ -170,19 +169,19 @@ def test_a_head_that_is_no_linear_layer_is_left_alone():
 )
 def test_a_chunk_on_cuda_is_a_share_of_the_free_memory(free, expected, monkeypatch):
     device = torch.device("cuda", 0)
-    # A third is free; PyTorch holds the rest and does not use it.
+    # A third is free; the rest is PyTorch's unused reserve.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free // 4, 141 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: free - free // 4 + 5)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5)
     assert free_memory(device) == free
     assert chunk_rows(32_000, device, 2) == expected // (32_000 * 4)
-    assert chunk_rows(1 << 40, device, 2) == 1, "a row at least"
+    assert chunk_rows(1 << 40, device, 2) == 1, "at least one row"
     assert chunk_rows(4096, torch.device("cpu"), 4) == CHUNK_BYTES["cpu"] // (4096 * 4)
     assert chunk_rows(32_000, torch.device("cpu"), 4) == LEAST_ROWS["cpu"]
 
 
-def test_a_head_keeps_to_the_chunk_of_its_first_forward(monkeypatch):
-    """Memory comes and goes in a run; the numbers of a step must not depend on it."""
+def test_a_head_keeps_the_chunk_size_of_its_first_forward(monkeypatch):
+    """Free memory changes during a run; the numbers of a step must not depend on it."""
     hidden, weight, bias, targets = inputs(n=40, dtype=torch.float32)
     asked = []
     sizes = iter([7, 3, 1, 1])
@@ -196,10 +195,10 @@ def test_a_head_keeps_to_the_chunk_of_its_first_forward(monkeypatch):
     head = nn.Linear(5, 11)
     fuse_head(head, LogitTransform())
     with torch.no_grad():
-        head(hidden, targets)  # as the probe does, with all memory free
+        head(hidden, targets)  # like the probe, with all memory free
     first, again = trained(head), trained(head)
     assert (first == again).all() and head.rows == {False: 7, True: 3}
     assert asked == [(11, hidden.device, 4)] * 2
     fuse_head(head, LogitTransform())
-    assert torch.allclose(trained(head), first, rtol=1e-5), "another chunk rounds differently"
+    assert torch.allclose(trained(head), first, rtol=1e-5), "another chunk size rounds differently"
     assert head.rows == {True: 1}

@@ -1,4 +1,4 @@
-"""Checkpoints of every form load exactly, and what cannot be one is refused in one line."""
+"""Checkpoints of every form load exactly, and everything else is refused in one line."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_pt_file_that_does_not_fit_is_refused(pt, tmp_path, change, message):
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04broken"])
-def test_garbage_is_no_pt_file(tmp_path, content):
+def test_garbage_is_refused_as_a_pt_file(tmp_path, content):
     (tmp_path / "m.pt").write_bytes(content)
     with pytest.raises(UserError, match=r"m\.pt"):
         inspect_checkpoint(tmp_path / "m.pt")
@@ -138,7 +138,7 @@ def test_rotary_scaling_reaches_the_model():
     assert parameters == {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
 
 
-def test_what_is_no_checkpoint_says_what_was_looked_for(tmp_path):
+def test_an_error_about_a_missing_checkpoint_lists_the_accepted_forms(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         inspect_checkpoint(tmp_path)
     with pytest.raises(UserError, match="no such file"):
@@ -214,7 +214,7 @@ def test_a_shape_that_no_stock_architecture_has_is_refused(change, message):
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file stands behind."""
+    """Return the memory of this process that is not backed by a file."""
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
         if line.startswith("Anonymous:"):
             return int(line.split()[1]) * 1024
@@ -222,7 +222,7 @@ def anonymous_bytes() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="tells memory on Linux")
-def test_weights_left_as_stored_are_shared_with_the_files(tmp_path):
+def test_weights_in_their_stored_dtype_are_mapped_from_the_files(tmp_path):
     shape = dataclasses.replace(SHAPE, vocab_size=4096, d_model=512, ffn_hidden_size=2048)
     stored = build_model(shape, seed=1).to(torch.bfloat16)
     stored.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""What bounds the logits is measured on the model, under any name, with a twin or without."""
+"""Bounds of the logits are measured on the model, under any field name, with and without a twin."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tests.helpers.models import SHAPE, plain_sums, random_pairs, score
 
 
 class Bounded(tf.LlamaForCausalLM):
-    """A model that does `bend` to the product of its head, and nothing for logits near 0."""
+    """A model that applies `bend` to its logits; `bend` has no effect on logits near 0."""
 
     sealed = False
-    """No other model of this class can be built: there is no twin."""
+    """Once true, no other model of this class can be built, so that there is no twin."""
 
     def __init__(self, config):
         if type(self).sealed:
@@ -43,7 +43,7 @@ class SoftCap(Bounded):
 
 
 class SoftCapOfTheCode(Bounded):
-    """The number stands nowhere in the configuration."""
+    """The number is not in the configuration."""
 
     def bend(self, logits):
         return 23.45678 * torch.tanh(logits / 23.45678)
@@ -109,7 +109,7 @@ def test_sixteen_bits_without_the_number_keep_plain_logits(monkeypatch):
     assert not make_scorer(model).capabilities.fused
 
 
-def test_a_head_of_zeros_is_judged_by_the_twin_alone(monkeypatch):
+def test_a_head_of_zeros_is_measured_on_the_twin_only(monkeypatch):
     model = build(SoftCap)
     torch.nn.init.zeros_(model.lm_head.weight)
     assert make_scorer(model).capabilities.fused

@@ -1,5 +1,4 @@
-"""What a model does in one mode only is measured: the policy trains as the function that its
-reference is."""
+"""Differences between the modes of a model are measured: policy and reference are one function."""
 
 from __future__ import annotations
 
@@ -24,14 +23,14 @@ class Noise(torch.nn.Module):
 
 
 class SeldomNothing(torch.nn.Module):
-    """Nearly never seen in what it gives; seen in the generator."""
+    """Has almost no effect on the output; the generator shows it."""
 
     def forward(self, x):
         return 0 * x if self.training and torch.rand(()) < 1e-4 else x
 
 
 class Capacity(torch.nn.Module):
-    """Room for eight tokens of a row, in training."""
+    """Capacity for eight tokens of a row, in training."""
 
     def forward(self, x):
         return x * (torch.arange(x.shape[1])[:, None] < 8) if self.training else x
@@ -94,7 +93,7 @@ def test_a_plain_model_is_left_in_both_modes_without_dropout():
     assert model.model.layers[0].self_attn.attention_dropout == 0
 
 
-def test_with_dropout_all_that_training_does_is_kept_and_told():
+def test_with_dropout_differences_in_training_mode_are_kept_and_logged():
     model = llama_with(Noise())
     (note,) = settle([(model, 24, TOLERANCE)], dropout=True)
     assert note.startswith("Noise: draws random numbers in training mode; that is kept")
@@ -102,8 +101,8 @@ def test_with_dropout_all_that_training_does_is_kept_and_told():
     assert model.model.layers[0].self_attn.attention_dropout == 0.5
 
 
-def test_the_twin_shows_what_the_model_does_in_long_rows_only(monkeypatch):
-    """Both hold the class that the twin shows."""
+def test_the_twin_shows_differences_that_need_long_rows(monkeypatch):
+    """Both contain the class that only the twin reveals."""
     monkeypatch.setattr(
         Capacity, "forward", lambda self, x: 0 * x if self.training and x.shape[1] > 99 else x
     )
@@ -124,7 +123,7 @@ FAMILIES = {
         vocab_size=97, hidden_size=32, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4,
         word_embed_proj_dim=32, max_position_embeddings=128, layerdrop=0.5, init_std=0.3,
     ),
-    # Takes its own weights into a range, in training; they would stay there.
+    # Clamps its own weights in training, which would change them permanently.
     "gemma3n": lambda: tf.Gemma3nTextConfig(
         **SHAPE, vocab_size_per_layer_input=97, hidden_size_per_layer_input=8,
         num_kv_shared_layers=1, altup_coef_clip=0.01, laurel_rank=8,
@@ -135,7 +134,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_families_train_as_the_function_that_their_reference_is(name):
+def test_policy_and_reference_of_a_family_are_one_function(name):
     torch.manual_seed(0)
     model, table = tf.AutoModelForCausalLM.from_config(FAMILIES[name]()).eval(), random_pairs(PAIRS)
     expected = plain_sums(model, table)
@@ -147,7 +146,7 @@ def test_families_train_as_the_function_that_their_reference_is(name):
 
 
 def test_weights_that_an_evaluation_would_change_are_saved_as_they_are():
-    """RWKV halves weights of every second layer in evaluation mode, in place."""
+    """RWKV halves the weights of every second layer in place, in evaluation mode."""
     torch.manual_seed(0)
     config = tf.RwkvConfig(
         vocab_size=97, hidden_size=32, num_hidden_layers=5, context_length=128, rescale_every=2
@@ -164,6 +163,6 @@ def test_weights_that_an_evaluation_would_change_are_saved_as_they_are():
             assert torch.equal(value, before[key]), key
 
 
-def test_a_model_that_is_only_asked_is_not_tried_in_training(monkeypatch):
+def test_a_model_that_is_only_scored_is_not_tried_in_training_mode(monkeypatch):
     monkeypatch.setattr(modes, "settle", lambda *of, **more: pytest.fail("asked in training mode"))
     make_scorer(llama_with(None), "separate", lean=False)

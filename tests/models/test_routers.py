@@ -1,4 +1,5 @@
-"""The routers' loss is an option of the run, the model's own function, and absent by default."""
+"""The routers' loss is an option of the run, uses the model's own function, and is off by
+default."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from tests.helpers.models import (
     score,
 )
 
-# Members of expert families that have no expert.
+# Models of expert families without experts.
 DENSE = {
     "granite4": lambda: tf.GraniteMoeHybridConfig(
         **WITHOUT_HEAD_DIM, layer_types=["attention"] * 3, num_local_experts=0,

@@ -1,4 +1,4 @@
-"""Trees, packing and separate rows give the log-probs of a model's own plain forward, in every
+"""Trees, packing and separate rows give the log-probs of the model's own plain forward, for every
 architecture."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def test_trees_equal_plain_sequences(name, unequal_pairs):
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2"])
 @pytest.mark.parametrize("merge_below", [0, 64])
 def test_pairs_of_one_prompt_equal_plain_sequences(name, merge_below):
-    """Eight pairs over five answers of one prompt, as in SHP; each answer is computed once."""
+    """Eight pairs with five answers to one prompt, as in SHP; each answer is computed once."""
     one, two = random_pairs([(7, 5, 9), (4, 3, 2)]).rows, random_pairs([(1, 6, 4), (1, 1, 8)]).rows
     answers = [one[0][1], one[0][2], one[1][1], two[0][1], two[1][2]]
     pairs = [(0, 1), (0, 2), (1, 3), (4, 0), (3, 2), (2, 4), (1, 4), (3, 0)]
@@ -61,7 +61,7 @@ def test_separate_rows_equal_plain_sequences(name, unequal_pairs):
 
 
 @pytest.mark.parametrize("name", WITHOUT_TREES)
-def test_a_model_that_cannot_is_reported_and_runs_with_separate_rows(name, unequal_pairs, caplog):
+def test_a_model_without_trees_is_reported_and_runs_with_separate_rows(name, unequal_pairs, caplog):
     expected = plain_sums(make_model(name), unequal_pairs)
     with caplog.at_level("INFO", logger="modern_llm"):
         scorer = make_scorer(make_model(name)).eval()
@@ -78,7 +78,7 @@ def test_gradients_of_trees_equal_gradients_of_plain_sequences(name):
     table = random_pairs([(6, 3, 5), (2, 4, 1)])
     weights = torch.tensor([[1.0, -0.5], [0.25, 2.0]], dtype=torch.float64)
 
-    # Grouped matrix products of experts exist up to float32.
+    # Grouped matrix products of experts exist only up to float32.
     dtype = torch.float32 if name == "mixtral" else torch.float64
     model = make_model(name, dtype)
     total = 0.0
@@ -97,15 +97,15 @@ def test_gradients_of_trees_equal_gradients_of_plain_sequences(name):
     assert sums.dtype == dtype
     (sums * weights).sum().backward()
     for n, parameter in scorer.model.named_parameters():
-        # RoPE tables and some norms are float32 in transformers whatever the weights are.
+        # RoPE tables and some norms are always float32 in transformers.
         torch.testing.assert_close(
             parameter.grad, expected[n], rtol=1e-4, atol=5e-5, msg=lambda m, n=n: f"{n}: {m}"
         )
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2"])
-def test_no_token_sees_another_branch_or_tree(name):
-    """Change one answer: of all other sums not one bit moves."""
+def test_no_token_sees_another_response_or_tree(name):
+    """Change one answer: no bit of any other sum changes."""
     table = random_pairs([(6, 5, 4), (3, 7, 2), (5, 5, 5)])
     scorer = make_scorer(make_model(name)).eval()
     before, _ = score(scorer, table)

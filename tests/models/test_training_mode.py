@@ -1,4 +1,4 @@
-"""Recomputation keeps what it says, compilation makes its graphs once: with the same numbers."""
+"""Recomputation keeps the promised tensors, and compilation makes one graph, with equal numbers."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def test_recomputing_selectively_gives_the_same_gradients(attention, lean):
     assert forwards == len(decoder_layers(make_model("llama")))
     for selective in (False, True):
         ours, found, times = recomputed(attention, selective, lean=lean)
-        assert times == 2 * forwards, "the layers are gone through again"
+        assert times == 2 * forwards, "the layers are computed twice"
         torch.testing.assert_close(ours, sums, rtol=1e-6, atol=1e-5)
         for name, gradient in found.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
 
 
 class Calls(TorchDispatchMode):
-    """Counts matrix products, and the bytes of results that still stand."""
+    """Counts matrix products, and the bytes of results that are still referenced."""
 
     def __init__(self):
         super().__init__()
@@ -89,7 +89,7 @@ class Calls(TorchDispatchMode):
 
 
 def work(selective: bool | None) -> tuple[int, int]:
-    """Matrix products of forward and backward, and bytes that stand between them."""
+    """Return the matrix products of forward and backward, and the bytes kept between them."""
     scorer = make_scorer(make_model("llama"), "mask", lean=False)
     scorer.model.train()
     if selective is not None:
@@ -104,7 +104,7 @@ def work(selective: bool | None) -> tuple[int, int]:
     return calls.products, held
 
 
-def test_recomputing_selectively_makes_no_product_again_and_keeps_less():
+def test_recomputing_selectively_repeats_no_product_and_keeps_less():
     plain, whole, selective = work(None), work(False), work(True)
     assert whole[0] > plain[0] == selective[0], "products"
     assert whole[1] < selective[1] < 0.85 * plain[1], "bytes between forward and backward"
@@ -115,7 +115,7 @@ BACKENDS = {"blocks": Sharing.LINE, "mask": Sharing.ROWS, "flex": Sharing.LINE}
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layers_are_compiled_once_for_all_lengths(backend, monkeypatch):
-    """With blocks there was a graph for every forward, as their number differs."""
+    """With blocks there was a graph for every forward, because their number differs."""
     graphs = []
 
     def counting(graph, inputs):
@@ -131,7 +131,7 @@ def test_layers_are_compiled_once_for_all_lengths(backend, monkeypatch):
     table = random_pairs(rng.integers(1, 60, (40, 3)).tolist())
     expected = plain_sums(make_model("llama"), table)
     examples = Examples(table, trees=True)
-    training = backend != "flex"  # which has no backward on a CPU
+    training = backend != "flex"  # it has no backward on a CPU
     with torch.set_grad_enabled(training):
         scorer = make_scorer(make_model("llama"), backend, lean=False)
         assert scorer.capabilities.backend == backend
@@ -153,7 +153,7 @@ def test_layers_are_compiled_once_for_all_lengths(backend, monkeypatch):
     assert made[-1] == made[0], f"graphs after each forward: {made}"
 
 
-def test_compiled_runs_pad_lines_to_a_multiple_and_say_so():
+def test_compiled_runs_pad_rows_to_a_multiple_and_log_it():
     table = random_pairs(PAIRS)
     runtime = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
     areas = {}

@@ -1,4 +1,4 @@
-"""The table of losses: complete, consistent with the functions, torch-free, strict on options."""
+"""The table of losses: complete, consistent with the functions, torch-free, with strict options."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_defaults_are_accepted_by_their_own_row(name):
     options = resolve_options(name, {})
     assert options == {**LOSSES[name].options, "nll_coefficient": 0.0}
     assert check_options(name, options, beta=0.1) == []
-    # What a configuration with one field for every option gives when nobody set any.
+    # A configuration with one field per option, of which the user set none.
     assert check_options(name, dict.fromkeys(options), beta=0.1) == []
 
 
@@ -97,7 +97,7 @@ def test_defaults_are_accepted_by_their_own_row(name):
         ("orpo", {"nll_coefficient": -1.0}, 0.1, ["nll_coefficient=-1.0", "[0, inf)"]),
     ],
 )
-def test_a_wrong_setting_is_one_sentence_with_rule_value_and_cure(
+def test_a_wrong_setting_is_one_sentence_with_rule_value_and_fix(
     loss_type, options, beta, fragments
 ):
     problems = check_options(loss_type, options, beta=beta)
@@ -106,7 +106,7 @@ def test_a_wrong_setting_is_one_sentence_with_rule_value_and_cure(
         assert fragment in problems[0]
 
 
-def test_all_problems_are_told_at_once():
+def test_all_problems_are_reported_at_once():
     options = {"label_smoothing": 0.7, "simpo_gamma": 1.0, "nll_coefficient": "much"}
     assert len(check_options("sigmoid", options, beta=-1)) == 4
 

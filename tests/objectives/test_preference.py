@@ -13,12 +13,12 @@ from modern_llm.objectives.catalogue import LOSSES
 from modern_llm.objectives.preference import preference_loss, preference_statistics
 
 # Pairs of very unequal lengths; pair 2 prefers the rejected answer, pair 4 has 1-token answers.
-# No two ratios are equal; pairs 3 and 4 rank otherwise under the reference than under the policy.
+# No two ratios are equal; pairs 3 and 4 rank differently under the reference and the policy.
 POLICY = [[-41.3, -12.9], [-7.25, -33.1], [-19.4, -2.05], [-58.0, -61.7], [-0.61, -2.9]]
 REFERENCE = [[-44.0, -11.2], [-7.9, -30.8], [-17.15, -3.6], [-58.9, -63.4], [-0.55, -8.2]]
 LENGTHS = [[23, 7], [4, 19], [11, 2], [40, 37], [1, 1]]
 
-# Values that differ from every default, so that an ignored option shows.
+# Values that differ from every default, so that an ignored option is noticed.
 OPTIONS = {
     "sigmoid": {"label_smoothing": 0.1},
     "robust": {"label_smoothing": 0.2},
@@ -42,7 +42,7 @@ def loss_of(name, policy, reference, lengths, **settings):
     return preference_loss(policy, reference, lengths, loss_type=name, **settings)
 
 
-# --- the same losses once more, in plain Python floats ------------------------------------------
+# --- the same losses again, in plain Python floats ----------------------------------------------
 
 
 def sigma(x):
@@ -55,7 +55,7 @@ def bt(x, e=0.0):
 
 
 def plain_losses(name, beta, o):
-    """The loss of each pair, from the papers, one pair at a time where pairs do not meet."""
+    """The loss of each pair, from the papers, one pair at a time if the loss allows it."""
     if name == "aot":
         u = [w - v for w, v in POLICY]
         v = sorted(w - v for w, v in REFERENCE)
@@ -146,7 +146,7 @@ def test_equals_reference_vectors(shared):
     assert seen == set(LOSSES) - {"simpo", "orpo", "dpop"}
 
 
-def test_equals_trl_where_it_is_installed():
+def test_equals_trl_if_it_is_installed():
     cpo = pytest.importorskip("trl.experimental.cpo", reason="TRL is not installed")
     orpo = pytest.importorskip("trl.experimental.orpo", reason="TRL is not installed")
     (policy, _), lengths = tensors(torch.float32)
@@ -176,7 +176,7 @@ def test_equals_trl_where_it_is_installed():
 
 @pytest.mark.parametrize("name", ALL)
 def test_gradient_is_that_of_finite_differences(name):
-    # The points are away from the kinks of hinge and dpop and from equal ranks in aot.
+    # The points avoid the kinks of hinge and dpop and equal ranks in aot.
     (policy, reference), lengths = tensors()
     policy.requires_grad_()
 
@@ -196,7 +196,7 @@ def test_order_of_the_pairs_does_not_matter(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_only_losses_said_to_look_across_pairs_depend_on_the_others(name):
+def test_only_losses_across_pairs_depend_on_the_other_pairs(name):
     (policy, reference), lengths = tensors()
     whole = loss_of(name, policy, reference, lengths)
     parts = torch.cat(
@@ -303,7 +303,7 @@ def test_extreme_differences_have_their_asymptotes():
     losses.sum().backward()
     assert losses.tolist() == [1000.0, 0.0]
     torch.testing.assert_close(far.grad, torch.tensor([[-0.1, 0.1], [0.0, 0.0]]))
-    # Where discopop's exponential part is off, it is the logistic loss.
+    # Where discopop's exponential term vanishes, it is the logistic loss.
     assert loss_of("discopop", far, torch.zeros(2, 2), None, beta=0.1).tolist() == [1000.0, 0.0]
 
 

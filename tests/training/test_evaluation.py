@@ -1,4 +1,4 @@
-"""Evaluation takes every held-out example once on any number of processes; metrics are exact."""
+"""Evaluation uses every held-out example once on any number of processes; metrics are exact."""
 
 from __future__ import annotations
 

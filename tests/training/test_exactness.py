@@ -49,7 +49,7 @@ def real(shared):
 
 
 def plain_loop(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """DPO as one would write it down; returns every step's loss and the final weights."""
+    """Run DPO as a plain loop; return every step's loss and the final weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(case.checkpoint)
@@ -131,7 +131,7 @@ def our_run(case: Case, folder: Path, **settings) -> tuple[list[float], dict[str
 
 
 def on_a_rank(case: Case, folder: Path) -> dict:
-    """All settings one after another in the same processes: starting them costs most."""
+    """Run all settings in the same processes, because starting processes takes longest."""
     import torch.distributed as dist
 
     results = {}
@@ -154,7 +154,7 @@ def assert_same(ours, plain):
 def test_a_run_equals_a_plain_loop_on_one_and_two_processes(source, request, tmp_path):
     case = request.getfixturevalue(source)
     plain = plain_loop(case)
-    # The run must have moved: else equal weights would show nothing.
+    # The run must have changed the weights; otherwise equal weights would show nothing.
     assert abs(plain[0][0] - math.log(2)) < 1e-5
     assert min(plain[0]) < 0.66
     for name, settings in SETTINGS.items():

@@ -1,5 +1,5 @@
-"""Each fault point x rank x {kill, raise, no space}: a checkpoint verifies, and the same command
-ends as if nothing had happened."""
+"""For each fault point x rank x {kill, raise, no space}: one checkpoint verifies, and the same
+command resumes to the same result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.forks import fork_server
 from tests.helpers.small import MODULES, STEPS, child, numbers
 
 ACTIONS = {"kill": {-9}, "raise": {0, 1}, "enospc": {0, 3}}
-# Reached while a run is saved, named and ended; the others are looked at where they are at home.
+# Points reached while a run saves, commits and ends; the others are tested with their modules.
 SAVING = {
     "folder.make", "state.write", "tensors.write", "file.flush", "manifest.write", "folder.flush",
     "commit.rename", "retire", "text.write", "file.rename", "metrics.append", "probe.write",
@@ -30,7 +30,7 @@ def forks(tmp_path_factory):
 
 
 def start(forks, folder: Path, world: int, *args) -> list[int]:
-    """Run the child on `world` processes; return how each ended."""
+    """Run the child on `world` processes; return the status of each."""
     for _ in range(3):
         jobs = (
             [forks.start(child, str(folder), *args)]
@@ -45,7 +45,7 @@ def start(forks, folder: Path, world: int, *args) -> list[int]:
 
 
 class Campaign:
-    """The undisturbed run of one kind, and the points that it reaches."""
+    """The uninterrupted run of one kind, and the fault points that it reaches."""
 
     def __init__(self, forks, folder: Path, world: int = 1, stage: int | None = None, **settings):
         self.forks, self.folder, self.world, self.stage = forks, folder, world, stage
@@ -58,7 +58,7 @@ class Campaign:
         self.points = [Counter(Path(f"{log}.{rank}").read_text().split()) for rank in range(world)]
 
     def cases(self, actions=tuple(ACTIONS)) -> list[tuple[str, int, int, str]]:
-        """(point, rank, nth, action); the occurrence in the middle of the run is taken."""
+        """(point, rank, nth, action); the occurrence in the middle of the run is used."""
         return [
             (point, rank, (count + 2) // 2, action)
             for rank, points in enumerate(self.points)
@@ -75,16 +75,16 @@ class Campaign:
         fault = f"{point}:{rank}:{nth}:{action}"
         found = start(self.forks, folder, self.world, fault, self.stage, "", self.settings)
         assert found[rank] in ACTIONS[action], (case, found, self.forks.jobs[-1].text)
-        stood = verifying(folder)
+        intact = verifying(folder)
         saved = folder.with_suffix(".saved")
         before = max(map(int, saved.read_text().split())) if saved.exists() else 0
-        assert max(stood, default=0) >= before, f"{case}: the checkpoint of step {before} is lost"
+        assert max(intact, default=0) >= before, f"{case}: the checkpoint of step {before} is lost"
 
         again = start(self.forks, folder, self.world, "", self.stage, "", self.settings)
         assert again == [0] * self.world, (case, found, again, self.forks.jobs[-1].text)
         assert numbers(folder) == numbers(self.whole), case
         assert final(folder) == final(self.whole), case
-        kept = verifying(folder)  # where the disk refused one, an older one stands
+        kept = verifying(folder)  # after a failed save the older checkpoint is still there
         assert len(kept) == 2 and max(kept) == STEPS - 1, case
         assert STEPS - 2 in kept or action == "enospc", case
         left = [p for p in folder.rglob("*") if p.name.startswith(TEMPORARY)]
@@ -97,7 +97,7 @@ def final(folder: Path) -> bytes:
 
 
 def verifying(folder: Path) -> set[int]:
-    """Steps of the checkpoints that verify; those that stand and do not are an error."""
+    """Return the steps of the checkpoints; each must verify."""
     places = list((folder / "checkpoints").glob("step-*"))
     for place in places:
         verified_manifest(place)
@@ -111,10 +111,10 @@ def verifying(folder: Path) -> set[int]:
 def test_every_point_of_saving_in_one_process(tmp_path, forks):
     campaign = Campaign(forks, tmp_path)
     reached = {point.rpartition(".")[0] for point in campaign.points[0]}
-    assert reached >= SAVING, "these points of saving are not reached any more"
+    assert reached >= SAVING, "these points of saving are no longer reached"
     cases = [case for case in campaign.cases(("kill",)) if case[0].endswith(".before")]
     assert len(cases) == len(reached)
-    # Of the refusals those after a write: what was written is there and must go again.
+    # For failures after a write: the written file must be removed again.
     refused = ("tensors.write.after", "manifest.write.after", "metrics.append.after")
     cases += [case for case in campaign.cases(("enospc",)) if case[0] in refused]
     assert len(cases) == len(reached) + len(refused)
@@ -132,7 +132,7 @@ def test_a_rank_killed_or_refused_while_two_save(tmp_path, forks):
         campaign.check((point, rank, (campaign.points[rank][point] + 2) // 2, action))
 
 
-def test_a_save_beside_the_training_is_killed_or_refused(tmp_path, forks):
+def test_a_background_save_is_killed_or_fails(tmp_path, forks):
     campaign = Campaign(forks, tmp_path, background_saving=True)
     for point, action in (
         ("tensors.write.after", "kill"),
@@ -146,7 +146,7 @@ def test_a_save_beside_the_training_is_killed_or_refused(tmp_path, forks):
         ("file.flush.before", 0, "kill"),
         ("tensors.write.before", 0, "enospc"),
         ("collective.gather.before", 1, "raise"),
-        # Its peer waits for a connection inside torch, where nothing but a deadline ends it.
+        # Its peer waits for a connection inside torch, which only a deadline ends.
         ("collective.group.before", 1, "kill"),
     ):
         two.check((point, rank, (two.points[rank][point] + 2) // 2, action))

@@ -1,5 +1,5 @@
-"""Log-probs, losses and gradient norms of the golden pairs, computed elsewhere in float64 or by
-TRL."""
+"""Log-probs, losses and gradient norms of the golden pairs equal those computed elsewhere, in
+float64 or by TRL."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_per_pair_logprobs(golden, layout):
 
 
 def test_per_pair_logprobs_by_flex_attention(golden):
-    """Forward alone: on a CPU it has no backward."""
+    """Forward only: on a CPU the backend has no backward."""
     folder, table, sums, _ = golden
     with torch.inference_mode():
         scorer = make_scorer(load_model(inspect_checkpoint(folder / "policy")), "flex")
@@ -83,8 +83,8 @@ def test_per_pair_logprobs_by_flex_attention(golden):
 
 
 def test_losses_and_gradient_norms(golden, layout):
-    """Every row for one layout; for the others one loss of each kind: the sums are the same by
-    now."""
+    """All losses for one layout; for the others one loss of each kind, because the log-prob sums
+    were already compared."""
     _, table, sums, rows = golden
     scorer, source = layout
     reference = sums["reference"].astype(np.float32)

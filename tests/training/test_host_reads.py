@@ -1,4 +1,4 @@
-"""Between log points nothing is read from the device: counted on the path that CUDA takes."""
+"""Between log lines nothing is read from the device: counted on the code path of CUDA."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from modern_llm.training.train_dpo import DPOConfig, run_dpo
 from modern_llm.training.train_sft import run_sft
 from tests.helpers.text import WORDS, write_jsonl
 
-# What a host must wait for on a GPU: values, and shapes that depend on values.
+# Operations that make a host wait for a GPU: reading values, and shapes that depend on values.
 READS = {
     "aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select",
     "aten::repeat_interleave.Tensor", "aten::_unique2", "aten::unique_consecutive",
@@ -30,7 +30,7 @@ METHODS = ("tolist", "numpy", "cpu", "item", "__bool__", "__float__", "__int__")
 
 
 class Reads(TorchDispatchMode):
-    """Counts by step what the training loop reads of tensors."""
+    """Counts, by step, the tensor reads of the training loop."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +58,7 @@ class Reads(TorchDispatchMode):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Counts what is read in `loop.train`, from the first step on, as if on a CUDA device."""
+    """Count the reads in `loop.train` from the first step on, as if on a CUDA device."""
     mode = Reads()
 
     def counting(name, real):
@@ -81,13 +81,13 @@ def reads(monkeypatch):
         mode.step = args[1] + 1
         return real_step(*args)
 
-    # These look at tensors that are on the host in any case.
+    # These read tensors that are always on the host.
     monkeypatch.setattr(BatchSource, "collate", not_counted(mode, BatchSource.collate))
     monkeypatch.setattr(loop, "stop_asked", not_counted(mode, loop.stop_asked))
     monkeypatch.setattr(stage, "train", train)
     monkeypatch.setattr(loop, "_optimizer_step", step)
     monkeypatch.setattr(Engine, "decides_on_device", True)
-    monkeypatch.setattr(scorers, "_lean", lambda *_: False)  # what only a CPU computes
+    monkeypatch.setattr(scorers, "_lean", lambda *_: False)  # CPU only
     return mode
 
 
@@ -115,8 +115,8 @@ def records(folder: Path) -> list[dict]:
 
 
 def settled(reads: Reads) -> set[int]:
-    """Steps in which anything was read but the flag of the step before (one value, which is on its
-    way to the host by then)."""
+    """Return the steps with any read besides the finite flag of the previous step, one value that
+    is already on its way to the host."""
     found: Counter = Counter()
     for (step, _), count in reads.found.items():
         found[step] += count
@@ -135,14 +135,14 @@ def test_a_dpo_step_reads_nothing_but_the_flag_of_the_one_before(
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 4, 8, 9]
     assert settled(reads) == {1, 4, 8, 9}, sorted(reads.found.items())
     quiet = {name: n for (step, name), n in reads.found.items() if step in (2, 3, 5, 6, 7)}
-    # One kernel for all parameters: norm, clipping, step.
+    # One fused kernel for all parameters: norm, clipping, step.
     joint = {"aten::_foreach_norm.Scalar", "aten::_foreach_mul_.Tensor", "aten::_fused_adamw_"}
     assert joint <= reads.operators and "aten::linalg_vector_norm" in reads.operators
-    # `bool` of the flag: once by Python, once as the operator beneath it.
+    # `bool` of the flag counts twice: in Python, and as the operator below it.
     assert set(quiet) <= {"__bool__", "aten::_local_scalar_dense"}
 
 
-def test_nor_does_a_step_of_sft(tmp_path, tiny_checkpoint, reads):
+def test_an_sft_step_reads_nothing(tmp_path, tiny_checkpoint, reads):
     rows = [{"prompt": f"say {w}:", "response": f" {w}" * (1 + i % 6)} for i, w in enumerate(WORDS)]
     run_sft(
         tiny_checkpoint,

@@ -1,4 +1,4 @@
-"""Nothing piles up in a process that lives long: many runs in it, and many steps in one run."""
+"""No memory leaks: many runs in one process, and many steps in one run."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ pytestmark = pytest.mark.skipif(
     not Path("/proc/self/task").is_dir(), reason="threads and memory are listed by Linux alone"
 )
 WARM = 3
-"""Runs after which everything that is made once has been made."""
+"""First runs, after which all caches are filled."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """What a process holds."""
+    """Memory and objects of a process."""
 
     threads: int
     descriptors: int
@@ -59,7 +59,7 @@ class Held:
 
 
 def check_flat(held: list[Held], megabytes: float, objects: int) -> None:
-    """The last is as the first, but for so many megabytes and objects."""
+    """The last measurement equals the first, up to so many megabytes and objects."""
     first, last = held[0], held[-1]
     assert last.threads <= first.threads, held
     assert last.descriptors <= first.descriptors, held
@@ -100,8 +100,8 @@ def train(
 
 @contextmanager
 def fails(where: str) -> Iterator[None]:
-    """Let a run end by an error of all ranks: within a forward of the `training`, in the check of
-    the `reference`, or in `scoring`."""
+    """End a run by an error on all ranks: in a forward of the `training`, in the check of the
+    `reference`, or in `scoring`."""
     owner, name = {
         "training": (FusedHead, "forward"), "reference": (ReferencePass, "check"),
         "scoring": (score, "score_everywhere"),
@@ -122,14 +122,14 @@ def fails(where: str) -> Iterator[None]:
 
 
 def own_temporary(folder: Path) -> None:
-    """Let nobody else make temporary files where this process does."""
+    """Keep other processes from making temporary files in this process's folder."""
     place = folder / f"temporary{os.environ['RANK']}"
     place.mkdir()
     tempfile.tempdir = str(place)
 
 
 def many_runs(inputs: tuple[Path, Path], folder: Path, count: int, zero: int | None) -> list[Held]:
-    """What one rank holds after each run but the first few. Every third ends by an error."""
+    """Measure one rank after each run but the first few. Every third run ends by an error."""
     own_temporary(folder)
     use_deepspeed(None if zero is None else stage(zero), folder)
     held = []
@@ -145,7 +145,7 @@ def many_runs(inputs: tuple[Path, Path], folder: Path, count: int, zero: int | N
 
 
 def many_steps(inputs: tuple[Path, Path], folder: Path, count: int) -> list[Held]:
-    """What a process holds after each tenth of a run's steps, from the second tenth on."""
+    """Measurements of a process after each tenth of a run's steps, from the second tenth on."""
     own_temporary(folder)
     held = []
     real = loop._optimizer_step
@@ -181,18 +181,18 @@ WAYS: dict[str, tuple[Callable[..., None], str]] = {
     "failed in a forward": (train, "training"), "failed in the check": (train, "reference"),
     "tried": (tries, ""), "scored": (scores, ""), "failed in scoring": (scores, "scoring"),
 }  # fmt: skip
-"""What is called, and where it is made to fail."""
+"""Names of the function that a run calls, and of the place where it fails."""
 
 
 def models_left(inputs: tuple[Path, Path], folder: Path) -> dict[str, list[str]]:
-    """What is still in memory after runs that ended in several ways, by how they were made."""
-    outcome.write_report = lambda run: None  # drawings take longer than the run
+    """Return what is still in memory after runs that ended in several ways, by kind of end."""
+    outcome.write_report = lambda run: None  # drawing takes longer than the run
     kinds = ("TokenScorer", "DeepSpeedEngine", "DistributedDataParallel")
     left = {}
     for zero in (None, 2, 3):
         use_deepspeed(None if zero is None else stage(zero), folder)
         for way, (call, trouble) in WAYS.items():
-            # Each with a store of its own, so that the reference pass computes.
+            # Each with its own store, so that the reference pass computes.
             os.environ["MODERN_LLM_CACHE"] = str(folder / f"store-{zero}-{way}")
             with fails(trouble) if trouble else nullcontext():
                 call(inputs, folder / f"{zero}-{way}")
@@ -216,7 +216,7 @@ def test_runs_in_one_process_leave_nothing(tmp_path, inputs):
 
 def test_steps_of_one_run_leave_nothing(tmp_path, inputs):
     (held,) = run_ranks(many_steps, 1, inputs, tmp_path, 200, timeout=300)
-    # What the first saves and evaluations take stays: from then on memory is flat.
+    # The first saves and evaluations allocate; after them memory stays constant.
     check_flat(held[1:], megabytes=4, objects=2000)
 
 

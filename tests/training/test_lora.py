@@ -1,4 +1,4 @@
-"""Adapters: what trains, what the reference is, what is saved, and how it becomes a model again."""
+"""Adapters: which weights train, what the reference is, what is saved, and merging."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_the_reference_is_the_base_whatever_the_mode(
     assert losses(live.parent) == pytest.approx(losses(trained.parent), rel=1e-5)
 
 
-def test_a_run_that_breaks_goes_on_and_adapters_train_on(
+def test_an_interrupted_run_resumes_and_adapters_train_on(
     trained, tiny_checkpoint, tiny_pairs, tmp_path
 ):
 
@@ -121,7 +121,7 @@ def test_a_run_that_breaks_goes_on_and_adapters_train_on(
     assert saved.stat().st_size < whole / 2, "the frozen weights are not saved again"
     final = dpo(tiny_checkpoint, tiny_pairs, tmp_path / "run")
     assert losses(final.parent) == losses(trained.parent)
-    # A stage starts from adapters as from any checkpoint: merged, with themselves as reference.
+    # A stage accepts adapters like any checkpoint: merged, and as their own reference.
     second = dpo(trained, tiny_pairs, tmp_path / "second", max_steps=2)
     assert losses(second.parent)[0] == pytest.approx(0.6931, abs=1e-3)
 
@@ -187,7 +187,9 @@ def test_on_two_processes_under_zero(trained, tiny_checkpoint, tiny_pairs, tmp_p
         ),
     ],
 )
-def test_what_adapters_cannot_do_is_refused(lora, sentence, tiny_checkpoint, tiny_pairs, tmp_path):
+def test_options_that_adapters_do_not_support_are_refused(
+    lora, sentence, tiny_checkpoint, tiny_pairs, tmp_path
+):
     with pytest.raises(ConfigError, match=sentence):
         dpo(tiny_checkpoint, tiny_pairs, tmp_path / "run", lora=LoraConfig(**lora))
 
@@ -205,7 +207,7 @@ def test_few_bits_and_zero_3_exclude_each_other(monkeypatch, tmp_path):
         check_lora(SimpleNamespace(stage=3), few, config, dropout=False)
 
 
-def test_contradictions_are_refused_where_they_are_said(trained, tmp_path):
+def test_contradictions_are_refused_at_construction(trained, tmp_path):
     with pytest.raises(ValueError, match="trained whole or by an adapter, not both"):
         LoraConfig(targets=["lm_head"], modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match="name at least one layer"):

@@ -1,4 +1,4 @@
-"""The learning rate is a function of the step; decay touches matrices alone."""
+"""The learning rate is a function of the step; weight decay applies only to matrices."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_decay_is_on_matrices_alone_and_the_step_is_adamws():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-# Families and what of them is no operand of a product though it has two dimensions or more.
+# Families, with parameters of two or more dimensions that are not used in a matrix product.
 SHAPE = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
@@ -107,7 +107,7 @@ NEVER = re.compile(r"bias|norm|ln_|A_log|\.D$|sinks|time_|recurrent_param|dt_bia
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_decay_is_on_what_a_parameter_is_and_not_on_its_dimensions(name):
+def test_decay_depends_on_the_use_of_a_parameter_not_on_its_dimensions(name):
     make, several = FAMILIES[name]
     with torch.device("meta"):
         model = tf.AutoModelForCausalLM.from_config(make())

@@ -1,4 +1,4 @@
-"""Batches made one step ahead are those made in turn: order, errors, budget, and no thread left."""
+"""Prefetched batches equal those built in turn: order, errors, budget, and no thread left."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class Numbers:
-    """A task whose batches of a step are numbers; notes who made them."""
+    """A task whose batches are numbers; records the thread that built them."""
 
     def __init__(self, breaks_at: int = -1):
         self.budget = SimpleNamespace(tokens=100)
@@ -43,14 +43,14 @@ def workers() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith("batches")]
 
 
-def test_each_step_gets_its_own_and_the_next_is_made_meanwhile():
+def test_each_step_gets_its_batches_and_the_next_ones_are_built_meanwhile():
     task = Numbers()
     with Prefetch(task, CPU, 4) as ahead:
         assert not task.made
         for step in range(4):
             assert ahead.micro_batches(step) == [step * 10, step * 10 + 1]
             assert ahead.denominator(step) == step
-            # Nobody asks for it yet, and it comes.
+            # Built although nothing has requested it yet.
             assert step == 3 or task.began[step + 1].wait(10)
         assert ahead.consumed == "the task's own" and workers()
     assert [step for step, _, _ in task.made] == [0, 1, 2, 3], "none beyond the last step"
@@ -73,7 +73,7 @@ def test_an_error_is_raised_by_the_step_that_needs_the_batch():
     assert not workers()
 
 
-def test_a_step_that_is_made_again_gets_smaller_forwards_and_so_does_the_next():
+def test_a_repeated_step_gets_smaller_forwards_and_so_does_the_next():
     task = Numbers()
     with Prefetch(task, CPU, 3) as ahead:
         ahead.micro_batches(0)
@@ -118,7 +118,7 @@ def records(folder) -> list[dict]:
 
 
 class InTurn(Prefetch):
-    """Without a thread, as it would be done otherwise."""
+    """The same without a thread."""
 
     def micro_batches(self, step):
         return self._task.micro_batches(step)

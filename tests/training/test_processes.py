@@ -92,7 +92,7 @@ def test_language_stages(inputs, tmp_path, tiny_checkpoint, tiny_pairs):
         for at, (one, two) in enumerate(zip(alone, found, strict=True)):
             assert one == pytest.approx(two, rel=2e-3 if at == 2 else 1e-5)
             assert one[-1] < one[0]
-        # Memory ran out on rank 1 alone; both made the step again.
+        # Memory ran out only on rank 1; both ranks repeated the step.
         assert short["ran_out"] == ([0] if rank == 1 else [])
         assert near(short["whole"], plain)
         assert {r["tokens_per_micro_batch"] for r in short["whole"]} == {short["budget"]}
@@ -100,7 +100,7 @@ def test_language_stages(inputs, tmp_path, tiny_checkpoint, tiny_pairs):
 
 
 def short_of_memory(checkpoint: Path, pairs: Path, folder: Path) -> dict:
-    """Memory runs out on rank 1 while the processes look for what fits."""
+    """Memory runs out on rank 1 while the processes search for the size that fits."""
     found: dict = {}
     token_budget.SEARCH_STEPS["cpu"] = 2
     with LittleMemory(300, rank=1) as memory:
@@ -140,7 +140,7 @@ def evaluations(folder: Path) -> list[float]:
 
 
 def broken_dpo(checkpoint: Path, pairs: Path, folder: Path, break_at: int | None) -> list[float]:
-    """A DPO run that breaks in step `break_at`, or goes on to its end."""
+    """A DPO run that is interrupted in step `break_at`, or runs to its end."""
     try:
         with broken_at(break_at):
             run_dpo(
@@ -154,7 +154,7 @@ def broken_dpo(checkpoint: Path, pairs: Path, folder: Path, break_at: int | None
     return losses(folder)
 
 
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path, tiny_checkpoint, tiny_pairs):
+def test_a_run_resumes_with_another_number_of_processes(tmp_path, tiny_checkpoint, tiny_pairs):
     whole = broken_dpo(tiny_checkpoint, tiny_pairs, tmp_path / "whole", None)
     run_ranks(broken_dpo, 2, tiny_checkpoint, tiny_pairs, tmp_path / "a", 5, timeout=120)
     assert broken_dpo(tiny_checkpoint, tiny_pairs, tmp_path / "a", None) == pytest.approx(

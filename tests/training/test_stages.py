@@ -1,4 +1,4 @@
-"""The documented Python API: three stages that chain, whatever the checkpoint's form."""
+"""The documented Python API: three stages in sequence, from every form of checkpoint."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_router_loss_is_logged_apart_and_the_loss_begins_at_ln_2(
         first = records(tmp_path / name)[0]
         assert first["loss"] == pytest.approx(0.6931, abs=2e-4)
         norms[name] = first["grad_norm"]
-        # Even routing has a load-balancing loss of top_k = 2 in transformers' form, never less.
+        # Even routing has a load-balancing loss of top_k = 2 in transformers' form, the minimum.
         assert ("aux_loss" in first) == (name != "off")
         assert first.get("aux_loss", 2.0) > 1.9
     assert norms["own"] == norms["same"] != norms["off"]
@@ -193,7 +193,7 @@ def test_losses_do_not_depend_on_micro_batches(tmp_path, tiny_checkpoint, tiny_p
         ({"gradient_checkpointing": "selective"}, None),
         ({"compile": True}, "aot_eager"),
         ({"compile": True, "gradient_checkpointing": "selective"}, "aot_eager"),
-        # The compiler's C++ takes two minutes on two cores; the graphs are the same.
+        # The C++ compiler takes two minutes on two cores; the graphs are the same.
         pytest.param({"compile": True}, "inductor", marks=pytest.mark.long),
     ],
 )
@@ -273,7 +273,9 @@ def test_two_tokenizers_that_disagree_on_the_data_are_refused(
         ({"tokens_per_micro_batch": 40}, {}, r"pairs.jsonl:\d+: takes \d+ tokens"),
     ],
 )
-def test_what_cannot_run_is_refused(tmp_path, tiny_checkpoint, tiny_pairs, changes, dpo, message):
+def test_impossible_settings_are_refused(
+    tmp_path, tiny_checkpoint, tiny_pairs, changes, dpo, message
+):
     with pytest.raises(UserError, match=message):
         run_dpo(
             tiny_checkpoint,
@@ -285,7 +287,7 @@ def test_what_cannot_run_is_refused(tmp_path, tiny_checkpoint, tiny_pairs, chang
 
 
 def test_the_pairs_on_disk_decide_not_their_order(tmp_path, tiny_checkpoint, caplog):
-    """Reordered, subset and reworded data: only what is new is scored."""
+    """Data that was reordered, reduced or edited: only new answers are scored."""
     rows = transcripts(20, seed=5)
     write_jsonl(tmp_path / "a.jsonl", rows)
     write_jsonl(tmp_path / "b.jsonl", rows[::-1][:15])
@@ -305,14 +307,14 @@ def test_the_pairs_on_disk_decide_not_their_order(tmp_path, tiny_checkpoint, cap
         scored[name] = next(r.message for r in caplog.records if "reference pass" in r.message)
     assert "scored 40 " in scored["a"]
     assert "scored 0 " in scored["b"] and "nothing was computed" in scored["b"]
-    # Of the edited pair only the answer that is new is scored.
+    # Of the edited pair only the new answer is scored.
     assert "found 39, scored 1 " in scored["c"]
 
 
-def test_values_that_are_not_these_weights_stop_the_run(
+def test_stored_values_of_other_weights_stop_the_run(
     tmp_path, tiny_checkpoint, tiny_pairs, monkeypatch
 ):
-    """The self-check: numbers of another model stand in the store under this reference's name."""
+    """The self-check: the store holds values of another model under this reference's name."""
     from modern_llm.reference.store import store
 
     append = store.ReferenceStore.append
@@ -323,7 +325,7 @@ def test_values_that_are_not_these_weights_stop_the_run(
         append(self, dataclasses.replace(entries, sums=sums))
 
     data = PreferenceDatasetConfig(dataset_name=str(tiny_pairs))
-    # The rule looks at log-probs: the loss of so small a beta would move by 3e-4 only.
+    # The check compares log-probs: with so small a beta the loss would change by only 3e-4.
     options = DPOConfig(max_length=96, self_check_pairs=30, beta=1e-4)
     monkeypatch.setattr(store.ReferenceStore, "append", append_wrong)
     for name in "ab":  # in the launch that scored them, and in a later one that found them
@@ -354,7 +356,7 @@ def test_a_published_generation_configuration_does_not_break_the_export(
 
 
 def test_generation_writes_prompts_and_ends_answers_as_training_did(tmp_path, tiny_checkpoint):
-    """Messages without a chat template of the tokenizer's own: the one used goes with the model."""
+    """Messages without a chat template of the tokenizer: the one used is saved with the model."""
     from modern_llm.data.table.build import prepare_tables
     from modern_llm.inference.chat import prompt_ids
 
@@ -376,7 +378,7 @@ def test_generation_writes_prompts_and_ends_answers_as_training_did(tmp_path, ti
     assert table.ids(0, "response")[-1] in ends
 
 
-def test_settings_may_change_until_something_was_learnt(tmp_path, tiny_checkpoint, tiny_pairs):
+def test_settings_may_change_until_the_first_checkpoint(tmp_path, tiny_checkpoint, tiny_pairs):
     data = PreferenceDatasetConfig(dataset_name=str(tiny_pairs))
     folder = tmp_path / "dpo"
     with pytest.raises(UserError, match="warmup_steps 5 is above the 3 steps"):

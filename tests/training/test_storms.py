@@ -1,4 +1,4 @@
-"""Killed or asked to stop at random moments, all stages end as if nobody had disturbed them."""
+"""After kills or stops at random moments, all stages end as an uninterrupted run does."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def inputs(tmp_path_factory) -> Inputs:
 
 
 class Pipeline:
-    """The stages on two processes in a folder of their own, started as often as needed."""
+    """The stages on two processes in their own folder, started as often as needed."""
 
     def __init__(self, forks: Forks, inputs: Inputs, folder: Path):
         self._forks, self._inputs, self.folder = forks, inputs, folder
         folder.mkdir()
 
     def start(self) -> list[Job]:
-        """Start both ranks; return when signals are heard."""
+        """Start both ranks; return when they handle signals."""
         signs = [self.folder / f"up.{rank}" for rank in range(2)]
         for sign in [*signs, *self.folder.glob("met.*")]:
             sign.unlink(missing_ok=True)
@@ -61,7 +61,7 @@ class Pipeline:
         return jobs
 
     def finish(self, jobs: list[Job] | None = None) -> float:
-        """Let it go on to its end; return the seconds."""
+        """Run it to its end; return the seconds."""
         for _ in range(3):
             jobs = jobs or self.start()
             began = time.monotonic()
@@ -73,7 +73,7 @@ class Pipeline:
         return time.monotonic() - began
 
     def steps(self) -> Counter:
-        """How often each step of each stage was made."""
+        """Return how often each step of each stage was trained."""
         path = self.folder / "steps"
         return Counter(path.read_text().splitlines() if path.exists() else [])
 
@@ -83,7 +83,7 @@ Disturb = Callable[[Pipeline, list[Job], random.Random], bool]
 
 @pytest.fixture(scope="module")
 def calm(forks, inputs, tmp_path_factory) -> tuple[dict, float]:
-    """The undisturbed end, and the seconds that it takes once signals are heard."""
+    """Return the uninterrupted result, and the seconds that it takes after signals are handled."""
     run = Pipeline(forks, inputs, tmp_path_factory.mktemp("calm") / "run")
     seconds = run.finish()
     assert set(run.steps().values()) == {1} and len(run.steps()) == 21
@@ -91,12 +91,12 @@ def calm(forks, inputs, tmp_path_factory) -> tuple[dict, float]:
 
 
 def kill(run: Pipeline, jobs: list[Job], rng: random.Random) -> bool:
-    """Kill one rank or both; the other must end by itself. Returns whether one was running."""
+    """Kill one rank or both; the other must end by itself. Return whether one was running."""
     victims = rng.choice([(0,), (1,), (0, 1)])
     killed = [jobs[victim].kill() for victim in victims]
     if len(list(run.folder.glob("met.*"))) < 2:
-        # Whom it has not met yet, a process waits for as long as for a node that starts late; here
-        # it is ended as its launcher would end it.
+        # Before the handshake a process waits for a peer as long as for a node that starts late;
+        # here it is ended as its launcher would end it.
         for job in jobs:
             job.kill()
     for job in jobs:
@@ -113,8 +113,8 @@ def disturbed(
     seed: int,
     disturb: Disturb,
 ) -> Iterator[Pipeline]:
-    """Disturb pipelines at random moments until it has counted `count` times; yield each once it
-    has ended like the calm one."""
+    """Disturb pipelines at random moments until `count` were hit; yield each at its end, which must
+    equal the uninterrupted one."""
     rng, expected, done, rounds = random.Random(seed), calm[0], 0, 0
     while done < count:
         run = Pipeline(forks, inputs, folder / str(rounds))
@@ -147,7 +147,7 @@ def test_two_hundred_kills_through_all_stages(forks, inputs, tmp_path, calm):
 
 
 def ask(run: Pipeline, jobs: list[Job], rng: random.Random) -> None:
-    """Ask to stop by one of the ways."""
+    """Request a stop in one of the possible ways."""
     way = rng.choice(["SIGTERM", "SIGUSR1", "STOP"])
     if way == "STOP":
         for stage in ("pretrain", "sft", "dpo"):
@@ -161,7 +161,7 @@ def ask(run: Pipeline, jobs: list[Job], rng: random.Random) -> None:
 
 
 def stop(run: Pipeline, jobs: list[Job], rng: random.Random) -> bool:
-    """Ask to stop; both save and end with 75. Returns whether they were still at work."""
+    """Request a stop; both ranks save and end with 75. Return whether they were still running."""
     ask(run, jobs, rng)
     for job in jobs:
         assert job.wait(PEER_S), job.text[-2000:]
@@ -176,7 +176,7 @@ def stop(run: Pipeline, jobs: list[Job], rng: random.Random) -> bool:
 
 def stops(forks, inputs, folder: Path, calm: tuple[dict, float], count: int, seed: int) -> None:
     for run in disturbed(forks, inputs, folder, calm, count, seed, stop):
-        assert set(run.steps().values()) == {1}, "a step was lost and made again"
+        assert set(run.steps().values()) == {1}, "a step was lost and repeated"
 
 
 def test_ten_stops_through_all_stages(forks, inputs, tmp_path, calm):

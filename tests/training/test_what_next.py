@@ -1,4 +1,4 @@
-"""The line of an end says what the same command does: it promises no missing checkpoint."""
+"""The message at the end names the next step, and never a missing checkpoint."""
 
 from __future__ import annotations
 

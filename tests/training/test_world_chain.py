@@ -1,4 +1,4 @@
-"""A run that goes on on 2, on 4 and again on 1 process is the run that nobody disturbed."""
+"""A run resumed on 2, on 4 and again on 1 process equals an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.zero import Case, dpo, numbers, stage, weights
 
 MODULES = ("modern_llm.training.train_dpo", "tests.helpers.zero", "torch._dynamo")
 STEPS = 12
-# Processes, and the step (from 0) before which they break off.
+# Processes, and the step (from 0) before which the run is interrupted.
 CHAIN = ((1, 3), (2, 6), (4, 9), (1, None))
 
 
@@ -27,7 +27,7 @@ def forks(tmp_path_factory):
 def link(
     checkpoint: str, data: str, folder: str, number: int | None, break_at: int | None, seen: str
 ) -> None:
-    """One part of a run in a forked process; writes down which examples each step had here."""
+    """Run one part in a forked process; write down the examples of each step on this rank."""
     import torch.distributed as dist
 
     from modern_llm.training import loop
@@ -49,7 +49,7 @@ def link(
 
 
 def examples(seen: Path, world_of: dict[int, int]) -> list[list[str]]:
-    """The examples of each step over all ranks; each rank said what world it was in."""
+    """Return the examples of each step over all ranks; each rank reported its world size."""
     steps = []
     for step in range(STEPS):
         records = [
@@ -73,7 +73,7 @@ def test_one_two_four_and_one_again(tmp_path, forks, tiny_checkpoint, number):
         args = (str(tiny_checkpoint), str(data), str(tmp_path / name), zero, break_at,
                 str(tmp_path / f"{name}-seen"))  # fmt: skip
         for _ in range(3):  # another process may take the port
-            # Under DeepSpeed one process is started by a launcher too.
+            # Under DeepSpeed a single process needs a launcher too.
             alone = world == 1 and zero is None
             jobs = [forks.start(link, *args)] if alone else forks.start_ranks(link, world, *args)
             for job in jobs:
@@ -94,7 +94,7 @@ def test_one_two_four_and_one_again(tmp_path, forks, tiny_checkpoint, number):
     chain, whole = numbers(tmp_path / "chain"), numbers(tmp_path / "whole")
     assert len(chain) == len(whole) == STEPS
     for step, (one, other) in enumerate(zip(chain, whole, strict=True)):
-        assert one == pytest.approx(other, rel=1e-5), step  # loss, norm of the gradient, rate
+        assert one == pytest.approx(other, rel=1e-5), step  # loss, gradient norm, learning rate
     one, other = weights(tmp_path / "chain"), weights(tmp_path / "whole")
     assert one.keys() == other.keys()
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-4

@@ -38,7 +38,7 @@ def close(one: Path, other: Path, within: float) -> None:
 
 
 def matrix(checkpoint: Path, data: Path, folder: Path, **fields) -> None:
-    """Every kind on 1, 2 and 4 processes against one process without a launcher."""
+    """Run every kind on 1, 2 and 4 processes, and compare with one process without a launcher."""
     alone = Case(folder / "alone", **fields)
     expected = dpo(checkpoint, data, alone)
     assert len(expected) == 20
@@ -47,7 +47,7 @@ def matrix(checkpoint: Path, data: Path, folder: Path, **fields) -> None:
         place = folder / str(world)
         cases = {name: Case(place / name, zero, **fields) for name, zero in KINDS.items()}
         for name, found in run_cases(world, checkpoint, data, cases).items():
-            # Losses, and with them the clipped norm and the rate of every step.
+            # Losses, and with them the clipped norm and the learning rate of every step.
             same_run(found, expected, 1e-5)
             close(place / name, alone.folder, 1e-4)
 
@@ -85,12 +85,12 @@ def test_tied_embeddings_offload_live_reference_and_bfloat16(tmp_path, tiny_toke
         "offload2": Case(tmp_path / "offload2", stage(2, offload_optimizer=cpu), few),
         "offload3": Case(tmp_path / "offload3", both, few),
         "tied3": Case(tmp_path / "tied3", stage(3), few),
-        # The frozen reference beside the policy, in an engine of its own.
+        # The frozen reference beside the policy, in its own engine.
         "live2": Case(tmp_path / "live2", stage(2), few, {"reference": "model"}),
         "live3": Case(tmp_path / "live3", stage(3), few, {"reference": "model"}),
         "low": Case(tmp_path / "low", train=low),
         **{f"low{n}": Case(tmp_path / f"low{n}", stage(n), low) for n in range(4)},
-        # The same weights in files of 16 bits, which are mapped, and of 32, which are rounded.
+        # The same weights in files of 16 bits, which are mapped, and of 32 bits, which are rounded.
         **{
             name: Case(tmp_path / name, stage(3), low, checkpoint=rounded(tied, tmp_path, dtype))
             for name, dtype in (("of16", torch.bfloat16), ("of32", torch.float32))
@@ -108,7 +108,7 @@ def test_tied_embeddings_offload_live_reference_and_bfloat16(tmp_path, tiny_toke
             assert loss == pytest.approx(other, rel=1e-2)
             assert norm == pytest.approx(other_norm, rel=3e-2)
             assert rate == other_rate
-        # The exported weights are the float32 ones that were trained, not the forward's.
+        # The exported weights are the trained float32 ones, not those of the forward.
         close(tmp_path / name, tmp_path / "low", 1e-2)
 
 
@@ -124,7 +124,7 @@ def test_resume_under_every_stage_and_across_stages_and_worlds(tmp_path, tiny_ch
         whole[f"{name} whole"] = Case(tmp_path / f"{name}-whole", zero, train)
         first[f"{name} broken"] = Case(tmp_path / name, zero, train, break_at=5)
         again[name] = Case(tmp_path / name, zero, train)
-    # Broken under one kind, continued under another; and one that goes on alone, below.
+    # Interrupted under one kind, resumed under another; the last one resumes alone, below.
     first |= {
         f"{name} from": Case(tmp_path / name, zero, few, break_at=7)
         for name, zero in {"2 to 3": stage(2), "3 to ddp": stage(3), "alone": stage(3)}.items()

@@ -1,4 +1,4 @@
-"""Every backend of the tree attention against attention written out, token by token; no leaks."""
+"""Every backend of the tree attention against a token-by-token implementation; no leaks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ HEADS, WIDTH = 2, 16
 
 
 def layout(rows: list[list[list[int]]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Segments and positions of rows of trees, a tree being the sizes [prefix, response, ...]."""
+    """Return segments and positions of rows of trees; a tree is its sizes [prefix, response,
+    ...]."""
     length = max(sum(map(sum, row)) for row in rows) + padding
     segments = torch.full((len(rows), length, 2), -1)
     positions = torch.zeros(len(rows), length, dtype=torch.long)
@@ -40,7 +41,7 @@ def inputs(segments: torch.Tensor, groups: int = 1, dtype=torch.float64):
 
 
 def written_out(query, key, value, segments, positions, window, scale, softcap):
-    """Softmax over what each token sees, one token after the other, by the words of the design."""
+    """Softmax over the visible tokens, one token at a time, as the design defines it."""
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
     out = []
@@ -88,7 +89,7 @@ row = st.lists(tree, min_size=1, max_size=4)
     st.sampled_from([0, 12, 96]),
     st.sampled_from([1, 3]),
 )
-def test_blocks_and_masks_equal_attention_written_out(
+def test_blocks_and_masks_equal_the_token_by_token_attention(
     rows, padding, window, softcap, merge_below, groups
 ):
     segments, positions = layout(rows, padding)
@@ -108,7 +109,8 @@ def test_blocks_and_masks_equal_attention_written_out(
 @pytest.mark.parametrize("window", [None, 20, 150])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_flex_forward_equals_the_dense_mask(window, softcap):
-    """Its backward exists on a GPU only; rows of several blocks, some whole and some empty."""
+    """Forward only, because the backward needs a GPU; rows of several blocks, some whole, some
+    empty."""
     segments, positions = layout(
         [[[150, 140, 3], [2, 60, 20, 7]], [[0, 130], [40], [1, 1, 200]]], 9
     )
@@ -158,18 +160,18 @@ def test_block_masks_cover_exactly_what_is_visible(trees, padding, window):
 
 
 def test_block_masks_skip_other_trees_and_branches():
-    """Of a long row little is computed: that is what the block mask is for."""
+    """In a long row few blocks are computed, which is the purpose of the block mask."""
     segments, positions = layout([[[256, 256, 256]] * 8], 0)
     mask = attention_flex.block_mask(segments, positions, None)
     computed = int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
-    # A tree has 6 query blocks: 1 + 2, 3 + 4 for the first branch, 3 + 4 for the second.
+    # A tree has 6 query blocks: 1 + 2, 3 + 4 for the first response, 3 + 4 for the second.
     assert computed == 8 * 17
     assert int(mask.full_kv_num_blocks.sum()) == 8 * 11
 
 
 @pytest.mark.parametrize("backend", ["blocks", "mask", "flex"])
 @pytest.mark.parametrize("merge_below", [0, 96])
-def test_perturbing_one_token_moves_only_what_sees_it(backend, merge_below):
+def test_perturbing_one_token_changes_only_tokens_that_see_it(backend, merge_below):
     segments, positions = layout([[[9, 6, 8, 3], [0, 4, 5]], [[30, 1, 1], [5]]], 2)
     seen = visible(segments, positions, None)
     with torch.no_grad():
@@ -220,7 +222,7 @@ def test_branches_out_of_order_are_refused():
 
 
 @pytest.mark.parametrize("backend", ["blocks", "mask"])
-def test_under_autocast_all_is_computed_in_its_dtype_and_gradients_come_back_as_they_went(backend):
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_input_dtype(backend):
     segments, positions = layout([[[9, 6, 8], [3, 4, 5]]], 1)
     query, key, value = inputs(segments, 1, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

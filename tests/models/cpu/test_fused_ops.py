@@ -1,4 +1,4 @@
-"""The lean functions against the architecture's own: values, gradients, and what they keep."""
+"""The fused CPU operations against the architecture's own: values, gradients, kept memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from modern_llm.models.cpu import fused_ops
 from tests.helpers.models import CONFIGS, make_model
 
-# name -> norms, gated products and rotary attentions that are exactly ours (3 layers each)
+# name -> norms, gated products and rotary attentions that are replaced (3 layers each)
 FOUND = {
     "llama": (7, 3, 3),
     "qwen2": (7, 3, 3),
@@ -32,7 +32,7 @@ def outputs_and_gradients(model):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_slim_model_gives_the_same_values_and_gradients(name):
+def test_a_patched_model_gives_the_same_values_and_gradients(name):
     expected, gradients = outputs_and_gradients(make_model(name))
     model = make_model(name)
     with torch.no_grad():  # weights of norms that differ from element to element
@@ -77,7 +77,7 @@ def test_functions_equal_their_definitions_by_gradcheck():
     )
 
 
-def test_a_module_that_only_looks_alike_is_left_alone():
+def test_a_module_that_only_looks_similar_is_not_patched():
     class OddRMSNorm(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -91,7 +91,7 @@ def test_a_module_that_only_looks_alike_is_left_alone():
     assert "forward" not in module[0].__dict__
 
 
-def test_other_dtypes_take_the_models_own_way():
+def test_other_dtypes_use_the_models_own_functions():
     model = make_model("llama")
     fused_ops.patch_cpu_ops(model)
     ids = torch.arange(3, 9)[None]

@@ -1,4 +1,4 @@
-"""The last layer on needed states alone, against the same model that computes all of them."""
+"""The last layer on needed states only, against the same model with all states."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NARROWED = {"llama", "llama_tied", "qwen2", "qwen2_window", "qwen3", "mistral", 
 
 
 def seen_by(module: nn.Module) -> list[int]:
-    """Lengths of the states that a projection is given from now on."""
+    """Record the lengths of the states that a projection gets."""
     lengths: list[int] = []
     module.register_forward_hook(
         lambda m, given, out: lengths.append(given[0].numel() // given[0].shape[-1])
@@ -46,8 +46,8 @@ def test_values_and_gradients_are_those_of_the_whole_layer(name, recompute):
         recompute_activations(scorer.model.train())
     last, before = (seen_by(decoder_layers(scorer.model)[at].mlp.up_proj) for at in (-1, -2))
     sums, ours = sums_and_gradients(scorer)
-    # All 138 tokens below; above the ends of three prompts and all but the last token of each
-    # answer. With recomputation the forward is there twice.
+    # Below all 138 tokens; above the ends of three prompts and all but the last token of each
+    # answer. With recomputation the forward runs twice.
     times = 2 if recompute else 1
     assert before == [sum(map(sum, PAIRS))] * times
     assert last == [3 + 8 + 13 + 4 + 2 + 0 + 3] * times
@@ -58,7 +58,7 @@ def test_values_and_gradients_are_those_of_the_whole_layer(name, recompute):
         )
 
 
-def test_parts_of_rows_without_a_needed_query_are_left_out():
+def test_parts_of_rows_without_a_needed_query_are_not_computed():
     segments = torch.zeros(1, 300, 2, dtype=torch.long)
     segments[0, 200:250, 1], segments[0, 250:, 1] = 1, 2
     positions = torch.arange(300)[None]
@@ -71,13 +71,13 @@ def test_parts_of_rows_without_a_needed_query_are_left_out():
 
 
 @pytest.mark.parametrize("sources", [[], list(range(90))])
-def test_nothing_is_narrowed_where_nothing_is_gained(sources):
+def test_the_layer_is_not_narrowed_without_a_gain(sources):
     segments = torch.zeros(1, 100, 2, dtype=torch.long)
     masks = TreeMasks(segments, torch.arange(100)[None], torch.float32, "blocks")
     assert needed_of(masks, torch.tensor(sources, dtype=torch.long), segments.shape[:2]) is None
 
 
-def test_a_feed_forward_that_mixes_tokens_is_left_alone():
+def test_a_feed_forward_that_mixes_tokens_is_not_patched():
     model = make_model("llama")
     mlp = decoder_layers(model)[-1].mlp
     plain = mlp.forward

@@ -1,4 +1,5 @@
-"""A save beside the training gives the same bytes, holds nobody up, and loses nothing."""
+"""A background save writes the same bytes as a foreground save, delays no step, and loses
+nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def forks(tmp_path_factory):
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every byte of every checkpoint, by its name; each of them verifies."""
+    """Return every byte of every checkpoint, by file name; each checkpoint verifies."""
     for place in (folder / "checkpoints").iterdir():
         verified_manifest(place)
     files = (path for path in (folder / "checkpoints").rglob("*") if path.is_file())
@@ -37,7 +38,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("world", "stage"), [(1, None), (2, None), (2, 2)])
-def test_checkpoints_are_byte_for_byte_those_of_the_foreground(tmp_path, forks, world, stage):
+def test_checkpoints_equal_those_of_the_foreground_byte_for_byte(tmp_path, forks, world, stage):
     if stage is not None:
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
     for name in ("beside", "before"):
@@ -56,7 +57,7 @@ def test_checkpoints_are_byte_for_byte_those_of_the_foreground(tmp_path, forks, 
 
 
 def slow(monkeypatch, seconds: float) -> list[tuple[int, int]]:
-    """Let each file take so long; returns how many steps were logged before and after each."""
+    """Delay the write of each file; return the steps logged before and after each write."""
     real, steps = format.write_tensors, []
 
     def written(path, *args):
@@ -71,7 +72,7 @@ def slow(monkeypatch, seconds: float) -> list[tuple[int, int]]:
     return steps
 
 
-def test_training_goes_on_while_a_slow_disk_is_written_to(tmp_path, monkeypatch):
+def test_training_continues_while_a_slow_disk_is_written_to(tmp_path, monkeypatch):
     steps = slow(monkeypatch, 0.3)
     run_small(tmp_path, max_steps=9, save_every=3, **SETTINGS)
     assert len(steps) == 4 and steps[0][1] == 6 and steps[-1][1] == 9
@@ -79,7 +80,7 @@ def test_training_goes_on_while_a_slow_disk_is_written_to(tmp_path, monkeypatch)
     assert [record[0] for record in numbers(tmp_path)] == list(range(1, 10))
 
 
-def test_a_stop_waits_for_the_save_under_way_and_makes_its_own(tmp_path, monkeypatch):
+def test_a_stop_waits_for_the_background_save_and_saves_again(tmp_path, monkeypatch):
     slow(monkeypatch, 0.3)
     real = format.snapshot
 
@@ -96,7 +97,7 @@ def test_a_stop_waits_for_the_save_under_way_and_makes_its_own(tmp_path, monkeyp
     assert [record[0] for record in numbers(tmp_path)] == [1, 2, 3]
 
 
-def test_three_refused_in_a_row_end_the_run_with_3_as_in_the_foreground(
+def test_three_consecutive_failures_end_the_run_with_3_as_in_the_foreground(
     tmp_path, monkeypatch, caplog
 ):
     real, saves = format.commit, []
@@ -126,8 +127,8 @@ def test_a_save_that_hangs_is_named_by_the_watchdog(tmp_path, forks):
     assert found == [5] * world, forks.jobs[-1].text
     said = "".join(job.text for job in forks.jobs[-world:])
     assert "no progress for" in said and "rank 0" in said, said
-    # By itself, or by the training that waits for it.
+    # Named by itself, or by the training that waits for it.
     assert re.search("(saving beside the training|waiting for the save) of step 2", said), said
-    # Training went on for as long as nothing waited for the disk.
+    # Training continued until something had to wait for the disk.
     assert [record[0] for record in numbers(tmp_path / "run")] == [1, 2, 3, 4]
     assert "rank 1" not in said.split("no progress")[0]

@@ -1,4 +1,4 @@
-"""A checkpoint with a byte changed, or cut to any length, is refused before anything is used."""
+"""A checkpoint with any changed byte, or cut to any length, is refused before it is used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from modern_llm.training.guards.state import GuardState
 
 
 def made(folder: Path):
-    """A very small model, and a process for it."""
+    """A very small model, and a runtime for it."""
     runtime = start(TrainingConfig(run_name="d", output_dir=folder))
     shape = ModernLLMConfig(
         vocab_size=16, d_model=4, n_layers=1, n_heads=1, ffn_hidden_size=4, max_seq_len=8,
@@ -48,7 +48,7 @@ def checkpoints(tmp_path_factory) -> Path:
 
 
 def refused(folder: Path, file: Path, content: bytes) -> None:
-    """Give a file other content: the folder is refused with one line that names it."""
+    """Write other content to a file: the folder is refused with one line that names the file."""
     file.write_bytes(content)
     with pytest.raises(StorageError) as caught:
         verified_manifest(folder)
@@ -72,7 +72,8 @@ def test_every_changed_byte_and_every_length_is_refused(checkpoints):
         for length in range(len(intact)):
             refused(place, file, intact[:length])
         refused(place, file, intact + b"0")
-        # The run goes on from the one before, and says why; without one it does not start over.
+        # The run resumes from the previous checkpoint, and says why; without one it does not start
+        # over.
         assert format.newest(checkpoints)[0].name == "step-00000001"
         file.write_bytes(intact)
     assert verified_manifest(place) == facts
@@ -120,7 +121,7 @@ def test_a_tensor_of_another_shape_or_dtype_is_refused(
         format.load_state(place, engine, GuardState())
 
 
-def test_where_none_is_intact_nothing_starts_over(checkpoints):
+def test_a_run_without_an_intact_checkpoint_does_not_start_over(checkpoints):
     kept = {}
     for place in checkpoints.iterdir():
         kept[place / MANIFEST] = (place / MANIFEST).read_bytes()

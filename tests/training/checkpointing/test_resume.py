@@ -1,4 +1,4 @@
-"""Stopped anywhere and started again by the same call, a run ends with the same bytes."""
+"""A run that is stopped anywhere and started again by the same call ends with the same bytes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def undisturbed(tmp_path_factory, tiny_checkpoint, tiny_pairs):
 
 
 @pytest.mark.parametrize("stop_after", [1, 4, 5])
-def test_a_run_that_breaks_goes_on_to_the_same_end(
+def test_an_interrupted_run_resumes_to_the_same_end(
     tmp_path, tiny_checkpoint, tiny_pairs, undisturbed, stop_after
 ):
     folder, final = undisturbed
@@ -65,7 +65,7 @@ def test_a_run_that_breaks_goes_on_to_the_same_end(
     assert numbers(tmp_path / "run") == numbers(folder)
 
 
-def test_a_damaged_checkpoint_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     tmp_path, tiny_checkpoint, tiny_pairs, undisturbed, caplog
 ):
     folder, final = undisturbed
@@ -109,7 +109,7 @@ def test_a_checkpoint_that_the_disk_cannot_read_is_skipped(
     assert numbers(tmp_path / "run") == numbers(folder)
 
 
-def test_a_finished_run_is_not_made_again_and_another_is_not_mixed_in(
+def test_a_finished_run_is_not_repeated_and_another_is_not_mixed_in(
     tmp_path, tiny_checkpoint, tiny_pairs
 ):
     final = call(tmp_path / "run", tiny_checkpoint, tiny_pairs, max_steps=2)
@@ -126,11 +126,11 @@ def test_a_finished_run_is_not_made_again_and_another_is_not_mixed_in(
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path, tiny_checkpoint, tiny_pairs):
     call(tmp_path / "run", tiny_checkpoint, tiny_pairs, keep_checkpoints=1)
-    standing = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
-    assert standing == ["step-00000008"]
+    kept = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert kept == ["step-00000008"]
 
 
-def test_a_signal_saves_ends_with_75_and_the_same_command_goes_on(
+def test_a_signal_saves_ends_with_75_and_the_same_command_resumes(
     tmp_path, tiny_checkpoint, tiny_pairs
 ):
     settings = {
@@ -180,7 +180,7 @@ def test_a_signal_saves_ends_with_75_and_the_same_command_goes_on(
     assert time.monotonic() - began < 120
 
 
-def test_a_file_stop_saves_and_the_same_call_goes_on(
+def test_a_file_stop_saves_and_the_same_call_resumes(
     tmp_path, tiny_checkpoint, tiny_pairs, undisturbed, monkeypatch
 ):
     folder, final = undisturbed

@@ -1,4 +1,4 @@
-"""A save that the disk refuses leaves what stood; the run goes on, and ends with 3 when it must."""
+"""A failed save keeps the previous checkpoint; the run continues, and ends with 3 if it must."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def call(folder, model, pairs, **changes):
 @pytest.mark.parametrize("action", ["enospc", "eio", "estale", "edquot", "erofs"])
 @pytest.mark.parametrize("point", ["folder.make", "tensors.write", "manifest.write",
                                    "file.flush", "commit.rename"])  # fmt: skip
-def test_a_refused_commit_leaves_what_stood(tmp_path, monkeypatch, point, action):
+def test_a_failed_commit_keeps_the_previous_content(tmp_path, monkeypatch, point, action):
     def write(text):
         with committed_folder(tmp_path / "a", {}) as place:
             with fault_points.around("tensors.write"):
@@ -43,11 +43,11 @@ def test_a_refused_commit_leaves_what_stood(tmp_path, monkeypatch, point, action
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     assert verified_manifest(tmp_path / "a") == {}
     assert (tmp_path / "a" / "one").read_text() == "old"
-    write("new")  # the fault was the first time alone
+    write("new")  # the fault was injected only once
     assert (tmp_path / "a" / "one").read_text() == "new"
 
 
-def test_one_refused_save_is_a_warning_and_the_run_ends_well(
+def test_one_failed_save_is_a_warning_and_the_run_succeeds(
     tmp_path, tiny_checkpoint, tiny_pairs, monkeypatch, caplog
 ):
     monkeypatch.setenv(fault_points.VARIABLE, "state.write.before:0:2:enospc")
@@ -60,7 +60,7 @@ def test_one_refused_save_is_a_warning_and_the_run_ends_well(
     assert {"configuration", "model", "tokenizer", "data"} <= set(facts)
 
 
-def test_three_refused_saves_in_a_row_end_the_run_with_3(
+def test_three_consecutive_failed_saves_end_the_run_with_3(
     tmp_path, tiny_checkpoint, tiny_pairs, monkeypatch, caplog
 ):
     real, saves = format.save, []
@@ -79,7 +79,7 @@ def test_three_refused_saves_in_a_row_end_the_run_with_3(
     verified_manifest(tmp_path / "run" / "checkpoints" / "step-00000001")
 
 
-def test_a_run_that_would_not_fit_is_refused_before_its_first_step(
+def test_a_run_that_does_not_fit_on_the_disk_is_refused_before_its_first_step(
     tmp_path, tiny_checkpoint, tiny_pairs, monkeypatch
 ):
     monkeypatch.setattr(saver, "free_bytes", lambda folder: 1000)
@@ -88,7 +88,7 @@ def test_a_run_that_would_not_fit_is_refused_before_its_first_step(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_save_that_would_outlast_the_launcher_is_told_at_the_start(
+def test_a_save_slower_than_the_launchers_limit_is_a_warning_at_the_start(
     tmp_path, tiny_checkpoint, tiny_pairs, monkeypatch, caplog
 ):
     monkeypatch.setattr(saver, "GRACE_S", 0.0)

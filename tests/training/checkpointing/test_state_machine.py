@@ -1,5 +1,5 @@
-"""Saves, kills, a full disk, damage, retention and a second writer in any order: one checkpoint
-verifies at all times after the first."""
+"""Saves, kills, a full disk, damage, retention and a second writer in any order: from the first
+save on, one checkpoint always verifies."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ STEPS_EACH = 25
 
 
 class Killed(BaseException):
-    """Ends a save where SIGKILL would: nothing after it runs, its clean-up included."""
+    """Ends a save as SIGKILL would: no later code runs, clean-up included."""
 
 
 class Checkpoints(RuleBasedStateMachine):
-    """One run folder with its lock, and what stands in it according to what was done."""
+    """A run folder with its lock, and a model of what it must contain."""
 
     actions = 0
 
@@ -61,20 +61,20 @@ class Checkpoints(RuleBasedStateMachine):
 
     @rule()
     def save(self) -> None:
-        """A save that goes well, with the retention after it."""
+        """A successful save, followed by retention."""
         self._write()
         self._committed()
         self._retire()
 
     @rule(point=st.sampled_from(POINTS), nth=st.integers(1, 3), after=st.booleans())
     def disk_refuses(self, point: str, nth: int, after: bool) -> None:
-        """No space at some point: the temporary folder goes, everything else stands."""
+        """No space at some point: the temporary folder is removed, everything else is kept."""
         if self._hit(point, nth, after, OSError(28, "No space left on device")):
             assert not list(self.folder.glob(f"{TEMPORARY}*"))
 
     @rule(point=st.sampled_from(POINTS), nth=st.integers(1, 3), after=st.booleans())
     def killed(self, point: str, nth: int, after: bool) -> None:
-        """SIGKILL at some point; the lock dies with its owner, and another process goes on."""
+        """SIGKILL at some point; the lock dies with its owner, and another process resumes."""
         if self._hit(point, nth, after, Killed()):
             self._start_over()
 
@@ -86,7 +86,7 @@ class Checkpoints(RuleBasedStateMachine):
 
     @rule()
     def killed_while_retiring(self) -> None:
-        """A folder that is half removed is damaged, and older than the newest."""
+        """A half-removed folder is damaged, and older than the newest."""
         self._write()
         self._committed()
         old = sorted(self.intact)[: -self.keep]
@@ -98,7 +98,7 @@ class Checkpoints(RuleBasedStateMachine):
     @precondition(lambda self: len(self.intact) > 1)
     @rule(data=st.data())
     def damage(self, data) -> None:
-        """A flipped byte in any checkpoint, so long as another one is left."""
+        """A flipped byte in any checkpoint, if another intact one is left."""
         step = data.draw(st.sampled_from(sorted(self.intact)))
         path = data.draw(st.sampled_from(sorted(self._place(step).rglob("*"))))
         content = bytearray(path.read_bytes())
@@ -120,7 +120,7 @@ class Checkpoints(RuleBasedStateMachine):
 
     @rule()
     def second_writer(self) -> None:
-        """It is refused while the first lives, and has touched nothing."""
+        """It is refused while the first is alive, and changes nothing."""
         before = sorted(self.root.rglob("*"))
         other = RunLock(self.root, patience=1e6)
         with pytest.raises(UserError, match="in use by another trainer"):
@@ -149,7 +149,7 @@ class Checkpoints(RuleBasedStateMachine):
         return self.folder / f"step-{step:08d}"
 
     def _write(self, faulty=None) -> None:
-        """Write the next step's checkpoint by the calls that a save makes."""
+        """Write the next step's checkpoint with the calls of a save."""
         self.step += 1
         step, facts = self.step, {"step": self.step, "digest": f"{self.step:x}"}
         with committed_folder(self._place(step), facts) as place:
@@ -170,7 +170,7 @@ class Checkpoints(RuleBasedStateMachine):
         self.intact = {step: self.intact[step] for step in kept}
 
     def _hit(self, point: str, nth: int, after: bool, error: BaseException) -> bool:
-        """Save while `error` is raised at the point; return whether it was reached."""
+        """Save while `error` is raised at the point; return whether the point was reached."""
         reached, count = fault_points.reach, [0]
 
         def reach(name: str) -> None:
@@ -181,7 +181,7 @@ class Checkpoints(RuleBasedStateMachine):
 
         os.environ[fault_points.VARIABLE] = "nowhere.before:0:1:kill"
         fault_points.reach, real = reach, shutil.rmtree
-        if isinstance(error, Killed):  # the dead remove nothing
+        if isinstance(error, Killed):  # a killed process removes nothing
             shutil.rmtree = lambda *args, **options: None
         try:
             self._write()
@@ -190,16 +190,16 @@ class Checkpoints(RuleBasedStateMachine):
         finally:
             fault_points.reach, shutil.rmtree = reached, real
             del os.environ[fault_points.VARIABLE]
-        # It may have been committed before the error: then it stands, whole.
+        # If it was committed before the error, it exists and is intact.
         if self._place(self.step).is_dir():
             self._committed()
         return count[0] >= nth
 
     def _start_over(self) -> None:
-        """What a new process does first: the dead one's lock, its leftovers, its checkpoints."""
+        """First actions of a new process: lock of the dead one, leftovers, checkpoints."""
         head = (self.root / NAME).read_bytes()
         self.lock.release()
-        (self.root / NAME).write_bytes(head)  # as a killed owner leaves it: no one holds it
+        (self.root / NAME).write_bytes(head)  # as a killed owner leaves it: nobody holds it
         self.lock, self.good = RunLock(self.root, patience=1e6), set()
         self.lock.take()
         format.remove_leftovers(self.folder)
@@ -211,9 +211,9 @@ def _memory() -> str | None:
 
 
 def explore(actions: int) -> None:
-    """Run the machine until so many actions were made."""
+    """Run the machine for `actions` actions."""
     Checkpoints.actions = 0
-    examples = -(-actions * 8 // (5 * STEPS_EACH))  # some end early
+    examples = -(-actions * 8 // (5 * STEPS_EACH))  # some examples end early
     options = settings(
         max_examples=examples, stateful_step_count=STEPS_EACH, deadline=None,
         derandomize=True, database=None, suppress_health_check=list(HealthCheck),

@@ -1,4 +1,4 @@
-"""A run of three epochs that is stopped after steps and goes on: same order, same weights."""
+"""A run of three epochs, stopped after steps and resumed: same data order, same weights."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ STEPS, EPOCHS, BATCH = 60, 3, 4
 
 
 class Run:
-    """SFT with dropout on 80 answers, which notes the rows of every step that it makes."""
+    """SFT with dropout on 80 answers, which records the rows of every step."""
 
     def __init__(self, folder: Path, model: Path, answers: Path):
         self.folder, self._model, self._answers = folder, model, answers
         self.order: list[str] = []
 
     def go(self, stop_after: int | None) -> Path | None:
-        """Go on to the end, or until a signal in step `stop_after`; return the final model."""
+        """Run to the end, or until a signal in step `stop_after`; return the final model."""
         real = loop._optimizer_step
 
         def noted(context, step):

@@ -1,4 +1,4 @@
-"""A step whose loss jumps is passed over by all ranks alike; the statistics survive a restart."""
+"""A step with a loss spike is skipped by all ranks; the statistics survive a restart."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def noise(count: int, level: float = 1.0, seed: int = 0) -> list[float]:
     return [rng.gauss(level, 0.1) for _ in range(count)]
 
 
-def test_a_spike_is_passed_over_and_leaves_no_trace_in_the_statistics():
+def test_a_spike_is_skipped_and_does_not_change_the_statistics():
     state = no_spikes()
     assert not any(judge(state, loss, 6) for loss in noise(200))
     assert state["mean"] == pytest.approx(1.0, abs=0.05)
@@ -44,13 +44,13 @@ def test_a_spike_is_passed_over_and_leaves_no_trace_in_the_statistics():
     assert judge(state, 3.0, 6)
     assert state == before | {"skipped": 1, "in_a_row": 1}
     assert not judge(state, 1.0, 6) and state["in_a_row"] == 0
-    # Not finite is no spike, and far below is none.
+    # A non-finite loss is not a spike, and a low one is not either.
     before = dict(state)
     assert not judge(state, math.nan, 6) and not judge(state, math.inf, 6) and state == before
     assert not judge(state, -5.0, 6)
 
 
-def test_the_first_steps_are_only_looked_at_and_a_new_level_is_followed():
+def test_the_first_steps_are_only_observed_and_a_new_level_is_followed():
     state = no_spikes()
     assert not any(judge(state, loss, 6) for loss in [*noise(WARM - 1), 50.0])
     state = no_spikes()
@@ -89,7 +89,9 @@ def test_the_update_of_a_spike_is_not_applied_and_a_restart_decides_the_same(
     assert start(forks, killed, 1, fault, None, "", SETTINGS) == [-9]
     assert start(forks, killed, 1, "", None, "", SETTINGS) == [0], forks.jobs[-1].text
     assert numbers(killed)[:30] == numbers(tmp_path / "whole")[:30]
-    assert numbers(killed)[31:] == numbers(tmp_path / "whole")[31:]  # a norm is NaN at step 31
+    assert (
+        numbers(killed)[31:] == numbers(tmp_path / "whole")[31:]
+    )  # the gradient norm of step 31 is NaN
     assert final(killed) == final(tmp_path / "whole")
     state = json.loads((killed / "checkpoints" / "step-00000039" / "state.json").read_text())
     assert state["spikes"]["skipped"] == 1 and state["spikes"]["count"] == 38
@@ -106,7 +108,7 @@ def test_two_processes_decide_as_one(tmp_path, forks, stage):
     assert start(forks, tmp_path / "one", 1, "", None, "", SETTINGS) == [0], forks.jobs[-1].text
     found = start(forks, tmp_path / "two", 2, "", stage, "", SETTINGS)
     assert found == [0, 0], forks.jobs[-1].text
-    # Its line is written though none is due.
+    # The skipped step is logged although no line is due.
     rare = SETTINGS | {"log_every": 100, "save_every": 39}
     assert start(forks, tmp_path / "rare", 2, "", stage, "", rare) == [0, 0], forks.jobs[-1].text
     assert [(r["step"], r.get("skipped_spikes")) for r in logged(tmp_path / "rare")] == [

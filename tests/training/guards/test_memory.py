@@ -1,4 +1,4 @@
-"""Memory that runs out halves the token budget: the step is made again, and no number changes."""
+"""Running out of memory halves the token budget: the step is repeated, with the same results."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.helpers.steps import broken_at
 
 
 class LittleMemory:
-    """Forwards and backwards of more than `tokens` find no memory.
+    """Forwards and backwards of more than `tokens` run out of memory.
 
     Args:
-        first: micro-batches of each step that fit in any case: their gradients must go again.
-        steps: steps (from 0) in which memory is little; all unless said.
+        first: micro-batches of each step that always fit: their gradients must be discarded.
+        steps: steps (from 0) with little memory; default: all.
     """
 
     def __init__(self, tokens: int, *, first: int = 0, rank: int = 0, steps: range = range(99)):
@@ -87,7 +87,7 @@ def near(records: list[dict], expected: list[dict]) -> bool:
 
 @pytest.fixture(scope="module", autouse=True)
 def begun_with():
-    """A step of these pairs is one forward at first, whatever a CPU begins with."""
+    """A step of these pairs is one forward at first, on any machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(micro_batches.AUTO_TOKENS, "cpu", 1024)
         yield
@@ -98,7 +98,7 @@ def plain(tmp_path_factory, tiny_checkpoint, tiny_pairs):
     return call(tmp_path_factory.mktemp("plain") / "run", tiny_checkpoint, tiny_pairs)
 
 
-def test_a_step_is_made_again_in_smaller_forwards(
+def test_a_step_is_repeated_in_smaller_forwards(
     tmp_path, tiny_checkpoint, tiny_pairs, plain, caplog
 ):
     assert len({r["loss"] for r in plain}) == 6
@@ -114,11 +114,10 @@ def test_a_step_is_made_again_in_smaller_forwards(
     assert near(found, plain)
 
 
-def test_what_was_added_up_before_memory_ran_out_goes_again(
+def test_gradients_from_before_memory_ran_out_are_discarded(
     tmp_path, tiny_checkpoint, tiny_pairs, plain
 ):
-    """Only the third micro-batch of a step fails, in one step between others and again in smaller
-    forwards."""
+    """Only the third micro-batch of one step fails, and again in smaller forwards."""
     start = {"micro_batch_size": 2}
     with LittleMemory(150, first=2, steps=range(2, 3)) as memory:
         found = call(tmp_path / "run", tiny_checkpoint, tiny_pairs, **start)
@@ -126,13 +125,11 @@ def test_what_was_added_up_before_memory_ran_out_goes_again(
     assert near(found, plain)
 
 
-def test_a_run_that_goes_on_takes_over_what_was_found(
-    tmp_path, tiny_checkpoint, tiny_pairs, plain, caplog
-):
+def test_a_resumed_run_uses_the_stored_budget(tmp_path, tiny_checkpoint, tiny_pairs, plain, caplog):
     with LittleMemory(300), broken_at(4), pytest.raises(KeyboardInterrupt):
         call(tmp_path / "run", tiny_checkpoint, tiny_pairs)
     with LittleMemory(300) as memory, caplog.at_level(logging.INFO, "modern_llm"):
-        # What a forward holds stays the same: what was found is kept.
+        # The memory of a forward is unchanged, so the stored budget is used.
         found = call(tmp_path / "run", tiny_checkpoint, tiny_pairs, hang_timeout=500.0)
     assert memory.ran_out == [] and "a forward (found before)" in caplog.text
     assert len(found) == 6 and near(found, plain)
@@ -140,12 +137,12 @@ def test_a_run_that_goes_on_takes_over_what_was_found(
     assert note["step"] == 1 and note["tokens_per_micro_batch"] < 300
 
 
-def test_other_settings_look_anew(tmp_path, tiny_checkpoint, tiny_pairs):
+def test_other_settings_search_again(tmp_path, tiny_checkpoint, tiny_pairs):
     with LittleMemory(300):
         call(tmp_path / "run", tiny_checkpoint, tiny_pairs, max_steps=1)
     with LittleMemory(2000) as memory:
         call(tmp_path / "run", tiny_checkpoint, tiny_pairs, max_steps=1, resume="auto")
-    assert not memory.areas, "it was finished"
+    assert not memory.areas, "the run was finished"
     (tmp_path / "run" / "outcome.json").unlink()
     with LittleMemory(2000) as memory:
         call(
@@ -154,7 +151,7 @@ def test_other_settings_look_anew(tmp_path, tiny_checkpoint, tiny_pairs):
     assert max(area for _, area in memory.areas) > 300
 
 
-def test_a_file_that_is_damaged_is_left_out(tmp_path, tiny_checkpoint, tiny_pairs, caplog):
+def test_a_damaged_file_is_ignored(tmp_path, tiny_checkpoint, tiny_pairs, caplog):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / token_budget.FILE).write_text('{"tokens_per_micro_batch": "many"}')
     call(tmp_path / "run", tiny_checkpoint, tiny_pairs, max_steps=1)
@@ -176,7 +173,7 @@ def test_a_file_that_is_damaged_is_left_out(tmp_path, tiny_checkpoint, tiny_pair
         ),
     ],
 )
-def test_what_cannot_be_made_smaller_is_told(
+def test_a_forward_that_cannot_be_smaller_is_an_error(
     tmp_path, tiny_checkpoint, tiny_pairs, changes, message
 ):
     with LittleMemory(0), pytest.raises(UserError, match=message):
@@ -184,10 +181,10 @@ def test_what_cannot_be_made_smaller_is_told(
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
-def test_where_a_step_cannot_be_made_again_the_next_start_goes_on_with_half(
+def test_if_a_step_cannot_be_repeated_the_next_start_uses_half(
     tmp_path, tiny_checkpoint, tiny_pairs, plain, monkeypatch
 ):
-    """As under DeepSpeed, which meets the others within a backward."""
+    """As under DeepSpeed, which communicates within a backward."""
     monkeypatch.setattr(Engine, "recovers", False)
     text = r"memory in step 4: .* run the same command again, it resumes with (\d+) tokens"
     with LittleMemory(400, steps=range(3, 99)), pytest.raises(UserError, match=text) as error:
@@ -200,7 +197,9 @@ def test_where_a_step_cannot_be_made_again_the_next_start_goes_on_with_half(
     assert len(found) == 6 and near(found, plain)
 
 
-def test_another_error_is_none_of_memory(tmp_path, tiny_checkpoint, tiny_pairs, monkeypatch):
+def test_another_error_is_not_taken_for_out_of_memory(
+    tmp_path, tiny_checkpoint, tiny_pairs, monkeypatch
+):
     def run(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 

@@ -1,4 +1,4 @@
-"""A NaN in one rank's micro-batch: no byte of the state changes, and its rows are named."""
+"""A NaN in one rank's micro-batch: no byte of the state changes, and its rows are listed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BAD = 2  # step, from 0
 
 
 def state_of(engine) -> str:
-    """Digest of every weight and moment that this rank holds."""
+    """Return the digest of every weight and moment on this rank."""
     from modern_llm.distributed.optimizer_shards import MOMENTS, base_optimizer, pieces
 
     digest, optimizer = hashlib.sha256(), base_optimizer(engine)
@@ -35,14 +35,14 @@ def state_of(engine) -> str:
         for tensor in (piece.weight, *(piece.moment(optimizer, key) for key in MOMENTS)):
             digest.update(b"none" if tensor is None else tensor.contiguous().numpy().tobytes())
     for parameter in engine.inner.parameters():
-        # What forwards read; of ZeRO-3 this rank's part, for the whole comes and goes.
+        # Weights that forwards read. Under ZeRO-3 only this rank's shard: whole ones are temporary.
         parameter = getattr(parameter, "ds_tensor", parameter)
         digest.update(parameter.detach().contiguous().view(-1).float().numpy().tobytes())
     return digest.hexdigest()
 
 
 class Poison:
-    """Makes losses of one rank not finite at given steps; notes the state around each step."""
+    """Makes losses of one rank non-finite at given steps; records the state around each step."""
 
     def __init__(self, rank: int, steps: set[int], how: str):
         self.rank, self.steps, self.how = rank, steps, how
@@ -79,7 +79,7 @@ def poisoned(checkpoint: Path, data: Path, case: Case, poison: Poison) -> tuple[
     with poison:
         try:
             dpo(checkpoint, data, case)
-            text = "went on"
+            text = "continued"
         except NotFiniteError as error:
             text = str(error)
     return text, poison.states
@@ -98,7 +98,7 @@ def every_kind(checkpoint: Path, data: Path, folder: Path) -> dict:
 
 
 def device_decides(checkpoint: Path, data: Path, folder: Path) -> dict:
-    """The path of CUDA: the optimizer's kernels refuse the step, the host learns of it in the
+    """The code path of CUDA: the optimizer's kernels skip the step, and the host learns it in the
     next."""
     found = {}
     real = Engine.decides_on_device
@@ -112,8 +112,8 @@ def device_decides(checkpoint: Path, data: Path, folder: Path) -> dict:
 
 
 def logged_rarely(checkpoint: Path, data: Path, folder: Path) -> dict[str, tuple]:
-    """On one rank: which steps it logged where only the first and the last are due, by kind of run;
-    what the log of its process tells of the skip."""
+    """Return, by kind of run, the steps that one rank logged (only the first and last are due) and
+    the log lines about the skip."""
     real_logged, real_decides = loop._is_logged, Engine.decides_on_device
     few = {"max_steps": 7, "log_every": 100, "save_every": 100, "on_nonfinite": "skip"}
     found = {}
@@ -136,7 +136,7 @@ def logged_rarely(checkpoint: Path, data: Path, folder: Path) -> dict[str, tuple
 
 
 class Told(logging.Handler):
-    """The lines of the log about steps that were not applied."""
+    """Collects the log lines about steps that were not applied."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,17 +152,17 @@ class Told(logging.Handler):
         nonfinite.log.removeHandler(self)
 
 
-def test_a_skipped_step_is_logged_by_all_ranks_though_none_is_due(tmp_path, tiny_checkpoint):
+def test_a_skipped_step_is_logged_by_all_ranks_although_no_line_is_due(tmp_path, tiny_checkpoint):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
     data = write_jsonl(tmp_path / "p.jsonl", transcripts(45))
     ranks = run_ranks(logged_rarely, 2, tiny_checkpoint, data, tmp_path, timeout=250)
     for name in ("ddp", "device", "zero2", "zero3"):
-        # A device that refuses a step by itself is asked about it in the next one.
+        # On a device that skips a step by itself, the host learns it in the next step.
         at = BAD + 2 if name == "device" else BAD + 1
         for rank, found in enumerate(ranks):
             text, steps, lines = found[name]
-            # Each of them, or the sums of a line would wait for a rank that adds none.
-            assert (text, steps) == ("went on", [1, at, 7]), (name, rank)
+            # On every rank, or the sums of a line would wait for a rank without it.
+            assert (text, steps) == ("continued", [1, at, 7]), (name, rank)
             assert len(lines) == (rank == 0), "one line, of the rank that writes"
         (line,) = ranks[0][name][2]
         assert "step 3: the loss of micro-batch 0 on rank 1 is nan" in line
@@ -175,7 +175,7 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_no_byte_changes_under_any_sharding_whichever_rank_it_is(tmp_path, tiny_checkpoint):
+def test_no_byte_changes_under_any_sharding_on_any_rank(tmp_path, tiny_checkpoint):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
     data = write_jsonl(tmp_path / "p.jsonl", transcripts(45))
     ranks = run_ranks(every_kind, 2, tiny_checkpoint, data, tmp_path, timeout=250)
@@ -189,7 +189,7 @@ def test_no_byte_changes_under_any_sharding_whichever_rank_it_is(tmp_path, tiny_
             assert before == after, f"{name}, rank {guilty}: the state has changed"
             assert states[BAD - 1][0] != states[BAD - 1][1], "the steps before change it"
             if guilty == "skip":
-                assert text == "went on" and states[BAD + 1][0] != states[BAD + 1][1]
+                assert text == "continued" and states[BAD + 1][0] != states[BAD + 1][1]
                 assert [r.get("skipped_steps") for r in records(tmp_path / f"{name}-skip")] == [
                     None, None, 1, 1,
                 ]  # fmt: skip
@@ -203,7 +203,7 @@ def test_no_byte_changes_under_any_sharding_whichever_rank_it_is(tmp_path, tiny_
                 1 - guilty
             }
             rows = [row for part in parts for row in part["examples"]]
-            assert len(rows) == len(set(rows)) == 8, "each example of the step once"
+            assert len(rows) == len(set(rows)) == 8, "every example of the step once"
             assert all(row.startswith(f"{data}:") for row in rows)
             outcome = json.loads((place / "outcome.json").read_text())
             assert (outcome["status"], outcome["last_step"]) == (4, BAD)
@@ -219,9 +219,9 @@ def check_device(found: dict, folder: Path) -> None:
     newest = max(path.name for path in (folder / "device-stop" / "checkpoints").iterdir())
     assert newest == f"step-{BAD:08d}"
     outcome = json.loads((folder / "device-stop" / "outcome.json").read_text())
-    assert outcome["last_step"] == BAD, "the step after it had begun, and was not done either"
+    assert outcome["last_step"] == BAD, "the next step had begun, and was not done either"
     text, states = found["device", "skip"]
-    assert text == "went on" and states[BAD][0] == states[BAD][1] == states[BAD + 1][0]
+    assert text == "continued" and states[BAD][0] == states[BAD][1] == states[BAD + 1][0]
     last = records(folder / "device-skip")[-1]
     assert last["step"] == 4 and last["skipped_steps"] == 1
     expected = weights(folder / "ddp-skip")
@@ -229,7 +229,7 @@ def check_device(found: dict, folder: Path) -> None:
         assert (tensor == expected[name]).all(), name
 
 
-def test_three_in_a_row_stop_a_run_that_skips(tmp_path, tiny_checkpoint, tiny_pairs):
+def test_three_consecutive_skips_stop_a_run(tmp_path, tiny_checkpoint, tiny_pairs):
     call_ = {"on_nonfinite": "skip", "save_every": 1}
     with Poison(0, {2, 3, 5, 6}, "nan"):
         call(tmp_path / "scattered", tiny_checkpoint, tiny_pairs, **call_)
@@ -254,12 +254,12 @@ def test_the_count_of_skipped_steps_is_part_of_the_state(tmp_path, tiny_checkpoi
     assert counts[0] == counts[1] == [None, 1, 1, 1, 2, 2, 2, 2, 2]
 
 
-def test_a_gradient_alone_that_is_not_finite_is_told(tmp_path, tiny_checkpoint, tiny_pairs):
+def test_a_nonfinite_gradient_with_finite_losses_is_reported(tmp_path, tiny_checkpoint, tiny_pairs):
     real = PreferenceTask.run
 
     def run(task, model, batch):
         result = real(task, model, batch)
-        # Finite forward, infinite backward: the root at 0.
+        # Finite forward, infinite backward: the square root at 0.
         zero = (result.loss - result.loss.detach()).abs()
         return result._replace(loss=result.loss + torch.sqrt(zero))
 

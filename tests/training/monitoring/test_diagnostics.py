@@ -1,4 +1,4 @@
-"""Each warning speaks up for its fault, once, and stays silent over a healthy run."""
+"""Each warning is printed for its fault, once, and never for a healthy run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def said(changes, total=100, every=2) -> list[str]:
     return found
 
 
-def test_a_healthy_run_is_not_talked_into():
+def test_a_healthy_run_has_no_warnings():
     assert said({}) == []
 
 
@@ -65,16 +65,16 @@ def test_a_fault_is_named_once_with_a_setting(changes, part):
             "rewards/chosen": lambda t: -t - 0.01,
             "rewards/margins": lambda t: 0.01,
         },
-        # All pairs are told apart at the end: that may be learnt.
+        # Accuracy is 1 at the end: that may be learnt.
         {"rewards/accuracies": lambda t: 1.0 if t > 0.5 else 0.7},
         {"samples/policy_tokens": lambda t: 70.0},
     ],
 )
-def test_what_looks_alike_is_not_warned_of(changes):
+def test_similar_healthy_runs_have_no_warnings(changes):
     assert said(changes) == []
 
 
-def test_the_first_steps_ties_are_none():
+def test_ties_of_the_first_step_do_not_count():
     assert said({"ties": lambda t: 1.0 if t <= 0.04 else 0.0}) == []
 
 

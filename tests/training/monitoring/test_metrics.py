@@ -1,4 +1,4 @@
-"""The documented console line, and a log that has each step once whatever happened before."""
+"""The documented console line, and a log with each step once after any interruption."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def test_the_documented_line():
     assert all("=" in part for part in line.split())
 
 
-def test_no_accuracy_where_there_is_none():
+def test_no_accuracy_without_the_metric():
     assert console_line(3, {"loss": 1.0, "lr": 0.1}) == "step=3 loss=1.0000 lr=1.000e-01"
 
 
-def test_truncation_forgets_later_steps_and_half_lines(tmp_path):
+def test_truncation_removes_later_steps_and_half_lines(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.truncate(5)
     assert not log.path.exists()

@@ -1,4 +1,4 @@
-"""Trackers, the display and samples of a real run: what they show is what the run did."""
+"""Trackers, the display and samples of a real run show what the run did."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything(
     assert not (tmp_path / "r").exists()
 
 
-def test_a_tracker_that_fails_is_switched_off_and_the_run_goes_on(
+def test_a_tracker_that_fails_is_switched_off_and_the_run_continues(
     tmp_path, monkeypatch, caplog, tiny_checkpoint, tiny_pairs
 ):
     class Failing:
@@ -100,7 +100,7 @@ def test_a_tracker_that_fails_is_switched_off_and_the_run_goes_on(
 
 
 def own_answer(model: Path, prompt_ids: list[int], tokens: int) -> str:
-    """What plain `transformers` generates."""
+    """Return what plain `transformers` generates."""
     import torch
 
     loaded, tokenizer = (
@@ -119,7 +119,7 @@ def sampled(folder: Path, checkpoint: Path, pairs: Path) -> list[dict]:
     return lines(folder / "samples.jsonl")
 
 
-def test_samples_are_the_models_own_answers_beside_the_references(
+def test_samples_are_the_models_answers_beside_the_references(
     tmp_path, tiny_checkpoint, tiny_pairs
 ):
     samples = sampled(tmp_path, tiny_checkpoint, tiny_pairs)
@@ -157,7 +157,7 @@ def test_a_resumed_run_keeps_its_reference_answers(tmp_path, tiny_checkpoint, ti
     whole = sampled(tmp_path / "whole", tiny_checkpoint, tiny_pairs)
     training = config(tmp_path / "cut", generate_every=2, generate_tokens=8, save_every=2)
     run(tiny_checkpoint, tiny_pairs, training, eval_fraction=0.3)
-    # As a kill after step 2 leaves it.
+    # The state after a kill in step 3.
     for name in ("outcome.json", "w_final/config.json"):
         (tmp_path / "cut" / name).unlink()
     run(tiny_checkpoint, tiny_pairs, training, eval_fraction=0.3)
@@ -189,7 +189,7 @@ def test_two_processes_answer_as_one_with_whole_and_with_sharded_weights(
         assert len(samples) == len(alone) and samples[:3] == alone[:3]
 
 
-def test_given_prompts_are_written_with_the_runs_template(tmp_path, tiny_checkpoint, tiny_pairs):
+def test_given_prompts_use_the_runs_template(tmp_path, tiny_checkpoint, tiny_pairs):
     training = config(
         tmp_path, generate_every=4, generate_tokens=4, generate_prompts=["the cat", "why?"]
     )
@@ -203,7 +203,7 @@ def test_prompts_without_a_step_are_refused():
         TrainingConfig(run_name="a", output_dir=Path("b"), generate_prompts=["x"])
 
 
-def test_watching_takes_under_one_percent_of_a_100_ms_step(tmp_path, capsys):
+def test_monitoring_takes_under_one_percent_of_a_100_ms_step(tmp_path, capsys):
     pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
     training = config(tmp_path, trackers=["tensorboard"], max_steps=400, log_every=10)
     folder = RunFolder(training, {"train": {"run_name": "w"}})
@@ -219,7 +219,7 @@ def test_watching_takes_under_one_percent_of_a_100_ms_step(tmp_path, capsys):
     assert len(lines(tmp_path / "metrics.jsonl")) == 40
 
 
-def test_a_profile_traces_the_steps_asked_for_and_names_what_costs_most(
+def test_a_profile_traces_the_requested_steps_and_names_the_slowest_operations(
     tmp_path, tiny_checkpoint, tiny_pairs, capfd
 ):
     from modern_llm.cli import main
@@ -243,7 +243,7 @@ def test_a_profile_traces_the_steps_asked_for_and_names_what_costs_most(
     shares = [float(line.split()[1].rstrip("%")) for line in told[1:]]
     assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100
     names = [event["name"] for event in json.loads(trace.read_text())["traceEvents"]]
-    # One fused update of the optimizer a step.
+    # One fused update of the optimizer per step.
     assert names.count("Optimizer.step#AdamW.step") == 2
     losses = [[r["loss"] for r in lines(f / "metrics.jsonl")] for f in (plain, folder)]
     assert losses[0] == losses[1]

@@ -1,4 +1,4 @@
-"""Every setting has a class that says whether a run may go on under another value of it."""
+"""Every setting has a class that decides whether a run may resume with another value of it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_every_field_has_exactly_one_class_and_a_help_text(schema):
         assert field.description, f"write a docstring below {name}"
 
 
-# The day of chat templates is taken over from the run in the folder: see test_template_day.
+# The date of chat templates is copied from the run in the folder: see test_template_day.
 @pytest.mark.parametrize("name", [name for name in FIELDS if name != "data.template_date"])
 def test_a_changed_field_is_judged_by_its_class(name, tmp_path, caplog):
     _, before = record(tmp_path)
@@ -157,13 +157,13 @@ def test_an_option_that_an_older_configuration_lacks_had_its_default(tmp_path, d
     assert "train.adam_epsilon: 1e-08 -> 1e-06 (allowed with --accept-change)" in caplog.text
 
 
-def test_consent_is_of_one_start(tmp_path):
+def test_accept_change_is_valid_for_one_start(tmp_path):
     RunFolder(*record(tmp_path, accept_change=True)).open()
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert written["train"]["accept_change"] is False
 
 
-def test_a_run_goes_on_with_another_rate_and_more_steps(tmp_path, tiny_checkpoint, tiny_pairs):
+def test_a_run_resumes_with_another_rate_and_more_steps(tmp_path, tiny_checkpoint, tiny_pairs):
     folder = tmp_path / "run"
     call(folder, tiny_checkpoint, tiny_pairs, max_steps=5)
     before = numbers(folder)
@@ -174,10 +174,10 @@ def test_a_run_goes_on_with_another_rate_and_more_steps(tmp_path, tiny_checkpoin
     call(folder, tiny_checkpoint, tiny_pairs, **changes, accept_change=True)
     after = numbers(folder)
     assert [step for step, *_ in after] == list(range(1, 9))
-    assert after[:4] == before[:4], "from the checkpoint of step 4 on"
+    assert after[:4] == before[:4], "resumed from the checkpoint of step 4"
     assert {rate for *_, rate in after[4:]} == {2e-3}
     assert json.loads((folder / "outcome.json").read_text())["last_step"] == 8
-    # Nothing is left to be consented to, and the run is done.
+    # No change is left to accept, and the run is done.
     call(folder, tiny_checkpoint, tiny_pairs, **changes)
     assert numbers(folder) == after
 

@@ -1,4 +1,4 @@
-"""A run goes on with the rows it has read; appended ones join with consent, at an epoch's start."""
+"""A run resumes with the rows that it has read; accepted appended rows join at an epoch's start."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS = 30
 
 
 def until(step: int, *arguments, **changes) -> None:
-    """Run the call and break it in the step after `step`."""
+    """Run the call and interrupt it in the step after `step`."""
     with broken_at(step), pytest.raises(KeyboardInterrupt):
         call(*arguments, **changes)
 
@@ -34,7 +34,7 @@ def consumed(folder) -> list[int]:
 
 
 CHANGES = {
-    # what becomes of the rows, and the place of the first that differs: now and then
+    # change of the rows, and the first row that differs: now and before
     "edited": (lambda r: [*r[:17], {**r[17], "chosen": r[17]["chosen"] + " dog"}, *r[18:]], 18, 18),
     "inserted": (lambda r: [*r[:3], transcripts(1, seed=8)[0], *r[3:]], 4, 4),
     "deleted": (lambda r: [*r[:9], *r[10:]], 10, 10),
@@ -58,7 +58,7 @@ def test_changed_rows_are_refused_with_the_first_that_differs(change, broken, ti
     how, now, then = CHANGES[change]
     write_jsonl(data, how(rows()))
     before = numbers(folder)
-    for consent in (False, True, False):  # it is named again, although the tables are new by then
+    for consent in (False, True, False):  # reported again, although the tables were rebuilt
         with pytest.raises(UserError) as refusal:
             call(folder, tiny_checkpoint, data, accept_change=consent)
         text = str(refusal.value)
@@ -69,11 +69,11 @@ def test_changed_rows_are_refused_with_the_first_that_differs(change, broken, ti
             assert f"first differing row: {now}, {data}:{now} (before: {data}:{then})" in text
     assert numbers(folder) == before
     write_jsonl(data, rows())
-    until(5, folder, tiny_checkpoint, data)  # with the rows as they were, the run goes on
+    until(5, folder, tiny_checkpoint, data)  # with the original rows the run resumes
     assert not (folder / KEPT).exists()
 
 
-def test_without_the_old_tables_a_change_is_refused_all_the_same(tmp_path, tiny_checkpoint):
+def test_without_the_old_tables_a_change_is_still_refused(tmp_path, tiny_checkpoint):
     data = write_jsonl(tmp_path / "pairs.jsonl", rows())
     until(3, tmp_path / "run", tiny_checkpoint, data)
     (tmp_path / "run" / "data" / "train" / "ids.bin").unlink()
@@ -82,7 +82,7 @@ def test_without_the_old_tables_a_change_is_refused_all_the_same(tmp_path, tiny_
         call(tmp_path / "run", tiny_checkpoint, data)
 
 
-def test_the_same_rows_at_another_place_are_the_same(tmp_path, tiny_checkpoint):
+def test_the_same_rows_at_another_path_are_accepted(tmp_path, tiny_checkpoint):
     data = write_jsonl(tmp_path / "pairs.jsonl", rows())
     until(3, tmp_path / "run", tiny_checkpoint, data)
     moved = data.rename(tmp_path / "moved.jsonl")
@@ -106,7 +106,7 @@ def test_appended_rows_join_at_the_next_epoch(tmp_path, tiny_checkpoint, caplog)
     with caplog.at_level(logging.INFO):
         final = call(grown, tiny_checkpoint, data, **steps, accept_change=True)
     assert "they join at step 9 (epoch 2)" in caplog.text
-    assert numbers(grown)[:8] == numbers(plain)[:8], "the epoch at hand goes on as it was"
+    assert numbers(grown)[:8] == numbers(plain)[:8], "the current epoch is unchanged"
     order = Order(30, 4, 42, ((1, 40),))
     assert consumed(grown) == [order.consumed(step) for step in range(1, 15)]
     newest = sorted((grown / "checkpoints").iterdir())[-1]
@@ -114,13 +114,13 @@ def test_appended_rows_join_at_the_next_epoch(tmp_path, tiny_checkpoint, caplog)
     losses = [[loss for _, loss, *_ in numbers(folder)] for folder in (grown, plain)]
     assert all(a != b for a, b in zip(losses[0][8:], losses[1][8:], strict=True))
 
-    # Stopped after they have joined, it goes on without another consent, to the same end.
+    # Stopped after the rows have joined, it resumes without another flag, to the same end.
     until(11, twice, tiny_checkpoint, data, **steps, accept_change=True)
     assert same(call(twice, tiny_checkpoint, data, **steps), final)
     assert numbers(twice) == numbers(grown)
 
 
-def test_rows_that_would_join_after_the_end_are_told(tmp_path, tiny_checkpoint, caplog):
+def test_rows_that_would_join_after_the_end_are_a_warning(tmp_path, tiny_checkpoint, caplog):
     data = write_jsonl(tmp_path / "pairs.jsonl", rows())
     until(3, tmp_path / "run", tiny_checkpoint, data, max_steps=None, epochs=1)
     write_jsonl(data, rows(4))

@@ -1,4 +1,4 @@
-"""Two trainers on one run folder: one ends at once, a killed one's lock is taken over."""
+"""Two trainers on one run folder: the second is refused, and a killed one's lock is taken over."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.helpers.forks import fork_server
 
 
 def main(arguments: list[str], held_at: str = "", ready: str = "") -> None:
-    """The command line in a forked process; `held_at` makes it wait after that step."""
+    """Run the command line in a forked process; `held_at` makes it wait after that step."""
     from modern_llm import cli
     from modern_llm.training import loop
 
@@ -50,7 +50,7 @@ def command(tmp_path, tiny_checkpoint, tiny_pairs):
     return ["dpo", "--config", str(tmp_path / "run.yaml")]
 
 
-def test_the_second_ends_at_once_and_a_killed_ones_lock_is_taken_over(tmp_path, command):
+def test_the_second_ends_at_once_and_a_dead_lock_is_taken_over(tmp_path, command):
     run = tmp_path / "run"
     with fork_server(tmp_path, "modern_llm.cli", "modern_llm.training.train_dpo") as forks:
         first = forks.start(main, command, "3", str(tmp_path / "ready"))
@@ -67,7 +67,7 @@ def test_the_second_ends_at_once_and_a_killed_ones_lock_is_taken_over(tmp_path, 
         assert "stop it, or name another output_dir" in line and "Traceback" not in second.text
         assert took < 20, took
         after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != NAME}
-        assert after == before, "the one that was refused has touched the folder"
+        assert after == before, "the refused trainer has changed the folder"
 
         tried = forks.start(main, [*command, "--dry-run", "--json"])
         assert tried.wait(60) and tried.status == 0, tried.text
@@ -87,12 +87,12 @@ def test_the_second_ends_at_once_and_a_killed_ones_lock_is_taken_over(tmp_path, 
 def until(met, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not met():
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
 
 
 def elsewhere(folder, patience=0.6) -> RunLock:
-    """A lock as of a process of another machine."""
+    """Write a lock like one of a process of another machine."""
     lock = RunLock(folder, patience=patience)
     lock._claims._machine = "other boot"
     return lock
@@ -101,7 +101,7 @@ def elsewhere(folder, patience=0.6) -> RunLock:
 def test_a_lock_of_another_machine_that_lives_is_refused_once_it_has_grown(tmp_path):
     owner, mine = elsewhere(tmp_path), RunLock(tmp_path, patience=30.0)
     owner.take()
-    mine.refuse_if_held()  # nothing is known of it yet, and nothing is waited for
+    mine.refuse_if_held()  # unknown whether the owner lives, and no wait
     began = time.monotonic()
     with pytest.raises(UserError, match=rf"process {os.getpid()} on other"):
         mine.take()
@@ -117,7 +117,7 @@ def test_a_lock_of_another_machine_that_is_dead_is_taken_over_after_patience(tmp
     content = (tmp_path / NAME).read_bytes()
     dead.release()
     (tmp_path / NAME).write_bytes(content)
-    os.utime(tmp_path / NAME, (2e9, 2e9))  # in the future: no clock is believed
+    os.utime(tmp_path / NAME, (2e9, 2e9))  # in the future: no clock is trusted
     began = time.monotonic()
     mine = RunLock(tmp_path, patience=1.0)
     mine.take()
@@ -128,9 +128,9 @@ def test_a_lock_of_another_machine_that_is_dead_is_taken_over_after_patience(tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_who_lost_its_lock_writes_nothing_more(tmp_path):
+def test_a_trainer_without_its_lock_writes_nothing_more(tmp_path):
     mine = RunLock(tmp_path)
-    mine.check()  # not held, nothing to lose
+    mine.check()  # not held, so it cannot be lost
     mine.take()
     (tmp_path / NAME).unlink()
     with pytest.raises(StorageError, match="taken over by another process"):
@@ -140,7 +140,7 @@ def test_who_lost_its_lock_writes_nothing_more(tmp_path):
     with pytest.raises(StorageError, match=r"taken over by process \d+ on other"):
         mine.check()
     mine.release()
-    assert (tmp_path / NAME).exists(), "the new owner's lock is not the old one's to remove"
+    assert (tmp_path / NAME).exists(), "the old owner must not remove the new owner's lock"
     other.release()
 
 
@@ -164,29 +164,29 @@ def test_a_file_system_without_locks_is_judged_by_growth(tmp_path, monkeypatch):
     again.release()
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+def test_a_folder_that_cannot_be_written_is_one_error_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write"):
         RunLock(tmp_path / "file" / "run").take()
 
 
 def take_over(folder) -> dict[str, bytes]:
-    """Let another machine take the lock of a run; return every file that stands there then."""
+    """Let another machine take the lock of a run; return every file that exists then."""
     (folder / NAME).unlink()
     other = elsewhere(folder)
     other.take()
-    other._claims._stop.set()  # it lives no longer than it has to
-    return standing(folder)
+    other._claims._stop.set()  # it need not live longer
+    return committed_files(folder)
 
 
-def standing(folder) -> dict[str, bytes]:
-    """The content of every file that has its name: not the lock, which grows while its owner lives,
-    and not what a save beside the training has not committed."""
+def committed_files(folder) -> dict[str, bytes]:
+    """Return the content of every committed file, without the lock, which grows while its owner
+    lives, and without an unfinished background save."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
     return {str(p): p.read_bytes() for p in files if ".tmp-" not in str(p.relative_to(folder))}
 
 
-# Where a run is when it loses its lock: after which function, and which call of it.
+# Where a run is when it loses its lock: function, and number of the call.
 PLACES = {
     "before the first step": ("loop.start_training", 1),
     "before the metrics": ("loop._optimizer_step", 3),
@@ -222,7 +222,7 @@ def test_a_run_that_lost_its_lock_writes_nothing_more(tmp_path, monkeypatch, whe
         monkeypatch.setattr(small.Scorer, "forward", lambda self, x: forward(self, x) * math.nan)
     with pytest.raises((StorageError, NotFiniteError)) as caught:
         small.run_small(tmp_path, background_saving=background)
-    assert kept and standing(tmp_path) == kept
+    assert kept and committed_files(tmp_path) == kept
     assert "not finite" in where or "taken over by process" in str(caught.value)
 
 
@@ -238,7 +238,7 @@ def slow_steps(folder: str) -> None:
     small.child(folder, "", None, "", {"max_steps": 5000, "save_every": 4000})
 
 
-def test_a_stopped_process_whose_lock_was_taken_over_ends_with_3_and_writes_nothing(tmp_path):
+def test_a_suspended_process_that_lost_its_lock_ends_with_3_and_writes_nothing(tmp_path):
     folder = tmp_path / "run"
     with fork_server(tmp_path, *small.MODULES, __name__) as forks:
         run = forks.start(slow_steps, str(folder))
@@ -247,10 +247,10 @@ def test_a_stopped_process_whose_lock_was_taken_over_ends_with_3_and_writes_noth
         os.kill(run.pid, signal.SIGSTOP)
         other = elsewhere(folder)
         other.take()
-        kept = standing(folder)
+        kept = committed_files(folder)
         assert b'"step": 1' in kept[str(folder / "metrics.jsonl")]
         os.kill(run.pid, signal.SIGCONT)
         assert run.wait(60), run.text
         assert run.status == 3 and "taken over by process" in run.text, run.text
-        assert standing(folder) == kept
+        assert committed_files(folder) == kept
         other.release()

@@ -1,4 +1,4 @@
-"""The step in `outcome.json` is the last one that was done, whatever was logged or saved of it."""
+"""The step in `outcome.json` is the last completed one, independent of logging and saving."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RARE = {"log_every": 100, "save_every": 4, "max_steps": 9}
 
 
 def outcome(folder: Path) -> tuple[int, int]:
-    """Status and last step, once rank 0 has written them."""
+    """Return status and last step, once rank 0 has written them."""
     if dist.is_initialized():
         dist.barrier()
     found = json.loads((folder / "outcome.json").read_text())
@@ -29,7 +29,7 @@ def outcome(folder: Path) -> tuple[int, int]:
 
 
 class Trouble:
-    """Makes a run fail on every rank, or stop, at one place."""
+    """Makes a run fail on every rank, or stop, at one function."""
 
     def __init__(self, owner: Any, name: str, error: type[BaseException], step: int | None = None):
         self._owner, self._name, self._error, self._step = owner, name, error, step
@@ -54,14 +54,14 @@ def fails(folder: Path, trouble: Trouble, **changes: Any) -> tuple[int, int]:
 
 
 def in_a_step(step: int) -> Trouble:
-    """An error in a step, counted from 0: so many are done."""
+    """An error in a step, counted from 0, so that as many steps are done."""
     return Trouble(loop, "_optimizer_step", ValueError, step)
 
 
 def endings(folder: Path) -> dict[str, tuple[int, int]]:
-    """Status and last step of runs that end in several ways."""
+    """Return status and last step of runs that end in several ways."""
     found = {"step 7": fails(folder / "a", in_a_step(6))}
-    # Started again, it fails before the loop, at first before it is known where it resumes.
+    # Restarted, it fails before the loop: first before, then after it knows its checkpoint.
     found["before the loop"] = fails(
         folder / "a", Trouble(data_changes, "find_checkpoint", UserError)
     )
@@ -70,7 +70,7 @@ def endings(folder: Path) -> dict[str, tuple[int, int]]:
     found["evaluation"] = fails(folder / "b", Trouble(loop, "_evaluate_if_due", ValueError, 5))
     found["first"] = fails(folder / "c", in_a_step(0))
     with Trouble(loop, "_evaluate_if_due", Stopped, 3), pytest.raises(Stopped):
-        # A stop within what is due after a step: the step is done, saved, and told.
+        # A stop in the work after a step: the step is done, saved, and reported.
         real, loop.stop_asked = loop.stop_asked, lambda runtime: True
         check, loop.check = loop.check, _stop_after_a_step(loop.check)
         try:
