@@ -8,7 +8,7 @@ from modern_llm.distributed import build_locks
 
 
 def test_running_programs_are_seen_by_name(monkeypatch):
-    """This very process is taken for a compiler: its age is that of the process."""
+    """This process is taken for a compiler, so the age is its own."""
     import psutil
 
     own = psutil.Process()

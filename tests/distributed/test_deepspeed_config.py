@@ -1,4 +1,4 @@
-"""A DeepSpeed JSON beside a run's configuration: one authority, nothing unknown, nothing quiet."""
+"""A DeepSpeed JSON with a run's configuration: no contradiction, no unknown key, nothing silent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system: seen in the resident size of this process."""
+"""Freed memory is returned to the system, as the resident size of this process shows."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def resident() -> int:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="malloc_trim is glibc's")
-def test_what_was_freed_between_things_that_stay_goes_back():
-    """Blocks below a block that stays cannot go by themselves."""
-    size = 100_000  # below what the C library maps apart
+def test_memory_freed_below_a_live_block_is_returned():
+    """Blocks below a live block are not returned by themselves."""
+    size = 100_000  # small enough that the C library does not map it separately
     blocks = [np.ones(size, np.uint8) for _ in range(1000)]
     kept = blocks[::100]
     del blocks

@@ -1,4 +1,4 @@
-"""A frozen model in its own ZeRO-3 engine: the same numbers, each rank holding its share."""
+"""A frozen model in its own ZeRO-3 engine: equal numbers, and each rank holds its shard."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def on_a_rank(folder: Path) -> dict:
         with torch.inference_mode():
             whole = scorer(*arguments(scorer.model)).logprobs.clone()
         frozen = runtime.freeze(scorer)
-        # A rank without work has to take part in every forward with an empty micro-batch.
+        # A rank without work must take part in every forward, with an empty micro-batch.
         empty = (*arguments(scorer.model)[:3], torch.zeros(2, 0, dtype=torch.int64))
         with torch.inference_mode():
             frozen(*(arguments(scorer.model) if runtime.rank == 0 else empty))
@@ -67,7 +67,7 @@ def test_each_rank_holds_half_of_every_weight(tmp_path):
             assert seen[f"{name} left"] == 0
 
 
-def test_the_file_of_the_reference_is_the_one_that_is_taken(tmp_path):
+def test_the_references_own_file_is_used(tmp_path):
     from modern_llm.config import TrainingConfig
     from modern_llm.distributed import deepspeed_config
     from modern_llm.distributed import frozen_engine as frozen

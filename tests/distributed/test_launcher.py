@@ -1,4 +1,4 @@
-"""What a launcher leaves in the environment changes no number: the run's configuration decides."""
+"""Launcher variables in the environment change no number: the run's configuration decides."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def tiny_checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Set variables as a launcher would, on top of none."""
+    """Set variables as a launcher would, and remove all others."""
 
     def use(**variables: str) -> None:
         for name in list(os.environ):
@@ -98,7 +98,7 @@ def test_no_variable_changes_a_step(launched, tmp_path, tiny_checkpoint, tiny_pa
     assert run("launched") == plain
 
 
-def test_an_accumulation_that_a_script_has_set_divides_nothing(launched):
+def test_gradient_accumulation_set_by_a_script_divides_nothing(launched):
     launched()
     model = torch.nn.Linear(3, 1, bias=False)
     runtime = start(config())
@@ -117,7 +117,7 @@ def test_an_accumulation_that_a_script_has_set_divides_nothing(launched):
         start(config())
 
 
-def test_an_accumulation_of_the_launcher_is_said_to_have_no_effect(launched, caplog):
+def test_gradient_accumulation_of_the_launcher_is_a_warning(launched, caplog):
     launched(ACCELERATE_GRADIENT_ACCUMULATION_STEPS="8")
     with caplog.at_level("WARNING"):
         start(config())
@@ -146,7 +146,7 @@ def test_an_accumulation_of_the_launcher_is_said_to_have_no_effect(launched, cap
         ),
     ],
 )  # fmt: skip
-def test_what_would_compute_something_else_is_refused(launched, variables, sentence):
+def test_settings_that_would_change_the_computation_are_refused(launched, variables, sentence):
     launched(**variables)
     with pytest.raises(ConfigError, match=sentence):
         start(config())
@@ -172,7 +172,7 @@ def test_a_field_beside_a_file_must_agree_with_it(launched, variables, sentence)
 
 
 def by_fields(checkpoint: Path, data: Path, folder: Path) -> list[list]:
-    """The same run with a JSON, and with what Accelerate's YAML says without one."""
+    """The same run with a JSON, and with the fields of Accelerate's YAML instead."""
     steps = {"max_steps": 2, "warmup_steps": 1}
     found = [dpo(checkpoint, data, Case(folder / "file", stage(2), steps))]
     real = os.environ.copy()

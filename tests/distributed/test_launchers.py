@@ -1,4 +1,4 @@
-"""The shipped launcher files, as a user starts them: `accelerate launch --config_file F ...`."""
+"""The shipped launcher files, used as in the documentation: `accelerate launch --config_file F`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def free_port() -> int:
 
 
 def launch_environment() -> dict[str, str]:
-    """Variables of a launcher on a CPU: this package, nothing that another launcher left."""
+    """Variables of a launcher on a CPU, with this package and without those of other launchers."""
     kept = {n: v for n, v in os.environ.items() if not n.startswith("ACCELERATE_")}
     return kept | {
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
@@ -37,7 +37,7 @@ def launch_environment() -> dict[str, str]:
 
 
 def launch(name: str, run: Path, *options: str, processes: int = 2, verb: str = "dpo", **settings):
-    """Run a verb under a launcher file; returns the completed process."""
+    """Run a verb under a launcher file; return the completed process."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", f"accelerate_configs/{name}.yaml",
@@ -59,7 +59,7 @@ def launch(name: str, run: Path, *options: str, processes: int = 2, verb: str = 
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory, tiny_checkpoint):
-    """Write run.yaml for a folder of its own; all are the same run."""
+    """Write run.yaml for its own folder; the rest is the same for all."""
     data = write_jsonl(tmp_path_factory.mktemp("pairs") / "p.jsonl", transcripts(45))
 
     def write(folder: Path, **train) -> Path:
@@ -106,7 +106,7 @@ def test_one_command_under_every_file(name, tmp_path, run_file, alone):
         assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_cannot_be_is_one_line(tmp_path, run_file):
+def test_impossible_settings_are_one_error_line(tmp_path, run_file):
     done = launch("fsdp2", run_file(tmp_path))
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if "modern-llm: error:" in line]
@@ -114,7 +114,7 @@ def test_what_cannot_be_is_one_line(tmp_path, run_file):
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_every_file_names_a_deepspeed_file_that_is_there():
+def test_every_file_names_an_existing_deepspeed_file():
     names = {file.stem for file in FILES}
     assert names == {
         "cpu", "single_gpu", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2",
@@ -123,7 +123,7 @@ def test_every_file_names_a_deepspeed_file_that_is_there():
     said = set()
     for file in FILES:
         content = yaml.safe_load(file.read_text())
-        # Said by the run's configuration alone.
+        # These are set only by the run's configuration.
         assert "mixed_precision" not in content and "gradient_accumulation_steps" not in content
         section = content.get("deepspeed_config", {})
         assert (content["distributed_type"] == "DEEPSPEED") == bool(section)

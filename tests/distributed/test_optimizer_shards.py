@@ -1,4 +1,4 @@
-"""Pieces of parameters that FSDP2 shards: together they are the whole, on every rank once.
+"""Pieces of parameters that FSDP2 shards cover every parameter exactly once over the ranks.
 
 Accelerate does not start FSDP2 without a GPU; the sharding itself is torch's and runs on CPUs.
 """
@@ -15,7 +15,7 @@ from tests.helpers.ranks import run_ranks
 
 def make() -> nn.Module:
     torch.manual_seed(3)
-    # Rows that two ranks share unequally, and a bias.
+    # Rows that do not divide evenly between two ranks, and a bias.
     return nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 5, bias=False))
 
 

@@ -1,4 +1,4 @@
-"""The progress display: on a terminal a bar with the newest metrics, elsewhere plain lines."""
+"""Terminal output: on a terminal a bar with the newest metrics, elsewhere plain lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RECORD = {
 }  # fmt: skip
 
 
-def test_the_status_has_what_a_person_watches():
+def test_the_status_has_the_main_metrics():
     assert status_line(RECORD) == (
         "loss 0.4523  accuracy 72.5%  margin 0.912  9,123 tokens/s  MFU 41.0%  31.2 GB"
     )

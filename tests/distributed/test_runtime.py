@@ -1,4 +1,5 @@
-"""What processes agree on: sums, objects, one builder a machine, errors that reach everyone."""
+"""Collectives of the runtime: sums, objects, one builder per machine, errors raised on all
+ranks."""
 
 from __future__ import annotations
 
@@ -84,7 +85,7 @@ def test_float16_without_a_gpu_is_refused():
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP needs a GPU"),
         (
             {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "true"},
-            "use_cpu switches DeepSpeed off",
+            "use_cpu silently switches DeepSpeed off",
         ),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "accelerate launch sets mixed precision bf16"),
         (
@@ -94,14 +95,14 @@ def test_float16_without_a_gpu_is_refused():
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU cannot do")
-def test_what_would_quietly_be_something_else_is_refused(environment, sentence, monkeypatch):
+def test_settings_that_would_silently_change_are_refused(environment, sentence, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=sentence):
         start(config())
 
 
-def test_another_world_than_expected_is_refused(monkeypatch, capsys):
+def test_an_unexpected_world_size_is_refused(monkeypatch, capsys):
     from modern_llm.cli import main
 
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -109,8 +110,8 @@ def test_another_world_than_expected_is_refused(monkeypatch, capsys):
     assert "--expect-world 3, but the launcher started 2" in capsys.readouterr().err
 
 
-def test_fewer_examples_than_processes_name_what_works(tmp_path):
-    with pytest.raises(UserError, match="below the 2 processes.*use 2 or more, or at most 1"):
+def test_fewer_examples_than_processes_are_refused_with_the_numbers_that_work(tmp_path):
+    with pytest.raises(UserError, match="smaller than the 2 processes.*use at least 2, or start at most 1"):
         run_ranks(too_many, 2, tmp_path)
 
 

@@ -1,7 +1,7 @@
-"""Whatever stands in an input file, it is read or refused: one line, its place, a status, no harm.
+"""Any content of an input file is read or refused: one line, its place, a status, no harm.
 
-Files are read in a process with a bound on its memory. Named damage is tried on every kind of file,
-then mutations that Hypothesis makes of good files.
+Files are read in a process with limited memory. Named damage is tried on every kind of file, then
+mutations of good files by Hypothesis.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KINDS = (
     "generation_config.json", "index", "pt", "bin", "manifest", "store manifest", "shard",
 )  # fmt: skip
 LINED = (*ROWS, "yaml")
-"""Kinds whose errors must say the line (Parquet: the row)."""
+"""Kinds whose errors must name the line (Parquet: the row)."""
 
 DEEP = 100_000
 PAIR = b'{"chosen": "\\n\\nHuman: a\\n\\nAssistant: b", "rejected": '
@@ -77,7 +77,7 @@ def trials(seeds):
 
 
 class Case:
-    """A copy of the folder of one kind, in which one file is replaced again and again."""
+    """A copy of the folder of one kind, in which one file is replaced repeatedly."""
 
     def __init__(self, trials, seeds, kind, folder):
         self._trials, self._kind = trials, kind
@@ -104,7 +104,7 @@ def judge(kind, path, outcome):
         return
     assert "\n" not in outcome.text and "Traceback" not in outcome.text
     assert outcome.text.isprintable(), ascii(outcome.text)
-    # The folder stands in it once a problem; how long its name is, is not ours to bound.
+    # The folder is named once per problem, and its length is not limited here.
     assert len(outcome.text.replace(str(path.parent), "")) < 1500, outcome.text
     assert str(path.parent) in outcome.text, outcome.text
     if kind in LINED:
@@ -141,7 +141,7 @@ EDIT = st.one_of(
     st.tuples(st.just("word"), PLACE, PIECES),
     st.tuples(st.just("twice"), PLACE, st.integers(1, 300)),
 )
-"""Where, as a share of the file, and what."""
+"""Position, as a share of the file, and mutation."""
 
 
 def mutated(content: bytes, edits) -> bytes:
@@ -159,7 +159,7 @@ def mutated(content: bytes, edits) -> bytes:
             content = content[:at]
         elif kind == "twice":
             content = content[: at + what] + content[at:]
-        elif kind == "word":  # a whole value in place of another, so that the syntax stays good
+        elif kind == "word":  # a whole value is replaced, so that the syntax stays valid
             begin = content.rfind(b":", 0, at) + 1
             ends = [e for e in (content.find(c, begin) for c in (b",", b"}", b"\n")) if e > 0]
             content = content[:begin] + what + content[min(ends, default=at) :]

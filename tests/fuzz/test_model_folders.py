@@ -1,4 +1,4 @@
-"""A damaged model folder in the verbs that read one: one line or a result, in bounded time."""
+"""A damaged model folder with every verb that reads one: a result or one error line, in time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FINAL = (
 CHECKPOINT = ("MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.json")
 VERBS = ("generate", "score", "export", "report")
 SHORT = ("binary", "list", "deep", "fifo", "endless link")
-SECONDS = 120.0  # a wait for a writer never ends
+SECONDS = 120.0  # waiting for a writer would never end
 
 
 @pytest.fixture(scope="module")

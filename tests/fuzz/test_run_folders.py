@@ -1,4 +1,4 @@
-"""A damaged run folder in everything that reads one: one line or a result, never a traceback."""
+"""A damaged run folder in everything that reads one: a result or one error line, no traceback."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from modern_llm.training.train_dpo import DPOConfig, run_dpo
 from tests.helpers.text import make_checkpoint, make_tokenizer, transcripts, write_jsonl
 
 DEEP = b"[" * 100_000
-# name -> bytes, or what makes something else of the path
+# name -> bytes, or a function that replaces the path
 DAMAGES = {
     "empty": b"",
     "binary": bytes(range(256)) * 40,
@@ -70,7 +70,7 @@ def damage(path: Path, name: str) -> None:
 
 
 def ends_well(read) -> str:
-    """Return what came of it: a result, or one error that is the user's."""
+    """Return the result, or the one error line for the user."""
     try:
         return f"result {read()!r}"
     except Exception as error:
@@ -158,7 +158,7 @@ def test_a_start_with_every_file_damaged(name, file, finished, tmp_path, monkeyp
 @pytest.mark.parametrize("name", ["list", "deep", "fifo", "loop"])
 @pytest.mark.parametrize("file", ["MANIFEST.json", "state.json"])
 def test_a_start_from_a_damaged_checkpoint(name, file, finished, tmp_path, monkeypatch):
-    """The only one is damaged: the run does not start over by itself."""
+    """The only checkpoint is damaged: the run does not silently start over."""
     source, model, pairs, cache = finished
     monkeypatch.setenv("MODERN_LLM_CACHE", str(cache))
     here = shutil.copytree(source, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Nothing that lies in a file runs, and no file name leads out of the folder that lists it."""
+"""No file content is executed, and no file name in a file leads out of its folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers.trials import _read, make_seeds
 
 
 class Payload:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, canary: Path):
         self.canary = canary
@@ -32,7 +32,7 @@ class Payload:
 
 
 def payloads(canary: Path, folder: Path) -> dict[str, bytes]:
-    """The planted bytes in each form that some loader would unpickle; each is shown to work."""
+    """The payload in each form that a loader might unpickle; each form is shown to work."""
     forms = {
         "pickle": pickle.dumps(Payload(canary)),
         "old pickle": pickle.dumps(Payload(canary), 0),
@@ -50,7 +50,7 @@ def payloads(canary: Path, folder: Path) -> dict[str, bytes]:
             pickle.loads(content)
         else:
             torch.load(folder / "payload", weights_only=False)
-        canary.rmdir()  # fails where the payload did not run
+        canary.rmdir()  # fails if the payload did not run
     return forms
 
 
@@ -80,7 +80,7 @@ ALONGSIDE = (
 
 
 def harmless(read, canary: Path) -> str:
-    """Let `read` end as it likes: with a value, or with an error that is the user's to mend."""
+    """Run `read`, which may return or raise an error that users can fix."""
     try:
         text = str(read())
     except Exception as error:
@@ -132,7 +132,7 @@ def run(folder: Path, model: Path, pairs: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of two steps whose final model is gone, so that it goes on from its checkpoint."""
+    """A run of two steps without its final model, so that it resumes from its checkpoint."""
     folder = tmp_path_factory.mktemp("run")
     os.environ["MODERN_LLM_CACHE"] = str(folder / "cache")
     model = make_checkpoint(folder / "model", make_tokenizer(folder / "tokenizer"))
@@ -150,7 +150,7 @@ def files_of(folder: Path) -> list[str]:
 def test_a_payload_in_every_file_of_a_run_folder_does_not_run(
     finished, planted, tmp_path, monkeypatch, resealed
 ):
-    """`resealed`: the attacker writes a manifest that fits; digests are integrity, no more."""
+    """`resealed`: the attacker also writes a matching manifest; digests show only integrity."""
     source, model, pairs, cache = finished
     monkeypatch.setenv("MODERN_LLM_CACHE", str(cache))
     canary, forms = planted
@@ -169,7 +169,7 @@ def test_a_payload_in_every_file_of_a_run_folder_does_not_run(
         shutil.rmtree(here)
 
 
-def test_code_that_a_model_folder_brings_along_is_not_run(seeds, tmp_path):
+def test_code_in_a_model_folder_is_not_run(seeds, tmp_path):
     canary = tmp_path / "canary"
     code = f"import os\nos.mkdir({str(canary)!r})\n"
     folder = shutil.copytree(seeds["safetensors"].parent, tmp_path / "model")
@@ -197,7 +197,7 @@ def test_code_that_a_model_folder_brings_along_is_not_run(seeds, tmp_path):
             return load.load_model(checkpoint)
 
         text = harmless(read, canary)
-        assert kind == "x" or "LlamaForCausalLM" in text  # it loads, by the stock architecture
+        assert kind == "x" or "LlamaForCausalLM" in text  # it loads, with the stock architecture
 
 
 def test_a_chat_template_cannot_reach_python(seeds, tmp_path):
@@ -255,7 +255,7 @@ def test_an_index_cannot_name_weights_outside(name, seeds, tmp_path):
         load.load_model(load.inspect_checkpoint(folder))
 
 
-def test_adapters_that_stand_on_themselves_are_refused(tmp_path):
+def test_adapters_on_themselves_are_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": str(tmp_path)})
     )

@@ -1,4 +1,4 @@
-"""Markup, fences and foreign code in what a run shows, exports and copies."""
+"""Markup, code fences and foreign code in everything that a run shows, exports or copies."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ def test_a_card_holds_no_markup_or_front_matter_of_a_run(run):
     card = ModelCard(text)
     assert getattr(card.data, "license", None) is None
     assert "\x1b" not in text and "\u202e" not in text
-    outside = card.text.split("``````")  # the configuration has five in a row
+    outside = card.text.split("``````")  # the configuration has five backticks in a row
     assert "\n---\n" not in outside[0] and "<script>" not in outside[0].replace("\\<", "")
 
 
-def test_marks_are_longer_than_what_they_hold():
+def test_fences_are_longer_than_runs_in_their_content():
     assert code("a``b") == "```a``b```" and code("`a") == "`` `a ``"
     assert block(["````"], "yaml") == ["`````yaml", "````", "`````"]
     assert words("[a](b)\n# c") == "\\[a\\](b) \\# c"
 
 
-def test_the_attention_that_a_configuration_names_is_not_followed(tmp_path, monkeypatch):
+def test_attention_kernels_named_in_a_configuration_are_not_used(tmp_path, monkeypatch):
     model = make_checkpoint(tmp_path / "model", make_tokenizer(tmp_path / "tokenizer"))
     path = model / "config.json"
     content = json.loads(path.read_text())

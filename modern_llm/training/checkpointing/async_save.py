@@ -28,7 +28,7 @@ class AsyncSave:
         self.step = step
         self.failure: BaseException | None = None
         self._work, self._allowance = work, allowance
-        self._phase = heartbeat.Phase(phase="saving beside the training", step=step)
+        self._phase = heartbeat.Phase(phase="background save", step=step)
         self._phase.allowance = allowance
         self._thread = threading.Thread(target=self._run, name="saving", daemon=True)
         self._thread.start()

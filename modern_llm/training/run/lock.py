@@ -56,7 +56,7 @@ class RunLock:
             self._held = True
             if before is not None:
                 who = f"process {before['pid']} on {before['host']}"
-                log.warning("warning: %s: took over the lock of %s, dead", self._folder, who)
+                log.warning("warning: %s: took over the lock of %s: it is dead", self._folder, who)
         with suppress(OSError):
             self._claims.clear_leftovers()
 

@@ -1,4 +1,4 @@
-"""A process that stands still while others wait for it is named with its phase, and all end."""
+"""A process that hangs while others wait for it is named with its phase, and all end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.runs import command, write_run
 from tests.helpers.text import transcripts, write_jsonl
 
 LEAST_S = 6
-"""Of standing still; a step of these runs takes some hundredths."""
+"""Seconds of a hang; a step of these runs takes some hundredths."""
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,14 @@ class Run:
             time.sleep(0.02)
 
     def end(self, rank: int, phase: str, *, killed: bool) -> float:
-        """Wait for both ranks; check who is blamed, and for what. Returns the seconds it took."""
+        """Wait for both ranks; check which one is named, and its phase. Return the seconds."""
         began = time.monotonic()
         for job in self.jobs:
             assert job.wait(90), [job.text[-2000:] for job in self.jobs]
         statuses = [job.status for job in self.jobs]
         texts = self.jobs[0].text + self.jobs[1].text
         assert statuses[1 - rank] == 5, texts
-        # The signal for its stacks may wake it up, and then it ends by itself.
+        # The signal for its stacks may wake it up, so that it ends by itself.
         assert statuses[rank] == 5 or (killed and statuses[rank] == -signal.SIGKILL), texts
         lines = [line for line in texts.splitlines() if line.startswith("modern-llm: error:")]
         assert len(lines) == 1 and re.search(rf"error: rank {rank} \(", lines[0]), lines
@@ -73,7 +73,7 @@ class Run:
             step = int(phase.rpartition(" ")[2])
             assert outcome["last_step"] == (step if phase.startswith("saving") else step - 1)
         for other in (0, 1):
-            if killed and other == rank:  # it shows its stacks from C code alone, on stderr
+            if killed and other == rank:  # C code writes its stacks to stderr
                 assert "most recent call first" in self.jobs[other].text
             else:
                 stack = (self.folder / "stacks" / f"rank-{other:05d}.txt").read_text()
@@ -81,7 +81,7 @@ class Run:
         return time.monotonic() - began
 
 
-# What hangs, how, and what is said of it: rank, phase.
+# What hangs, how, and the reported rank and phase.
 CASES = {
     "a sleep in the loader": ("loader.before:1:3:sleep", "", 1, "loading the batch of step 3"),
     "a sleep in a save": ("tensors.write.before:0:1:sleep", "", 0, "saving of step 4"),
@@ -89,7 +89,7 @@ CASES = {
 }
 
 
-def test_sleeps_in_loader_and_save_and_a_held_interpreter(forks, tmp_path, tiny_checkpoint):
+def test_hangs_in_loader_and_save_and_a_blocked_interpreter(forks, tmp_path, tiny_checkpoint):
     runs = {}
     for number, (name, (fault, trick, _, _)) in enumerate(CASES.items()):
         (tmp_path / str(number)).mkdir()
@@ -99,7 +99,7 @@ def test_sleeps_in_loader_and_save_and_a_held_interpreter(forks, tmp_path, tiny_
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_stopped_process_is_named_and_ended_and_the_same_command_goes_on(
+def test_a_suspended_process_is_named_and_ended_and_the_same_command_resumes(
     rank, forks, tmp_path, tiny_checkpoint
 ):
     run = Run(forks, tmp_path, tiny_checkpoint)
@@ -111,7 +111,7 @@ def test_a_stopped_process_is_named_and_ended_and_the_same_command_goes_on(
         assert job.wait(90), [job.text[-2000:] for job in run.jobs]
         texts += job.text
     assert re.search(rf"error: rank {rank} \(.*wait in the phase {phase};", texts), texts
-    # Let go on to show its stacks, it learns of the end, or is killed.
+    # Continued to write its stacks, it learns of the end, or is killed.
     assert run.jobs[1 - rank].status == 5 and run.jobs[rank].status in (5, -9)
     assert run.jobs[rank].text.count("most recent call first") >= 3
     assert json.loads((run.folder / "outcome.json").read_text())["status"] == 5
@@ -122,7 +122,7 @@ def test_a_stopped_process_is_named_and_ended_and_the_same_command_goes_on(
 
 
 def verb(arguments: list[str], environment: dict[str, str]) -> None:
-    """A verb in a forked process; an answer waits for 10 s after its second token."""
+    """Run a verb in a forked process; an answer waits 10 s after its second token."""
     from modern_llm.inference import generate
 
     made = [0]
@@ -138,7 +138,7 @@ def verb(arguments: list[str], environment: dict[str, str]) -> None:
     command(arguments, environment)
 
 
-def test_verbs_that_take_long_are_watched_too(forks, tmp_path, tiny_checkpoint):
+def test_long_verbs_are_watched_too(forks, tmp_path, tiny_checkpoint):
     data = str(write_jsonl(tmp_path / "p.jsonl", transcripts(45)))
     pairs = ["--data", data, "--model", str(tiny_checkpoint), "--max_length", "64"]
     watched = ["--hang_timeout", "4"]
@@ -173,7 +173,7 @@ def test_verbs_that_take_long_are_watched_too(forks, tmp_path, tiny_checkpoint):
     assert "the same command scores only what is missing" in said
 
 
-def test_one_process_alone_is_warned_with_its_stacks_and_never_ended(
+def test_a_single_process_gets_a_warning_with_stacks_and_is_never_ended(
     forks, tmp_path, tiny_checkpoint
 ):
     prompt = ["--prompt", "the", "--max_new_tokens", "8", "--hang_timeout", "2"]
@@ -183,7 +183,7 @@ def test_one_process_alone_is_warned_with_its_stacks_and_never_ended(
     lines = [line for line in job.text.splitlines() if line.startswith("warning: no progress")]
     assert lines and "in the phase answering" in lines[-1] and "never ended" in lines[-1], job.text
     assert "most recent call first" in job.text
-    # Again only when the time has doubled.
+    # Repeated only when the time has doubled.
     assert 1 <= len(lines) <= 4, lines
 
 

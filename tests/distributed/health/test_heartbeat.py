@@ -1,4 +1,5 @@
-"""What a phase may be silent for: its measure, its allowance, an hour for a first of its kind."""
+"""Limits of a phase's silence: its measurement, its allowance, an hour for the first of its
+kind."""
 
 from __future__ import annotations
 
@@ -19,16 +20,16 @@ def clock(monkeypatch):
     return now
 
 
-def test_what_has_no_name_and_what_is_only_named_has_an_hour(clock):
+def test_unnamed_and_merely_named_phases_have_an_hour(clock):
     assert heartbeat.here.limit(5.0) == 5.0 + LONG_S
     heartbeat.enter("reading the data")
     assert heartbeat.here.limit(5.0) == 5.0 + LONG_S
 
 
-def test_the_first_forward_has_an_hour_and_the_next_are_judged_by_those_before(clock):
+def test_the_first_forward_has_an_hour_and_later_ones_a_measured_limit(clock):
     heartbeat.enter("training")
     with heartbeat.quick("forward", 1):
-        with heartbeat.waiting():  # what is short in it measures nothing
+        with heartbeat.waiting():  # a wait for others is not measured
             clock[0] += 50
         assert heartbeat.here.limit(5.0) == 5.0 + LONG_S
         clock[0] += 3
@@ -39,14 +40,14 @@ def test_the_first_forward_has_an_hour_and_the_next_are_judged_by_those_before(c
         heartbeat.tick()
         clock[0] += 0.2
     with heartbeat.quick("forward", 3):
-        # The first, with its compilation, no longer counts.
+        # The first one, which includes compilation, no longer counts.
         assert heartbeat.here.limit(5.0) == 5.0
         assert heartbeat.here.limit(1.0) == pytest.approx(FACTOR * 0.2)
     with heartbeat.quick("optimizer", 3):
         assert heartbeat.here.limit(5.0) == 5.0 + LONG_S
 
 
-def test_a_phase_with_a_size_has_an_allowance_of_its_own_and_learns(clock):
+def test_a_phase_with_a_size_has_its_own_allowance_and_is_measured(clock):
     with heartbeat.phase("saving", 4, 7.0):
         assert heartbeat.here.limit(5.0) == 12.0
         clock[0] += 2
@@ -54,7 +55,7 @@ def test_a_phase_with_a_size_has_an_allowance_of_its_own_and_learns(clock):
         assert heartbeat.here.limit(5.0) == pytest.approx(FACTOR * 2 + 7)
 
 
-def test_the_time_of_waiting_for_others_is_not_the_speed_of_this_process(clock):
+def test_waiting_for_others_does_not_count_as_this_processs_speed(clock):
     for _ in range(2):
         with heartbeat.quick("step"):
             clock[0] += 1
@@ -65,7 +66,7 @@ def test_the_time_of_waiting_for_others_is_not_the_speed_of_this_process(clock):
         assert heartbeat.here.measured == pytest.approx(1)
 
 
-def test_threads_of_which_nobody_knows_mark_nothing(clock):
+def test_unknown_threads_record_nothing(clock):
     heartbeat.enter("saving")
     before = heartbeat.here.ticked
     clock[0] += 9

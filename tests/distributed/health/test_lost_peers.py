@@ -1,4 +1,4 @@
-"""A process ends while the others wait for it: all are gone soon, and its own line comes first."""
+"""After a process ends while others wait for it, all end soon, and its own line comes first."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.distributed.test_launchers import free_port
 from tests.helpers.text import transcripts, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[3]
-# What torchrun starts: the command line, with one rank that ends in step 3 in its own way.
+# The command line as torchrun starts it, with one rank that ends in step 3 in a given way.
 FAULTY = """
 import os, signal, sys
 from modern_llm import cli
@@ -75,7 +75,9 @@ def start(folder: Path, run: Path, how: str, rank: int, **environment: str):
     ("how", "rank", "deepspeed"),
     [("raise", 1, False), ("kill", 1, False), ("kill", 0, False), ("raise", 1, True)],
 )
-def test_all_are_gone_within_30_s_and_the_guilty_line_is_first(how, rank, deepspeed, run, tmp_path):
+def test_all_end_within_30_s_and_the_line_of_the_cause_is_first(
+    how, rank, deepspeed, run, tmp_path
+):
     environment = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
     if deepspeed:
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
@@ -109,11 +111,11 @@ def test_all_are_gone_within_30_s_and_the_guilty_line_is_first(how, rank, deepsp
         assert json.loads(outcome.read_text())["status"] == 5
 
 
-def test_only_what_a_lost_process_looks_like_becomes_a_peer_error(monkeypatch):
+def test_only_errors_of_a_lost_peer_become_a_peer_error(monkeypatch):
     import torch.distributed as dist
 
     gloo = RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1")
-    assert as_peer_error(gloo) is gloo, "no world, no peer"
+    assert as_peer_error(gloo) is gloo, "without a process group there is no peer"
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     found = as_peer_error(gloo)
     assert isinstance(found, PeerError) and found.__cause__ is gloo

@@ -1,4 +1,4 @@
-"""A slow but healthy run is never ended, whichever phase is slow, alone or on two processes."""
+"""A slow but healthy run is never ended, in any slow phase, on one or two processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers import small
 from tests.helpers.forks import fork_server
 
 LEAST_S, SLOW_S, STEP_S = 0.5, 1.5, 0.2
-"""Of being silent; of what happens once; of every load, which explains one of `SLOW_S`."""
+"""Seconds of: the least silence; one-time work; every load, which explains `SLOW_S`."""
 PHASES = {"loader", "forward", "evaluation", "save", "tracker", "tracker start", "engine",
           "opening", "tokenizing"}  # fmt: skip
 
@@ -26,7 +26,7 @@ def forks(tmp_path_factory):
 
 
 def sleep_once(log: Path, name: str, real, *, rank: int, at: int = 1):
-    """Return `real` with a sleep before its call number `at`, noted in a file."""
+    """Return `real` with a sleep before call number `at`, recorded in a file."""
     calls = [0]
 
     def slow(*args, **options):
@@ -40,7 +40,8 @@ def sleep_once(log: Path, name: str, real, *, rank: int, at: int = 1):
 
 
 def slow_run(folder: str, world: int, again: bool) -> None:
-    """A small run in which every phase is slow once; `again`, only the look for a checkpoint."""
+    """A small run in which every phase is slow once; with `again`, only the search for a
+    checkpoint."""
     from modern_llm.setup import tables
     from modern_llm.training.checkpointing import format, resume
     from modern_llm.training.monitoring import trackers
@@ -87,7 +88,7 @@ def test_a_slow_run_in_any_phase_ends_well_alone_and_on_two_processes(forks, tmp
     for place in places.values():
         place.mkdir()
     said = {1: "", 2: ""}
-    for again in (False, True):  # the second time from the checkpoint that it finds
+    for again in (False, True):  # the second time from the checkpoint of the first
         jobs = {
             1: [forks.start(slow_run, str(places[1] / "run"), 1, again)],
             2: forks.start_ranks(slow_run, 2, str(places[2] / "run"), 2, again),

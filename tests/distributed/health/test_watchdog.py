@@ -1,4 +1,4 @@
-"""Who is found hung, and how much the processes tell each other for it."""
+"""Which process is reported as hung, and how many store requests the processes make."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ def beat(count: int, age: float, limit: float = 10.0, **more) -> dict:
 
 
 def judged(beats: dict[int, dict], silent: dict[int, float] | None = None):
-    """What rank 0 finds at time 0; `silent` says how long ago a rank was heard."""
+    """Return rank 0's result at time 0; `silent` is the seconds since a rank's last report."""
     heard = {r: Heard(b, -(silent or {}).get(r, 0.0)) for r, b in beats.items()}
     return hung(heard, 0, 0.0, 3.0)
 
 
-def test_only_who_is_waited_for_beyond_its_own_limit_is_hung():
+def test_only_a_process_beyond_its_own_limit_that_others_wait_for_is_hung():
     waits = beat(7, 11, waiting=True)
     assert judged({0: waits, 1: beat(6, 9)}) is None
     assert judged({0: waits, 1: beat(6, 11)}).beats.keys() == {1}
-    # Its own speed, or the phase that it is in, explains it.
+    # Its own speed, or its phase, explains the silence.
     assert judged({0: waits, 1: beat(6, 99, limit=100)}) is None
     assert judged({0: beat(7, 5000, waiting=True), 1: beat(6, 3000, limit=LONG_S)}) is None
-    # One that is waited for makes progress, another one does not.
+    # One process that others wait for makes progress, another does not.
     assert judged({0: waits, 1: beat(6, 11), 2: beat(6, 1)}) is None
 
 
-def test_of_several_who_do_not_wait_for_others_are_blamed():
+def test_of_several_those_that_do_not_wait_are_named():
     found = judged({0: beat(6, 11, waiting=True), 1: beat(6, 12), 2: beat(6, 13)})
     assert found.beats.keys() == {1, 2} and found.seconds == 12
     everyone = judged({0: beat(6, 11, waiting=True), 1: beat(6, 12, waiting=True)})
     assert everyone.beats.keys() == {0, 1}
 
 
-def test_one_without_a_sign_of_life_is_judged_by_those_who_wait():
+def test_the_limit_of_a_process_without_heartbeat_is_that_of_the_waiting_ones():
     beats = {0: beat(7, 11, waiting=True), 1: beat(6, 1, limit=LONG_S)}
     assert judged(beats, {1: 11.0}).silent
     assert judged(beats, {1: 5.0}) is None
@@ -53,7 +53,7 @@ def test_one_without_a_sign_of_life_is_judged_by_those_who_wait():
 
 
 class CountingStore:
-    """A store that counts the keys which are written, asked for and read."""
+    """A store that counts the keys that are written, checked and read."""
 
     def __init__(self):
         self.values: dict[str, bytes] = {}
@@ -78,7 +78,7 @@ class CountingStore:
 
 @pytest.fixture
 def world(monkeypatch):
-    """The watchdogs of 512 ranks that share a store, none of them started."""
+    """The watchdogs of 512 ranks with one store, without their threads."""
     store = CountingStore()
     dogs = [Watchdog(Peers(rank, WORLD), nowhere, LEAST) for rank in range(WORLD)]
     places = [Phase(quick=True, phase="forward", count=8) for _ in range(WORLD)]
@@ -89,7 +89,7 @@ def world(monkeypatch):
         place.allowance, place.waiting = 0.0, True
 
     def exchange(seq: int) -> int:
-        """Let every rank report once; returns how many keys that took."""
+        """Let every rank report once; return the number of keys used."""
         before = sum(store.keys.values())
         for dog, place in zip(dogs, places, strict=True):
             monkeypatch.setattr(heartbeat, "here", place)
@@ -100,7 +100,7 @@ def world(monkeypatch):
     return dogs, places, exchange
 
 
-def test_512_ranks_tell_each_other_a_few_keys_each_however_many_wait(world):
+def test_512_ranks_exchange_a_few_keys_each_however_many_wait(world):
     dogs, places, exchange = world
     for place in places:
         place.ticked -= 2 * LEAST
@@ -110,16 +110,16 @@ def test_512_ranks_tell_each_other_a_few_keys_each_however_many_wait(world):
         for dog in dogs[1:]:
             dog._looks = True  # all of them wait
         costs.append(exchange(seq))
-    # A square would be 262,144 keys.
+    # Quadratic traffic would be 262,144 keys.
     assert max(costs) <= 8 * WORLD, costs
     verdict = dogs[0]._verdict(time.monotonic())
     assert list(verdict["beats"]) == ["300"] and "rank 300 (" in verdict["text"]
-    # The others leave it to rank 0.
+    # Only rank 0 reads the reports of the others.
     assert dogs[5]._verdict(time.monotonic()) is None
     json.dumps(verdict)
 
 
-def test_where_rank_0_gives_no_sign_the_others_name_it(world, monkeypatch):
+def test_rank_0_without_heartbeat_is_named_by_the_others(world, monkeypatch):
     dogs, places, exchange = world
     exchange(1)
     now = time.monotonic() + LEAST + 4

@@ -1,4 +1,4 @@
-"""Processes that do not fit together say so in one line, at once, and name who does not fit."""
+"""Processes that differ get one error line, at once, which names the one that differs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def port() -> int:
 
 
 def together(port: int, members: list[tuple[int, dict]], world: int, seconds: float = 20.0):
-    """Let members meet, each in a thread with a connection of its own; return result or error."""
+    """Run the handshake of the members, each in a thread with its own connection."""
     server = open_store("127.0.0.1", port, serves=True)
 
     def one(member):
@@ -68,14 +68,14 @@ def test_a_missing_node_is_named_in_time(port):
         assert message.startswith("node 1 of 3 (node 1) did not come within 2 s")
 
 
-def test_two_with_one_rank_and_a_rank_too_high(port):
+def test_a_duplicate_rank_and_a_rank_too_high(port):
     results = together(port, [(0, {"n": 1}), (0, {"n": 2})], 2, seconds=1.5)
     assert any("two processes claim node 0" in str(result) for result in results)
     with pytest.raises(PeerError, match="node 2 of 2: must be 0 to 1"):
         meet(None, 2, 2, {}, word="node")
 
 
-def test_nobody_at_the_address_and_a_port_in_use(port):
+def test_an_address_without_answer_and_a_port_in_use(port):
     with pytest.raises(PeerError, match=f"127.0.0.1:{port}: nobody answered within 1 s"):
         open_store("127.0.0.1", port, serves=False, seconds=1)
     with socket.socket() as taken:
@@ -85,15 +85,16 @@ def test_nobody_at_the_address_and_a_port_in_use(port):
             open_store("127.0.0.1", port, serves=True, seconds=1)
 
 
-def test_versions_hold_what_must_agree():
+def test_versions_contain_the_packages_that_must_agree():
     found = versions()
     assert found["torch"] != "absent" and found["python"].count(".") == 2
     notes = [{"host": "a", "node": "0", "pid": 1}, {"host": "b", "node": "1", "pid": os.getpid()}]
     assert differences(notes, "rank") == []
 
 
-def test_who_waits_in_vain_for_a_connection_ends_with_one_line():
-    """A peer that is killed between the meeting and the connection: torch would wait for long."""
+def test_a_process_without_a_connection_ends_with_one_line():
+    """A peer is killed between the handshake and the connection, for which torch would wait
+    long."""
     code = (
         "import time\n"
         "from modern_llm.distributed.rendezvous import handshake\n"
@@ -156,7 +157,7 @@ class CountingStore:
 
 
 def many(world: int, absent: tuple[int, ...] = (), seconds: float = 60.0, **odd: dict):
-    """Let so many simulated ranks meet; return what each got, and their stores."""
+    """Run the handshake of simulated ranks; return the results, and their stores."""
     content, lock = {}, threading.Condition()
     ranks = [rank for rank in range(world) if rank not in absent]
     stores = {rank: CountingStore(content, lock) for rank in ranks}
@@ -173,19 +174,19 @@ def many(world: int, absent: tuple[int, ...] = (), seconds: float = 60.0, **odd:
         return list(pool.map(one, ranks)), stores
 
 
-def test_512_ranks_meet_with_a_few_requests_each():
+def test_512_ranks_need_a_few_requests_each():
     results, stores = many(512)
     assert results == [[]] * 512
-    # Besides asking again while others come: at most one request in half a second.
+    # Besides polling while others arrive: at most one request per half second.
     fixed = 5
     polls = [store.requests - fixed for store in stores.values()]
     assert max(polls) < 150
     keys = [store.keys for store in stores.values()]
     assert stores[0].keys < 512 + 150 and max(keys[1:]) < 150
-    assert sum(keys) < 512 * 40  # one look of each at each other would be 262,144
+    assert sum(keys) < 512 * 40  # quadratic traffic would be 262,144
 
 
-def test_of_512_ranks_one_that_differs_or_is_missing_is_named_everywhere():
+def test_one_of_512_ranks_that_differs_or_is_missing_is_named_on_all():
     results, stores = many(512, rank300={"seed": 1})
     assert len(set(results)) == 1 and "rank 300 (node 0" in results[0]
     assert "differs from rank 0 in its configuration: seed 1, not 0" in results[0]

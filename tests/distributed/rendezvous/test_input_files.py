@@ -1,4 +1,4 @@
-"""What nodes compare of a configuration: the inputs it names, and nothing that looks like one."""
+"""Inputs of a configuration that nodes compare: all options that name files, and no other text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SECTIONS = (
 )  # fmt: skip
 
 
-def test_only_inputs_count_however_much_a_text_looks_like_a_path(tmp_path, monkeypatch):
+def test_only_inputs_count_even_if_a_text_looks_like_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("data.jsonl", "out", "chat", "run"):
         Path(name).write_text(name)
@@ -46,15 +46,15 @@ def test_only_inputs_count_however_much_a_text_looks_like_a_path(tmp_path, monke
 
 
 @pytest.mark.parametrize("text", ["x" * 5000, "{prompt} " * 120, "a/" * 2000, "nul\0", "", "."])
-def test_no_text_of_a_configuration_is_too_long_or_too_odd(tmp_path, monkeypatch, text):
+def test_any_text_in_a_configuration_is_accepted(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     assert set(named_in({"data": {"template": text, "dataset_name": text}})) <= {"."}
 
 
 def test_every_option_that_names_files_is_declared():
-    """An option of another name that a run reads must be added to `INPUTS`, or listed here."""
+    """A new option with which a run reads a file must be added to `INPUTS`, or listed here."""
     others = {
-        "run_name", "output_dir", "template",  # written by the run; text
+        "run_name", "output_dir", "template",  # outputs; text
         "subset", "split", "eval_split", "id_column", "messages_column", "text_column",
     }  # fmt: skip
     ends = ("_name", "_checkpoint", "_store", "_dir", "_file", "_path", "_folder")
@@ -87,7 +87,7 @@ def test_files_are_read_once_until_they_change(tmp_path, monkeypatch):
     assert look() == (first, [])
     state = files[1].stat()
     files[1].write_text("B")
-    os.utime(files[1], ns=(state.st_atime_ns, state.st_mtime_ns))  # its size and time are as before
+    os.utime(files[1], ns=(state.st_atime_ns, state.st_mtime_ns))  # size and time unchanged
     second, read = look()
     assert read == ["b"] and second[1] != first[1] and second[::2] == first[::2]
     (place,) = (tmp_path / "memory").iterdir()
@@ -95,14 +95,14 @@ def test_files_are_read_once_until_they_change(tmp_path, monkeypatch):
     assert look() == (second, ["a", "b", "c"])
     monkeypatch.setattr(file_digests, "SETTLED_S", 3600.0)
     files[0].write_text("A")
-    assert look()[1] == look()[1] == ["a"]  # too young to be remembered
+    assert look()[1] == look()[1] == ["a"]  # too recent to be cached
 
 
 def compared(folder: Path, others: Path) -> tuple[str, list[str]]:
-    """Compare inputs as two nodes with a rank each, of which the second has other files.
+    """Compare inputs as two nodes with one rank each, of which the second has other files.
 
     Returns:
-        What was refused, and in which order the ranks met and files were read.
+        The errors, and the order in which ranks met and files were read.
     """
     rank = os.environ["RANK"]
     os.environ |= {"LOCAL_RANK": "0", "GROUP_RANK": rank}
@@ -127,7 +127,7 @@ def compared(folder: Path, others: Path) -> tuple[str, list[str]]:
     return "", done
 
 
-def test_inputs_are_read_after_the_meeting_and_named_where_they_differ(tmp_path):
+def test_inputs_are_read_after_the_handshake_and_named_if_they_differ(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "p.jsonl").write_text("1\n")
@@ -140,7 +140,7 @@ def test_inputs_are_read_after_the_meeting_and_named_where_they_differ(tmp_path)
         assert "p.jsonl" in refused
 
 
-def test_an_input_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+def test_an_input_that_cannot_be_read_is_one_error_line(tmp_path, monkeypatch):
     path = tmp_path / "p.jsonl"
     path.write_text("1\n")
 

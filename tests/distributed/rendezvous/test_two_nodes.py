@@ -1,4 +1,4 @@
-"""Two "nodes" in network namespaces: one run over both, and what happens when they do not fit."""
+"""Two "nodes" in network namespaces: one run on both, and the errors if they differ."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def namespaces() -> str | None:
-    """Why there are no network namespaces here, or None where there are."""
+    """Return why network namespaces are not available, None if they are."""
     if not sys.platform.startswith("linux"):
         return "network namespaces are Linux's"
     if shutil.which("ip") is None:
@@ -38,7 +38,7 @@ def namespaces() -> str | None:
 
 @pytest.fixture(scope="module")
 def two_nodes(tmp_path_factory):
-    """Start launch/two_nodes_local.sh on a run; returns (status, stderr, seconds)."""
+    """Start launch/two_nodes_local.sh on a run; return (status, stderr, seconds)."""
     if reason := namespaces():
         pytest.skip(reason)
 
@@ -117,7 +117,7 @@ def port() -> int:
 def meeting(
     *configs: Path, ranks: tuple[int, ...] = (0, 1), seconds: float = 30, folders: Sequence = ()
 ) -> list:
-    """Let two nodes meet as processes; returns (status, stderr) of each."""
+    """Run the check on two nodes as processes; return (status, stderr) of each."""
     at = str(port())
     processes = [
         subprocess.Popen(

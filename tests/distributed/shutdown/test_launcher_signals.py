@@ -1,4 +1,4 @@
-"""A launcher that is asked to end, or killed: its processes save, stop, and none is left behind."""
+"""After a launcher is asked to end, or killed, its processes save and stop, and none is left."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def start(launcher: str, folder: Path, model: Path, pairs: Path) -> subprocess.P
     [
         ("torchrun", signal.SIGTERM),
         ("accelerate", signal.SIGKILL),
-        ("accelerate alone", signal.SIGTERM),  # it ends without a word to its process
+        ("accelerate alone", signal.SIGTERM),  # it ends without a signal to its processes
     ],
 )
 def test_all_save_and_stop_with_their_launcher(

@@ -1,7 +1,7 @@
-"""Processes whose work is done end with status 0, whatever threads of gloo do meanwhile.
+"""Processes whose work is done end with status 0, independent of gloo's threads.
 
-Each pair is forked with everything imported and ends through Python's own exit. The shape of the
-fault: a worker of gloo that is late needs the interpreter while Python finalises, and aborts.
+Each pair is forked with everything imported and ends through Python's own exit. The fault: a late
+worker thread of gloo needs the interpreter while Python finalises, and the process aborts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def endings(folder: Path, *arguments: str, seconds: float) -> list[list[int]]:
     return json.loads(out.splitlines()[-1])
 
 
-def test_late_workers_do_not_abort_a_script_that_is_done(tmp_path):
+def test_late_workers_do_not_abort_a_finished_script(tmp_path):
     assert endings(tmp_path, "script", "groups", "3", "starved", seconds=150) == []
 
 

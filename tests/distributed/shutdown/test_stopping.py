@@ -1,6 +1,6 @@
-"""A signal or the file STOP at any place: all processes stop there together, with status 75.
+"""A signal or the file STOP in any phase: all processes stop there together, with status 75.
 
-The same call then ends as if nobody had asked.
+The same call then ends like an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from modern_llm.training.checkpointing import format
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
 from tests.helpers.ranks import run_ranks
 
-# place -> what the message says, and whether the first process asks (the last one else).
+# phase -> message, and whether the first process gets the signal (otherwise the last).
 PLACES = {
     "reading": ("while it read the data", True),
     "scoring": ("in the reference pass, whose values so far are stored", False),
@@ -67,7 +67,7 @@ def call(folder: Path, model: Path, pairs: Path) -> Path:
 
 
 def due(place: str, seen: int, args: tuple) -> bool:
-    """Whether this call of the patched function is the one in which the signal comes."""
+    """Whether the signal comes in this call of the patched function."""
     if place == "step":
         return args[1] == 3
     if place == "saving":
@@ -80,7 +80,7 @@ def due(place: str, seen: int, args: tuple) -> bool:
 
 
 def asked_at(place: str, numbers: tuple[int, ...]):
-    """Patch the place so that this process gets the signals once; returns what undoes it."""
+    """Patch the function so that this process gets the signals once; return the undo function."""
     owner, name = WHERE[place]
     real, seen = getattr(owner, name), [0]
 
@@ -97,7 +97,7 @@ def asked_at(place: str, numbers: tuple[int, ...]):
 
 
 def end_of(folder: Path, final: Path) -> tuple:
-    """What must not depend on who asked to stop, and when."""
+    """Return the results that must not depend on who is asked to stop, and when."""
     drawn = ("elapsed_s", "tokens_per_second", "memory_gb", "mfu")
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     records = [{k: v for k, v in json.loads(line).items() if k not in drawn} for line in lines]
@@ -110,7 +110,7 @@ def end_of(folder: Path, final: Path) -> tuple:
 
 
 def forwards() -> list[int]:
-    """Count the forwards of the reference pass from now on."""
+    """Count the forwards of the reference pass from here."""
     count, real = [0], Scoring._forward
 
     def counted(scoring, trees, group):
@@ -124,7 +124,7 @@ def forwards() -> list[int]:
 def every_place(
     folder: Path, model: Path, pairs: Path, places: tuple[str, ...]
 ) -> dict[str, tuple]:
-    """On one rank: the undisturbed run, then one that is stopped at each place and goes on."""
+    """On one rank: an uninterrupted run, then one that is stopped in each phase and resumed."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     count, found = forwards(), {}
     for place in ("nowhere", *places):
@@ -153,7 +153,7 @@ def every_place(
 
 
 def rounds(lengths: list[int]) -> tuple[int, str]:
-    """On one rank: a loop of its own length; rank 1 is asked in its 4th round."""
+    """On one rank: a loop with its own length; rank 1 gets a signal in its 4th round."""
     rank = int(os.environ["RANK"])
     about = SimpleNamespace(process_index=rank, num_processes=2, device="cpu")
     done, runtime = 0, Runtime(about, None)  # type: ignore[arg-type]
@@ -171,7 +171,7 @@ def rounds(lengths: list[int]) -> tuple[int, str]:
 
 
 def expect_rounds(first: tuple, second: tuple) -> None:
-    """Loops of unequal length are left together, by the one that has ended already as well."""
+    """Loops of different lengths end together, also for the process that has already finished."""
     words = "stopped by SIGUSR1 here; run the same command to resume"
     assert first == ((2, words), (7, ""), (4, words))
     assert second == ((4, words), (3, ""), (4, words))
@@ -181,7 +181,7 @@ def expect_rounds(first: tuple, second: tuple) -> None:
     ("world", "places"),
     [(1, tuple(PLACES)), (2, ("reading", "scoring", "evaluation", "first answers"))],
 )
-def test_all_stop_at_any_place_and_the_same_call_goes_on(
+def test_all_stop_in_any_phase_and_the_same_call_resumes(
     world, places, tmp_path, tiny_checkpoint, tiny_pairs, monkeypatch
 ):
     monkeypatch.setattr(Scoring, "_forward", Scoring._forward)  # counted in this process
@@ -202,12 +202,12 @@ def test_all_stop_at_any_place_and_the_same_call_goes_on(
         assert status == 75 and tables == (place != "reading"), place
         assert end == expected, place
         if place == "scoring":
-            # What was scored before the stop is not scored again, and nothing is left out.
+            # Answers that were scored before the stop are not scored again, and none is missing.
             scored = [sum(result[p][4] for result in results) for p in (place, "nowhere")]
             assert scored[0] == scored[1]
 
 
-def test_a_file_stop_is_seen_by_rank_0_alone_and_what_lay_there_before_asks_nothing(tmp_path):
+def test_only_rank_0_reads_the_file_stop_and_an_old_one_has_no_effect(tmp_path):
     stop = tmp_path / "STOP"
     with StopRequest(stop):
         assert heard(main=True) is None
@@ -217,7 +217,7 @@ def test_a_file_stop_is_seen_by_rank_0_alone_and_what_lay_there_before_asks_noth
             stop_here("here")
 
 
-def test_a_second_interrupt_ends_at_once_and_handlers_come_back():
+def test_a_second_interrupt_ends_at_once_and_handlers_are_restored():
     before = [signal.getsignal(number) for number in StopRequest.SIGNALS]
     with StopRequest() as outer, StopRequest():
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -231,9 +231,7 @@ def test_a_second_interrupt_ends_at_once_and_handlers_come_back():
 
 
 @pytest.mark.parametrize("verb", ["score", "evaluate", "generate", "reference fill"])
-def test_verbs_that_take_long_stop_with_75_and_one_line(
-    verb, tmp_path, tiny_checkpoint, tiny_pairs, capsys
-):
+def test_long_verbs_stop_with_75_and_one_line(verb, tmp_path, tiny_checkpoint, tiny_pairs, capsys):
     options = ["--data", str(tiny_pairs), "--model", str(tiny_checkpoint), "--max_length", "96"]
     if verb == "score":
         options += ["--output", str(tmp_path / "out.jsonl")]
@@ -256,7 +254,7 @@ def test_verbs_that_take_long_stop_with_75_and_one_line(
     assert cli.main([*verb.split(), *options]) == 0
 
 
-def test_a_lock_that_a_killed_build_left_is_named_at_start(
+def test_a_stale_build_lock_is_named_at_start(
     tmp_path, tiny_checkpoint, tiny_pairs, monkeypatch, caplog
 ):
     lock = tmp_path / "extensions" / "py311_cpu" / "cpu_adam" / "lock"

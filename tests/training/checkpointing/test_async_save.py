@@ -128,7 +128,7 @@ def test_a_save_that_hangs_is_named_by_the_watchdog(tmp_path, forks):
     said = "".join(job.text for job in forks.jobs[-world:])
     assert "no progress for" in said and "rank 0" in said, said
     # Named by itself, or by the training that waits for it.
-    assert re.search("(saving beside the training|waiting for the save) of step 2", said), said
+    assert re.search("(background save|waiting for the save) of step 2", said), said
     # Training continued until something had to wait for the disk.
     assert [record[0] for record in numbers(tmp_path / "run")] == [1, 2, 3, 4]
     assert "rank 1" not in said.split("no progress")[0]
