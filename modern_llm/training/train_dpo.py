@@ -42,8 +42,7 @@ def run_dpo(
 ) -> Path:
     """Train a policy on preference pairs and return its folder, `output_dir/{run_name}_final`.
 
-    The reference scores every answer once, before step 1; its values are stored in
-    `MODERN_LLM_CACHE`.
+    The reference scores every answer once, before step 1, and `MODERN_LLM_CACHE` stores the values.
 
     Args:
         sft_checkpoint: initial policy and, by default, the reference: Hub id, folder or `.pt`.
