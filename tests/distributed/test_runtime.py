@@ -111,7 +111,8 @@ def test_an_unexpected_world_size_is_refused(monkeypatch, capsys):
 
 
 def test_fewer_examples_than_processes_are_refused_with_the_numbers_that_work(tmp_path):
-    with pytest.raises(UserError, match="smaller than the 2 processes.*use at least 2, or start at most 1"):
+    message = "smaller than the 2 processes.*use at least 2, or start at most 1"
+    with pytest.raises(UserError, match=message):
         run_ranks(too_many, 2, tmp_path)
 
 
