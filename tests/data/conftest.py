@@ -1,4 +1,4 @@
-"""Small tokenizers trained on text of our own, and files to read with them."""
+"""Small tokenizers trained on our own text, and helpers that write files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TokenizerFactory = Callable[..., PreTrainedTokenizerFast]
 
 @pytest.fixture(scope="session")
 def make_tokenizer() -> TokenizerFactory:
-    """Byte-level BPE; with `begin` it puts a token before texts, `chat` is its chat template."""
+    """Byte-level BPE; `begin` adds a token before texts, `chat` is its chat template."""
 
     def make(
         *, begin: bool = False, chat: str | None = None, end: bool = True, size: int = 400
@@ -55,7 +55,7 @@ def make_tokenizer() -> TokenizerFactory:
 
 @pytest.fixture(scope="session")
 def tokenizer(make_tokenizer: TokenizerFactory) -> PreTrainedTokenizerFast:
-    """The plain one: an end token, nothing in front, no chat template."""
+    """The plain one: an end token, no leading token, no chat template."""
     return make_tokenizer()
 
 
@@ -75,7 +75,7 @@ def jsonl(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def pairs() -> Callable[[int], list[dict[str, str]]]:
-    """Return so many different good pairs of unequal lengths."""
+    """Return `count` different good pairs of unequal lengths."""
 
     def make(count: int) -> list[dict[str, str]]:
         return [

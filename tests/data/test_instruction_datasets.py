@@ -1,4 +1,4 @@
-"""Instructions on their way to ids, on text of our own and on real ones."""
+"""Encoding of instructions, on our own text and on real ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def words(path: Path, tokenizer, **options) -> list[list[str]]:
     return [[tokenizer.decode(table.ids(i, c)) for c in table.columns] for i in range(len(table))]
 
 
-def test_alpaca_fields_get_their_frame_unless_a_template_is_given(jsonl, make_tokenizer):
+def test_alpaca_fields_get_their_frame_without_a_template(jsonl, make_tokenizer):
     tokenizer = make_tokenizer(chat="{% for m in messages %}<|user|>{{ m.content }}{% endfor %}")
     path = jsonl(ROWS)
     assert words(path, tokenizer) == [
@@ -55,7 +55,7 @@ def test_message_lists_end_with_the_last_answer(jsonl, tokenizer):
     ]
 
 
-def test_lengths_are_those_of_the_call_or_else_of_the_section(jsonl, tokenizer):
+def test_lengths_come_from_the_call_or_else_from_the_section(jsonl, tokenizer):
     path = jsonl([{"prompt": "0123456789", "response": "abcdef"}])
     assert words(path, tokenizer) == [["0123456789", "abcdef<|end|>"]]
     assert words(path, tokenizer, max_length=8) == [["6789", "abcd"]]

@@ -1,4 +1,4 @@
-"""Pairs of every kind of prompt on their way to ids, on text of our own and on real pairs."""
+"""Encoding of pairs with every kind of prompt, on our own text and on real pairs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def words(prepared, tokenizer) -> list[list[str]]:
     return [[tokenizer.decode(table.ids(i, c)) for c in table.columns] for i in range(len(table))]
 
 
-def test_strings_get_the_tokens_that_begin_a_text_and_the_end_token(jsonl, make_tokenizer):
+def test_strings_get_leading_tokens_and_the_end_token(jsonl, make_tokenizer):
     tokenizer = make_tokenizer(begin=True, chat=CHAT)
     rows = [
         {"prompt": " a", "chosen": " b", "rejected": "c<|end|>"},
@@ -66,12 +66,12 @@ def test_messages_get_what_the_chat_template_writes(jsonl, make_tokenizer):
         ["<|begin|><|system|>s<|done|><|user|> Hi <|done|><|assistant|>", "y<|done|>", "n<|done|>"],
     ]
     assert prepared.report.notes == []
-    # A chat template that writes no such token means it so.
+    # A chat template without such a token is meant to be so.
     bare = make_tokenizer(begin=True, chat=PLAIN_CHAT)
     assert words(build(jsonl(rows[:1]), bare), bare)[0][0] == "<|user|> Hi <|done|><|assistant|>"
 
 
-def test_a_tokenizer_without_a_chat_template_is_said(jsonl, tokenizer):
+def test_a_tokenizer_without_a_chat_template_is_logged(jsonl, tokenizer):
     prepared = build(jsonl([{"chosen": talk("yes"), "rejected": talk("no")}]), tokenizer)
     assert words(prepared, tokenizer) == [
         ["<|user|>\n Hi <|end|>\n<|assistant|>\n", "yes<|end|>", "no<|end|>"]
@@ -91,7 +91,7 @@ def test_templates_for_strings(jsonl, make_tokenizer):
     assert words(jinja, tokenizer) == [["(p)", "(c)<|end|>", "(r)<|end|>"]]
 
 
-def test_what_a_chat_template_refuses_is_placed(jsonl, make_tokenizer):
+def test_a_row_that_a_chat_template_refuses_is_named(jsonl, make_tokenizer):
     system = {"role": "system", "content": "s"}
     rows = [
         {"chosen": talk("yes"), "rejected": talk("no")},
@@ -145,7 +145,7 @@ def test_parquet_csv_and_json_give_the_same_tables(jsonl, tokenizer, tmp_path, p
 
 
 def test_hh_transcripts_of_the_sample(shared: Path, tmp_path: Path):
-    """All rows but the two known ones, split at the last assistant turn."""
+    """All rows except the two known bad ones, split at the last assistant turn."""
     source = shared / "data" / "hh_rlhf_sample.jsonl"
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
     config = PreferenceDatasetConfig(dataset_name=str(source))
@@ -200,7 +200,7 @@ def test_sharegpt_pairs_of_the_sample(shared: Path, tmp_path: Path):
         prompt, rejected = (prepared.train.ids(i, name).tolist() for name in ("prompt", "rejected"))
         whole = head + row["rejected"]["value"] + "<|done|>" + "<|endoftext|>"
         assert prompt + rejected == tokenizer(whole)["input_ids"]
-        # A token of the words that begins in the prompt's text is the answer's.
+        # A token that starts inside the prompt's text belongs to the answer.
         assert head.startswith(tokenizer.decode(prompt)) and len(prompt) > len(head) / 8
         line = prepared.train.origin(i).removeprefix(f"{source}:").partition("[")[0]
         assert source.read_text(encoding="utf-8").split("\n")[int(line) - 1] == "{"

@@ -1,4 +1,5 @@
-"""Placement of a step: every pair once, equal prompts together, within the budget, on any world."""
+"""Micro-batches of a step: every pair once, equal prompts together, within the budget, any
+world."""
 
 from __future__ import annotations
 
@@ -70,8 +71,8 @@ def test_evaluation_in_order_covers_every_pair():
 
 
 def test_grouping_by_prompt_puts_pairs_of_one_prompt_into_one_step_of_a_run(tmp_path):
-    """The option from the configuration to the steps: another order, another plan, the same pairs
-    an epoch, and fewer tokens computed."""
+    """From the option to the steps: another order and plan, the same pairs per epoch, fewer
+    tokens."""
     import json
 
     from modern_llm.config import PreferenceDatasetConfig

@@ -1,4 +1,4 @@
-"""The order is a function of (seed, epoch, step); every placement covers each example once."""
+"""The order is a function of (seed, epoch, step); packing places each example exactly once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_example_once_equal_numbers_and_within_budget(lengths, world, budg
 @given(
     sizes, st.integers(1, 4), budgets, st.sampled_from(Sharing), st.randoms(use_true_random=False)
 )
-def test_placement_does_not_depend_on_the_order_in_which_examples_are_named(
+def test_packing_does_not_depend_on_the_order_of_its_arguments(
     lengths, world, budget, shared, random
 ):
     indices = np.arange(len(lengths))
@@ -71,14 +71,13 @@ def test_every_epoch_covers_each_example_once(examples, batch, seed, epochs):
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(2, 50), st.integers(1, 12), st.integers(0, 2**62), st.integers(0, 60))
-def test_a_step_does_not_depend_on_what_was_asked_before(examples, batch, seed, step):
+def test_a_step_does_not_depend_on_earlier_calls(examples, batch, seed, step):
     alone = Order(examples, batch, seed).step(step)
     order = Order(examples, batch, seed)
     for other in (step + 7, 0, step + 1):
         order.step(other)
     assert np.array_equal(order.step(step), alone)
-    # The same epoch's permutation serves every batch size: examples are not tied to steps of one
-    # size.
+    # The permutation of an epoch is the same for every batch size.
     other = Order(examples, 1, seed)
     epoch, within = divmod(step, order.steps_per_epoch)
     singles = [int(other.step(epoch * examples + within * batch + i)[0]) for i in range(len(alone))]
@@ -121,7 +120,7 @@ def test_appended_rows_join_at_the_next_epoch_and_change_no_step_before(
         order = before.joined(at, total)
         assert all(np.array_equal(order.step(s), before.step(s)) for s in range(at))
         assert order.joined(at, total) == order
-    # Read epoch by epoch, each is whole, and the last has every row.
+    # Epoch by epoch, each is complete, and the last has every row.
     step = consumed = 0
     while True:
         epoch, within, size = order._place(step)
@@ -140,13 +139,13 @@ def test_appended_rows_join_at_the_next_epoch_and_change_no_step_before(
 
 def test_rows_appended_before_the_first_step_are_there_from_the_start():
     assert Order(7, 3, 1).joined(0, 9) == Order(9, 3, 1)
-    # Twice within one epoch: what had not joined yet was never seen.
+    # Joined twice within one epoch: rows that had not started were never read.
     once = Order(7, 3, 1).joined(1, 9)
     assert once == Order(7, 3, 1, ((1, 9),)) and once.joined(2, 12) == Order(7, 3, 1, ((1, 12),))
     assert once.steps_in(1.5) == round(3 + 0.5 * 3) and once.steps_in(3) == 9
 
 
-def test_lines_are_few_equally_long_and_not_padded():
+def test_rows_are_few_equally_long_and_not_padded():
     rng = np.random.default_rng(0)
     lengths = [(int(n),) for n in rng.integers(20, 500, 200)]
     total = sum(map(sum, lengths))
@@ -174,9 +173,7 @@ def test_an_example_may_count_for_several():
 @given(
     st.lists(st.integers(0, 12), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 2**62)
 )
-def test_grouped_orders_cover_each_example_once_and_cut_only_where_nothing_fits(
-    groups, batch, seed
-):
+def test_grouped_orders_cover_each_example_once_and_split_only_if_nothing_fits(groups, batch, seed):
     numbers = np.array(groups)
     order = Order(len(groups), batch, seed, groups=numbers)
     for epoch in range(2):
@@ -184,7 +181,7 @@ def test_grouped_orders_cover_each_example_once_and_cut_only_where_nothing_fits(
         steps = [order.step(first + i) for i in range(order.steps_per_epoch)]
         assert sorted(np.concatenate(steps).tolist()) == list(range(len(groups)))
         assert all(len(step) == batch for step in steps[:-1])
-    # Pieces of one group beyond the fewest that it needs: at most one cut a step.
+    # Pieces of one group beyond the minimum: at most one split per step.
     pieces = sum(len(set(numbers[step].tolist())) for step in steps)
     fewest = sum(-(-groups.count(g) // batch) for g in set(groups))
     assert pieces - fewest <= order.steps_per_epoch
@@ -200,7 +197,7 @@ def test_groups_of_equal_size_stay_whole_and_move_with_the_epoch():
     assert not np.array_equal(order.step(0), Order(160, 16, 5).step(0))
 
 
-def test_rows_that_are_left_out_are_never_read_and_the_rest_once_an_epoch():
+def test_excluded_rows_are_never_read_and_the_rest_once_per_epoch():
     order = Order(21, 4, seed=3, left_out=(0, 7, 20))
     assert order.steps_per_epoch == 5 and order.kept.tolist() == [*range(1, 7), *range(8, 20)]
     for epoch in range(3):
@@ -213,7 +210,7 @@ def test_rows_that_are_left_out_are_never_read_and_the_rest_once_an_epoch():
     assert sorted(read) == order.kept.tolist()
 
 
-def test_what_is_left_out_is_part_of_the_plan_but_for_appended_rows():
+def test_excluded_rows_are_part_of_the_plan_except_appended_ones():
     plain, without = Order(21, 4, seed=3), Order(21, 4, seed=3, left_out=(7,))
     assert len({plain.digest, without.digest, Order(21, 4, seed=3, left_out=(8,)).digest}) == 3
     grown = plain.joined(7, 30)

@@ -1,4 +1,4 @@
-"""Trees by hand, and any layout of any examples against the definition."""
+"""Prefix trees: a tree by hand, and any layout of any examples against the definition."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_tree_by_hand():
     assert tree.slots.tolist() == [0, 0, 0, 1]
 
 
-def test_without_a_prompt_the_first_token_is_no_target():
+def test_without_a_prompt_the_first_token_is_not_a_target():
     tree = lay_out(
         np.array([], dtype=np.int32), [np.array([20, 21]), np.array([30, 31, 32])], [0, 1]
     )
@@ -33,7 +33,7 @@ def test_without_a_prompt_the_first_token_is_no_target():
     assert tree.slots.tolist() == [0, 1, 1]
 
 
-def test_documents_of_a_row_stand_apart():
+def test_documents_of_a_row_are_separate_trees():
     table = Table([[[5, 6, 7, 8, 9, 4], [0, 3, 5]]], columns=("text", "starts"))
     examples = Examples(table, trees=True)
     assert examples.sizes(0) == (3, 2, 1)
@@ -52,8 +52,8 @@ sizes = st.tuples(st.integers(0, 12), st.integers(1, 12), st.integers(1, 12))
 @settings(deadline=None, max_examples=90)
 @given(st.lists(sizes, min_size=1, max_size=9), st.booleans(), st.sampled_from(Sharing))
 def test_any_layout_predicts_each_response_token_from_its_own_context(rows, trees, shared):
-    """Walk every target back through what its state can see: it must read prompt + response so
-    far."""
+    """Follow every target back through the tokens that its state sees: they must be the prompt and
+    the response so far."""
     counter = iter(range(1, 10_000))
     table = Table([[[next(counter) for _ in range(n)] for n in row] for row in rows])
     examples = Examples(table, trees=trees)
@@ -115,7 +115,7 @@ def test_sums_add_up_by_pair_and_side(trees):
     )
 
 
-def test_pairs_of_one_prompt_are_one_tree_and_a_shared_answer_one_branch():
+def test_pairs_of_one_prompt_are_one_tree_and_a_shared_answer_one_response():
     rows = [
         [[1, 2], [3, 4], [5]],
         [[7], [8], [9]],
@@ -144,14 +144,14 @@ def test_pairs_of_one_prompt_are_one_tree_and_a_shared_answer_one_branch():
     st.sampled_from(Sharing),
 )
 def test_merged_trees_give_every_pair_its_own_sums_and_lengths(picks, shared):
-    """Prompts and answers are drawn from few; the sums must be those of separate rows."""
+    """Prompts and answers are drawn from a few; the sums must equal those of separate rows."""
     prompts = [[], [11], [12, 13], [14, 15, 16]]
     answers = [[21], [22, 23], [24, 25, 26], [22, 27]]
     rows = [[prompts[p], answers[a], answers[b]] for p, a, b in picks]
     merged = collate(Examples(Table(rows), trees=True), np.arange(len(rows)), shared=shared)
     apart = collate(Examples(Table(rows), trees=False), np.arange(len(rows)), shared=Sharing.ALONE)
     for batch in (merged, apart):
-        # A stand-in for a log-prob that depends on the label and on where its state stands.
+        # Replaces a log-prob: depends on the label and on the position of its state.
         states = batch.positions.flatten()[batch.targets[0]]
         batch_sums = batch.sums(batch.targets[1].double() + 100 * states)
         assert batch_sums.shape == (len(rows), 2)

@@ -1,4 +1,4 @@
-"""The ids trained on are those of the whole conversation, for every form of chat template."""
+"""The trained ids are those of the whole conversation, for every form of chat template."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def chat(request):
 
 
 def only(fact):
-    """Run a test with the templates of which this is true."""
+    """Run a test with the templates for which this holds."""
     names = [name for name, chat in CHATS.items() if fact(chat)]
     return pytest.mark.parametrize("chat", names, indirect=True)
 
@@ -63,7 +63,7 @@ def tokenizer(request, chat):
 
 
 def whole_ids(tokenizer, chat, messages, **options) -> list[int]:
-    """Ids of the conversation up to its end marker, by `transformers` alone."""
+    """Return the ids of the conversation up to its end marker, by `transformers` alone."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     if chat.end is None:
         return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -108,7 +108,7 @@ def test_the_prompt_is_what_generation_is_given(tokenizer, chat):
         ((given,), _) = prompt_ids(tokenizer, [prompt], None)
         assert given[: len(head)] == head, name
         if chat.opens:
-            # At most the token that spans the boundary is the answer's.
+            # At most the token that spans the boundary belongs to the answer.
             assert len(given) - len(head) <= 2, name
 
 
@@ -164,12 +164,12 @@ def test_calls_are_answers_and_their_arguments_objects(tokenizer, chat):
 
 
 @only(lambda chat: not chat.system and "raise_exception" in chat.text)
-def test_what_a_template_refuses_is_refused(tokenizer, chat):
+def test_a_row_that_a_template_refuses_is_refused(tokenizer, chat):
     with pytest.raises(RowFault, match="the chat template refuses the messages"):
         trained_ids(recipe_of(tokenizer, "answers"), {"messages": [SYSTEM, user("a"), answer("b")]})
 
 
-# What no family does
+# Cases that no family has
 
 
 @pytest.mark.parametrize(
@@ -183,13 +183,13 @@ def test_what_a_template_refuses_is_refused(tokenizer, chat):
          "writes nothing for the answer"),
     ],
 )  # fmt: skip
-def test_where_no_prompt_can_be_told_the_row_is_refused(template, reason):
+def test_a_row_whose_prompt_cannot_be_found_is_refused(template, reason):
     recipe = recipe_of(byte_level(chat=template), "answers")
     with pytest.raises(RowFault, match=reason):
         trained_ids(recipe, {"messages": [user("What is it?"), answer("Five.")]})
 
 
-def test_answers_that_differ_in_what_is_not_written_are_equal():
+def test_answers_that_differ_only_in_unwritten_keys_are_equal():
     recipe = recipe_of(byte_level(chat=CHATS["gemma"].text), "pairs")
     row = {"prompt": [user("a")], "chosen": [answer(" b")], "rejected": [answer("b ")]}
     with pytest.raises(ContentFault, match="^equal responses$"):
@@ -199,7 +199,7 @@ def test_answers_that_differ_in_what_is_not_written_are_equal():
         trained_ids(recipe, row)
 
 
-def test_an_end_token_that_the_answer_has_already_is_not_doubled():
+def test_an_existing_end_token_is_not_doubled():
     recipe = recipe_of(byte_level(chat=CHATS["chatml"].text), "answers")
     twice, once = (
         trained_ids(recipe, {"messages": [user("a"), answer(words)]})
@@ -232,7 +232,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_strings_are_the_ids_of_the_joined_text_where_the_boundary_allows(name):
+def test_strings_are_the_ids_of_the_joined_text_if_the_boundary_allows(name):
     tokenizer = TOKENIZERS[name]
     tokenizer.chat_template = None
     pairs, answers = recipe_of(tokenizer, "pairs"), recipe_of(tokenizer, "answers")
@@ -241,7 +241,7 @@ def test_strings_are_the_ids_of_the_joined_text_where_the_boundary_allows(name):
         head, response = trained_ids(answers, {"prompt": prompt, "response": words})
         given = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         whole = tokenizer(prompt + words, add_special_tokens=False)["input_ids"]
-        assert head == lead + given, "as inference tokenises it"
+        assert head == lead + given, "as at inference"
         if name.startswith("Sent") and whole[: len(given)] == given:
             assert head + response == [*lead, *whole, tokenizer.eos_token_id]
         elif name.startswith("byte"):
@@ -275,12 +275,12 @@ def test_a_bos_of_plain_text_is_in_every_form(options):
             assert ids[0] == bos and ids.count(bos) == 1
 
 
-def test_a_bos_stands_once_whoever_writes_it():
+def test_there_is_one_bos_from_tokenizer_or_template():
     row = {"messages": [user("2+3?"), answer("five")]}
     plain = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
     tokenizer = byte_level(begin=True, chat=plain)
     bos = tokenizer.bos_token_id
-    # The model's own template leaves it out.
+    # The model's own template omits it.
     assert bos not in trained_ids(recipe_of(tokenizer, "answers"), row)[0]
     given = recipe_of(tokenizer, "answers", template=plain)
     assert trained_ids(given, row) == trained_ids(recipe_of(tokenizer, "answers"), row)

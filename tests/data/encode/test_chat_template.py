@@ -1,4 +1,4 @@
-"""Strings stay literal, messages go through the chat template, a turn's end token is found."""
+"""Strings stay literal, messages use the chat template, and the end token of a turn is found."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHAT = (
 TALK = [{"role": "user", "content": " q{prompt} "}]
 
 
-def test_strings_are_literal_unless_a_template_is_given(make_tokenizer):
+def test_strings_are_literal_without_a_template(make_tokenizer):
     with_chat = make_tokenizer(chat=CHAT)
     prompt = " {prompt} {x}\n"
     assert Template(with_chat, None).render(prompt) == (prompt, False)
@@ -53,7 +53,7 @@ def test_a_frame_for_strings_is_refused_for_messages(tokenizer):
         Template(tokenizer, "Q: {prompt}").render(TALK)
 
 
-def test_what_a_chat_template_raises_is_a_fault_of_the_row(make_tokenizer):
+def test_an_error_of_a_chat_template_is_a_fault_of_the_row(make_tokenizer):
     strict = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}x"
     template = Template(make_tokenizer(chat=strict), None)
     assert template.render(TALK) == ("x", True)
@@ -109,7 +109,7 @@ def test_tools_and_calls_before_the_answer_are_written_by_the_chat_template(make
     text, chat = Template(tokenizer, None).render(pair.prompt)
     assert text == "[weather ]<|system|>s<|user|>q<|assistant|>(weather)<|tool|>rain>" and chat
     row = tool_row()
-    # What `transformers` itself writes of the same.
+    # The result of `transformers` for the same conversation.
     assert text == tokenizer.apply_chat_template(
         [m | {"content": m["content"] or ""} for m in row["prompt"]],
         tools=row["tools"], tokenize=False, add_generation_prompt=True,

@@ -28,7 +28,7 @@ EITHER = "{% if m.content is string %}{{ m.content }}{% else %}" + PARTS + "{% e
 LINES = "{{ m.content if m.content is string else m.content | map(attribute='text') | join('\n') }}"
 FIRST = "{{ m.content if m.content is string else m.content[0].text }}"
 USER = "{% if m.role == 'user' %}" + PARTS + "{% else %}{{ '' + m.content }}{% endif %}"
-# Template -> the form in which it takes a text, and parts, of a user and of an assistant.
+# Template -> the forms of a text, and of parts, that it accepts from a user and an assistant.
 FORMS = {
     "{{ m.content }}": ("text", "text"),
     "{{ m.content | trim }}": ("text", "text"),
@@ -79,7 +79,7 @@ def make(request):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_rows_are_what_the_template_writes_of_the_form_that_it_takes(form, make):
+def test_rows_are_the_templates_rendering_of_the_form_that_it_accepts(form, make):
     tokenizer = make(chat=TURN % form + OPEN)
     answers = (parts_of("Five", ", or so."), "Six.", parts_of("7"))
     recipe = recipe_of(tokenizer, "answers")
@@ -96,7 +96,7 @@ def test_rows_are_what_the_template_writes_of_the_form_that_it_takes(form, make)
     assert trained_ids(recipe, row) == [head, *pair]
 
 
-def test_system_words_and_sharegpt_turns_may_be_parts():
+def test_system_messages_and_sharegpt_turns_may_be_parts():
     tokenizer = byte_level(chat=TURN % EITHER + OPEN)
     turns = [
         {"role": "system", "content": parts_of("Answer", " briefly.")},

@@ -1,4 +1,4 @@
-"""Keys of messages that a template writes are told from those it does not, by the text."""
+"""Keys of messages that a template writes are told apart from unused ones by the rendered text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def remarks(chat: str, **keys) -> list[str]:
     return found
 
 
-def test_a_key_that_no_text_shows_is_named():
+def test_an_unused_key_is_named():
     said = "keys of messages that the chat template does not write: "
     assert remarks("chatml", id=3, reasoning="why") == [said + "'id', 'reasoning'"]
     assert remarks("qwen3", reasoning="why") == [] == remarks("chatml", id=None)
@@ -34,7 +34,7 @@ def test_an_opening_that_the_conversation_lacks_is_named():
     assert "opens an answer with '<think>\\n'" in remark
 
 
-def test_as_many_keys_as_a_row_may_have_are_bounded():
+def test_the_number_of_tested_keys_is_bounded():
     keys = WrittenKeys("{{ messages }}", lambda talk: "text")
     keys.see([{"role": "user", **{f"k{i}": 1 for i in range(5000)}}], "text")
     assert len(keys.take_unwritten()) == 1000

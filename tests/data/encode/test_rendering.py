@@ -1,4 +1,4 @@
-"""Chat templates render as transformers renders them, within bounds of time and size, on a day."""
+"""Chat templates render as in transformers, with limits of time and size, for a given date."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ids of texts, leading and end tokens, and truncation against its rules for any lengths."""
+"""Ids of texts, leading tokens, end tokens, and the rules of truncation for any lengths."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_ids_are_those_of_the_tokenizer_without_added_tokens(begin: bool, make_t
     assert tokenizer.decode(found[3]) == TEXTS[3]
 
 
-def test_leftover_padding_and_truncation_of_the_backend_are_put_off(make_tokenizer):
+def test_padding_and_truncation_of_the_backend_are_switched_off(make_tokenizer):
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(2)
     tokenizer.backend_tokenizer.enable_padding(length=50)
@@ -47,7 +47,7 @@ def test_leftover_padding_and_truncation_of_the_backend_are_put_off(make_tokeniz
     assert tokenizer.decode(encoder([TEXTS[0]])[0]) == TEXTS[0]
 
 
-def test_a_tokenizer_that_does_more_than_its_backend_is_asked_itself(make_tokenizer):
+def test_a_tokenizer_that_does_more_than_its_backend_is_called_itself(make_tokenizer):
     tokenizer = make_tokenizer()
 
     class Shouting:
@@ -62,7 +62,7 @@ def test_a_tokenizer_that_does_more_than_its_backend_is_asked_itself(make_tokeni
     assert [tokenizer.decode(array) for array in found] == ["BOATS", "CAME IN"]
 
 
-def test_leading_tokens_are_put_once(make_tokenizer):
+def test_leading_tokens_are_added_once(make_tokenizer):
     encoder = Encoder(make_tokenizer(begin=True))
     lead = encoder.lead.tolist()
     assert len(lead) == 1
@@ -84,7 +84,7 @@ def run(cut: Truncation, prompt, *responses, has_lead: bool = False) -> list[lis
     return [part.tolist() for part in cut(prompt, responses, has_lead=has_lead)]
 
 
-def test_what_fits_gets_its_end_token_and_loses_nothing():
+def test_an_example_that_fits_gets_its_end_token_and_is_not_truncated():
     cut = truncation(8, 3)
     assert run(cut, ids(1, 2, 3), ids(10, 11), ids(20, END)) == [
         [1, 2, 3],
@@ -94,7 +94,7 @@ def test_what_fits_gets_its_end_token_and_loses_nothing():
     assert cut.cuts == TruncationCounts()
 
 
-def test_the_prompt_loses_its_start_as_far_as_the_longer_answer_needs():
+def test_the_prompt_loses_its_start_by_what_the_longer_answer_needs():
     cut = truncation(8, 2)
     parts = run(cut, ids(1, 2, 3, 4, 5, 6), ids(10, 11, 12), ids(20))
     assert parts == [[3, 4, 5, 6], [10, 11, 12, END], [20, END]]
@@ -108,7 +108,7 @@ def test_then_the_answers_lose_their_ends_and_get_no_end_token():
     assert cut.cuts == TruncationCounts(prompts=1, responses=1, tokens=2 + 2)
 
 
-def test_an_answer_that_fits_without_its_end_token_is_cut():
+def test_an_answer_that_fits_only_without_its_end_token_is_truncated():
     assert run(truncation(5, 3), ids(1, 2, 3), ids(10, 11), ids(20)) == [
         [1, 2, 3],
         [10, 11],
@@ -120,11 +120,11 @@ def test_leading_tokens_survive_and_do_not_count_as_the_end_of_the_prompt():
     cut = truncation(8, 3, lead=1)
     parts = run(cut, ids(LEAD, 1, 2, 3, 4), ids(10, 11, 12, 13, 14), ids(20), has_lead=True)
     assert parts == [[LEAD, 2, 3, 4], [10, 11, 12, 13], [20, END]]
-    # A prompt of a chat template that begins otherwise has no such tokens to keep.
+    # A chat prompt that starts differently has no such tokens to keep.
     assert run(cut, ids(1, 2, 3, 4, 5), ids(10, 11, 12, 13, 14))[0] == [3, 4, 5]
 
 
-def test_a_cut_answer_never_ends_like_a_finished_one():
+def test_a_truncated_answer_never_ends_like_a_finished_one():
     assert run(truncation(5, 1), ids(1), ids(10, 11, END, END, 12, 13), ids(20)) == [
         [1],
         [10, 11],
@@ -159,10 +159,10 @@ def test_nothing_to_learn_from_is_bad_content(limits, prompt, responses, reason)
     cut = truncation(*limits)
     with pytest.raises(ContentFault, match=f"^{reason}$"):
         cut(prompt, responses, has_lead=False)
-    assert cut.cuts == TruncationCounts(), "what is dropped is not counted as cut"
+    assert cut.cuts == TruncationCounts(), "a dropped row is not counted as truncated"
 
 
-def test_without_any_prompt_the_first_token_is_no_target():
+def test_without_a_prompt_the_first_token_is_not_a_target():
     cut = truncation(8, 0, append=False)
     with pytest.raises(ContentFault, match="empty response after truncation"):
         cut(ids(), [ids(10), ids(20, 21)], has_lead=False)
@@ -199,7 +199,7 @@ def test_any_lengths_keep_the_rules(total, keep, lead, body, responses):
         shortest = min(map(len, responses))
         same = len({tuple(r) for r in responses}) < len(responses)
         common = len(responses) == 2 and tuple(responses[0][:1]) == tuple(responses[1][:1])
-        # Only then may there be nothing to learn: no answer, equal answers, or room for too little.
+        # Only these may leave nothing to learn: no answer, equal answers, or too little room.
         assert shortest == 0 or same or common or (lead == 0 and (keep == 0 or len(body) == 0))
         return
     kept_body = len(kept) - lead
@@ -222,7 +222,7 @@ def test_any_lengths_keep_the_rules(total, keep, lead, body, responses):
     assert cut.cuts.tokens == len(body) - kept_body + sum(lost)
 
 
-def test_identity_is_of_content_not_of_use(make_tokenizer):
+def test_identity_depends_on_content_not_on_use(make_tokenizer):
     first, second = make_tokenizer(), make_tokenizer()
     first(["a"], truncation=True, max_length=1)
     assert tokenizer_identity(first) == tokenizer_identity(second)

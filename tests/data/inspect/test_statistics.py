@@ -1,4 +1,4 @@
-"""The data doctor's numbers, each compared with what was put into the data."""
+"""The statistics of `inspect`, each compared with what was put into the data."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def settings_of(result):
     return [w["setting"] for w in result["warnings"]]
 
 
-def test_what_was_put_in_is_found(look, jsonl, tokenizer):
+def test_planted_faults_are_found(look, jsonl, tokenizer):
     rows = [row(i) for i in range(40)]
     rows += [row(3)] * 4  # repeated
     rows += [row(5, chosen=" Guess {}.", rejected=" {} miles.")]  # contradicts row 5
@@ -65,7 +65,7 @@ def test_what_was_put_in_is_found(look, jsonl, tokenizer):
     assert "dpo.label_smoothing" in settings_of(result)
 
 
-def test_token_counts_are_those_that_training_gets(look, jsonl, tokenizer, tmp_path):
+def test_token_counts_are_those_of_training(look, jsonl, tokenizer, tmp_path):
     rows = [
         row(i, prompt=f"Why {i}? " * (1 + i % 9), chosen=" So. " * (1 + i % 30)) for i in range(80)
     ]
@@ -91,7 +91,7 @@ def test_token_counts_are_those_that_training_gets(look, jsonl, tokenizer, tmp_p
     assert "dpo.max_length" in settings_of(result)
 
 
-def test_no_end_token_is_warned_of(look, jsonl):
+def test_a_missing_end_token_is_a_warning(look, jsonl):
     rows = [row(i) for i in range(10)]
     result = look(PreferenceDatasetConfig(dataset_name=str(jsonl(rows)), append_end_token=False))
     assert result["sources"][0]["without_end_token"] == {"chosen": 1.0, "rejected": 1.0}
@@ -134,7 +134,7 @@ def test_a_fraction_held_out_by_content_shares_no_pair(look, jsonl):
     assert result["sources"][0]["held_out"] == result["leakage"]["evaluation_rows"]
 
 
-def test_too_many_bad_rows_warn_instead_of_ending_the_look(look, jsonl):
+def test_too_many_bad_rows_are_a_warning(look, jsonl):
     rows = [row(i, chosen=" " if i < 5 else " c {}") for i in range(20)]
     result = look(PreferenceDatasetConfig(dataset_name=str(jsonl(rows))), batch=50)
     assert {"data.max_dropped", "train.batch_size"} <= set(settings_of(result))
@@ -151,7 +151,7 @@ def test_examples_show_tokens_and_targets(look, jsonl, tokenizer):
             assert "".join(answer["tokens"]) == answer["text"]
             assert answer["text"].endswith("<|end|>")
             assert "\ufffd" not in answer["text"]
-            # Without a prompt nothing stands before the first token of an answer.
+            # Without a prompt there is no token before the first token of an answer.
             assert answer["target"] == [
                 bool(prompt["tokens"]),
                 *[True] * (len(answer["tokens"]) - 1),
@@ -180,7 +180,7 @@ def test_instructions_and_documents_have_their_own_columns(look, jsonl):
     assert result["steps_per_epoch"] == -(-(tokens // 64) // 2)
 
 
-def test_a_mixture_is_looked_at_source_by_source(look, jsonl):
+def test_a_mixture_is_inspected_source_by_source(look, jsonl):
     files = [
         str(jsonl([row(i, prompt=n + " {}?") for i in range(10)], n))
         for n in ("a.jsonl", "b.jsonl")
@@ -193,7 +193,7 @@ def test_a_mixture_is_looked_at_source_by_source(look, jsonl):
     assert result["rows"] == 20 and result["steps_per_epoch"] == 5
 
 
-def test_summaries_are_numpys():
+def test_summaries_equal_numpys():
     values = np.random.default_rng(0).integers(0, 900, 1000)
     found = summary_of(values)
     assert found["p95"] == pytest.approx(np.percentile(values, 95), abs=0.1)

@@ -47,7 +47,7 @@ def test_a_cut_parquet_file_is_refused(tmp_path: Path):
         list(read_parquet(path))
 
 
-def test_rows_can_be_asked_for_again_and_out_of_order(tmp_path: Path):
+def test_rows_can_be_read_again_and_out_of_order(tmp_path: Path):
     numbers = list(range(3000))
     path = put(tmp_path / "a.parquet", pyarrow.table({"n": numbers}), row_group_size=700)
     rows = list(read_parquet(path))
@@ -55,8 +55,8 @@ def test_rows_can_be_asked_for_again_and_out_of_order(tmp_path: Path):
     assert [rows[at].values["n"] for at in (2999, 0, 1500, 1499)] == [2999, 0, 1500, 1499]
 
 
-def test_a_column_that_is_not_asked_for_is_not_decoded(tmp_path: Path):
-    """Here its pages are garbage, which only decoding finds."""
+def test_an_unused_column_is_not_decoded(tmp_path: Path):
+    """The pages of that column are garbage, which decoding would notice."""
     blob = [bytes(range(256)) * 40] * 50
     table = pyarrow.table({"text": [f"t{i}" for i in range(50)], "blob": blob})
     path = put(tmp_path / "a.parquet", table, compression="zstd", use_dictionary=False)
@@ -85,7 +85,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("name", STRANGE)
-def test_a_value_that_python_cannot_hold_is_a_fault_of_its_column_alone(name: str):
+def test_a_value_that_python_cannot_hold_affects_only_its_column(name: str):
     row = next(arrow_files.rows_of(pyarrow.table({"text": ["a"], "odd": STRANGE[name]})))
     values = Columns(row)
     assert values["text"] == "a" and "odd" in values
@@ -147,7 +147,7 @@ def test_a_dataset_on_disk_is_read_with_its_images_closed(tmp_path: Path):
 
 
 def bomb(path: Path, rows: int, size: int, nested: bool = False) -> Path:
-    """A file of a few hundred bytes in which one long text stands in every row, by reference."""
+    """A file of a few hundred bytes in which every row refers to one long text."""
     words = pyarrow.DictionaryArray.from_arrays(
         pyarrow.array([0] * rows, pyarrow.int32()), pyarrow.array(["y" * size])
     )
@@ -203,7 +203,7 @@ def test_a_file_that_unpacks_without_bound_is_refused_in_bounded_memory(size, ne
     assert int(found[1]) < 1024 * 1024, f"{int(found[1]) / 1024:.0f} MiB"
 
 
-def test_a_text_of_many_rows_is_no_bomb(tmp_path: Path):
+def test_a_text_shared_by_many_rows_is_accepted(tmp_path: Path):
     """One prompt of 2 KB in 20,000 rows: a dictionary, as every writer makes it."""
     table = pyarrow.table({"text": ["p" * 2000] * 20_000, "n": list(range(20_000))})
     rows = read_parquet(put(tmp_path / "a.parquet", table))
@@ -231,7 +231,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path):
         list(read_parquet(put(tmp_path / "a.parquet", table)))
 
 
-def test_a_list_that_is_larger_than_its_file_can_say_is_refused_undecoded(tmp_path):
+def test_a_list_larger_than_its_file_could_hold_is_refused_undecoded(tmp_path):
     count = 100_000_000
     numbers = pyarrow.repeat(pyarrow.scalar(0, pyarrow.int32()), count)
     ends = pyarrow.array([0, count], pyarrow.int32())

@@ -1,4 +1,4 @@
-"""Snapshots of the Hub whose README.md says which files are which split of which configuration."""
+"""Snapshots of the Hub whose README.md lists the files of each split and configuration."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_splits_are_what_the_file_says_and_what_the_library_reads(form, tmp_path):
+def test_splits_are_those_of_the_readme_and_of_the_library(form, tmp_path):
     put(tmp_path / "x", *FILES)
     say(tmp_path / "x", [{"config_name": "default", "data_files": FORMS[form]}])
     train = ["data/a-0.jsonl", "data/a-1.jsonl"]
@@ -94,7 +94,7 @@ def test_one_of_several_configurations_is_chosen(tmp_path):
     assert config.subset == "en"
 
 
-def test_variants_of_a_split_leave_a_choice(tmp_path):
+def test_variants_of_a_split_need_a_choice(tmp_path):
     put(tmp_path, "a.jsonl", "b.jsonl")
     say(tmp_path, [{"data_files": {"train_sft": "a.jsonl", "train_prefs": "b.jsonl"}}])
     with pytest.raises(DataError, match=r"no split 'train', only \['train_sft', 'train_prefs'\]"):
@@ -147,7 +147,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_an_odd_configuration_is_named(name, tmp_path):
+def test_an_invalid_configuration_is_named(name, tmp_path):
     put(tmp_path, "a.jsonl")
     say(tmp_path, ODD[name])
     with pytest.raises(DataError, match=r"README\.md: .*repair it, or remove the file") as raised:

@@ -1,4 +1,4 @@
-"""Columns beside prompt and answer: system words, earlier turns, and how a prompt gets them."""
+"""Columns beside prompt and answer: system messages, earlier turns, and their place in a prompt."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from modern_llm.data.read.formats import choose_format
 from tests.data.read.test_formats import TABLES, assistant, convert, user
 
 
-def test_history_and_system_words_in_the_frames_of_alpaca():
+def test_history_and_system_messages_in_the_frames_of_alpaca():
     fields = {"instruction": "3+3?", "input": "", "output": "six"}
     more = {"system": "Be brief.", "history": [["2+3?", "five"], ["ok?", "yes"]]}
     _, made = convert("answers", {**fields, **more}, framed=True)
@@ -21,7 +21,7 @@ def test_history_and_system_words_in_the_frames_of_alpaca():
     )
 
 
-def test_strings_become_turns_where_a_chat_template_writes_them():
+def test_strings_become_turns_with_a_chat_template():
     system = {"role": "system", "content": "s"}
     cases = [
         ("pairs", {"prompt": "q", "chosen": "c", "rejected": "r"}, [user("q")]),
@@ -37,5 +37,5 @@ def test_strings_become_turns_where_a_chat_template_writes_them():
         assert entry.talk({**row, "system": "s"}, "f:1").prompt == [system, *turns]
         plain = {name: value for name, value in row.items() if name != "history"}
         assert entry.talk(plain, "f:1") == entry.convert(plain, "f:1")
-        # Without a chat template nothing says how to write system words before a string.
+        # Without a chat template there is no rule how to write a system message before a string.
         assert entry.convert({**plain, "system": "s"}, "f:1").prompt == "q"

@@ -1,4 +1,4 @@
-"""Folders as the Hub leaves them: which files are a split, what is skipped, what is refused."""
+"""Folders in the Hub's layout: files of a split, skipped files, refused files."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ ULTRAFEEDBACK = [
 
 @pytest.fixture
 def snapshot(tmp_path: Path) -> Path:
-    """As `snapshot_download` leaves it: links to blobs, metadata, and its own cache."""
+    """A folder as written by `snapshot_download`: links to blobs, metadata, and its own cache."""
     blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
     put(blobs, *ULTRAFEEDBACK)
     for name in ULTRAFEEDBACK:
@@ -132,7 +132,7 @@ def test_a_name_of_two_splits_is_refused(name: str, tmp_path: Path):
         open_source(str(tmp_path))
 
 
-def test_a_folder_of_all_splits_says_nothing(tmp_path: Path):
+def test_a_folder_of_all_splits_logs_nothing(tmp_path: Path):
     put(tmp_path, "train_test_split/train.jsonl", "train_test_split/test.jsonl")
     assert read(tmp_path) == ["train_test_split/train.jsonl"]
     assert read(tmp_path, split="test") == ["train_test_split/test.jsonl"]
@@ -159,7 +159,7 @@ def test_a_data_set_saved_to_disk_is_read(tmp_path: Path):
     assert read(tmp_path / "d") == [f"train {i}" for i in range(6)]
     assert read(tmp_path / "d", split="test_prefs") == [f"test_prefs {i}" for i in range(6)]
     assert read(tmp_path / "d", split="test") == [f"test_prefs {i}" for i in range(6)]
-    # One split of it, by its own folder.
+    # One of its splits, by its own folder.
     assert read(tmp_path / "d" / "test_prefs") == [f"test_prefs {i}" for i in range(6)]
     (tmp_path / "d" / "train" / "data-00001-of-00003.arrow").unlink()
     with pytest.raises(DataError, match=r"data-00001-of-00003\.arrow: is missing, and .*state"):
@@ -177,8 +177,10 @@ def test_files_that_are_not_read_are_named_in_the_report(tmp_path, jsonl, pairs,
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt"])
-def test_what_is_no_regular_file_is_refused_at_once(kind: str, suffix: str, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the name of a socket is bounded
+def test_other_than_regular_files_are_refused_at_once(
+    kind: str, suffix: str, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # the length of a socket's name is limited
     path = Path(f"rows{suffix}")
     if kind == "pipe":
         os.mkfifo(path)

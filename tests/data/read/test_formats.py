@@ -1,4 +1,4 @@
-"""Every format by its columns, what it makes of a row, and every way in which a row can be bad."""
+"""Every format: detection by columns, the records it makes, and every kind of bad row."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_rows_are_told_by_their_columns_and_read_literally(name: str):
+def test_formats_are_found_by_their_columns_and_rows_read_literally(name: str):
     values, record = GOOD[name]
     kind = {PreferencePair: "pairs", Instruction: "answers", Document: "documents"}[type(record)]
     found, made = convert(kind, values)
@@ -337,7 +337,7 @@ def test_broken_structure_names_the_column_and_the_type(name: str):
 
 
 @pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
-def test_a_missing_column_is_named_with_those_that_are_there(column: str):
+def test_a_missing_column_is_named_with_the_existing_ones(column: str):
     values = {name: text for name, text in STRINGS.items() if name != column}
     others = sorted(values)
     with pytest.raises(RowFault) as caught:
@@ -390,7 +390,7 @@ CONTENT = {
 
 
 @pytest.mark.parametrize("name", CONTENT)
-def test_bad_content_is_told_from_broken_structure(name: str):
+def test_bad_content_is_distinguished_from_broken_structure(name: str):
     kind, values, reason = CONTENT[name]
     with pytest.raises(ContentFault, match=f"^{reason}$"):
         convert(kind, values)

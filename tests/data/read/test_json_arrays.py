@@ -1,4 +1,4 @@
-"""Arrays of objects: any layout gives the same rows, and what is corrupt is placed exactly."""
+"""Arrays of objects: any layout gives the same rows, and errors name the exact position."""
 
 from __future__ import annotations
 
@@ -59,9 +59,7 @@ def test_any_layout_and_window_gives_the_rows(rows, indent, ascii_only, chunk):
 
 
 @pytest.mark.parametrize("chunk", [1, 2**16])
-def test_elements_that_are_no_usable_row_are_named_and_the_others_read(
-    chunk, tmp_path, monkeypatch
-):
+def test_unusable_elements_are_named_and_the_others_read(chunk, tmp_path, monkeypatch):
     monkeypatch.setattr(json_arrays, "_CHUNK", chunk)
     path = write(tmp_path, '[{"a": 1},\n 789,\n {"a": "\\ud800"}, {"a": 1, "a": 2},\n{"a": 2}]\n')
     first, number, surrogate, twice, last = read_json(path)

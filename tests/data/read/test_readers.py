@@ -1,4 +1,4 @@
-"""Lines, records, batches and blank-line documents: what is read, and what is refused where."""
+"""Lines, records, batches and documents between blank lines: rows, and positions of errors."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_escapes_that_only_look_bad_are_read(text: str, tmp_path: Path):
     assert row.values["text"] == json.loads(f'"{text}"')
 
 
-def test_a_line_beyond_the_bound_is_passed_over_in_bounded_memory(tmp_path: Path, monkeypatch):
+def test_a_line_beyond_the_limit_is_skipped_in_bounded_memory(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(readers, "MAX_ROW_BYTES", 2**16)
     long = b'{"text": "' + b"x" * 2**24 + b'"}'
     path = write(tmp_path, GOOD + b"\n" + long + b"\n" + GOOD + b"\n" + long)
@@ -103,7 +103,7 @@ def test_the_bound_is_exact(length: int, tmp_path: Path, monkeypatch):
 @example(b"\xef\xbb\xbf", 0, 0)
 @example(b"", 1, 3)
 def test_any_bytes_give_rows_that_can_be_tokenised_or_a_reason(noise: bytes, way: int, at: int):
-    """Garbage alone, garbage spliced into good lines, and good lines cut short."""
+    """Garbage alone, garbage spliced into good lines, and truncated good lines."""
     import tempfile
 
     content = (GOOD + b"\n") * 5
@@ -156,7 +156,7 @@ def test_a_bad_record_of_csv_is_named_and_the_others_are_read(record, reason, tm
         (b"prompt,prompt\na,b\n", ":1", "two columns of one name"),
     ],
 )
-def test_csv_that_cannot_be_read_on(content: bytes, place: str, reason: str, tmp_path: Path):
+def test_csv_that_cannot_be_read_further(content: bytes, place: str, reason: str, tmp_path: Path):
     path = write(tmp_path, content, "rows.csv")
     with pytest.raises(DataError) as caught:
         list(read_csv(path))
@@ -177,7 +177,7 @@ def test_without_a_blank_line_inside_each_line_is_a_document(tmp_path: Path):
     assert texts(path) == [("a", "2"), ("b", "3"), ("c", "4")]
 
 
-def test_a_bad_line_spoils_its_document_only(tmp_path: Path):
+def test_a_bad_line_affects_only_its_document(tmp_path: Path):
     path = write(tmp_path, b"a\nb\xff\nc\n\nd\n\ne\0\n", "a.txt")
     bad, good, nul = read_text(path, "text")
     assert (bad.origin, bad.column, nul.origin) == (f"{path}:2", 2, f"{path}:7")

@@ -1,4 +1,4 @@
-"""What a name stands for, in which order files are read, and what is refused at once."""
+"""Resolution of a data set's name, order of its files, and names that are refused at once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read(folder: Path, **options) -> list[str]:
     return [row.values["text"] for row in open_source(str(folder), **options)]
 
 
-def test_a_file_can_be_read_twice_and_is_known_by_its_bytes(tmp_path: Path):
+def test_a_file_can_be_read_twice_and_is_identified_by_its_bytes(tmp_path: Path):
     put(tmp_path, "a.jsonl")
     source = open_source(str(tmp_path / "a.jsonl"))
     assert list(source) == list(source) == [Row({"text": "a.jsonl"}, f"{tmp_path}/a.jsonl:1")]
@@ -54,7 +54,7 @@ def test_text_files_are_documents_and_nothing_else(tmp_path: Path):
         open_source(str(tmp_path / "a.txt"))
 
 
-def test_a_split_of_a_folder_is_told_by_names(tmp_path: Path):
+def test_a_split_of_a_folder_is_found_by_names(tmp_path: Path):
     put(tmp_path, "train-00000-of-2.jsonl", "extra.jsonl", "hh_test.jsonl", "valid/a.jsonl")
     put(tmp_path, "test_prefs-0.jsonl")
     assert read(tmp_path) == ["extra.jsonl", "train-00000-of-2.jsonl"]
@@ -82,7 +82,7 @@ def test_one_file_has_no_splits(tmp_path: Path):
 @pytest.mark.parametrize(
     "name", ["missing.jsonl", "./missing", "/missing/folder", "a/b/c", "data.jsonl.gz", "~/x.csv"]
 )
-def test_a_path_that_is_not_there_is_no_hub_id(name: str, tmp_path: Path, monkeypatch):
+def test_a_missing_path_is_not_taken_for_a_hub_id(name: str, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the Hub"))
     with pytest.raises(DataError, match=f"^{name}: no such file or folder"):

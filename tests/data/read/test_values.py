@@ -1,4 +1,4 @@
-"""The same rows give the same record from every type of file; lists as text are lists."""
+"""Equal rows give equal records from every file type; lists stored as text are parsed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from modern_llm.data.read.records import Unreadable
 from modern_llm.data.read.values import Columns
 from modern_llm.data.table.build import prepare_tables
 
-# Writes every key that a message has, so that one more or less shows.
+# Writes every key of a message, so that a missing or an additional one is noticed.
 CHAT = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
@@ -46,7 +46,7 @@ def tool(name: str, properties: dict[str, Any]) -> dict[str, Any]:
 
 
 class Draw:
-    """Rows made by chance from a seed."""
+    """Random rows from a seed."""
 
     def __init__(self, seed: int):
         self._draw = random.Random(seed)
@@ -58,7 +58,7 @@ class Draw:
         return "".join(letters) + str(self._draw.random())
 
     def arguments(self) -> dict[str, int]:
-        """Some of the keys, in one order in all rows: Arrow keeps no other."""
+        """Return some of the keys, in the same order in all rows: Arrow keeps no other."""
         self._first, share = False, 1.0 if self._first else 0.5
         return {key: self._draw.randrange(9) for key in "abcd" if self._draw.random() < share}
 
@@ -159,7 +159,7 @@ def content(build, config, tokenizer, folder: Path) -> list[Any]:
 
 
 def same_everywhere(rows, build, section, tokenizer, place: Path) -> list[Any]:
-    """Return the ids that all types of file give alike."""
+    """Return the ids, which must be equal for all file types."""
 
     def ids(path: Path, folder: Path) -> list[Any]:
         config = section(dataset_name=str(path), max_dropped=1.0)
@@ -192,7 +192,7 @@ def test_pairs_are_the_same_from_every_file(lists, chat, tmp_path):
 
 
 def test_a_sequence_of_the_datasets_library_is_a_list_of_messages(chat, tmp_path, monkeypatch):
-    """`Sequence({...})` is kept as an object of lists, in memory and in files."""
+    """`Sequence({...})` is stored as an object of lists, in memory and in files."""
     rows = [
         [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": f"a{i}"}] for i in range(3)
     ]
@@ -255,7 +255,9 @@ def test_a_message_as_text_is_a_message():
     ],
     ids=["numpy", "cut", "no comma", "brackets"],
 )
-def test_a_list_of_messages_that_cannot_be_parsed_is_no_text(text: str, jsonl, tokenizer, tmp_path):
+def test_a_list_of_messages_that_cannot_be_parsed_is_not_taken_as_text(
+    text: str, jsonl, tokenizer, tmp_path
+):
     path = jsonl([{"prompt": "p", "chosen": text, "rejected": "r"}])
     config = PreferenceDatasetConfig(dataset_name=str(path))
     if text.startswith("[["):
@@ -291,7 +293,7 @@ def test_a_document_is_literal(jsonl, tokenizer, tmp_path):
     assert tokenizer.decode(prepared.train.ids(0, "text")).startswith(text[:10])
 
 
-def test_nulls_are_absent_but_named_where_they_are_missed(jsonl, chat, tmp_path):
+def test_nulls_are_absent_and_named_where_a_value_is_required(jsonl, chat, tmp_path):
     rows = [{"instruction": "i", "input": None, "output": "o", "tools": None}]
     config = InstructionDatasetConfig(dataset_name=str(jsonl(rows)))
     (with_null,) = content(prepare_tables, config, chat, tmp_path / "a")

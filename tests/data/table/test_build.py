@@ -1,4 +1,4 @@
-"""From files to tables: bad rows, held-out rows, reuse, and nothing left behind by a failure."""
+"""From files to tables: bad rows, held-out rows, reuse, and clean-up after a failure."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_batches_change_nothing(build, jsonl, pairs, monkeypatch):
         assert build(path, f"{rows}-{characters}").train.digest == whole
 
 
-def test_rows_are_read_as_they_are_needed(jsonl, pairs, tokenizer, monkeypatch):
-    """No more than a batch is in memory between the source and the table."""
+def test_rows_are_read_as_needed(jsonl, pairs, tokenizer, monkeypatch):
+    """At most one batch is in memory between the source and the table."""
     monkeypatch.setattr(module, "_BATCH_ROWS", 10)
     from modern_llm.data.encode.pipeline import answers_recipe
     from modern_llm.data.read.sources import open_source
@@ -106,7 +106,7 @@ def test_bad_content_is_dropped_counted_and_listed(build, jsonl, pairs, tmp_path
         "equal responses": 1,
         "equal responses after truncation": 2,
     }
-    # In the order in which they are found: some before tokenisation, the others after their batch.
+    # In the order of detection: some before tokenisation, the others after their batch.
     found = sorted(listed(tmp_path), key=lambda entry: int(entry[0].rpartition(":")[2]))
     assert [origin for origin, _ in found] == [f"{path}:{10 * n + 1}" for n in range(5)]
     for (_, reason), (_, expected) in zip(found, CONTENT, strict=True):
@@ -127,7 +127,7 @@ def test_more_than_the_allowed_share_is_an_error(build, jsonl, pairs, tmp_path):
     assert build(path, max_dropped=0.06).report.dropped == 6
 
 
-def test_a_source_of_bad_rows_only_is_an_error_whatever_is_allowed(build, jsonl):
+def test_a_source_of_bad_rows_only_is_always_an_error(build, jsonl):
     path = jsonl([{**STRINGS, "chosen": ""}] * 3)
     with pytest.raises(DataError, match="all 3 rows are bad: 3 empty response. First: .*:1 .empty"):
         build(path, max_dropped=1.0)
@@ -180,7 +180,7 @@ def test_broken_structure_can_be_skipped(name, build, jsonl, pairs, tmp_path):
     assert prepared.report.drops == {"broken structure": 2}
     (first, reason), (last, _) = listed(tmp_path)
     assert (first, last) == (f"{path}:1", f"{path}:5")
-    # A first row decides no format unless it fits one.
+    # The first row sets the format only if it fits one.
     if name == "missing column":
         assert reason.startswith("column 'rejected' is missing") or "no format for" in reason
     else:
@@ -193,7 +193,7 @@ def test_rows_of_no_known_format_name_the_columns(build, jsonl):
         build(path)
 
 
-def test_a_named_format_is_taken_at_its_word(build, jsonl, tokenizer):
+def test_a_named_format_is_used_without_detection(build, jsonl, tokenizer):
     turn = "\n\nHuman: a\n\nAssistant:"
     row = {"prompt": "x", "chosen": turn + " yes", "rejected": turn + " no"}
     assert words(build(jsonl([row]), "hh", format="hh"), tokenizer)[0][:2] == [turn, " yes<|end|>"]
@@ -214,7 +214,7 @@ def digests(table) -> set[str]:
     return {table.select([i]).digest for i in range(len(table))}
 
 
-def test_a_fraction_held_out_stays_when_rows_come_and_move(build, jsonl, pairs):
+def test_held_out_rows_stay_the_same_when_rows_are_added_and_moved(build, jsonl, pairs):
     rows = pairs(300)
     first = build(jsonl(rows[:200]), "first", eval_fraction=0.2)
     assert len(first.train) + len(first.evaluation) == 200 == first.report.kept
@@ -227,7 +227,7 @@ def test_a_fraction_held_out_stays_when_rows_come_and_move(build, jsonl, pairs):
     assert not digests(second.train) & digests(second.evaluation)
 
 
-def test_the_draw_is_of_cells_not_of_their_ids_in_a_row():
+def test_held_out_rows_are_drawn_by_cells_not_by_their_joined_ids():
     cells = [np.array(values, dtype=np.int32) for values in ([1], [2, 3], [1, 2], [3])]
     drawn = [share_of(cells[:2]), share_of(cells[2:]), share_of(cells[1::-1])]
     assert len(set(drawn)) == 3 and all(0 <= share < 1 for share in drawn)
@@ -241,7 +241,7 @@ def test_a_fraction_that_leaves_nothing_is_an_error(build, jsonl, pairs):
         build(jsonl(pairs(5)), eval_fraction=0.999)
 
 
-def test_evaluation_data_of_its_own(build, jsonl, pairs, tmp_path):
+def test_separate_evaluation_data(build, jsonl, pairs, tmp_path):
     train, test = jsonl(pairs(8), "d/train.jsonl"), jsonl(pairs(12)[8:], "d/test.jsonl")
     by_name = build(train, "by-name", eval_dataset_name=str(test))
     by_split = build(tmp_path / "d", "by-split", eval_split="test")
@@ -294,7 +294,7 @@ def test_the_same_inputs_are_mapped_and_others_built(build, jsonl, pairs, make_t
 
 
 @pytest.mark.parametrize("name", ["prepared.json", "train/ids.bin", "train/meta.json"])
-def test_damaged_tables_are_built_anew(name, build, jsonl, pairs, tmp_path):
+def test_damaged_tables_are_built_again(name, build, jsonl, pairs, tmp_path):
     path = jsonl(pairs(5))
     digest = build(path).train.digest
     damaged = tmp_path / "tables" / name
@@ -302,7 +302,7 @@ def test_damaged_tables_are_built_anew(name, build, jsonl, pairs, tmp_path):
     assert build(path).train.digest == digest
 
 
-def test_a_failure_keeps_the_tables_of_before(build, jsonl, pairs):
+def test_a_failure_keeps_the_previous_tables(build, jsonl, pairs):
     path = jsonl(pairs(5))
     digest = build(path).train.digest
     jsonl([*pairs(5), b"corrupt"])

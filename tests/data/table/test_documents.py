@@ -1,4 +1,4 @@
-"""Documents become full rows, with where each document begins, and no token twice or lost."""
+"""Documents are packed into full rows; their starts are stored, and no token is lost or doubled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modern_llm.data.table.build import prepare_tables
 
 
 class Written(list):
-    """Takes the rows of a packer as a writer does."""
+    """Receives the rows of a packer."""
 
     def add(self, cells, origin):
         self.append(([cell.tolist() for cell in cells], origin))
@@ -71,7 +71,7 @@ def test_documents_follow_one_another_with_end_tokens(begin, jsonl, make_tokeniz
         assert starts.tolist() == [0, *after_end.tolist()]
 
 
-def test_empty_documents_are_counted_and_not_held_against_a_source(jsonl, tokenizer, tmp_path):
+def test_empty_documents_are_counted_but_do_not_count_as_dropped(jsonl, tokenizer, tmp_path):
     rows = [{"text": "The harbour was quiet in the morning."}, {"text": ""}, {"text": " \n"}] * 4
     prepared = build(jsonl(rows), tokenizer)
     assert prepared.report.drops == {"empty document": 8} and prepared.report.kept == 4
@@ -79,7 +79,7 @@ def test_empty_documents_are_counted_and_not_held_against_a_source(jsonl, tokeni
         build(jsonl(rows[1:3]), tokenizer)
 
 
-def test_less_than_a_row_is_refused(jsonl, tokenizer, tmp_path):
+def test_fewer_tokens_than_a_row_are_refused(jsonl, tokenizer, tmp_path):
     path = jsonl([{"text": "x"}, {"text": "y"}])
     with pytest.raises(DataError, match="has 4 tokens to train on, fewer than one row of 8"):
         build(path, tokenizer)

@@ -1,4 +1,4 @@
-"""Several sources in one run: weights by content, reports by source, and what excludes what."""
+"""Several sources in one run: weights by content, reports by source, exclusive options."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rows_of(table) -> Counter:
 
 @pytest.fixture
 def two(jsonl, pairs):
-    """Two files with nothing in common: 60 string pairs, 40 message pairs."""
+    """Two files without common rows: 60 string pairs, 40 message pairs."""
     strings = jsonl(pairs(60), "strings.jsonl")
     messages = jsonl(
         [
@@ -49,7 +49,7 @@ def two(jsonl, pairs):
     return str(strings), str(messages)
 
 
-def test_weights_say_how_often_each_example_stands_in_an_epoch(tmp_path, tokenizer, two):
+def test_weights_set_how_often_each_example_is_in_an_epoch(tmp_path, tokenizer, two):
     strings, messages = two
     alone = [
         built(tmp_path / n, tokenizer, {"dataset_name": f}) for n, f in zip("ab", two, strict=True)
@@ -147,7 +147,7 @@ def test_documents_of_several_sources_fill_rows_together(tmp_path, tokenizer, js
 
 
 def test_a_streamed_source_is_read_row_by_row_up_to_max_examples(tmp_path, tokenizer, monkeypatch):
-    """What the library streams is stood in for by a generator without end."""
+    """An endless generator replaces the stream of the library."""
     import datasets
 
     seen = []
@@ -174,7 +174,7 @@ def test_a_streamed_source_is_read_row_by_row_up_to_max_examples(tmp_path, token
     assert source.identity == ["owner/endless/train abc123"]
 
 
-def test_a_stream_that_breaks_off_is_named(monkeypatch):
+def test_an_interrupted_stream_is_named(monkeypatch):
     import datasets
 
     def rows():

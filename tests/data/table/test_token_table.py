@@ -1,4 +1,4 @@
-"""A table gives back what was written, part by part and in other processes, and only when whole."""
+"""A table returns what was written, in parts and in other processes, and only if it is complete."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_any_rows_in_any_batches(rows, chunk, data, tmp_path_factory):
         assert part.digest == again.digest
 
 
-def test_positions_of_documents_are_no_token_ids(tmp_path: Path):
+def test_positions_of_documents_are_not_token_ids(tmp_path: Path):
     with TokenTableWriter(tmp_path / "t", ("text", "starts")) as writer:
         writer.add([ids([3, 4]), ids([0, 1000])], "a.txt:1")
         writer.add([ids([9, 1]), ids([0])], "b.txt:7")
@@ -129,7 +129,7 @@ def test_an_error_in_the_block_leaves_nothing(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_refuses_is_a_storage_error_and_leaves_nothing(tmp_path: Path, monkeypatch):
+def test_a_failed_write_is_a_storage_error_and_leaves_nothing(tmp_path: Path, monkeypatch):
     def refuse(self):
         raise OSError(28, "No space left on device", str(tmp_path / "x"))
 
@@ -151,7 +151,7 @@ FILES = [
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["missing", "short", "long", "empty"])
-def test_a_table_that_is_not_whole_is_refused(name: str, damage: str, tmp_path: Path):
+def test_an_incomplete_table_is_refused(name: str, damage: str, tmp_path: Path):
     write(tmp_path / "t", ROWS)
     path = tmp_path / "t" / name
     content = path.read_bytes()
