@@ -2,11 +2,10 @@
 
     python tests/benchmarks/bench_data.py [--data hh.jsonl] [--pairs 100000]
 
-The pairs are the transcripts of FILE with a number put into each, so that no two are equal.
-Tokenising: building the token tables, from the lines of the file to the files of the tables (rows
-judged, cut, digested, written), beside the batch call of `tokenizers` alone on the very same texts,
-which are in memory already. Planning: which pairs form every step of an epoch, and where each of
-them is computed, on 8 processes.
+The pairs are the transcripts of FILE, each with a number inserted so that no two are equal.
+Tokenising: building the token tables from the lines of the file (rows checked, truncated, digested,
+written), compared with the batch call of `tokenizers` alone on the same texts in memory. Planning:
+the pairs of every step of an epoch, and the process of each, for 8 processes.
 """
 
 from __future__ import annotations
@@ -56,14 +55,14 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def tokenizer_of(options: argparse.Namespace) -> Any:
-    """The GPT-2 tokenizer where it is at hand, else the one that was trained on the data."""
+    """Return the GPT-2 tokenizer if it is available, else the one trained on the data."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(GPT2 if GPT2.is_dir() else options.folder / "tokenizer")
 
 
 def raw(options: argparse.Namespace) -> dict[str, Any]:
-    """The batch call alone, a thousand rows at a time."""
+    """Run the batch call alone, a thousand rows at a time."""
     backend = tokenizer_of(options).backend_tokenizer
     texts: list[list[str]] = []
     for start, row in enumerate(read_lines(options.folder / "pairs.jsonl")):
@@ -116,7 +115,7 @@ SIDES = {"prepare": prepare, "raw": raw, "tables": tables}
 
 
 def main() -> int:
-    """Measure, or be one measurement (`--side`)."""
+    """Run all measurements, or one (`--side`)."""
     options = parse()
     if options.side:
         print(json.dumps(SIDES[options.side](options)))
@@ -146,7 +145,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """Options of the whole, and those by which it calls itself."""
+    """Options for the user, and hidden ones for a single measurement."""
     found = parser(__doc__, repeats=1, sides=SIDES)
     found.add_argument("--pairs", type=int, default=100_000)
     return parsed(found)

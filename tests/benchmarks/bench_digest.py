@@ -1,9 +1,10 @@
-"""The digest of a reference's weights beside reading the same file, from the disk and from memory.
+"""The digest of a reference's weights, compared with reading the same file.
 
     python tests/benchmarks/bench_digest.py [--gigabytes 1] [--repeats 3]
 
-Makes a Llama of about that size in a temporary folder. "From the disk" asks the system to drop the
-file's pages first (posix_fadvise), which some file systems ignore: then both columns say the same.
+Creates a Llama of about that size in a temporary folder. For the column "from the disk" the system
+is asked to drop the file's pages first (posix_fadvise); some file systems ignore that, and both
+columns are then equal.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from modern_llm.storage import file_digests
 
 
 def make(folder: Path, gigabytes: float) -> Checkpoint:
-    """Write weights of about the given size, without ever holding them all."""
+    """Write weights of about the given size, without holding them all in memory."""
     config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=2)
     generator = torch.Generator().manual_seed(0)
     count = max(1, round(gigabytes * 1e9 / (4 * 4096 * 4096)))
@@ -41,7 +42,7 @@ def make(folder: Path, gigabytes: float) -> Checkpoint:
 
 
 def read(files: list[Path]) -> None:
-    """Read the files and throw the bytes away."""
+    """Read the files and discard the bytes."""
     buffer = bytearray(8 << 20)
     for path in files:
         with path.open("rb", buffering=0) as file:
@@ -50,7 +51,7 @@ def read(files: list[Path]) -> None:
 
 
 def drop(files: list[Path]) -> None:
-    """Ask the system to forget the files' pages."""
+    """Ask the system to drop the files' pages."""
     os.sync()
     for path in files:
         with path.open("rb") as file:
@@ -58,7 +59,7 @@ def drop(files: list[Path]) -> None:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds of one call."""
+    """Return the seconds of one call."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began

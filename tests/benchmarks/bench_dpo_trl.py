@@ -1,19 +1,19 @@
-"""DPO with a cached reference: this package beside TRL's `DPOTrainer`, on a CPU, in one run.
+"""DPO with a cached reference: this package against TRL's `DPOTrainer`, on a CPU.
 
     python tests/benchmarks/bench_dpo_trl.py [--data hh.jsonl] [--repeats 3]
 
 Both start from one saved random Llama and train on the same pairs in the same order with the same
-tokenizer, AdamW and rate, so that their losses must agree step by step; the script checks that.
-Each measurement is a process of its own, the sides alternate, and the table gives minimum, median
-and maximum. TRL is given the batch sizes that are fastest for it here, found beforehand; its peak
-memory is also told for the size that it has by default. What is required is required against its
-defaults: `--micro_batch 8`.
+tokenizer, AdamW and learning rate, so that their losses must agree step by step; the script checks
+that. Each measurement is a separate process, the sides alternate, and the table shows minimum,
+median and maximum. TRL uses the batch sizes that are fastest for it here, found in advance; its
+peak memory is also shown for its default size. The requirements refer to its defaults:
+`--micro_batch 8`.
 
-What is timed: (reference) scoring all pairs and writing the values to disk; (training) from the end
-of the first optimizer step to the end of the last, making the batches included. Not timed: imports,
+Timed: (reference) scoring all pairs and writing the values to disk; (training) from the end of the
+first optimizer step to the end of the last, including batch construction. Not timed: imports,
 loading, reading and tokenising data, the first step, export. Memory is the peak of the process.
 
-TRL is no dependency of the package: without it this says how to install it and ends with status 2.
+TRL is not a dependency: without it the script prints how to install it and ends with status 2.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ from measuring import (
 
 MICRO_BATCHES = (8, 4, 2, 1)
 LOSS_BOUND = 1e-3
-"""How far losses of the same step may be apart: rounding, grown over the steps before."""
+"""Largest relative difference of losses of the same step: rounding, accumulated over steps."""
 REQUIRED = {"training_pairs_per_s": 4.8, "reference_pairs_per_s": 6.0, "peak_gb": 0.28}
 
 
 def prepare(options: argparse.Namespace) -> dict[str, Any]:
-    """Write the tokenizer, model and pairs that both sides start from; return counts of pairs."""
+    """Write tokenizer, model and pairs for both sides; return counts of pairs."""
     pairs = read_transcripts(options.data)
     tokenizer = write_tokenizer(pairs, options.folder / "model", VOCABULARY)
     write_model(options.folder / "model", VOCABULARY)
-    # The two sides cut over-long pairs at different ends; without those they do the very same work.
+    # The sides truncate over-long pairs differently; without those they do exactly the same work.
     sizes = [longest(tokenizer, pair) for pair in pairs]
     fitting = [pair for pair, size in zip(pairs, sizes, strict=True) if size <= MAX_LENGTH]
     chosen = random.Random(SEED).sample(fitting, min(options.steps * PAIRS_A_STEP, len(fitting)))
@@ -81,7 +81,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_trl(options: argparse.Namespace) -> dict[str, Any]:
-    """One measurement of TRL, with its defaults but for what is said here."""
+    """One measurement of TRL, with its defaults except for the arguments set here."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -136,7 +136,7 @@ def run_trl(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_ours(options: argparse.Namespace) -> dict[str, Any]:
-    """One measurement of this package, through its documented API."""
+    """One measurement of this package, with its documented API."""
     folder, out = options.folder, place() / "ours"
     return train_ours(
         folder, folder / "pairs.jsonl", out, steps=options.steps, threads=options.threads
@@ -150,7 +150,7 @@ def result(
     losses: list[float],
     tokens: int | None,
 ) -> dict[str, Any]:
-    """One measurement as the parent reads it."""
+    """Return one measurement in the form that the parent process reads."""
     assert len(losses) == options.steps, f"{len(losses)} losses of {options.steps} steps"
     return {
         "reference_pairs_per_s": options.steps * PAIRS_A_STEP / reference_seconds,
@@ -165,7 +165,7 @@ SIDES = {"prepare": prepare, "trl": run_trl, "ours": run_ours}
 
 
 def measure(side: str, options: argparse.Namespace, **changed: int) -> dict[str, Any]:
-    """Run one side in a process of its own, in a fresh folder with empty caches."""
+    """Run one side in a separate process, in a fresh folder with empty caches."""
     names = ("data", "steps", "micro_batch", "reference_batch")
     values = {name: getattr(options, name) for name in names} | changed
     return apart(__file__, side, options.folder, options.threads, **values)
@@ -204,7 +204,7 @@ def table(ours: list[dict[str, Any]], trl: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    """Measure, or be one measurement (`--side`)."""
+    """Run all measurements, or one (`--side`)."""
     options = parse()
     if options.side:
         print(json.dumps(SIDES[options.side](options)))
@@ -237,7 +237,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """Options of the whole, and those by which it calls itself."""
+    """Options for the user, and hidden ones for a single measurement."""
     found = parser(__doc__, repeats=3, sides=SIDES)
     found.add_argument("--steps", type=int, default=12, help="optimizer steps a measurement")
     sizes = (0, *MICRO_BATCHES)

@@ -1,11 +1,11 @@
-"""What the watchdog, the marks of progress and the shared stop flag cost in a step of 100 ms.
+"""Cost of the watchdog, the heartbeats and the shared stop flag in a step of 100 ms.
 
-Two processes sleep through steps of 100 ms, so that all processor time that they use is the cost of
-threads and marks. The flag is a collective that begins before the optimizer and is collected after
-it, measured in steps of computing of which `OPTIMIZER_S` lie between the two, when both processes
-have met: by the clock in the thread that trains, by the processor time of all threads (medians).
-The share of a step is by the clock, on a busy machine partly others'. `flag_at_once` is the same
-decision without anything between the two. Aimed at: 0.5 % of a step, 0.5 ms.
+Two processes sleep through steps of 100 ms, so that all processor time is the cost of threads and
+heartbeats. The flag is a collective that starts before the optimizer and is collected after it. It
+is measured in steps that compute for `OPTIMIZER_S` between the two, after both processes have met:
+wall time in the training thread, and processor time of all threads (medians). The share of a step
+is wall time, which on a busy machine includes other programs. `flag_at_once` is the same decision
+without work between the two. Goal: 0.5 % of a step, 0.5 ms.
 
 Run: `python -m tests.benchmarks.bench_heartbeat`.
 """
@@ -27,7 +27,7 @@ PERCENT = 0.5
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """On one rank: milliseconds of processor and wall time a step, with and without."""
+    """On one rank: return milliseconds of processor and wall time per step, with and without."""
     from modern_llm.config import TrainingConfig
     from modern_llm.distributed.health import heartbeat
     from modern_llm.distributed.health.watchdog import Watchdog
@@ -50,8 +50,8 @@ def measure(folder: Path) -> dict[str, float]:
             pass
 
     def flag(between: float) -> tuple[float, float]:
-        """Seconds by the clock and of the processor that one decision takes."""
-        stop_asked(runtime)  # waiting for the other is not its cost
+        """Return wall and processor seconds of one decision."""
+        stop_asked(runtime)  # waiting for the other process is not counted
         began, used = time.perf_counter(), time.process_time()
         begin_asking(runtime)
         start, at = time.perf_counter(), time.process_time()

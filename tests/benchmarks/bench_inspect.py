@@ -1,10 +1,9 @@
-"""How long `modern-llm inspect` takes on so many pairs, as a whole command.
+"""Duration of the whole command `modern-llm inspect` for many pairs.
 
     python tests/benchmarks/bench_inspect.py --data FILE --tokenizer FOLDER --pairs 100000
 
-FILE holds HH-RLHF transcripts; they are repeated with a number put into each, so that no two rows
-are equal, until there are as many as asked for.
-"""
+FILE holds HH-RLHF transcripts. They are repeated, each with a number inserted so that no two rows
+are equal, up to `--pairs` rows."""
 
 from __future__ import annotations
 

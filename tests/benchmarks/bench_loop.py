@@ -1,11 +1,10 @@
-"""What the loop costs a step beyond forward, backward and optimizer, for a model of a million
-parameters.
+"""Cost of the loop per step beyond forward, backward and optimizer, for a million parameters.
 
     python tests/benchmarks/bench_loop.py [--data hh.jsonl] [--repeats 5]
 
 In one process the run's own loop trains for some steps, and a bare loop does the same forwards,
-backwards, clipping and steps on the very same micro-batches, which it is given ready. The loop's
-cost is the difference: making the batches, counting, logging, looking for signals and marks.
+backwards, clipping and steps on the same prebuilt micro-batches. The cost of the loop is the
+difference: building batches, counting, logging, signals and heartbeats.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from measuring import (
     write_tokenizer,
 )
 
-# 0.25 million in embedding and head each, half a million in the layers.
+# 0.25 million parameters in embedding and head each, half a million in the layers.
 VOCABULARY = 2048
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
 REQUIRED_MS = 3.0
@@ -59,7 +58,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """One measurement: milliseconds a step of both loops."""
+    """One measurement: return milliseconds per step of both loops."""
     from modern_llm.training import stage
 
     bare: list[float] = []
@@ -82,7 +81,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def bare_loop(scorer: Any, task: Any, config: Any, steps: int) -> float:
-    """Seconds a step, the first left out, of what no loop can do without."""
+    """Return seconds per step, without the first, of the work that every loop needs."""
     import torch
 
     from modern_llm.training.optim import make_optimizer
@@ -103,7 +102,7 @@ def bare_loop(scorer: Any, task: Any, config: Any, steps: int) -> float:
 
 
 def main() -> int:
-    """Measure, or be one measurement (`--side`)."""
+    """Run all measurements, or one (`--side`)."""
     options = parse()
     if options.side:
         print(json.dumps(prepare(options) if options.side == "prepare" else run(options)))
@@ -124,7 +123,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """Options of the whole, and those by which it calls itself."""
+    """Options for the user, and hidden ones for a single measurement."""
     found = parser(__doc__, repeats=5, sides=("prepare", "both"))
     found.add_argument("--steps", type=int, default=60, help="optimizer steps a measurement")
     return parsed(found)

@@ -1,12 +1,12 @@
-"""How much of the processor training uses, and what a large vocabulary costs in memory.
+"""Utilisation of the CPU in training, and the memory of a large vocabulary.
 
     python tests/benchmarks/bench_model.py [--data hh.jsonl] [--repeats 5]
 
-Share of peak: `mfu` as a run logs it, median over its steps after the first: the arithmetic of the
-ideal algorithm over time, of what a large float32 matrix product does on the same machine.
+Share of peak: `mfu` as a run logs it, median over its steps after the first: operations of the
+ideal algorithm per second, relative to a large float32 matrix product on the same machine.
 
-Vocabulary: the same model with 4,096 and with 50,257 rows in embedding and head. Of the larger
-peak, the weights, gradients and two moments of the rows more are taken off; what is left is divided
+Vocabulary: the same model with 4,096 and with 50,257 rows in embedding and head. From the larger
+peak, the weights, gradients and moments of the additional rows are subtracted; the rest is divided
 by the smaller peak.
 """
 
@@ -65,7 +65,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """One measurement of one of `SIDES`."""
+    """Run one measurement of one of `SIDES`."""
     return train_ours(
         options.folder / options.side,
         options.folder / "pairs.jsonl",
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure, or be one measurement (`--side`)."""
+    """Run all measurements, or one (`--side`)."""
     options = parse()
     if options.side:
         print(json.dumps(prepare(options) if options.side == "prepare" else run(options)))
@@ -110,7 +110,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """Options of the whole, and those by which it calls itself."""
+    """Options for the user, and hidden ones for a single measurement."""
     found = parser(__doc__, repeats=3)
     found.add_argument("--steps", type=int, default=8, help="optimizer steps a measurement")
     return parsed(found)

@@ -1,15 +1,14 @@
-"""What a committed checkpoint costs beyond writing the same bytes: 500 MB of weights and moments.
+"""Cost of a committed checkpoint beyond writing the same bytes: 500 MB of weights and moments.
 
     python -m tests.benchmarks.bench_save [--megabytes 500] [--repeats 5] [--folder DIR]
 
-In turn, in one folder and in a drawn order: `plain` writes the same two safetensors files and
-nothing else;
-`flushed` writes them and puts each on disk (fsync), as a save without a commit protocol would;
-`committed` is the save of a run: values looked at, written, flushed, digested, manifest, renamed;
-`undigested` is the same save without look and digest, which shows what these two cost alone.
-`beyond` is committed over each other, the median of the differences of one round. The parts are
-measured within the committed saves. `held` is what training waits for under `background_saving`:
-the copy. Medians (minimum to maximum).
+In turn, in one folder and in random order: `plain` only writes the same two safetensors files;
+`flushed` also puts each on disk (fsync), like a save without a commit protocol; `committed` is the
+save of a run: values checked, written, flushed, digested, manifest, renamed; `undigested` is the
+same save without check and digest, to show their cost. `beyond` is committed minus each of the
+others, as the median of the differences within a round. The parts are measured within the committed
+saves. `held` is the time that training waits under `background_saving`: the copy. Medians (minimum
+to maximum).
 """
 
 from __future__ import annotations
@@ -35,11 +34,12 @@ from modern_llm.training.checkpointing import format
 
 WIDTH = 2048
 SETTLE_S = 0.3
-"""Given to the disk after a flush: it is not done with everything when it says so."""
+"""Seconds left to the disk after a flush, because it reports the end too early."""
 
 
 def make(megabytes: float) -> format.Snapshot:
-    """Weights and two moments of layers of `WIDTH` x `WIDTH` float32 numbers, on the host."""
+    """Return weights and two moments of layers of `WIDTH` x `WIDTH` float32 numbers, on the
+    host."""
     layers = max(1, round(megabytes * 1e6 / (12 * WIDTH * WIDTH)))
     draw = torch.Generator().manual_seed(0)
 
@@ -58,7 +58,7 @@ def make(megabytes: float) -> format.Snapshot:
 
 
 def plain(state: format.Snapshot, folder: Path, *, flush: bool) -> None:
-    """Write the files of `state`, each flushed if asked."""
+    """Write the files of `state`, with a flush of each if `flush`."""
     folder.mkdir()
     for name, tensors in state.tensors.items():
         save_file(tensors, folder / name)
@@ -68,7 +68,7 @@ def plain(state: format.Snapshot, folder: Path, *, flush: bool) -> None:
 
 
 def committed(state: format.Snapshot, folder: Path) -> dict[str, float]:
-    """Save as a run does; returns seconds of its parts."""
+    """Save as a run does; return the seconds of its parts."""
     parts: dict[str, float] = {}
 
     def timed(name: str, real: Callable) -> Callable:
@@ -97,7 +97,7 @@ def committed(state: format.Snapshot, folder: Path) -> dict[str, float]:
 
 
 class NoDigest:
-    """Takes bytes and makes nothing of them."""
+    """Accepts bytes and computes nothing."""
 
     def update(self, part: memoryview) -> None:
         pass
@@ -107,7 +107,7 @@ class NoDigest:
 
 
 def undigested(state: format.Snapshot, folder: Path) -> None:
-    """Save as a run does, without looking at values and without the digests of tensors."""
+    """Save as a run does, without checking values and without digests of tensors."""
     with (
         mock.patch.object(safetensors_writer, "_look", lambda name, tensor: None),
         mock.patch.object(safetensors_writer, "new_digest", NoDigest),
@@ -116,13 +116,13 @@ def undigested(state: format.Snapshot, folder: Path) -> None:
 
 
 def copied(state: format.Snapshot) -> list[torch.Tensor]:
-    """Copy all tensors, as a save in the background does before training goes on."""
+    """Copy all tensors, as a background save does before training continues."""
     groups = state.tensors.values()
     return [tensor.to("cpu", copy=True) for group in groups for tensor in group.values()]
 
 
 def seconds(work: Callable[[], object]) -> tuple[float, object]:
-    """Seconds of one call, after what was written before is on disk; and what it returned."""
+    """Return the seconds of one call, after earlier writes are on disk, and its result."""
     os.sync()
     time.sleep(SETTLE_S)
     began = time.perf_counter()
@@ -138,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--megabytes", type=float, default=500)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", help="where to write; a temporary folder unless said")
+    parser.add_argument("--folder", help="where to write; default: a temporary folder")
     asked = parser.parse_args()
     state = make(asked.megabytes)
     size = sum(t.numel() * 4 for group in state.tensors.values() for t in group.values())
@@ -154,7 +154,7 @@ def main() -> None:
                 "undigested": lambda: undigested(state, place),
                 "held": lambda: copied(state),
             }
-            # In another order each time: some calls are slow because of what stood before them.
+            # In a new order each time: some calls are slow because of the previous one.
             for name, work in draw.sample(list(runs.items()), len(runs)):
                 took, result = seconds(work)
                 found.setdefault(name, []).append(took)
@@ -167,7 +167,7 @@ def main() -> None:
 
 
 def report(size: int, found: dict[str, list[float]]) -> dict[str, object]:
-    """Medians and spread of the seconds in `found`, and what a committed save costs beyond."""
+    """Return medians and spread of the seconds in `found`, and what a committed save adds."""
     whole = statistics.median(found["committed"])
 
     def beyond(other: str) -> float:

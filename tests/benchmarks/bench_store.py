@@ -1,11 +1,10 @@
-"""What a reference store of ten million entries costs to open, to ask, to keep and to check.
+"""Cost of a reference store of ten million entries: opening, lookup, size, verification.
 
     python tests/benchmarks/bench_store.py
 
-Entries have no per-token values. The store is written as a fill writes it: appended `--piece` at a
-time, with the compactions that are due. It is measured by fresh processes, the files in the page
-cache.
-"Without checks" is the same reader with the functions left out that compare checksums.
+Entries have no per-token values. The store is written as by a fill: appended `--piece` entries at a
+time, with the due compactions. It is measured in fresh processes, with the files in the page cache.
+"Without checks" is the same reader without the functions that compare checksums.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ IDENTITY = Identity("be" * 32, '{"compute": "float32"}')
 LOOKUP = 512
 """Keys of one lookup: the answers of 256 pairs."""
 CHECKING = ("_check_blocks", "_check_tokens")
-"""The functions of the reader that check what it has read."""
+"""The functions of the reader that verify what it has read."""
 
 
 def main() -> None:
@@ -57,12 +56,12 @@ def main() -> None:
 
 
 def keys_of(entries: int) -> np.ndarray:
-    """The keys of a store of so many entries; the same in every process."""
+    """Return the keys of a store of that size; the same in every process."""
     return np.frombuffer(np.random.default_rng(entries).bytes(16 * entries), "S16")
 
 
 def build(folder: Path, entries: int, piece: int) -> float:
-    """Write a store; return the seconds it took."""
+    """Write a store; return the seconds."""
     keys = keys_of(entries)
     began = time.perf_counter()
     store = ReferenceStore(folder, IDENTITY)
@@ -87,7 +86,7 @@ def in_a_process(folder: Path, entries: int) -> dict[str, Any]:
 
 
 def measure(folder: Path, entries: int) -> dict[str, Any]:
-    """Everything about one store, in this process. Times in seconds, memory in bytes."""
+    """Measure one store in this process. Times in seconds, memory in bytes."""
     keys = keys_of(entries)
     rng = np.random.default_rng(1)
     batches = [keys[rng.integers(0, entries, LOOKUP)] for _ in range(200)]
@@ -133,7 +132,7 @@ def timed(
 
 
 def alternate(work: Callable[[int], Any], rounds: int) -> tuple[list[float], list[float]]:
-    """Time `work(round)` with checks and without, by turns; one round before to warm up."""
+    """Time `work(round)` with and without checks, alternating, after one round of warm-up."""
     checking = {name: getattr(reader, name) for name in CHECKING}
     times: dict[bool, list[float]] = {True: [], False: []}
     for number in range(-1, rounds):
@@ -149,7 +148,7 @@ def alternate(work: Callable[[int], Any], rounds: int) -> tuple[list[float], lis
 
 
 def believe(*what: Any) -> None:
-    """In the place of a check."""
+    """Replacement of a check."""
 
 
 def report(entries: int, piece: int, seconds: list[float], found: list[dict[str, Any]]) -> None:
@@ -186,7 +185,7 @@ def report(entries: int, piece: int, seconds: list[float], found: list[dict[str,
 
 
 def share(found: dict[str, Any], name: str) -> float:
-    """What checking adds to the time to read without it, in percent."""
+    """Return the time that checks add to reading without them, in percent."""
     return 100 * (found[name] / found[f"{name}_unchecked"] - 1)
 
 

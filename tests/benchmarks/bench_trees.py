@@ -2,11 +2,10 @@
 
     python tests/benchmarks/bench_trees.py [--data hh.jsonl] [--repeats 5]
 
-Three kinds of pairs, all made from HH-RLHF transcripts: as they are; with prompts of three times
-the answers, as long talks have; and eight pairs a prompt over five answers, as SHP and
-UltraFeedback have, where trees hold a whole prompt (`dpo.group_by_prompt`). Each measurement is a
-process of its own and the sides alternate. Timed: from the end of the first optimizer step to the
-end of the last.
+Three sets of pairs from HH-RLHF transcripts: unchanged; with prompts of three times the answers, as
+long conversations have; and eight pairs per prompt with five answers, as in SHP and UltraFeedback,
+where trees hold a whole prompt (`dpo.group_by_prompt`). Each measurement is a separate process, and
+the sides alternate. Timed: from the end of the first optimizer step to the end of the last.
 """
 
 from __future__ import annotations
@@ -64,12 +63,12 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def length(tokenizer: Any, text: str) -> int:
-    """Tokens of a text."""
+    """Return the number of tokens of a text."""
     return len(tokenizer(text)["input_ids"])
 
 
 def as_they_are(pairs: Pairs, count: int, tokenizer: Any, draw: random.Random) -> Pairs:
-    """A sample, without what is too long for one row; repeated where there are too few."""
+    """Sample pairs that fit in one row, with repetition if there are too few."""
     fitting = [
         pair
         for pair in pairs
@@ -82,7 +81,7 @@ def as_they_are(pairs: Pairs, count: int, tokenizer: Any, draw: random.Random) -
 
 
 def talks(pairs: Pairs, count: int, tokenizer: Any, draw: random.Random) -> Pairs:
-    """Pairs whose prompt is made `PROMPT_SHARE` times as long as an answer by earlier talks."""
+    """Make prompts `PROMPT_SHARE` times as long as an answer with earlier conversations."""
     rows = []
     for pair in as_they_are(pairs, count, tokenizer, draw):
         answers = [length(tokenizer, pair[side]) for side in ("chosen", "rejected")]
@@ -97,7 +96,7 @@ def talks(pairs: Pairs, count: int, tokenizer: Any, draw: random.Random) -> Pair
 
 
 def grouped(pairs: Pairs, count: int, draw: random.Random) -> Pairs:
-    """`PAIRS_A_PROMPT` pairs over `ANSWERS_A_PROMPT` answers for each prompt."""
+    """Make `PAIRS_A_PROMPT` pairs from `ANSWERS_A_PROMPT` answers for each prompt."""
     short = [pair for pair in pairs if len(pair["prompt"]) < 1200]
     answers = sorted({pair["chosen"] for pair in pairs if 40 < len(pair["chosen"]) < 500})
     every = [(a, b) for a in range(ANSWERS_A_PROMPT) for b in range(ANSWERS_A_PROMPT) if a != b]
@@ -111,7 +110,7 @@ def grouped(pairs: Pairs, count: int, draw: random.Random) -> Pairs:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """One measurement: `trees:NAME` or `rows:NAME`."""
+    """Run one measurement: `trees:NAME` or `rows:NAME`."""
     kind, name = options.side.split(":")
     return train_ours(
         options.folder,
@@ -125,7 +124,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure, or be one measurement (`--side`)."""
+    """Run all measurements, or one (`--side`)."""
     options = parse()
     if options.side:
         print(json.dumps(prepare(options) if options.side == "prepare" else run(options)))
@@ -154,7 +153,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """Options of the whole, and those by which it calls itself."""
+    """Options for the user, and hidden ones for a single measurement."""
     found = parser(__doc__, repeats=2)
     found.add_argument("--kinds", default=",".join(REQUIRED), help="which, with commas between")
     found.add_argument("--steps", type=int, default=6, help="optimizer steps a measurement")

@@ -1,4 +1,4 @@
-"""What watching a run costs a step: display, `metrics.jsonl`, warnings and trackers.
+"""Cost of monitoring per step: display, `metrics.jsonl`, warnings and trackers.
 
 python tests/benchmarks/bench_watch.py
 """
@@ -18,7 +18,7 @@ RECORD = {f"metric/{n}": float(n) for n in range(20)} | {"loss": 0.5, "grad_norm
 
 
 def cost(every: int, trackers: list[str]) -> float:
-    """Milliseconds a step, all steps of a run taken together."""
+    """Return the milliseconds per step, over all steps of a run."""
     with tempfile.TemporaryDirectory() as folder:
         config = TrainingConfig(
             run_name="watched", output_dir=Path(folder), log_every=every, trackers=trackers

@@ -1,11 +1,11 @@
-"""DPO on one GPU: this package over TRL, its share of the peak, trees over separate packed rows.
+"""DPO on one GPU: this package against TRL, its share of the peak, trees against separate rows.
 
 Llama shapes of 0.5 and 1.2 billion parameters with random weights, in bfloat16, on HH-RLHF
-transcripts (`--data FILE`, repeated as epochs) or a synthetic corpus of like lengths. Both sides
+transcripts (`--data FILE`, repeated as epochs) or a synthetic corpus of similar lengths. Both sides
 keep float32 weights and compute in bfloat16, with a cached reference. Sides alternate, each in a
-process of its own, until the time is used up (`--limit`, below 8 minutes); medians are taken. The
-first steps of each are not timed: kernels are compiled there. Needs no network and no DeepSpeed;
-without CUDA it says so and ends with status 0; without TRL its rows stay empty.
+separate process, until the time is used up (`--limit`, below 8 minutes); medians are reported. The
+first steps of each are not timed, because kernels are compiled there. Needs no network and no
+DeepSpeed. Without CUDA it prints that and ends with status 0; without TRL its rows stay empty.
 
     python tests/benchmarks/gpu.py [--data FILE] [--output TABLE.md]
 """
@@ -72,14 +72,14 @@ TINY = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-"""A shape for trying the script itself, on any device (`--tiny`)."""
+"""A shape for testing the script, on any device (`--tiny`)."""
 REQUIRED = {"speed": 3.0, "mfu": 0.45, "memory": 0.5, "trees": 1.35}
 PACKAGES = ("modern-llm", "torch", "transformers", "accelerate", "trl")
 
 
 def synthetic(count: int) -> list[dict[str, str]]:
-    """Pairs of made-up words, as long as those of HH-RLHF: prompts of some 90 words, answers of
-    40, both with a long tail."""
+    """Pairs of random words with lengths as in HH-RLHF: prompts of about 90 words, answers of 40,
+    both with a long tail."""
     draw = random.Random(SEED)
     letters = "abcdefghijklmnoprstuvw"
     words = ["".join(draw.choices(letters, k=draw.randint(2, 8))) for _ in range(3000)]
@@ -99,11 +99,11 @@ def synthetic(count: int) -> list[dict[str, str]]:
 
 
 def prepare(options: argparse.Namespace) -> Measured:
-    """Write the tokenizer, the model of a shape and the pairs that all sides start from."""
+    """Write tokenizer, model of a shape, and pairs for all sides."""
     pairs = read_transcripts(options.data) if options.data else synthetic(600)
     folder = options.folder / "model"
     tokenizer = write_tokenizer(pairs, folder, 512 if options.tiny else 8192)
-    # The two sides cut over-long pairs at different ends; without those they do the same work.
+    # The sides truncate over-long pairs differently; without those they do the same work.
     fitting = [pair for pair in pairs if longest(tokenizer, pair) <= MAX_LENGTH]
     if len(fitting) < options.pairs:
         sys.exit(f"gpu: error: {len(fitting)} pairs of at most {MAX_LENGTH} tokens, "
@@ -114,7 +114,7 @@ def prepare(options: argparse.Namespace) -> Measured:
 
 
 def begin_peak() -> None:
-    """Forget the most memory that was in use so far."""
+    """Reset the peak memory."""
     import torch
 
     if torch.cuda.is_available():
@@ -123,7 +123,7 @@ def begin_peak() -> None:
 
 
 def peak_gb() -> float:
-    """Most memory of the GPU in use since, in GB; of this process where there is none."""
+    """Return the peak memory since in GB: of the GPU, or of this process without one."""
     import torch
 
     used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_bytes()
@@ -131,12 +131,12 @@ def peak_gb() -> float:
 
 
 def run_ours(options: argparse.Namespace) -> Measured:
-    """One measurement of this package: trees, then every answer as a packed row of its own."""
+    """One measurement of this package: trees, then every answer as a separate packed row."""
     from modern_llm.setup import micro_batches
 
     found = _ours(options, place() / "trees")
     plain = micro_batches.Examples
-    # The same attention and packing, but each answer with a prompt of its own.
+    # The same attention and packing, but each answer has its own prompt.
     micro_batches.Examples = lambda table, kind, *, trees: plain(table, kind, trees=False)
     try:
         rows = _ours(options, place() / "rows")
@@ -151,7 +151,7 @@ def _ours(options: argparse.Namespace, out: Path) -> Measured:
     from modern_llm.training import stage
     from modern_llm.training.train_dpo import DPOConfig, run_dpo
 
-    stage.export = lambda *_: None  # writing gigabytes is not what is measured
+    stage.export = lambda *_: None  # writing gigabytes is not measured
     begin_peak()
     run_dpo(
         options.folder / "model",
@@ -183,7 +183,7 @@ def _ours(options: argparse.Namespace, out: Path) -> Measured:
 
 
 def run_trl(options: argparse.Namespace) -> Measured:
-    """One measurement of TRL, with its defaults but for what is said here."""
+    """One measurement of TRL, with its defaults except for the arguments set here."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -233,7 +233,7 @@ SIDES = {"prepare": prepare, "ours": run_ours, "trl": run_trl}
 def rounds(
     options: argparse.Namespace, shape: str, folder: Path, until: float
 ) -> dict[str, list[Measured]]:
-    """Measure all sides of one shape in turn, as often as the time allows, once at least."""
+    """Measure all sides of one shape in turn, as often as the time allows, at least once."""
     values = {name: getattr(options, name) for name in ("pairs", "steps", "warm", "micro_batch")}
     if options.data:
         values["data"] = options.data
@@ -258,7 +258,7 @@ def rounds(
 
 
 def figures(found: dict[str, dict[str, list[Measured]]]) -> list[Figure]:
-    """What is required, beside what was found."""
+    """Return the measured figures with their requirements."""
     result = []
     for shape, sides in found.items():
         ours, trl = sides["ours"], sides.get("trl")
@@ -277,7 +277,7 @@ def figures(found: dict[str, dict[str, list[Measured]]]) -> list[Figure]:
 
 
 def table(found: dict[str, dict[str, list[Measured]]], data: str) -> str:
-    """The table as it is kept in docs/benchmarks.md: device, versions, date, figures."""
+    """Return the table for docs/benchmarks.md: device, versions, date, figures."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -303,7 +303,7 @@ def table(found: dict[str, dict[str, list[Measured]]], data: str) -> str:
 
 
 def version(package: str) -> str | None:
-    """The installed version of a package."""
+    """Return the installed version of a package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -311,7 +311,7 @@ def version(package: str) -> str | None:
 
 
 def main() -> int:
-    """Measure, or be one measurement (`--side`)."""
+    """Run all measurements, or one (`--side`)."""
     options = parse()
     if options.side:
         print(json.dumps(SIDES[options.side](options)))
@@ -335,7 +335,7 @@ def main() -> int:
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
-    """Options of the whole, and those by which it calls itself."""
+    """Options for the user, and hidden ones for a single measurement."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="HH-RLHF transcripts; else a synthetic corpus")
     parser.add_argument("--output", type=Path, help="file for the table")

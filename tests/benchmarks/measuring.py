@@ -1,9 +1,7 @@
-"""What the benchmarks of speed and memory have in common.
+"""Helpers shared by the benchmarks of speed and memory.
 
-Measurements in processes of their own, sides that alternate, a table with what is required beside
-what was found, and the small Llama, tokenizer and pairs that they all start from. Imported by the
-scripts beside it, which are run as files.
-"""
+Measurements in separate processes, alternating sides, a table of figures with their requirements,
+and the small Llama, tokenizer and pairs of all scripts. The scripts are run as files."""
 
 from __future__ import annotations
 
@@ -49,22 +47,22 @@ TRL = {
     "lr_scheduler_type": "constant",
     "adam_beta2": 0.95,
     "weight_decay": 0.01,
-    "train_sampling_strategy": "sequential",  # the rows stand in the order of the other side
+    "train_sampling_strategy": "sequential",  # rows in the order of the other side
     "logging_strategy": "no",
     "save_strategy": "no",
     "report_to": "none",
     "disable_tqdm": True,
     "seed": SEED,
 }
-"""Fields of TRL's `DPOConfig` that make it the same training, and nothing else."""
+"""Fields of TRL's `DPOConfig` that make it the same training."""
 
 
 def parser(text: str, *, repeats: int, sides: Iterable[str] | None = None) -> Any:
-    """The options that every script has, and those by which it calls itself.
+    """Return a parser with the options of every script, and hidden ones for a single measurement.
 
     Args:
-        text: the script's own; its first line stands in the help.
-        sides: what `--side` may be; None is anything.
+        text: docstring of the script; its first line is the help text.
+        sides: allowed values of `--side`; None allows any.
     """
     found = argparse.ArgumentParser(description=text.splitlines()[0])
     found.add_argument("--data", type=Path, default=DATA)
@@ -76,7 +74,7 @@ def parser(text: str, *, repeats: int, sides: Iterable[str] | None = None) -> An
 
 
 def parsed(found: argparse.ArgumentParser) -> argparse.Namespace:
-    """Read the command line; the data must be there."""
+    """Parse the command line; the data file must exist."""
     options = found.parse_args()
     if not options.data.is_file():
         found.error(
@@ -87,7 +85,7 @@ def parsed(found: argparse.ArgumentParser) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Figure:
-    """One number that was measured, and what is asked of it."""
+    """A measured number with its requirement."""
 
     name: str
     value: float
@@ -97,7 +95,7 @@ class Figure:
 
     @property
     def reached(self) -> bool:
-        """Whether it is as good as is required."""
+        """Whether the requirement is met."""
         return self.value >= self.required if self.at_least else self.value <= self.required
 
     def __str__(self) -> str:
@@ -108,28 +106,28 @@ class Figure:
 
 
 def verdicts(figures: Iterable[Figure]) -> None:
-    """Print every figure beside what is required of it."""
+    """Print every figure with its requirement."""
     print()
     for figure in figures:
         print(figure)
 
 
 def spread(values: Iterable[float], digits: int = 2) -> str:
-    """Minimum / median / maximum."""
+    """Return minimum / median / maximum as text."""
     ordered = sorted(values)
     three = (ordered[0], statistics.median(ordered), ordered[-1])
     return " / ".join(f"{value:,.{digits}f}" for value in three)
 
 
 def median(measured: Iterable[Measured], name: str) -> float:
-    """The median of one number over some measurements."""
+    """Return the median of one number over several measurements."""
     return statistics.median(each[name] for each in measured)
 
 
 def alternating(
     sides: Mapping[str, Callable[[], Measured]], repeats: int
 ) -> dict[str, list[Measured]]:
-    """Measure every side in turn, `repeats` times; says each measurement as it comes."""
+    """Measure every side in turn, `repeats` times; print each measurement."""
     found: dict[str, list[Measured]] = {name: [] for name in sides}
     for repeat in range(1, repeats + 1):
         for name, measure in sides.items():
@@ -139,20 +137,20 @@ def alternating(
 
 
 def say(what: str, measured: Measured) -> None:
-    """One line on one measurement: its plain numbers."""
+    """Return one line about a measurement: its plain numbers."""
     numbers = [f"{k} {v:,.4g}" for k, v in measured.items() if isinstance(v, (int, float))]
     print(f"{what}: {', '.join(numbers)}", flush=True)
 
 
 def apart(script: str, side: str, folder: Path, threads: int, **options: Any) -> Measured:
-    """Run one side of a script in a process of its own, with caches that nobody has filled.
+    """Run one side of a script in a separate process, with empty caches.
 
     Args:
-        folder: given to the process as `--folder`; holds what `prepare` wrote.
-        options: passed on as `--name=value`.
+        folder: passed to the process as `--folder`; holds the output of `prepare`.
+        options: passed as `--name=value`.
 
     Returns:
-        What the process printed as its last line, a JSON object.
+        The last line that the process printed, a JSON object.
     """
     with tempfile.TemporaryDirectory(prefix="bench-") as place:
         settings = {
@@ -164,7 +162,7 @@ def apart(script: str, side: str, folder: Path, threads: int, **options: Any) ->
             "PYTHONPATH": str(ROOT),
             "BENCH_PLACE": place,
         }
-        # Forks of the tokenizer's threads are not what is measured, unless it is.
+        # Threads of the tokenizer are not measured, unless a script sets them.
         settings["TOKENIZERS_PARALLELISM"] = os.environ.get("TOKENIZERS_PARALLELISM", "false")
         words = [f"--{name}={value}" for name, value in options.items()]
         done = subprocess.run(
@@ -179,7 +177,7 @@ def apart(script: str, side: str, folder: Path, threads: int, **options: Any) ->
 
 
 def place() -> Path:
-    """The empty folder of one measurement, removed after it."""
+    """Yield an empty folder for one measurement, removed after it."""
     return Path(os.environ["BENCH_PLACE"])
 
 
@@ -189,7 +187,7 @@ class Timer:
     seconds = 0.0
 
     def time(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call `function` and add the time that it took."""
+        """Call `function` and add its time."""
         began = time.perf_counter()
         try:
             return function(*args, **kwargs)
@@ -198,7 +196,8 @@ class Timer:
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process; on Linux getrusage begins with the parent's peak."""
+    """Return the peak resident memory of this process; Linux getrusage starts with the parent's
+    peak."""
     status = Path("/proc/self/status")
     if status.exists():
         (line,) = (row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
@@ -210,7 +209,7 @@ def peak_bytes() -> int:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file."""
+    """Return the objects of a .jsonl file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -220,7 +219,7 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_transcripts(path: Path) -> list[dict[str, str]]:
-    """HH transcripts split at the last assistant turn, without those that are no preference."""
+    """Return HH transcripts split at the last assistant turn, without invalid pairs."""
     pairs = []
     for row in read_lines(path):
         prompt, _, chosen = row["chosen"].rpartition(TURN)
@@ -231,7 +230,7 @@ def read_transcripts(path: Path) -> list[dict[str, str]]:
 
 
 def longest(tokenizer: Any, pair: dict[str, str]) -> int:
-    """Tokens of prompt and the longer answer, end token included."""
+    """Return the tokens of prompt and longer answer, end token included."""
     prompt, *answers = (
         len(tokenizer(pair[name])["input_ids"]) for name in ("prompt", "chosen", "rejected")
     )
@@ -259,7 +258,7 @@ def write_tokenizer(pairs: list[dict[str, str]], folder: Path, vocabulary: int) 
 
 
 def write_model(folder: Path, vocabulary: int, **shape: int) -> None:
-    """Write a random Llama of `SHAPE`, or of what is given instead."""
+    """Write a random Llama of `SHAPE`, changed by the arguments."""
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
     set_seed(SEED)
@@ -271,13 +270,13 @@ def write_model(folder: Path, vocabulary: int, **shape: int) -> None:
 def train_ours(
     folder: Path, pairs: Path, out: Path, *, steps: int, threads: int, **changes: Any
 ) -> Measured:
-    """Run DPO by the documented API and measure it.
+    """Run DPO with the documented API and measure it.
 
-    The first step, imports, loading, reading and tokenising are not timed; memory is the peak of
-    the whole process.
+    Not timed: the first step, imports, loading, reading and tokenising. Memory is the peak of the
+    whole process.
 
     Args:
-        folder: holds `model`.
+        folder: contains `model`.
         changes: fields of `TrainingConfig`; `group_by_prompt` is one of `DPOConfig`.
     """
     import torch

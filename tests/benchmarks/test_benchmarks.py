@@ -1,4 +1,4 @@
-"""Every benchmark of speed and memory still runs: tiny sizes, its own data, and its verdicts."""
+"""Every benchmark of speed and memory runs: tiny sizes, generated data, and its verdicts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def transcripts(tmp_path_factory) -> Path:
-    """Transcripts of random words, in the form of HH-RLHF."""
+    """Transcripts of random words, in the format of HH-RLHF."""
     draw, words = (
         random.Random(0),
         "the a rain sun green old sings runs house over under why".split(),
@@ -51,7 +51,7 @@ def transcripts(tmp_path_factory) -> Path:
     "script",
     [s if s == "bench_loop.py" else pytest.param(s, marks=pytest.mark.long) for s in RUNS],
 )
-def test_a_benchmark_runs_and_tells_what_is_required(script, transcripts):
+def test_a_benchmark_runs_and_prints_its_requirements(script, transcripts):
     words, figures = RUNS[script]
     done = subprocess.run(
         [sys.executable, FOLDER / script, f"--data={transcripts}", "--threads=1", *words],
@@ -67,13 +67,13 @@ def test_a_benchmark_runs_and_tells_what_is_required(script, transcripts):
 
 
 @pytest.mark.parametrize("script", RUNS)
-def test_a_benchmark_writes_what_its_sides_start_from(script, transcripts, tmp_path):
+def test_a_benchmark_writes_the_inputs_of_its_sides(script, transcripts, tmp_path):
     module = importlib.import_module(script.removesuffix(".py"))
     module.prepare(SimpleNamespace(data=transcripts, folder=tmp_path, steps=2, pairs=20))
     assert any(len(read_lines(file)) >= 16 for file in tmp_path.glob("*.jsonl"))
 
 
-def test_the_pairs_for_trees_are_what_they_are_called(transcripts, tmp_path):
+def test_the_pairs_for_trees_match_their_names(transcripts, tmp_path):
     options = SimpleNamespace(data=transcripts, folder=tmp_path, steps=3)
     assert bench_trees.prepare(options) == {"hh": 24, "talks": 24, "grouped": 24}
     prompts: dict[str, list[tuple[str, str]]] = {}
@@ -91,7 +91,7 @@ def test_the_pairs_for_trees_are_what_they_are_called(transcripts, tmp_path):
 
 
 @pytest.mark.parametrize("script", RUNS)
-def test_a_file_that_is_not_there_is_refused_with_2(script, tmp_path):
+def test_a_missing_file_is_refused_with_2(script, tmp_path):
     done = subprocess.run(
         [sys.executable, FOLDER / script, f"--data={tmp_path / 'none'}"],
         capture_output=True,

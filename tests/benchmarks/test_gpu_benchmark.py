@@ -1,4 +1,4 @@
-"""The benchmark of a GPU tried on a CPU with a tiny shape: its sides, its table, its way out."""
+"""The GPU benchmark on a CPU with a tiny shape: its sides, its table, its exit without a GPU."""
 
 from __future__ import annotations
 
@@ -26,14 +26,12 @@ def gpu():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so_and_ends_well():
+def test_without_a_gpu_it_prints_that_and_succeeds():
     done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "gpu: skipped, there is no CUDA device\n")
 
 
-def test_both_layouts_train_the_same_and_the_table_names_what_is_required(
-    gpu, tmp_path, monkeypatch
-):
+def test_both_layouts_train_the_same_and_the_table_has_the_requirements(gpu, tmp_path, monkeypatch):
     monkeypatch.setenv("BENCH_PLACE", str(tmp_path / "place"))
     words = "--tiny 1 --pairs 8 --micro_batch 8 --steps 6 --warm 2 --shape 1.2B --folder".split()
     options = gpu.parse([*words, str(tmp_path)])
@@ -43,7 +41,7 @@ def test_both_layouts_train_the_same_and_the_table_names_what_is_required(
     assert len({row["prompt"] for row in rows}) == len(rows) == facts["pairs"]
     from modern_llm.training import stage
 
-    monkeypatch.setattr(stage, "export", stage.export)  # what it takes away is given back
+    monkeypatch.setattr(stage, "export", stage.export)  # restored after the script replaces it
     ours = gpu.run_ours(options)
     assert ours["losses"] == pytest.approx(ours["rows_losses"], rel=1e-4)
     assert set(ours["losses"]) == {1, 2, 4, 6} and len(set(ours["losses"].values())) == 4
@@ -79,12 +77,12 @@ def test_rounds_end_with_the_time(gpu, monkeypatch, tmp_path):
     assert [side for side, _ in made] == ["prepare", "ours", "trl", "ours", "trl"]
     assert {side: len(each) for side, each in found.items()} == {"ours": 2, "trl": 2}
     assert now[0] <= 250
-    # A side that takes too long is measured once all the same.
+    # A side that takes too long is still measured once.
     found = gpu.rounds(gpu.parse([]), "0.5B", tmp_path, until=0.0)
     assert {side: len(each) for side, each in found.items()} == {"ours": 1, "trl": 1}
 
 
-def test_the_shapes_have_the_sizes_of_their_names(gpu):
+def test_the_shapes_have_the_sizes_in_their_names(gpu):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     for name, shape in gpu.SHAPES.items():

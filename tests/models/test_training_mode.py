@@ -63,7 +63,7 @@ class Calls(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.products = self.standing = 0
+        self.products = self.alive = 0
         self.seen: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -79,11 +79,11 @@ class Calls(TorchDispatchMode):
         if key in self.seen:
             return
         self.seen.add(key)
-        self.standing += size
+        self.alive += size
 
         def gone():
             self.seen.discard(key)
-            self.standing -= size
+            self.alive -= size
 
         weakref.finalize(storage, gone)
 
@@ -99,7 +99,7 @@ def work(selective: bool | None) -> tuple[int, int]:
     with calls:
         sums, _ = score(scorer, random_pairs([(120, 60, 50)] * 4))
         total = sums.sum()
-        held = calls.standing
+        held = calls.alive
         total.backward()
     return calls.products, held
 

@@ -1,4 +1,4 @@
-"""A committed folder is whole or absent; every changed byte of it is noticed."""
+"""A committed folder is complete or absent, and every changed byte of it is detected."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_folder_appears_whole_with_its_facts(tmp_path):
 
 
 def test_manifests_of_the_first_version_are_read_and_believed(tmp_path):
-    """They hold SHA-256 and were written by earlier releases."""
+    """They contain SHA-256 digests and were written by earlier releases."""
     write(tmp_path / "a", one="1")
     path = tmp_path / "a" / atomic.MANIFEST
     new = json.loads(path.read_text())
@@ -56,7 +56,7 @@ def test_a_manifest_of_another_version_is_refused(tmp_path, version):
         atomic.verified_manifest(tmp_path / "a")
 
 
-def test_an_error_leaves_what_stood_there_and_nothing_else(tmp_path):
+def test_an_error_keeps_the_previous_folder_and_nothing_else(tmp_path):
     write(tmp_path / "a", one="1")
     with pytest.raises(KeyError), atomic.committed_folder(tmp_path / "a") as place:
         (place / "new").write_text("x")
@@ -72,7 +72,7 @@ def test_a_folder_is_replaced(tmp_path):
     assert atomic.verified_manifest(tmp_path / "a")
 
 
-def test_a_disk_that_refuses_is_a_storage_error(tmp_path):
+def test_a_failed_write_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write"):
         write(tmp_path / "file" / "a", one="1")
@@ -97,7 +97,7 @@ def test_every_flipped_byte_and_truncation_of_every_file_is_noticed(tmp_path):
             except StorageError:
                 noticed += 1
             else:
-                # White space between JSON values carries nothing.
+                # White space between JSON values has no meaning.
                 assert facts == {"step": 3} and path.name == atomic.MANIFEST
         assert noticed > 0.9 * len(damaged)
         path.write_bytes(intact)

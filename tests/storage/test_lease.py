@@ -1,4 +1,4 @@
-"""Claims: one owner at a time, the dead give way at once, the living never."""
+"""Claims: one owner at a time; a dead owner loses them at once, a living one never."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ for line in sys.stdin:
 
 
 class Job:
-    """A process with claims of its own."""
+    """A process with its own claims."""
 
     def __init__(self, folder: Path, patience: float = 1e6, machine: str = ""):
         self.process = subprocess.Popen(
@@ -62,7 +62,7 @@ class Job:
 
 @pytest.fixture
 def job(tmp_path):
-    """Start processes with claims in the test's folder; they end with it."""
+    """Start processes with claims in the test's folder; they end with the test."""
     started = []
 
     def start(**options) -> Job:
@@ -77,7 +77,7 @@ def job(tmp_path):
 
 @pytest.fixture
 def claims(tmp_path):
-    """Make claims of this process, as many owners as asked for; each is closed at the end."""
+    """Make claims in this process, one object per owner; each is closed at the end."""
     made = []
 
     def make(machine: str | None = None, **options) -> Claims:
@@ -95,7 +95,7 @@ def claims(tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A monotonic clock that goes when it is told."""
+    """A monotonic clock that the test moves."""
 
     class Clock:
         now = 1000.0
@@ -115,7 +115,7 @@ def owner_of(path: Path) -> bytes:
 def test_a_claim_has_one_owner_among_processes(job, tmp_path):
     jobs = [job() for _ in range(4)]
     names = [f"piece{i}" for i in range(40)]
-    for one in jobs:  # all are at it at the same time
+    for one in jobs:  # all try at the same time
         one.send("take", *names)
     answers = [one._answer() for one in jobs]
     assert all(len(answer) == len(names) for answer in answers)
@@ -141,16 +141,16 @@ def test_a_killed_owner_on_this_machine_gives_way_at_once(job, claims):
     assert sorted(p.name for p in watcher.folder.iterdir()) == ["other", "piece"]
 
 
-def test_an_owner_on_another_machine_gives_way_after_patience_alone(job, claims, clock):
+def test_an_owner_on_another_machine_loses_its_claim_only_after_patience(job, claims, clock):
     owner, watcher = job(machine="elsewhere"), claims()
     assert owner.ask("take", "piece") == ["True"]
-    owner.kill()  # its lock is free, which says nothing about another machine
+    owner.kill()  # its lock is free, which proves nothing to another machine
     for passed, taken in ((0, False), (59, False), (1, False), (1, True)):
         clock.now += passed
         assert watcher.take("piece") == taken, clock.now
 
 
-def test_a_sign_of_life_begins_the_patience_anew(tmp_path, claims, clock):
+def test_growth_restarts_the_patience(tmp_path, claims, clock):
     owner, watcher = claims(machine="elsewhere"), claims()
     assert owner.take("piece")
     for _ in range(5):
@@ -165,7 +165,7 @@ def test_a_sign_of_life_begins_the_patience_anew(tmp_path, claims, clock):
     assert watcher.take("piece")
 
 
-def test_an_owner_gives_signs_of_life_until_it_is_killed(job, claims, tmp_path):
+def test_the_claim_of_an_owner_grows_until_it_is_killed(job, claims, tmp_path):
     owner, watcher = job(machine="elsewhere", patience=0.6), claims(patience=0.6)
     assert owner.ask("take", "piece") == ["True"]
     size = (tmp_path / "piece").stat().st_size
@@ -182,7 +182,7 @@ def test_an_owner_gives_signs_of_life_until_it_is_killed(job, claims, tmp_path):
     assert time.monotonic() > began + 0.3
 
 
-def test_a_slow_watcher_gives_back_what_a_faster_one_has_taken(tmp_path, job, claims, monkeypatch):
+def test_a_slow_watcher_restores_the_claim_of_a_faster_one(tmp_path, job, claims, monkeypatch):
     dead, fast, slow = job(), claims(), claims()
     dead.ask("take", "piece")
     dead.kill()
@@ -197,7 +197,7 @@ def test_a_slow_watcher_gives_back_what_a_faster_one_has_taken(tmp_path, job, cl
     assert not slow.take("piece")
     path = tmp_path / "piece"
     assert fast._me.encode() in owner_of(path)
-    # It is the same file, so that the lock and the signs of life are still seen.
+    # It is the same file, so that the lock and its growth are still seen.
     assert path.stat().st_ino == os.fstat(fast._held["piece"]).st_ino
     assert not claims().take("piece")
     assert [p.name for p in tmp_path.iterdir()] == ["piece"]
@@ -225,7 +225,7 @@ def test_a_third_that_comes_while_a_claim_is_put_back_keeps_it(tmp_path, job, cl
     monkeypatch.setattr(module.os, "link", while_put_back)
     assert not slow.take("piece")
     path = tmp_path / "piece"
-    # Two hold it now, and both will do the work; the file is that of one, whole.
+    # Both hold it now and will do the work; the file belongs to one of them and is complete.
     assert third._me.encode() in owner_of(path)
     fast.release("piece")
     assert third._me.encode() in owner_of(path)
@@ -241,13 +241,13 @@ def test_release_of_a_lost_claim_leaves_the_new_owners(tmp_path, claims, clock):
     assert new.take("piece")
     lost.release("piece")
     assert new._me.encode() in owner_of(tmp_path / "piece")
-    lost.release("piece")  # once more is nothing
+    lost.release("piece")  # a second release does nothing
     lost.release("never held")
     assert not claims().take("piece")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 40, b"{}\n", b"[1]\n", b'{"machine"'])
-def test_what_is_no_claim_is_judged_by_growth(tmp_path, claims, clock, content):
+def test_a_file_that_is_no_claim_is_judged_by_growth(tmp_path, claims, clock, content):
     (tmp_path / "piece").write_bytes(content)
     watcher = claims()
     assert not watcher.take("piece")
@@ -264,7 +264,7 @@ def test_clean_removes_the_dead_of_this_machine_alone(tmp_path, job, claims):
     mine.take("mine")
     dead.kill()
     away.kill()
-    # A watcher that was killed in the middle of a take-over, and a maker before it had signed.
+    # Files of a watcher killed during a take-over, and of an owner killed before it signed.
     os.link(tmp_path / "dead", tmp_path / ".dead-piece-0123")
     (tmp_path / module._unsigned("0123")).touch()
     assert claims().clean() == 4
@@ -277,20 +277,20 @@ def test_clean_of_a_folder_that_is_not_there(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_holding_gives_back_whatever_happens(claims, tmp_path):
+def test_holding_always_releases(claims, tmp_path):
     one, other = claims(), claims()
     with pytest.raises(ZeroDivisionError), one.holding("piece") as held:
         assert held
         with other.holding("piece") as second:
             assert not second
-        assert (tmp_path / "piece").exists()  # who had not got it gave nothing back
+        assert (tmp_path / "piece").exists()  # a process that did not get it must not release it
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
     with other.holding("piece") as held:
         assert held
 
 
-def test_closing_gives_everything_back_and_a_new_claim_lives_again(tmp_path, claims):
+def test_closing_releases_everything_and_a_new_claim_grows(tmp_path, claims):
     owner = claims(patience=0.24)
     assert owner.take("a") and owner.take("b")
     owner.close()
@@ -299,11 +299,11 @@ def test_closing_gives_everything_back_and_a_new_claim_lives_again(tmp_path, cla
     size = (tmp_path / "a").stat().st_size
     deadline = time.monotonic() + 20
     while (tmp_path / "a").stat().st_size == size:
-        assert time.monotonic() < deadline, "no sign of life after a second start"
+        assert time.monotonic() < deadline, "the claim does not grow after a second start"
         time.sleep(0.01)
 
 
-def test_a_full_disk_does_not_end_the_signs_of_life(tmp_path, claims, monkeypatch):
+def test_a_full_disk_does_not_stop_the_growth(tmp_path, claims, monkeypatch):
     owner = claims(patience=0.24)
     real, refused = os.write, threading.Event()
 
@@ -320,6 +320,6 @@ def test_a_full_disk_does_not_end_the_signs_of_life(tmp_path, claims, monkeypatc
     size = (tmp_path / "piece").stat().st_size
     deadline = time.monotonic() + 20
     while (tmp_path / "piece").stat().st_size == size:
-        assert time.monotonic() < deadline, "the signs of life ended"
+        assert time.monotonic() < deadline, "the claim stopped growing"
         time.sleep(0.01)
     owner.release("piece")

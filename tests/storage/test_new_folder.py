@@ -1,4 +1,4 @@
-"""A folder is there whole or not at all, whoever else writes and whatever is left from before."""
+"""A folder is complete or absent, independent of other writers and of leftovers."""
 
 from __future__ import annotations
 

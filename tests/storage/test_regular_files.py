@@ -15,7 +15,7 @@ from modern_llm.storage.regular_files import check_regular, open_regular, read_b
 from tests.helpers.text import make_checkpoint, make_tokenizer
 
 PACKAGE = Path(__file__).resolve().parents[2] / "modern_llm"
-FREE = ("demo/", "storage/regular_files.py")  # the demo reads what it has just written
+FREE = ("demo/", "storage/regular_files.py")  # the demo reads only its own files
 
 
 def special(path: Path, kind: str) -> None:
@@ -24,7 +24,7 @@ def special(path: Path, kind: str) -> None:
         os.mkfifo(path)
     elif kind == "socket":
         with socket.socket(socket.AF_UNIX) as server:
-            folder = os.open(path.parent, os.O_RDONLY)  # a socket's path is bounded
+            folder = os.open(path.parent, os.O_RDONLY)  # the length of a socket's path is limited
             try:
                 server.bind(f"/proc/self/fd/{folder}/{path.name}")
             finally:
@@ -86,7 +86,7 @@ def test_a_configuration_that_is_a_pipe_is_refused(tmp_path: Path):
 
 
 def opened(tree: ast.AST) -> list[int]:
-    """Lines that open a file for reading in another way."""
+    """Return the lines that open a file for reading in another way."""
     found = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):

@@ -1,4 +1,4 @@
-"""A file of tensors is the one that safetensors would write, and its digest that of its bytes."""
+"""A written file equals the one of safetensors, and its digest is that of its bytes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def mixed() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("group", [safetensors_writer.GROUP, 16])
 @pytest.mark.parametrize("metadata", [{}, {"starts": '{"a": 1}'}])
 def test_the_bytes_are_those_of_safetensors(tmp_path, monkeypatch, metadata, group):
-    monkeypatch.setattr(safetensors_writer, "GROUP", group)  # in one piece, and in several
+    monkeypatch.setattr(safetensors_writer, "GROUP", group)  # in one group, and in several
     tensors = mixed()
     write_tensors(tmp_path / "ours", tensors, metadata)
     save_file(tensors, tmp_path / "theirs", metadata=metadata or None)
@@ -96,7 +96,7 @@ def test_what_is_not_finite_is_refused_and_named(tmp_path, bad):
     both = torch.tensor([float("inf"), -float("inf")])
     with pytest.raises(NotFiniteError):
         write_tensors(tmp_path / "t", {"both": both}, {})
-    # A sum that overflows is no value that is not finite.
+    # A sum that overflows does not make a value non-finite.
     most = torch.full((4,), torch.finfo(torch.float32).max)
     write_tensors(tmp_path / "t", {"most": most, "ids": torch.arange(3)}, {})
     assert torch.equal(load_file(tmp_path / "t")["most"], most)

@@ -1,4 +1,4 @@
-"""Temporary folders go however the process ends: by leaving the block, or by the watchdog."""
+"""Temporary folders are removed at every end of a process: leaving the block, or the watchdog."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: bounded in size, depth, time and growth; nothing but files."""
+"""Files of unknown origin: limits of size, depth, time and growth, and only regular files."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class Run:
 CASES = {
     "a sleep in the loader": ("loader.before:1:3:sleep", "", 1, "loading the batch of step 3"),
     "a sleep in a save": ("tensors.write.before:0:1:sleep", "", 0, "saving of step 4"),
-    "an interpreter that is never given back": ("", "gil:3", 1, "forward and backward of step 3"),
+    "an interpreter that is never released": ("", "gil:3", 1, "forward and backward of step 3"),
 }
 
 
