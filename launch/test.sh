@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Installs what is missing and runs the checks and tests; options go to pytest (`-k plan`, `-m long`, `-n 0` for one process).
+# Installs what is missing, and runs the linter and the tests. By default those that take seconds; `--all` adds the slow ones.
+# Other options go to pytest (`-k plan`, `-m long`, `-n 0` for one process).
 # Nothing is fetched once installed: the Hub is switched off, so that a test that reaches for it fails at once.
 set -euo pipefail
 
+if [ "${1:-}" = "--all" ]; then set -- -m "not long" "${@:2}"; fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 bash "$root/launch/setup.sh" test,deepspeed,lora
 cd "$root"

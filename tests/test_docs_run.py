@@ -95,6 +95,7 @@ def prepare(page: str, place: Path, cache: Path) -> None:
 RUN_PAGES = [page for page in PAGES if lines_of(page)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", RUN_PAGES, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_a_page_runs_as_written(page, world, tmp_path, short, monkeypatch, capsys):
     place, cache = tmp_path / "here", tmp_path / "cache"

@@ -1,8 +1,10 @@
-"""Shared argument of the loop's functions: everything that belongs to one run."""
+"""Shared arguments of the loop: everything that belongs to one run, and what it resumes from."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from modern_llm.config import TrainingConfig
 from modern_llm.distributed.engine import Engine
@@ -10,6 +12,18 @@ from modern_llm.distributed.runtime import Runtime
 from modern_llm.training.guards.state import GuardState
 from modern_llm.training.run.folder import RunFolder
 from modern_llm.training.task import Task
+
+
+@dataclass
+class Resume:
+    """What a run resumes from, and what its own checkpoints record for the next resume."""
+
+    checkpoint: tuple[Path, dict[str, Any]] | None = None
+    """The newest complete checkpoint with its manifest; None for a run from the beginning."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Digest of the training rows, and how many each epoch has; compared before the loop."""
+    fingerprints: dict[str, Any] = field(default_factory=dict)
+    """Digests that the checkpoint must share with this run; each stage adds its own."""
 
 
 @dataclass

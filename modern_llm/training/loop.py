@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from modern_llm.distributed.shutdown.consensus import begin_asking, check, stop_
 from modern_llm.training.accumulation import accumulate, add, over_ranks
 from modern_llm.training.checkpointing.resume import start_training
 from modern_llm.training.checkpointing.saver import Saver
-from modern_llm.training.context import TrainingContext
+from modern_llm.training.context import Resume, TrainingContext
 from modern_llm.training.guards import nonfinite
 from modern_llm.training.monitoring.metrics import console_line, peak_memory_gb
 from modern_llm.training.monitoring.monitor import Monitor
@@ -58,7 +58,7 @@ def train(
     scorer: nn.Module,
     task: Task,
     run: RunFolder,
-    fingerprints: dict[str, Any],
+    resume: Resume,
     sample: Sample | None = None,
     peak: float = 0.0,
 ) -> Engine:
@@ -67,7 +67,7 @@ def train(
     Args:
         scorer: the unprepared module; its `.model` is what is saved.
         run: the run folder; its `config` holds the settings.
-        fingerprints: digests that a checkpoint must share with the run that resumes from it.
+        resume: the checkpoint to resume from, and the digests that later resumes must share.
         sample: answers fixed prompts before the first step and every `generate_every` steps.
         peak: operations per second of one process's device, for `mfu`; 0 where unknown.
 
@@ -76,12 +76,12 @@ def train(
         Stopped: a signal asked to stop; the state is saved.
     """
     total = total_steps(run.config, task)
-    context, start, pending = start_training(runtime, scorer, task, run, fingerprints, total)
+    context, start, pending = start_training(runtime, scorer, task, run, resume, total)
     run.done = start
     context.engine.model.train()
     throughput = Throughput(run.log().elapsed() if start else 0.0, time.perf_counter(), peak)
     task.budget.begin(runtime, run)
-    saver = Saver(context, fingerprints, start)
+    saver = Saver(context, resume, start)
     saver.check_room((total - 1) // run.config.save_every - start // run.config.save_every)
     check(runtime, f"after step {start}" if start else "before the first step")
     if sample is not None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import UserError
 from modern_llm.data.encode.tokenizer import tokenizer_identity
 from modern_llm.data.table.build import Prepared
@@ -21,75 +20,86 @@ from modern_llm.models.flops import peak_flops
 from modern_llm.models.scorer import TokenScorer
 from modern_llm.setup.tables import read_tables
 from modern_llm.training.checkpointing.saver import digest_of
+from modern_llm.training.context import Resume
 from modern_llm.training.loop import train
 from modern_llm.training.monitoring.diagnostics import learning_rate_warning
 from modern_llm.training.monitoring.samples import make_sampler, prompt_rows
 from modern_llm.training.run.data_changes import check_data, find_checkpoint
+from modern_llm.training.run.dry_run import DryRun
 from modern_llm.training.run.folder import RunFolder
-from modern_llm.training.run.summary import data_notes, write_summary
+from modern_llm.training.run.summary import write_summary
 from modern_llm.training.task import Task
 
 log = logging.getLogger(__name__)
 
 
+@dataclass
+class StageData:
+    """What a stage has read before it loads a model."""
+
+    tables: Prepared
+    """Of a dry run, the first step alone."""
+    resume: Resume
+    dry_run: DryRun | None = None
+    """Given where one forward and backward takes the loop's place."""
+
+
 def build_tables(
-    runtime: Runtime, run: RunFolder, build: Callable[..., Prepared], config: TrainingConfig
-) -> Prepared:
+    runtime: Runtime, run: RunFolder, build: Callable[..., Prepared], dry_run: DryRun | None
+) -> StageData:
     """Return the token tables: built once per machine, mapped and compared by every process.
 
     Raises:
-        UserError: fewer examples than one batch, or the run would resume on other data.
+        UserError: the data cannot fill one step, or differs from what was trained on.
     """
-    if run.dry_run is None:
-        find_checkpoint(runtime, run)
+    config = run.config
+    checkpoint = None if dry_run else find_checkpoint(runtime, run)
     prepared = read_tables(runtime, run.data, build)
     if len(prepared.train) < config.batch_size:
         raise UserError(
             f"{len(prepared.train)} examples are left to train on, fewer than one batch of "
             f"train.batch_size {config.batch_size}: lower it, or add data"
         )
-    run.notes["data"], run.prompts = data_notes(prepared), prompt_rows(prepared)
-    if run.dry_run:
-        return run.dry_run.first_step_only(prepared, config)
-    return check_data(runtime, run, prepared)
+    if dry_run:
+        return StageData(dry_run.first_step_only(prepared, config), Resume(), dry_run)
+    return StageData(*check_data(runtime, run, prepared, checkpoint))
 
 
 def train_and_export(
     runtime: Runtime,
     scorer: TokenScorer,
     task: Task,
-    config: TrainingConfig,
     run: RunFolder,
     tokenizer: PreTrainedTokenizerBase,
-    facts: dict[str, Any],
+    data: StageData,
     ends: tuple[int | None, ...] = (),
 ) -> Path:
     """Run the loop and write the final model as a `transformers` folder; return that folder.
 
     Args:
+        data: what `build_tables` returned, with the fingerprints that only this stage has.
         ends: ids that end an answer besides the tokenizer's end token.
     """
-    if run.dry_run:
-        run.dry_run.first_step(runtime, scorer, task, config)
+    config, resume = run.config, data.resume
+    if data.dry_run:
+        data.dry_run.first_step(runtime, scorer, task, config)
         return run.final
     runtime.on_main(run.open)
     if runtime.is_main:
-        write_summary(runtime, run)
+        write_summary(runtime, run, data.tables)
         full = all(parameter.requires_grad for parameter in scorer.parameters())
         if warning := learning_rate_warning(config, full=full, new="model" in run.record):
             log.warning("warning: %s", warning)
-    sample = make_sampler(runtime, scorer.model, tokenizer, config, run, ends)
+    prompts = prompt_rows(data.tables)
+    sample = make_sampler(runtime, scorer.model, tokenizer, config, run, prompts, ends)
     shape = {k: v for k, v in scorer.model.config.to_diff_dict().items() if k[0] != "_"}
     shape.pop("output_router_logits", None)  # not part of the shape; older runs did not write it
-    facts = {
-        **facts,
-        "model": digest_of({**shape, "transformers_version": None}),
-        "tokenizer": tokenizer_identity(tokenizer),
-    }
+    resume.fingerprints["model"] = digest_of({**shape, "transformers_version": None})
+    resume.fingerprints["tokenizer"] = tokenizer_identity(tokenizer)
     peak, origin = peak_flops(runtime.device, config.precision)
     if runtime.is_main:
-        log.info("mfu: relative to %.4g operations per second and process (%s)", peak, origin)
-    engine = train(runtime, scorer, task, run, facts, sample, peak)
+        log.info("mfu: of %.4g operations a second and process (%s)", peak, origin)
+    engine = train(runtime, scorer, task, run, resume, sample, peak)
     runtime.on_main(run.lock.check)
     heartbeat.enter("writing the final model")
     release_freed_memory()

@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import cache, partial
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from modern_llm.config import LoraConfig, PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.data.table.build import Prepared, prepare_tables
@@ -42,7 +40,7 @@ def run_dpo(
 ) -> Path:
     """Train a policy on preference pairs and return its folder, `output_dir/{run_name}_final`.
 
-    The reference scores every answer once, before step 1, and `MODERN_LLM_CACHE` stores the values.
+    The reference scores every response once, before step 1; `MODERN_LLM_CACHE` keeps the values.
 
     Args:
         sft_checkpoint: initial policy and, by default, the reference: Hub id, folder or `.pt`.
@@ -55,7 +53,7 @@ def run_dpo(
 
     Raises:
         UserError: bad configuration, checkpoint or data; nothing was written.
-        StorageError: the reference store cannot be used, or holds values of other weights.
+        StorageError: the reference store refuses, or its values are not this policy's.
         Stopped: a signal asked to stop; the same call resumes.
     """
     data = tables.with_dataset_name(preference_config, train_config)
@@ -78,37 +76,19 @@ def run_dpo(
     with outcome_recorded(runtime, run):
         find = cache(partial(ReferencePass, runtime, checkpoint, train_config, dpo_config))
         data = with_template_day(runtime, tokenizer, data, run.record, lambda: find().store)
-        prepared = _prepare(runtime, run, data, tokenizer, dpo_config)
+        lengths = {name: getattr(dpo_config, name) for name in ("max_length", "max_prompt_length")}
+        build = partial(prepare_tables, data, tokenizer, **lengths)
+        inputs = stage.build_tables(runtime, run, build, dry_run)
         reference = find()
-        tables.check_ids_fit(prepared, tokenizer, checkpoint.vocabulary, reference.vocabulary)
-        reference.look_up(prepared)
+        tables.check_ids_fit(inputs.tables, tokenizer, checkpoint.vocabulary, reference.vocabulary)
+        reference.look_up(inputs.tables)
         runtime.on_main(lambda: remember_day(tokenizer, data, reference.store))
         scorer = policy.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=False)
-        task = _task(runtime, run, scorer, dpo_config, data, prepared, reference)
-        facts = {"reference": reference.digest, "plan": task.plan}
-        facts |= base_fingerprint(runtime, checkpoint, lora_config)
-        ends = answer_ends(tokenizer, data, prepared)
-        return stage.train_and_export(
-            runtime, scorer, task, train_config, run, tokenizer, facts, ends
-        )
-
-
-def _prepare(
-    runtime: Runtime,
-    run: RunFolder,
-    data: PreferenceDatasetConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    config: DPOConfig,
-) -> Prepared:
-    """Return the token tables of the preference pairs."""
-    build = partial(
-        prepare_tables,
-        data,
-        tokenizer,
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-    )
-    return stage.build_tables(runtime, run, build, run.config)
+        task = _task(runtime, run, scorer, dpo_config, data, inputs.tables, reference)
+        base = base_fingerprint(runtime, checkpoint, lora_config)
+        inputs.resume.fingerprints.update(base, reference=reference.digest, plan=task.plan)
+        ends = answer_ends(tokenizer, data, inputs.tables)
+        return stage.train_and_export(runtime, scorer, task, run, tokenizer, inputs, ends)
 
 
 def _task(

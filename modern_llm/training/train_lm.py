@@ -48,15 +48,11 @@ def run_training(
     tokenizer, others = choose_tokenizer(tokenizer_name, None, train_config)
     check_agreement(tokenizer, others, data)
     with outcome_recorded(runtime, run):
-        prepared = stage.build_tables(
-            runtime,
-            run,
-            partial(prepare_tables, data, tokenizer, max_length=model_config.max_seq_len),
-            train_config,
-        )
-        tables.check_ids_fit(prepared, tokenizer, model_config.vocab_size)
+        build = partial(prepare_tables, data, tokenizer, max_length=model_config.max_seq_len)
+        inputs = stage.build_tables(runtime, run, build, dry_run)
+        tables.check_ids_fit(inputs.tables, tokenizer, model_config.vocab_size)
         model = build_model(model_config, seed=train_config.seed)
         scorer = set_up_scorer(runtime, model, train_config, dropout=True)
-        source, evaluation = make_sources(runtime, train_config, prepared, scorer)
+        source, evaluation = make_sources(runtime, train_config, inputs.tables, scorer)
         task = LanguageTask(source, evaluation, scorer.aux_coefficient)
-        return stage.train_and_export(runtime, scorer, task, train_config, run, tokenizer, {})
+        return stage.train_and_export(runtime, scorer, task, run, tokenizer, inputs)

@@ -71,13 +71,11 @@ def run_sft(
             max_length=max_length,
             max_prompt_length=data.max_prompt_length,
         )
-        prepared = stage.build_tables(runtime, run, build, train_config)
-        tables.check_ids_fit(prepared, tokenizer, checkpoint.vocabulary)
+        inputs = stage.build_tables(runtime, run, build, dry_run)
+        tables.check_ids_fit(inputs.tables, tokenizer, checkpoint.vocabulary)
         scorer = policy.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=True)
-        source, evaluation = make_sources(runtime, train_config, prepared, scorer)
+        source, evaluation = make_sources(runtime, train_config, inputs.tables, scorer)
         task = LanguageTask(source, evaluation, scorer.aux_coefficient)
-        facts = base_fingerprint(runtime, checkpoint, lora_config)
-        ends = answer_ends(tokenizer, data, prepared)
-        return stage.train_and_export(
-            runtime, scorer, task, train_config, run, tokenizer, facts, ends
-        )
+        inputs.resume.fingerprints.update(base_fingerprint(runtime, checkpoint, lora_config))
+        ends = answer_ends(tokenizer, data, inputs.tables)
+        return stage.train_and_export(runtime, scorer, task, run, tokenizer, inputs, ends)

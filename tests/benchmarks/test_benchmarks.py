@@ -47,6 +47,7 @@ def transcripts(tmp_path_factory) -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
     [s if s == "bench_loop.py" else pytest.param(s, marks=pytest.mark.long) for s in RUNS],

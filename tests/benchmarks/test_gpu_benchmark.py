@@ -31,6 +31,7 @@ def test_without_a_gpu_it_prints_that_and_succeeds():
     assert (done.returncode, done.stdout) == (0, "gpu: skipped, there is no CUDA device\n")
 
 
+@pytest.mark.slow
 def test_both_layouts_train_the_same_and_the_table_has_the_requirements(gpu, tmp_path, monkeypatch):
     monkeypatch.setenv("BENCH_PLACE", str(tmp_path / "place"))
     words = "--tiny 1 --pairs 8 --micro_batch 8 --steps 6 --warm 2 --shape 1.2B --folder".split()

@@ -11,6 +11,7 @@ from modern_llm.config.errors import UserError
 from modern_llm.demo.run import run_demo
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_demo_teaches_terse_right_answers(tmp_path, capsys):
     assert main(["demo", "--output_dir", str(tmp_path / "demo"), "--json"]) == 0

@@ -56,6 +56,7 @@ def on_a_rank(folder: Path) -> dict:
     return result
 
 
+@pytest.mark.slow
 def test_each_rank_holds_half_of_every_weight(tmp_path):
     for seen in run_ranks(on_a_rank, 2, tmp_path):
         assert (seen["world"], seen["stage"]) == (2, 2)

@@ -200,6 +200,7 @@ def by_fields(checkpoint: Path, data: Path, folder: Path) -> list[list]:
     return [*found, numbers(folder / "fields")]
 
 
+@pytest.mark.slow
 def test_fields_without_a_json_are_the_same_run(tmp_path, tiny_checkpoint, tiny_pairs):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
     ((file, fields),) = run_ranks(by_fields, 1, tiny_checkpoint, tiny_pairs, tmp_path, timeout=200)

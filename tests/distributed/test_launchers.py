@@ -90,9 +90,8 @@ def alone(tmp_path_factory, tiny_checkpoint, run_file):
 @pytest.mark.parametrize(
     "name",
     [
-        "ddp",
         "zero2",
-        "zero3_offload",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero3_offload")),
         *(pytest.param(name, marks=pytest.mark.long) for name in ("cpu", "zero1", "zero3")),
     ],
 )
@@ -106,6 +105,7 @@ def test_one_command_under_every_file(name, tmp_path, run_file, alone):
         assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_impossible_settings_are_one_error_line(tmp_path, run_file):
     done = launch("fsdp2", run_file(tmp_path))
     assert done.returncode != 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
@@ -48,6 +49,7 @@ def on_a_rank() -> dict:
     return {"pieces": found, "whole": whole, "world": dist.get_world_size()}
 
 
+@pytest.mark.slow
 def test_pieces_of_two_ranks_are_the_whole():
     plain = make()
     optimizer = step(plain)

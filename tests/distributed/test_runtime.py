@@ -110,6 +110,7 @@ def test_an_unexpected_world_size_is_refused(monkeypatch, capsys):
     assert "--expect-world 3, but the launcher started 2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fewer_examples_than_processes_are_refused_with_the_numbers_that_work(tmp_path):
     message = "smaller than the 2 processes.*use at least 2, or start at most 1"
     with pytest.raises(UserError, match=message):

@@ -48,6 +48,7 @@ def on_a_rank(*arguments) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_judgements_are_those_of_the_scores_on_one_and_two_processes(
     tmp_path, tiny_checkpoint, other, data
 ):

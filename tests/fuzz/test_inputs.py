@@ -177,6 +177,7 @@ def campaign(kind, trials, seeds, folder, examples):
     fuzz()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_three_hundred_mutations(kind, trials, seeds, tmp_path):
     campaign(kind, trials, seeds, tmp_path, 300)

@@ -146,6 +146,7 @@ def files_of(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resealed", [False, True])
 def test_a_payload_in_every_file_of_a_run_folder_does_not_run(
     finished, planted, tmp_path, monkeypatch, resealed

@@ -106,6 +106,7 @@ def run_small(
     from modern_llm.distributed.runtime import start
     from modern_llm.training import loop
     from modern_llm.training.checkpointing import format, saver
+    from modern_llm.training.context import Resume
     from modern_llm.training.run import data_changes, outcome
     from modern_llm.training.run.folder import RunFolder
 
@@ -126,10 +127,10 @@ def run_small(
     saver.Saver._saved = noted
     try:
         with outcome.outcome_recorded(runtime, run):
-            data_changes.find_checkpoint(runtime, run)
+            found = data_changes.find_checkpoint(runtime, run)
             runtime.on_main(run.open)
             task = Fit(runtime.rank, runtime.world, width, loud)
-            engine = loop.train(runtime, Scorer(width), task, run, {})
+            engine = loop.train(runtime, Scorer(width), task, run, Resume(found))
             state = {n: t.clone().contiguous() for n, t in full_parameters(engine)}
             with runtime.committed_folder(run.final, {}) as place:
                 if runtime.is_main:

@@ -28,6 +28,7 @@ def task(number: int, **environment: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_tasks_end_in_one_report(tmp_path):
     make_checkpoint(tmp_path / "model", make_tokenizer(tmp_path / "tokenizer"))
     write_jsonl(tmp_path / "pairs.jsonl", transcripts(20))

@@ -89,6 +89,7 @@ def on_a_rank(folder: Path, kinds: list) -> list[dict[str, int]]:
     return results
 
 
+@pytest.mark.slow
 def test_bytes_equal_what_two_processes_hold(tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
     parameters = [Parameter(shape) for shape in parameter_shapes(LlamaConfig(**ODD)).values()]

@@ -183,6 +183,7 @@ def expect_swept(store: ReferenceStore) -> None:
     assert not list(store.folder.glob(f".tmp-{platform.node()}-*"))
 
 
+@pytest.mark.slow
 def test_thirty_kills_of_a_fill_on_two_processes(forks, tmp_path, inputs):
     storm(forks, tmp_path, inputs, 30)
 
@@ -248,6 +249,7 @@ def test_eight_jobs_share_the_work_of_one_store(forks, tmp_path):
     assert eight(forks, tmp_path / "store", 0, random.Random(0)) == (0, 0)
 
 
+@pytest.mark.slow
 def test_eight_jobs_that_are_killed_and_started_again(forks, tmp_path):
     alone = forks.start(fill_numbered, tmp_path / "calm", tmp_path / "calm-log", COUNT, PIECE, 0)
     assert alone.wait(STALL_S) and alone.status == 0, alone.text

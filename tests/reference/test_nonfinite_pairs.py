@@ -93,6 +93,7 @@ def listed(folder: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_reads_none_of_them_on_one_process_or_two_and_goes_on_the_same(
     tmp_path, tiny_checkpoint, bad
 ):
@@ -161,6 +162,7 @@ def test_more_than_max_dropped_are_an_error_that_names_the_first(tmp_path, tiny_
     assert not (tmp_path / "out.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_score_and_evaluate_leave_them_out(tmp_path, tiny_checkpoint, bad):
     data = pairs(tmp_path)
     section = PreferenceDatasetConfig(dataset_name=str(data))

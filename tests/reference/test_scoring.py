@@ -138,6 +138,7 @@ def node(folder: Path, checkpoint: Path, pairs: Path) -> dict:
     return report
 
 
+@pytest.mark.slow
 def test_nodes_without_a_shared_disk_and_other_worlds_get_the_same_numbers(
     tmp_path, tiny_checkpoint, tiny_pairs, monkeypatch
 ):

@@ -198,6 +198,7 @@ document.title = JSON.stringify({
 </script></body>"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed to render the page in")
 def test_a_browser_shows_it_light_and_dark_on_a_desk_and_on_a_phone(make_run, tmp_path):
     from matplotlib.image import imread

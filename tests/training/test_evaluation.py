@@ -44,6 +44,7 @@ def on_a_rank(*arguments) -> list[dict]:
     return results
 
 
+@pytest.mark.slow
 def test_metrics_are_those_of_the_final_model_on_one_and_two_processes(
     tmp_path, tiny_checkpoint, tiny_pairs
 ):

@@ -132,6 +132,7 @@ def test_a_rank_killed_or_refused_while_two_save(tmp_path, forks):
         campaign.check((point, rank, (campaign.points[rank][point] + 2) // 2, action))
 
 
+@pytest.mark.slow
 def test_a_background_save_is_killed_or_fails(tmp_path, forks):
     campaign = Campaign(forks, tmp_path, background_saving=True)
     for point, action in (

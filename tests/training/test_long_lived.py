@@ -203,17 +203,20 @@ def models_left(inputs: tuple[Path, Path], folder: Path) -> dict[str, list[str]]
     return left
 
 
+@pytest.mark.slow
 def test_no_model_stays_however_a_run_ends(tmp_path, inputs):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
     for left in run_ranks(models_left, 2, inputs, tmp_path, timeout=280):
         assert left == {f"{zero} {way}": [] for zero in (None, 2, 3) for way in WAYS}
 
 
+@pytest.mark.slow
 def test_runs_in_one_process_leave_nothing(tmp_path, inputs):
     (held,) = run_ranks(many_runs, 1, inputs, tmp_path, 7, None, timeout=300)
     check_flat(held, megabytes=4, objects=200)
 
 
+@pytest.mark.slow
 def test_steps_of_one_run_leave_nothing(tmp_path, inputs):
     (held,) = run_ranks(many_steps, 1, inputs, tmp_path, 200, timeout=300)
     # The first saves and evaluations allocate; after them memory stays constant.

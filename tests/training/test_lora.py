@@ -163,6 +163,7 @@ def on_a_rank(checkpoint, pairs, folder: Path) -> dict:
     return result
 
 
+@pytest.mark.slow
 def test_on_two_processes_under_zero(trained, tiny_checkpoint, tiny_pairs, tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
     expected = losses(trained.parent)

@@ -124,6 +124,7 @@ class InTurn(Prefetch):
         return self._task.micro_batches(step)
 
 
+@pytest.mark.slow
 def test_runs_are_the_same_to_the_bit_and_leave_no_thread_however_they_end(
     tmp_path, tiny_checkpoint, tiny_pairs, monkeypatch
 ):

@@ -83,6 +83,7 @@ def on_a_rank(
     return result
 
 
+@pytest.mark.slow
 def test_language_stages(inputs, tmp_path, tiny_checkpoint, tiny_pairs):
     alone = language_stages(inputs, tmp_path / "one")
     pairs = tiny_checkpoint, tiny_pairs
@@ -121,6 +122,7 @@ def under_zero(inputs: tuple, folder: Path) -> dict[int, list[list[float]]]:
     return result
 
 
+@pytest.mark.slow
 def test_language_stages_with_evaluation_under_zero(inputs, tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
     alone = language_stages(inputs, tmp_path / "one")
@@ -154,6 +156,7 @@ def broken_dpo(checkpoint: Path, pairs: Path, folder: Path, break_at: int | None
     return losses(folder)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_another_number_of_processes(tmp_path, tiny_checkpoint, tiny_pairs):
     whole = broken_dpo(tiny_checkpoint, tiny_pairs, tmp_path / "whole", None)
     run_ranks(broken_dpo, 2, tiny_checkpoint, tiny_pairs, tmp_path / "a", 5, timeout=120)

@@ -90,6 +90,7 @@ def test_the_three_stages_chain_as_documented(tmp_path, tiny_tokenizer, tiny_pai
     assert {"sft_checkpoint", "train", "dpo", "data"} <= set(written)
 
 
+@pytest.mark.slow
 def test_the_example_of_the_documentation_runs_as_written(
     tmp_path, tiny_checkpoint, tiny_pairs, capsys
 ):
@@ -186,6 +187,7 @@ def test_losses_do_not_depend_on_micro_batches(tmp_path, tiny_checkpoint, tiny_p
     assert seen[0][0] != seen[0][-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "backend"),
     [

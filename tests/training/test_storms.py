@@ -136,6 +136,7 @@ def storm(forks, inputs, folder: Path, calm: tuple[dict, float], kills: int, see
         pass
 
 
+@pytest.mark.slow
 def test_ten_kills_through_all_stages(forks, inputs, tmp_path, calm):
     storm(forks, inputs, tmp_path, calm, 10, seed=1)
 
@@ -179,6 +180,7 @@ def stops(forks, inputs, folder: Path, calm: tuple[dict, float], count: int, see
         assert set(run.steps().values()) == {1}, "a step was lost and repeated"
 
 
+@pytest.mark.slow
 def test_ten_stops_through_all_stages(forks, inputs, tmp_path, calm):
     stops(forks, inputs, tmp_path, calm, 10, seed=3)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from modern_llm.config import TrainingConfig
-from modern_llm.training.run.dry_run import DryRun
 from modern_llm.training.run.folder import RunFolder
 
 
@@ -14,5 +13,5 @@ def test_it_names_the_newest_checkpoint_or_that_there_is_none_or_that_nothing_is
         (run.checkpoints / f"step-{step:08d}").mkdir(parents=True)
     (run.checkpoints / ".tmp-step-00000012-1").mkdir()
     assert run.what_next() == "the same command resumes from step-00000010"
-    run.dry_run = DryRun()
+    run = RunFolder(run.config, {}, dry_run=True)
     assert run.what_next() == "nothing was kept: the same command tries again"

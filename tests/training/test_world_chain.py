@@ -61,6 +61,7 @@ def examples(seen: Path, world_of: dict[int, int]) -> list[list[str]]:
     return steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [None, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2, 3))]
 )

@@ -52,6 +52,7 @@ def matrix(checkpoint: Path, data: Path, folder: Path, **fields) -> None:
             close(place / name, alone.folder, 1e-4)
 
 
+@pytest.mark.slow
 def test_own_text(tmp_path, tiny_checkpoint, pairs):
     matrix(tiny_checkpoint, pairs, tmp_path)
 
@@ -75,6 +76,7 @@ def rounded(checkpoint: Path, folder: Path, dtype: torch.dtype) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_tied_embeddings_offload_live_reference_and_bfloat16(tmp_path, tiny_tokenizer, pairs):
     tied = make_checkpoint(tmp_path / "tied", tiny_tokenizer, tie_embeddings=True)
     cpu = {"device": "cpu"}
@@ -112,6 +114,7 @@ def test_tied_embeddings_offload_live_reference_and_bfloat16(tmp_path, tiny_toke
         close(tmp_path / name, tmp_path / "low", 1e-2)
 
 
+@pytest.mark.slow
 def test_resume_under_every_stage_and_across_stages_and_worlds(tmp_path, tiny_checkpoint, pairs):
     few = {"max_steps": 8, "save_every": 3}
     low = few | {"mixed_precision": "bf16"}

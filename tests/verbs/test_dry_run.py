@@ -122,6 +122,7 @@ def on_a_rank(file: str, temporary: str) -> int:
     return status
 
 
+@pytest.mark.slow
 def test_two_processes_try_together(run_file, tmp_path, own_temporary_folder):
     file = run_file()
     assert run_ranks(on_a_rank, 2, str(file), str(own_temporary_folder), timeout=200) == [0, 0]

@@ -15,7 +15,7 @@ from modern_llm.distributed.runtime import Runtime
 from modern_llm.storage.fault_points import around
 from modern_llm.training.checkpointing import format
 from modern_llm.training.checkpointing.saver import PENDING_EVALUATION
-from modern_llm.training.context import TrainingContext
+from modern_llm.training.context import Resume, TrainingContext
 from modern_llm.training.guards.state import GuardState, no_spikes
 from modern_llm.training.optim import make_optimizer
 from modern_llm.training.run.folder import RunFolder
@@ -29,13 +29,13 @@ def start_training(
     scorer: nn.Module,
     task: Task,
     run: RunFolder,
-    fingerprints: dict[str, Any],
+    resume: Resume,
     total: int,
 ) -> tuple[TrainingContext, int, bool]:
     """Prepare model and optimizer, and load the newest checkpoint if there is one.
 
     Args:
-        fingerprints: digests that the checkpoint must share with this run.
+        resume: the checkpoint, and the digests that it must share with this run.
         total: optimizer steps of the whole run.
 
     Returns:
@@ -46,7 +46,7 @@ def start_training(
         UserError: `resume: must` without a checkpoint, or the checkpoint is of another run.
     """
     heartbeat.enter("preparing the first step")
-    found = run.checkpoint
+    found = resume.checkpoint
     if found is None and run.config.resume == "must":
         raise UserError(f"resume: {run.checkpoints} holds no checkpoint to resume from")
     guards = GuardState(spikes=no_spikes() if run.config.skip_loss_spikes else {})
@@ -56,7 +56,7 @@ def start_training(
         engine = _prepare(runtime, scorer, run)
         return TrainingContext(runtime, engine, task, run, guards, total), 0, False
     folder, manifest = found
-    step = _check(folder, manifest, run, fingerprints, total)
+    step = _check(folder, manifest, run, resume.fingerprints, total)
     size = sum(file.stat().st_size for file in folder.iterdir())
     reading = size / heartbeat.SLOWEST_DISK + heartbeat.DISK_PAUSE_S
     # Before the model is prepared, because ZeRO and FSDP then shard these weights.

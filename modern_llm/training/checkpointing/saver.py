@@ -22,7 +22,7 @@ from modern_llm.storage.atomic import TEMPORARY, free_bytes, refusals
 from modern_llm.storage.fault_points import around
 from modern_llm.training.checkpointing import format
 from modern_llm.training.checkpointing.async_save import AsyncSave
-from modern_llm.training.context import TrainingContext
+from modern_llm.training.context import Resume, TrainingContext
 
 log = logging.getLogger(__name__)
 
@@ -41,17 +41,17 @@ class Saver:
     """Writes the checkpoints of one run.
 
     Args:
-        facts: digests that a resumed run must share; written into each manifest.
-        last: step of the verified checkpoint that this run resumed from; 0 for none.
+        resume: digests of this run, which each manifest records.
+        last: step of the checkpoint that this run resumed from, 0 for none; it was verified then.
     """
 
-    def __init__(self, context: TrainingContext, facts: dict[str, Any], last: int):
+    def __init__(self, context: TrainingContext, resume: Resume, last: int):
         self._runtime, self._run = context.runtime, context.run
         self._engine, self._guards = context.engine, context.guards
         runtime, run = context.runtime, context.run
         self._facts = {
-            **facts,
-            **run.recorded,
+            **resume.fingerprints,
+            **resume.data,
             "world": runtime.world,
             "configuration": digest_of(run.record),
         }

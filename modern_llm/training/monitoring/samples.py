@@ -155,12 +155,17 @@ def make_sampler(
     tokenizer: PreTrainedTokenizerBase,
     config: TrainingConfig,
     run: RunFolder,
+    rows: Sequence[Sequence[int]],
     ends: Sequence[int | None],
 ) -> Sampler | None:
-    """Return the sampler of a run, None without `generate_every` or prompts."""
+    """Return what answers the fixed prompts of a run; None without `generate_every` or prompts.
+
+    Args:
+        rows: token ids of the prompts, unless the configuration has its own.
+        ends: ids that end an answer.
+    """
     if config.generate_every is None:
         return None
-    rows: Sequence[Sequence[int]] = run.prompts
     if config.generate_prompts is not None:
         template = run.record.get("data", {}).get("template")
         rows, _ = prompt_ids(tokenizer, config.generate_prompts, template)

@@ -25,6 +25,7 @@ from modern_llm.distributed.runtime import Runtime
 from modern_llm.storage.atomic import TEMPORARY, name_folder
 from modern_llm.storage.fault_points import around
 from modern_llm.training.checkpointing import format
+from modern_llm.training.context import Resume
 from modern_llm.training.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -33,17 +34,25 @@ KEPT = "data-before"
 """Folder with the tables of the run so far, kept until the new tables have been compared."""
 
 
-def find_checkpoint(runtime: Runtime, run: RunFolder) -> None:
-    """Find the checkpoint to resume from, and keep the tables that it was trained on."""
+Checkpoint = tuple[Path, dict[str, Any]]
+"""Folder and manifest."""
+
+
+def find_checkpoint(runtime: Runtime, run: RunFolder) -> Checkpoint | None:
+    """Return the checkpoint to resume from, and keep the tables that it was trained on."""
     heartbeat.enter("looking for a checkpoint")
-    run.checkpoint = runtime.on_main(lambda: format.find(run.checkpoints))
-    if run.checkpoint is not None and runtime.accelerator.is_local_main_process:
+    found: Checkpoint | None = runtime.on_main(lambda: format.find(run.checkpoints))
+    if found is not None and runtime.accelerator.is_local_main_process:
         with suppress(OSError):  # without them a change is still refused, without naming the row
-            _keep(run, run.checkpoint[1].get("data"))
+            _keep(run, found[1].get("data"))
+    return found
 
 
-def check_data(runtime: Runtime, run: RunFolder, prepared: Prepared) -> Prepared:
-    """Compare the tables with the checkpoint; return them with the number of rows of each epoch.
+def check_data(
+    runtime: Runtime, run: RunFolder, prepared: Prepared, checkpoint: Checkpoint | None
+) -> tuple[Prepared, Resume]:
+    """Compare the tables with the checkpoint; return them with the number of rows of each epoch,
+    and what the run resumes from.
 
     Raises:
         UserError: the rows differ, or rows were appended without `--accept-change`.
@@ -51,20 +60,20 @@ def check_data(runtime: Runtime, run: RunFolder, prepared: Prepared) -> Prepared
 
     def checked() -> list[list[int]]:
         run.lock.check()
-        return _history(run, prepared.train)
+        return _history(run, prepared.train, checkpoint)
 
     history = runtime.on_main(checked)
     if runtime.accelerator.is_local_main_process:
         shutil.rmtree(run.path / KEPT, ignore_errors=True)
-    run.recorded = {"data": prepared.train.digest, "rows": history}
-    return dataclasses.replace(prepared, history=tuple((epoch, rows) for epoch, rows in history))
+    prepared = dataclasses.replace(prepared, history=tuple((e, rows) for e, rows in history))
+    return prepared, Resume(checkpoint, {"data": prepared.train.digest, "rows": history})
 
 
-def _history(run: RunFolder, table: TokenTable) -> list[list[int]]:
+def _history(run: RunFolder, table: TokenTable, found: Checkpoint | None) -> list[list[int]]:
     """Return (first epoch, rows) for each number of rows that the run has read or will read."""
-    if run.checkpoint is None:
+    if found is None:
         return [[0, len(table)]]
-    checkpoint, facts = run.checkpoint
+    checkpoint, facts = found
     (_, first), *grown = facts["rows"]
     rows = grown[-1][1] if grown else first
     if facts["data"] == table.digest:

@@ -70,10 +70,8 @@ class DryRun:
         if run.record.get("dpo", {}).get("reference") != "store":
             os.environ[CACHE] = str(self.folder / "reference")
         config = dataclasses.replace(run.config, output_dir=self.folder / "run", resume="auto")
-        aside = RunFolder(config, run.record)
-        aside.dry_run = self
         self.result["configuration"] = run.record
-        return aside
+        return RunFolder(config, run.record, dry_run=True)
 
     def first_step_only(self, prepared: Prepared, config: TrainingConfig) -> Prepared:
         """Report the size of the data, and return the examples of the first step."""

@@ -43,9 +43,9 @@ def _kind_of(mode: int) -> str:
 class RunFolder:
     """One run's folder on disk."""
 
-    def __init__(self, config: TrainingConfig, record: dict[str, Any]):
+    def __init__(self, config: TrainingConfig, record: dict[str, Any], *, dry_run: bool = False):
         """`record` is the whole configuration in plain values, as in `config.yaml`."""
-        self.config, self.record = config, record
+        self.config, self.record, self.dry_run = config, record, dry_run
         self.path = Path(config.output_dir)
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
@@ -54,12 +54,6 @@ class RunFolder:
         self.lock = RunLock(self.path)
         self._reopened = False
         self.done: int | None = None  # completed optimizer steps; None before the loop starts
-        # The checkpoint to resume from and its manifest; set by `find_checkpoint`.
-        self.checkpoint: tuple[Path, dict[str, Any]] | None = None
-        self.recorded: dict[str, Any] = {}  # digest and rows of the data, for every manifest
-        self.notes: dict[str, Any] = {}  # for summary.json
-        self.prompts: list[list[int]] = []  # token ids of the prompts of sample answers
-        self.dry_run: Any = None  # the `DryRun`, if this is one
 
     def refuse_foreign(self) -> None:
         """Raise `UserError` if the folder holds another run, or if `resume` forbids to use it."""
@@ -175,7 +169,7 @@ class RunFolder:
 
     def what_next(self) -> str:
         """Return what the same command will do if this process ends now, for messages."""
-        if self.dry_run is not None:
+        if self.dry_run:
             return "nothing was kept: the same command tries again"
         newest = max((path.name for path in self.checkpoints.glob("step-*")), default=None)
         if newest is None:

@@ -26,7 +26,7 @@ def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
 
     The file is needed because launchers replace the exit status of their processes.
     """
-    if run.dry_run is None:
+    if not run.dry_run:
         runtime.on_main(run.lock.take)
     if runtime.is_main:
         run.stop_file.unlink(missing_ok=True)
@@ -41,7 +41,7 @@ def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
 
     def stacks() -> Path | None:
         # None means stderr: a dry run keeps nothing, and without the lock nothing may be written.
-        return run.path if run.dry_run is None and not run.lock.is_lost() else None
+        return run.path if not run.dry_run and not run.lock.is_lost() else None
 
     watchdog = Watchdog(runtime, stacks, run.config.hang_timeout, close, run.what_next)
     try:

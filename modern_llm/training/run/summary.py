@@ -58,10 +58,10 @@ def environment(runtime: Runtime) -> dict[str, Any]:
     return found
 
 
-def write_summary(runtime: Runtime, run: RunFolder) -> None:
+def write_summary(runtime: Runtime, run: RunFolder, prepared: Prepared) -> None:
     """Write `summary.json`; rank 0 only."""
     run.lock.check()
-    summary = {"environment": environment(runtime), **run.notes}
+    summary = {"environment": environment(runtime), "data": data_notes(prepared)}
     write_file(run.path / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 

@@ -89,6 +89,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 def test_hangs_in_loader_and_save_and_a_blocked_interpreter(forks, tmp_path, tiny_checkpoint):
     runs = {}
     for number, (name, (fault, trick, _, _)) in enumerate(CASES.items()):
@@ -98,6 +99,7 @@ def test_hangs_in_loader_and_save_and_a_blocked_interpreter(forks, tmp_path, tin
         runs[name].end(rank, phase, killed=trick != "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_suspended_process_is_named_and_ended_and_the_same_command_resumes(
     rank, forks, tmp_path, tiny_checkpoint
@@ -138,6 +140,7 @@ def verb(arguments: list[str], environment: dict[str, str]) -> None:
     command(arguments, environment)
 
 
+@pytest.mark.slow
 def test_long_verbs_are_watched_too(forks, tmp_path, tiny_checkpoint):
     data = str(write_jsonl(tmp_path / "p.jsonl", transcripts(45)))
     pairs = ["--data", data, "--model", str(tiny_checkpoint), "--max_length", "64"]
@@ -173,6 +176,7 @@ def test_long_verbs_are_watched_too(forks, tmp_path, tiny_checkpoint):
     assert "the same command scores only what is missing" in said
 
 
+@pytest.mark.slow
 def test_a_single_process_gets_a_warning_with_stacks_and_is_never_ended(
     forks, tmp_path, tiny_checkpoint
 ):

@@ -73,7 +73,12 @@ def start(folder: Path, run: Path, how: str, rank: int, **environment: str):
 
 @pytest.mark.parametrize(
     ("how", "rank", "deepspeed"),
-    [("raise", 1, False), ("kill", 1, False), ("kill", 0, False), ("raise", 1, True)],
+    [
+        ("kill", 0, False),
+        pytest.param("kill", 1, False, marks=pytest.mark.slow),
+        pytest.param("raise", 1, False, marks=pytest.mark.slow),
+        pytest.param("raise", 1, True, marks=pytest.mark.slow),
+    ],
 )
 def test_all_end_within_30_s_and_the_line_of_the_cause_is_first(
     how, rank, deepspeed, run, tmp_path

@@ -83,6 +83,7 @@ def slow_run(folder: str, world: int, again: bool) -> None:
     small.child(folder, "", None, "", {"hang_timeout": LEAST_S, "eval_every": 3, "save_every": 3})
 
 
+@pytest.mark.slow
 def test_a_slow_run_in_any_phase_ends_well_alone_and_on_two_processes(forks, tmp_path):
     places = {world: tmp_path / str(world) for world in (1, 2)}
     for place in places.values():

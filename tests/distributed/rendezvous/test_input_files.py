@@ -127,6 +127,7 @@ def compared(folder: Path, others: Path) -> tuple[str, list[str]]:
     return "", done
 
 
+@pytest.mark.slow
 def test_inputs_are_read_after_the_handshake_and_named_if_they_differ(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

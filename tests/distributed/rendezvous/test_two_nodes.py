@@ -79,6 +79,7 @@ def run_file(tmp_path_factory):
     return folder / "run.yaml", checkpoint, data
 
 
+@pytest.mark.slow
 def test_zero_2_over_two_nodes_equals_one_process(two_nodes, run_file, tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
     run, checkpoint, data = run_file
@@ -101,6 +102,7 @@ def test_a_wrong_machine_rank_is_one_line_at_once(two_nodes, run_file):
     assert lines and all("node" in line and "machine_rank" in line for line in lines), errors
 
 
+@pytest.mark.slow
 def test_a_missing_node_is_one_line_within_a_minute(two_nodes, run_file):
     status, errors, seconds = two_nodes(run_file[0], NODE_RANKS="0")
     lines = [line for line in errors.splitlines() if "modern-llm: error:" in line]

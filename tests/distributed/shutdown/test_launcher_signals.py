@@ -46,6 +46,7 @@ def start(launcher: str, folder: Path, model: Path, pairs: Path) -> subprocess.P
         )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "number"),
     [

@@ -41,10 +41,12 @@ def endings(folder: Path, *arguments: str, seconds: float) -> list[list[int]]:
     return json.loads(out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_late_workers_do_not_abort_a_finished_script(tmp_path):
     assert endings(tmp_path, "script", "groups", "3", "starved", seconds=150) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["script", "command"])
 def test_a_run_with_late_workers_ends_well(tmp_path, way):
     assert endings(tmp_path, way, "ddp-background", "2", "starved", seconds=200) == []

@@ -177,6 +177,7 @@ def expect_rounds(first: tuple, second: tuple) -> None:
     assert second == ((4, words), (3, ""), (4, words))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "places"),
     [(1, tuple(PLACES)), (2, ("reading", "scoring", "evaluation", "first answers"))],

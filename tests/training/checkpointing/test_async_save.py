@@ -37,6 +37,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "stage"), [(1, None), (2, None), (2, 2)])
 def test_checkpoints_equal_those_of_the_foreground_byte_for_byte(tmp_path, forks, world, stage):
     if stage is not None:
@@ -119,6 +120,7 @@ def test_three_consecutive_failures_end_the_run_with_3_as_in_the_foreground(
     assert json.loads((tmp_path / "outcome.json").read_text())["status"] == 3
 
 
+@pytest.mark.slow
 def test_a_save_that_hangs_is_named_by_the_watchdog(tmp_path, forks):
     world = 2
     settings = SETTINGS | {"save_every": 2, "max_steps": 5, "hang_timeout": 2.0}

@@ -84,6 +84,7 @@ def undisturbed(tmp_path_factory, inputs) -> tuple:
     return end
 
 
+@pytest.mark.slow
 def test_one_run_stopped_ten_times(tmp_path, inputs, undisturbed):
     run = Run(tmp_path / "run", *inputs)
     for stop in (1, 7, 19, 20, 21, 33, 40, 41, 58, 59):

@@ -101,6 +101,7 @@ def test_the_update_of_a_spike_is_not_applied_and_a_restart_decides_the_same(
     assert final(off) != final(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [None, 2])
 def test_two_processes_decide_as_one(tmp_path, forks, stage):
     if stage is not None:

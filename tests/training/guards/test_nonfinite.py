@@ -152,6 +152,7 @@ class Told(logging.Handler):
         nonfinite.log.removeHandler(self)
 
 
+@pytest.mark.slow
 def test_a_skipped_step_is_logged_by_all_ranks_although_no_line_is_due(tmp_path, tiny_checkpoint):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
     data = write_jsonl(tmp_path / "p.jsonl", transcripts(45))
@@ -175,6 +176,7 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_no_byte_changes_under_any_sharding_on_any_rank(tmp_path, tiny_checkpoint):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
     data = write_jsonl(tmp_path / "p.jsonl", transcripts(45))

@@ -176,6 +176,7 @@ def on_a_rank(folder, checkpoint, pairs, sharded: bool) -> list[list[dict]]:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_answer_as_one_with_whole_and_with_sharded_weights(
     tmp_path, tiny_checkpoint, tiny_pairs
 ):
@@ -219,6 +220,7 @@ def test_monitoring_takes_under_one_percent_of_a_100_ms_step(tmp_path, capsys):
     assert len(lines(tmp_path / "metrics.jsonl")) == 40
 
 
+@pytest.mark.slow
 def test_a_profile_traces_the_requested_steps_and_names_the_slowest_operations(
     tmp_path, tiny_checkpoint, tiny_pairs, capfd
 ):

@@ -50,6 +50,7 @@ def command(tmp_path, tiny_checkpoint, tiny_pairs):
     return ["dpo", "--config", str(tmp_path / "run.yaml")]
 
 
+@pytest.mark.slow
 def test_the_second_ends_at_once_and_a_dead_lock_is_taken_over(tmp_path, command):
     run = tmp_path / "run"
     with fork_server(tmp_path, "modern_llm.cli", "modern_llm.training.train_dpo") as forks:

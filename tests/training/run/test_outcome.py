@@ -112,6 +112,7 @@ def on_a_rank(folder: Path) -> dict[str, dict[str, tuple[int, int]]]:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_also_under_deepspeed(tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
     for found in run_ranks(on_a_rank, 2, tmp_path, timeout=280):
