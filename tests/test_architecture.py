@@ -80,9 +80,11 @@ TABLE = {
     ),
     # Pages from plain numbers: a template and a drawing; nothing that computes.
     "report": row("config.printable storage", "jinja2 matplotlib numpy yaml huggingface_hub"),
-    # models.out_of_memory: a step that finds no memory is made again in smaller forwards.
+    # models.out_of_memory: a step that finds no memory is repeated in smaller forwards.
+    # models.run_checkpoint: the weights of a checkpoint, which loading a model reads as well.
     "core": row(
-        "config storage distributed models.out_of_memory", "torch accelerate safetensors yaml"
+        "config storage distributed models.out_of_memory models.run_checkpoint",
+        "torch accelerate safetensors yaml",
     ),
     # train_*.py and what they are made of; a train_*.py itself is imported by cli and demo only.
     "stages": row(f"{BELOW} objectives inference export report core", "torch transformers numpy"),

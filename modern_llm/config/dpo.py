@@ -63,7 +63,8 @@ class DPOConfig:
     score; the values must be there, the reference's weights need not. model: no store, a frozen
     model beside the policy."""
     reference_checkpoint: SameContent[str | None] = None
-    """Hub id, transformers folder or .pt file of the reference; by default the policy's start."""
+    """Hub id, transformers folder, .pt file or run checkpoint of the reference; by default the
+    policy's start."""
     reference_digest: Free[Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")] | None] = None
     """With reference: store, the digest that the reference's weights should have (hex, at least
     the first 16 digits), where the weights themselves are not available."""

@@ -35,7 +35,8 @@ def export_checkpoint(
     """Write `model` to `output`: a `.pt` file if it ends so, else a `transformers` folder.
 
     Args:
-        model: Hub id, `transformers` folder, `.pt` file, or folder of a `peft` adapter.
+        model: Hub id, `transformers` folder, `.pt` file, a run's checkpoint, or folder of a `peft`
+            adapter.
         tokenizer_name: tokenizer for a checkpoint without one; by default the folder has none then.
         merge: merge the adapter into its base; required for an adapter, an error otherwise.
 
@@ -62,7 +63,7 @@ def export_checkpoint(
         except (OSError, RuntimeError) as error:
             raise StorageError(f"cannot write {output}: {error}; free space") from error
     else:
-        _write_folder(model, loaded, output, tokenizer_name)
+        _write_folder(checkpoint.place, loaded, output, tokenizer_name)
     return {
         "output": str(output),
         "dtype": dtype,

@@ -5,6 +5,8 @@ Sharded parameters are gathered one at a time; only rank 0 keeps them all, in ho
 
 from __future__ import annotations
 
+import copy
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.optimizer_shards import full_parameters
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.inference.generate import end_ids
-from modern_llm.models.adapters import has_adapters, write_adapters
+from modern_llm.models.adapters import has_adapters, write_adapter_config, write_adapters
 from modern_llm.storage.fault_points import around
 
 
@@ -66,6 +68,32 @@ def write_model(
     with around("export.write"):
         shape.save_pretrained(folder, state_dict=_with_ties_and_buffers(model, state))
         tokenizer.save_pretrained(folder)
+
+
+def model_files(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: tuple[int | None, ...] = (),
+) -> dict[str, bytes]:
+    """Return path and content of the files that a folder of weights needs to be a model.
+
+    Configuration (of adapters where these are trained) and tokenizer; small beside the weights.
+    """
+    with torch.device("meta"):  # a copy, because special ids are written into its configuration
+        shape = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32)
+    shape.generation_config = copy.deepcopy(model.generation_config)
+    name_special_ids(shape, tokenizer, ends)
+    with tempfile.TemporaryDirectory(prefix="modern-llm-") as name:
+        folder = Path(name)
+        if has_adapters(model):
+            write_adapter_config(model, folder)
+        else:
+            shape.config.architectures = [type(model).__name__]
+            shape.config.save_pretrained(folder)
+            shape.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def name_special_ids(

@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 from modern_llm.config.errors import ConfigError, UserError
 from modern_llm.config.lora import LoraConfig
 from modern_llm.config.printable import first_line
+from modern_llm.models.run_checkpoint import is_run_checkpoint, load_weights
+from modern_llm.storage.atomic import verified_manifest
 from modern_llm.storage.untrusted import read_json
 
 NAME = "default"
@@ -74,12 +76,17 @@ def write_adapters(model: PreTrainedModel, state: dict[str, Tensor], place: Path
         state: the trained parameters by name, whole and on the CPU.
     """
     peft = _peft()
-    settings = model.peft_config[NAME]
     kept = peft.get_peft_model_state_dict(
         model, state_dict=state, adapter_name=NAME, save_embedding_layers=False
     )
     tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in kept.items()}
     save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
+    write_adapter_config(model, place)
+
+
+def write_adapter_config(model: PreTrainedModel, place: Path) -> None:
+    """Write what kind of adapters `model` has, and the base that they belong to."""
+    settings = model.peft_config[NAME]
     before = settings.inference_mode
     settings.inference_mode = True
     settings.save_pretrained(place)
@@ -104,7 +111,14 @@ def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Return `base` with the adapters in `folder` merged into its weights."""
     peft = _peft()
     try:
-        model = peft.PeftModel.from_pretrained(base, folder, is_trainable=False)
+        if is_run_checkpoint(folder):
+            verified_manifest(folder)
+            settings = peft.PeftConfig.from_pretrained(folder)
+            settings.inference_mode = False  # the adapters are those parameters that train
+            model = peft.get_peft_model(base, settings)
+            load_weights(folder, model, prefix=PREFIX)
+        else:
+            model = peft.PeftModel.from_pretrained(base, folder, is_trainable=False)
         return model.merge_and_unload()
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(

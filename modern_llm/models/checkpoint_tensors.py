@@ -1,7 +1,7 @@
-"""Tensors in a checkpoint's weight files: names, shapes, types and bytes, without a model.
+"""The tensors in a checkpoint's weight files: names, shapes, types and bytes, without a model.
 
-The digest of a reference needs them before a model is loaded, or without one. Files are mapped, so
-that a tensor costs memory only while it is read.
+The digest of a reference is made of them before a model is loaded. Files are mapped, so that a
+tensor costs memory only while it is read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file
 
 from modern_llm.config.errors import StorageError, UserError
 from modern_llm.config.printable import first_line
-from modern_llm.models import adapters, pt_checkpoint
+from modern_llm.models import adapters, pt_checkpoint, run_checkpoint
 from modern_llm.models.load import Checkpoint, inspect_checkpoint, parts_of
 from modern_llm.models.shapes import empty_model
 from modern_llm.storage.regular_files import check_regular
@@ -35,9 +35,12 @@ def weight_files(checkpoint: Checkpoint) -> list[Path]:
     """
     if checkpoint.is_pt:
         return [Path(checkpoint.place)]
+    own = run_checkpoint.weight_files(Path(checkpoint.place)) if checkpoint.is_run else []
     if checkpoint.base is not None:  # the base's files first, as `stored_tensors` expects
         files = weight_files(inspect_checkpoint(checkpoint.base))
-        return [*files, Path(checkpoint.place) / adapters.WEIGHTS]
+        return [*files, *(own or [Path(checkpoint.place) / adapters.WEIGHTS])]
+    if own:
+        return own
     for name in _LAYOUTS:
         if single := _find(checkpoint.place, name):
             return [single]
@@ -87,9 +90,14 @@ def stored_tensors(checkpoint: Checkpoint, files: list[Path]) -> Iterator[tuple[
     Raises:
         StorageError: a file is damaged.
     """
+    folder = Path(checkpoint.place)
     if checkpoint.base is not None:
-        yield from stored_tensors(inspect_checkpoint(checkpoint.base), files[:-1])
-        yield from _tensors(files[-1])
+        base = [path for path in files if path.parent != folder]
+        yield from stored_tensors(inspect_checkpoint(checkpoint.base), base)
+        if checkpoint.is_run:
+            yield from run_checkpoint.stored(folder)
+        else:
+            yield from _tensors(files[-1])
         return
     model = _without_weights(checkpoint)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
@@ -97,6 +105,10 @@ def stored_tensors(checkpoint: Checkpoint, files: list[Path]) -> Iterator[tuple[
         state = pt_checkpoint.read_state(files[0])
         kept = {name: tensor for name, tensor in state.items() if name not in tied}
         yield from sorted(revert_weight_conversion(model, kept).items())
+        return
+    if checkpoint.is_run:
+        state = dict(run_checkpoint.stored(folder, model))
+        yield from sorted(revert_weight_conversion(model, state).items())
         return
     for path in files:
         for name, tensor in _tensors(path):

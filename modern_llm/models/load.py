@@ -1,7 +1,7 @@
-"""Load any causal LM: a Hub id, a `transformers` folder, or a `.pt` file.
+"""Load any causal LM: a Hub id, a `transformers` folder, a `.pt` file, or a run's checkpoint.
 
-Gives the model, the path of the tokenizer, and the facts about both that are available before any
-weight is read. No remote code is run.
+Gives the model, its tokenizer, and what can be known of both before any weight is read. No remote
+code is run.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 
 from modern_llm.config.errors import StorageError, UserError
 from modern_llm.config.printable import first_line
@@ -29,7 +31,9 @@ from modern_llm.models import pt_checkpoint
 from modern_llm.models.adapters import base_of, merged
 from modern_llm.models.capabilities import probe
 from modern_llm.models.routers import router_loss_of
+from modern_llm.models.run_checkpoint import checkpoint_folder, is_run_checkpoint, load_weights
 from modern_llm.models.scorer import TokenScorer
+from modern_llm.storage.atomic import verified_manifest
 from modern_llm.storage.regular_files import check_regular
 from modern_llm.storage.untrusted import read_json
 
@@ -56,6 +60,11 @@ class Checkpoint:
         return self.place.endswith(".pt")
 
     @property
+    def is_run(self) -> bool:
+        """Whether it is a checkpoint that a run saved."""
+        return is_run_checkpoint(Path(self.place))
+
+    @property
     def vocabulary(self) -> int:
         """Rows of the embedding."""
         return int(self.config.get_text_config().vocab_size)
@@ -67,8 +76,13 @@ class Checkpoint:
 
 
 def inspect_checkpoint(place: str | Path) -> Checkpoint:
-    """Return the checkpoint at `place`, or raise `UserError` with the accepted forms."""
-    place = str(place)
+    """Return the checkpoint at `place`, or raise `UserError` with the accepted forms.
+
+    Args:
+        place: Hub id, `transformers` folder, `.pt` file, a checkpoint that a run saved
+            (`RUN/checkpoints/step-00000500`), or the newest one of a run folder (`RUN/last`).
+    """
+    place = checkpoint_folder(place)
     if place.endswith(".pt"):
         return Checkpoint(place, pt_checkpoint.read_config(Path(place)), has_tokenizer=False)
     path = Path(place)
@@ -83,6 +97,11 @@ def inspect_checkpoint(place: str | Path) -> Checkpoint:
         inner = inspect_checkpoint(base)
         return Checkpoint(place, inner.config, _load_tokenizer(place) is not None, base)
     if path.exists() and not (path / "config.json").is_file():
+        if is_run_checkpoint(path):
+            raise UserError(
+                f"checkpoint {place}: was saved by a version that left out the model's "
+                "configuration; resume its run once, or give the final model"
+            )
         raise UserError(
             f"checkpoint {place}: no config.json in it; give a transformers folder, a .pt file or "
             "a Hub id"
@@ -149,6 +168,8 @@ def load_model(
         return merged(load_model(inspect_checkpoint(checkpoint.base)), Path(checkpoint.place))
     if checkpoint.is_pt:
         return pt_checkpoint.load_model(Path(checkpoint.place))
+    if checkpoint.is_run:
+        return _load_from_run(checkpoint, quantize)
     extra = {} if quantize is None else {"quantization_config": _few_bits(quantize)}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -177,6 +198,26 @@ def load_model(
             "refused"
         )
     return model
+
+
+def _load_from_run(checkpoint: Checkpoint, quantize: str | None) -> PreTrainedModel:
+    """Return the model of a run's checkpoint, whether one rank wrote it or each its pieces."""
+    folder = Path(checkpoint.place)
+    if quantize is not None:
+        raise UserError(
+            f"checkpoint {folder}: quantize reads transformers folders; export this one first "
+            "(modern-llm export)"
+        )
+    verified_manifest(folder)
+    with no_init_weights():  # all of them are read below
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(checkpoint.config), dtype=torch.float32, trust_remote_code=False
+        )
+    model.tie_weights()  # part of the initialization
+    load_weights(folder, model)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
 
 
 def _few_bits(quantize: str) -> BitsAndBytesConfig:
@@ -249,6 +290,7 @@ def check_folder(place: str, kind: str) -> None:
 
 def _load_tokenizer(place: str) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer at `place`, None if there is none; a damaged one is refused."""
+    place = checkpoint_folder(place)
     check_folder(place, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)

@@ -44,6 +44,10 @@ def outline(place: str) -> tuple[Shapes, dict[str, int]]:
     Raises:
         UserError: there is no configuration, or not one of a decoder.
     """
+    if Path(place).name == "last":
+        from modern_llm.models.run_checkpoint import checkpoint_folder
+
+        place = checkpoint_folder(place)
     if not place.endswith(".pt"):
         values = _read(place)
         if known(values):

@@ -24,6 +24,8 @@ class Resume:
     """Digest of the training rows, and how many each epoch has; compared before the loop."""
     fingerprints: dict[str, Any] = field(default_factory=dict)
     """Digests that the checkpoint must share with this run; each stage adds its own."""
+    model_files: dict[str, bytes] = field(default_factory=dict)
+    """Path -> content of what makes a checkpoint a model folder: configuration and tokenizer."""
 
 
 @dataclass

@@ -15,7 +15,7 @@ from modern_llm.data.table.build import Prepared
 from modern_llm.distributed.freed_memory import release_freed_memory
 from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.runtime import Runtime
-from modern_llm.export.final_model import export
+from modern_llm.export.final_model import export, model_files
 from modern_llm.models.flops import peak_flops
 from modern_llm.models.scorer import TokenScorer
 from modern_llm.setup.tables import read_tables
@@ -96,6 +96,7 @@ def train_and_export(
     shape.pop("output_router_logits", None)  # not part of the shape; older runs did not write it
     resume.fingerprints["model"] = digest_of({**shape, "transformers_version": None})
     resume.fingerprints["tokenizer"] = tokenizer_identity(tokenizer)
+    resume.model_files = model_files(scorer.model, tokenizer, ends)
     peak, origin = peak_flops(runtime.device, config.precision)
     if runtime.is_main:
         log.info("mfu: of %.4g operations a second and process (%s)", peak, origin)

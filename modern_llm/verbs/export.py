@@ -14,7 +14,8 @@ class ExportSettings(Settings):
     """Turn a checkpoint into a .pt file or a transformers folder; merge an adapter; push."""
 
     model: str
-    """Hub id, transformers folder, .pt file, or folder of a peft adapter."""
+    """Hub id, transformers folder, .pt file, checkpoint of a run (RUN/last), or folder of a peft
+    adapter."""
     output: Path
     """What to write: a .pt file by that ending, else a folder; nothing may stand there yet."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -19,7 +19,7 @@ class GenerateSettings(Settings):
     """Answer prompts with a model."""
 
     model: str
-    """Hub id, transformers folder or .pt file."""
+    """Hub id, transformers folder, .pt file or a run's checkpoint (RUN/last)."""
     prompt: str | None = None
     """One prompt; read from --prompts, or line by line from standard input, where it is not
     given."""

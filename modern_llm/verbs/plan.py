@@ -24,7 +24,8 @@ class PlanSettings(Settings):
     config_is_of_a_stage: ClassVar[bool] = True
 
     model: str | None = None
-    """Hub id, folder or .pt file (its configuration is read, no weights); or give --config."""
+    """Hub id, folder, .pt file or run checkpoint (its configuration is read, no weights); or give
+    --config."""
     gpus: Positive = 1
     """GPUs over all machines."""
     gpus_per_node: Positive = 8

@@ -53,7 +53,8 @@ class SftSettings(TrainingSettings):
     """Fine-tune a checkpoint on instructions."""
 
     pretrain_checkpoint: str
-    """Hub id, transformers folder or .pt file to start from."""
+    """Checkpoint to start from: Hub id, transformers folder, .pt file, or a run's checkpoint
+    (RUN/checkpoints/step-00000500, or RUN/last)."""
     data: InstructionDatasetConfig = Field(default_factory=InstructionDatasetConfig)
     lora: LoraConfig | None = None
     """Train adapters beside frozen weights."""
@@ -63,7 +64,8 @@ class DpoSettings(TrainingSettings):
     """Train a policy on preference pairs against a frozen reference, which is scored once."""
 
     sft_checkpoint: str
-    """Hub id, transformers folder or .pt file: the policy's start and the reference."""
+    """The policy's start and the reference: Hub id, transformers folder, .pt file, or a run's
+    checkpoint (RUN/checkpoints/step-00000500, or RUN/last)."""
     dpo: DPOConfig = Field(default_factory=DPOConfig)
     data: PreferenceDatasetConfig = Field(default_factory=PreferenceDatasetConfig)
     lora: LoraConfig | None = None

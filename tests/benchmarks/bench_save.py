@@ -89,7 +89,7 @@ def committed(state: format.Snapshot, folder: Path) -> dict[str, float]:
     for patch in patches:
         patch.start()
     try:
-        format.commit(Peers(0, 1), folder, 1, lambda: state, {})
+        format.commit(Peers(0, 1), folder, 1, lambda: state, {}, {})
     finally:
         for patch in patches:
             patch.stop()

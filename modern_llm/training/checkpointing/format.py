@@ -15,11 +15,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from modern_llm.config.errors import StorageError
 from modern_llm.distributed.collectives import Peers
@@ -27,15 +26,16 @@ from modern_llm.distributed.engine import Engine
 from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.optimizer_shards import MOMENTS, base_optimizer, pieces, replicated
 from modern_llm.distributed.runtime import Runtime
+from modern_llm.models.run_checkpoint import STATE, WEIGHTS, Shards, buffers, newest, whole_shape
 from modern_llm.storage.atomic import TEMPORARY, verified_manifest
 from modern_llm.storage.fault_points import around
-from modern_llm.storage.regular_files import check_regular, read_text
-from modern_llm.storage.safetensors_writer import NAMES, write_tensors
+from modern_llm.storage.regular_files import read_text
+from modern_llm.storage.safetensors_writer import write_tensors
 from modern_llm.training.guards.state import GuardState
 
 log = logging.getLogger(__name__)
 
-WEIGHTS, OPTIMIZER, STATE = "model", "optimizer", "state.json"
+OPTIMIZER = "optimizer"
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,24 @@ def save(
     engine: Engine,
     guards: GuardState,
     facts: dict[str, Any],
+    files: dict[str, bytes],
 ) -> None:
-    """Commit `folder/step-XXXXXXXX` with the state after optimizer step `step`; a collective."""
-    commit(runtime, folder, step, lambda: snapshot(runtime, step, engine, guards), facts)
+    """Commit `folder/step-XXXXXXXX` with the state after optimizer step `step`; a collective.
+
+    Args:
+        facts: written into the manifest.
+        files: path -> content of what makes the folder a model: configuration and tokenizer.
+    """
+    commit(runtime, folder, step, lambda: snapshot(runtime, step, engine, guards), facts, files)
 
 
 def commit(
-    peers: Peers, folder: Path, step: int, taken: Callable[[], Snapshot], facts: dict[str, Any]
+    peers: Peers,
+    folder: Path,
+    step: int,
+    taken: Callable[[], Snapshot],
+    facts: dict[str, Any],
+    files: dict[str, bytes],
 ) -> None:
     """Commit `folder/step-XXXXXXXX` with the snapshots that `taken` returns; a collective."""
     target = folder / f"step-{step:08d}"
@@ -72,12 +83,17 @@ def commit(
         if mine.state is not None:
             with around("state.write"):
                 (temporary / STATE).write_text(json.dumps(mine.state))
-        starts = {"starts": json.dumps(mine.starts)}
+            for name, content in files.items():
+                path = temporary / name
+                path.parent.mkdir(exist_ok=True)
+                with around("files.write"):
+                    path.write_bytes(content)
+        starts = {"format": "pt", "starts": json.dumps(mine.starts)}
         # In parallel: one file is digested while the other waits for the disk.
         name = threading.current_thread().name
         with ThreadPoolExecutor(2, name, heartbeat.helper()) as pool:
-            files = mine.tensors.items()
-            parts = [pool.submit(write_tensors, temporary / n, t, starts) for n, t in files]
+            tensors = mine.tensors.items()
+            parts = [pool.submit(write_tensors, temporary / n, t, starts) for n, t in tensors]
             for part in parts:
                 part.result()
                 heartbeat.tick()
@@ -131,38 +147,6 @@ def find(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return newest(folder)
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest intact checkpoint and its manifest, or None if there is no checkpoint.
-
-    Raises:
-        StorageError: none of the checkpoints is intact; the run must not start over silently.
-    """
-    found = sorted(folder.glob("step-*"), reverse=True)
-    for path in found:
-        try:
-            return path, verified_manifest(path)
-        except (StorageError, OSError) as error:  # OSError: the disk cannot read it (EIO)
-            log.warning("checkpoint %s is damaged and skipped: %s", path.name, error)
-    if found:
-        raise StorageError(
-            f"{folder}: none of {len(found)} checkpoints is intact; remove them to start over"
-        )
-    return None
-
-
-def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Load the weights of a verified checkpoint into `model`, before it is prepared."""
-    stored = Shards(checkpoint, WEIGHTS)
-    into = {n: p.data for n, p in model.named_parameters() if p.requires_grad} | buffers(model)
-    if stored.names() != set(into):
-        different = sorted(stored.names() ^ set(into))[:4]
-        raise StorageError(f"{checkpoint}: holds other tensors than the model: {different}")
-    for name, tensor in into.items():
-        whole = stored.read(name, 0, tensor.numel(), _shape(tensor), tensor.dtype)
-        tensor.copy_(whole.view_as(tensor))
-        heartbeat.tick()
-
-
 def load_state(checkpoint: Path, engine: Engine, guards: GuardState) -> None:
     """Load this rank's optimizer state and the guards' state; call it after `load_weights`."""
     optimizer = base_optimizer(engine)
@@ -171,7 +155,7 @@ def load_state(checkpoint: Path, engine: Engine, guards: GuardState) -> None:
     for piece in pieces(engine):
         heartbeat.tick()
         end = piece.start + piece.weight.numel()
-        shape, dtype = _shape(parameters[piece.name]), piece.weight.dtype
+        shape, dtype = whole_shape(parameters[piece.name]), piece.weight.dtype
         # Under bfloat16 DeepSpeed made its float32 weights from rounded ones: read them again.
         piece.weight.copy_(weights.read(piece.name, piece.start, end, shape, dtype))
         if f"step/{piece.name}" not in stored.names():
@@ -223,109 +207,3 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what killed saves left behind; only safe while holding the run's lock."""
     for path in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _shape(tensor: Tensor) -> torch.Size:
-    """Return the shape of the whole parameter, also if this rank holds only a part."""
-    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
-
-
-def buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the persistent buffers."""
-    persistent = model.state_dict(keep_vars=True)
-    return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-
-
-class _Part(NamedTuple):
-    """One stored tensor, or the piece of it that one rank wrote."""
-
-    start: int
-    """First element, as an index into the flattened tensor."""
-    stop: int
-    file: Any
-    shape: torch.Size
-    dtype: str
-    """In the notation of safetensors."""
-    whole: bool
-    """Whether this is the whole tensor, so that `shape` is its own."""
-
-
-class Shards:
-    """Tensors of a checkpoint, stored in one file or as pieces in one file per rank."""
-
-    def __init__(self, checkpoint: Path, kind: str):
-        self._checkpoint = checkpoint
-        self._parts: dict[str, list[_Part]] = {}
-        try:
-            for path in sorted(checkpoint.glob(f"{kind}*.safetensors")):
-                check_regular(path)
-                self._index(safe_open(path, framework="pt"), whole=path.stem == kind)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise StorageError(f"{checkpoint}: {kind} cannot be read ({error})") from error
-
-    def _index(self, file: Any, *, whole: bool) -> None:
-        starts = json.loads((file.metadata() or {}).get("starts", "{}"))
-        for key in file.keys():  # noqa: SIM118
-            part = file.get_slice(key)
-            shape = torch.Size(part.get_shape())
-            # The step count is a scalar: every rank that holds a piece writes all of it.
-            start = starts.get(key.rpartition("/")[2], 0) if shape else 0
-            found = _Part(start, start + shape.numel(), file, shape, part.get_dtype(), whole)
-            self._parts.setdefault(key, []).append(found)
-
-    def names(self) -> set[str]:
-        """Names of all tensors."""
-        return set(self._parts)
-
-    def read(
-        self, name: str, start: int, end: int, shape: torch.Size, dtype: torch.dtype
-    ) -> Tensor:
-        """Return elements `start` to `end` of a flattened tensor.
-
-        Args:
-            shape: of the whole tensor in the model.
-            dtype: of the tensor in the model.
-
-        Raises:
-            StorageError: the tensor is missing, incomplete, or of another shape or dtype.
-        """
-        parts = sorted(self._parts.get(name, []), key=lambda part: part.start)
-        self._check(name, parts, shape, dtype)
-        found = []
-        at = start
-        for part in parts:
-            if part.start <= at < min(part.stop, end):
-                stop = min(part.stop, end)
-                found.append(self._elements(part.file, name, at - part.start, stop - part.start))
-                at = stop
-        if at != end:
-            raise StorageError(f"{self._checkpoint}: elements {at} to {end} of {name} are missing")
-        return torch.cat(found) if len(found) > 1 else found[0]
-
-    def _check(self, name: str, parts: list[_Part], shape: torch.Size, dtype: torch.dtype) -> None:
-        """Refuse a tensor whose shape or dtype differs from the model's."""
-        kind = NAMES[str(dtype).removeprefix("torch.")]
-        expected = f"{kind} {tuple(shape)}"
-        if not parts:
-            raise StorageError(f"{self._checkpoint}: {name} is missing, expected {expected}")
-        for part in parts:
-            # Pieces are flat: only their number of elements can be compared.
-            fits = part.shape == shape or (not part.whole and len(part.shape) == 1)
-            if not fits or part.dtype != kind:
-                raise StorageError(
-                    f"{self._checkpoint}: {name} is {part.dtype} {tuple(part.shape)}, expected "
-                    f"{expected}: the checkpoint is of another model, or was written by other "
-                    "code; remove it to resume from an older one"
-                )
-        size = max(part.stop for part in parts)
-        if size != shape.numel():
-            raise StorageError(
-                f"{self._checkpoint}: {name} has {size} elements, expected {expected}"
-            )
-
-    @staticmethod
-    def _elements(file: Any, name: str, start: int, stop: int) -> Tensor:
-        part = file.get_slice(name)
-        if len(part.get_shape()) == 1:
-            return part[start:stop]
-        return file.get_tensor(name).view(-1)[start:stop]

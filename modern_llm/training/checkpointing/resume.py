@@ -12,6 +12,7 @@ from modern_llm.config.errors import UserError
 from modern_llm.distributed.engine import Engine
 from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.runtime import Runtime
+from modern_llm.models.run_checkpoint import load_weights
 from modern_llm.storage.fault_points import around
 from modern_llm.training.checkpointing import format
 from modern_llm.training.checkpointing.saver import PENDING_EVALUATION
@@ -61,7 +62,7 @@ def start_training(
     reading = size / heartbeat.SLOWEST_DISK + heartbeat.DISK_PAUSE_S
     # Before the model is prepared, because ZeRO and FSDP then shard these weights.
     with heartbeat.phase("loading the checkpoint", None, reading), around("checkpoint.load"):
-        format.load_weights(folder, scorer.model)
+        load_weights(folder, scorer.model, heartbeat.tick)
     engine = _prepare(runtime, scorer, run)
     with heartbeat.phase("loading the checkpoint", None, reading):
         format.load_state(folder, engine, guards)

@@ -49,6 +49,7 @@ class Saver:
         self._runtime, self._run = context.runtime, context.run
         self._engine, self._guards = context.engine, context.guards
         runtime, run = context.runtime, context.run
+        self._files = resume.model_files
         self._facts = {
             **resume.fingerprints,
             **resume.data,
@@ -106,7 +107,7 @@ class Saver:
             self._start(step, facts)
             return
         try:
-            format.save(self._runtime, folder, step, self._engine, self._guards, facts)
+            format.save(self._runtime, folder, step, self._engine, self._guards, facts, self._files)
             self._saved(step)
         except StorageError as error:
             self._count_failure(step, error, must=must)
@@ -136,7 +137,7 @@ class Saver:
             taken = format.snapshot(runtime, step, self._engine, self._guards, copied=True)
 
         def work() -> None:
-            format.commit(peers, self._run.checkpoints, step, lambda: taken, facts)
+            format.commit(peers, self._run.checkpoints, step, lambda: taken, facts, self._files)
             self._saved(step)
 
         runtime.all_idle = False

@@ -43,7 +43,7 @@ def checkpoints(tmp_path_factory) -> Path:
     for step in (1, 2):
         engine.inner(torch.arange(8)[None]).logits.square().sum().backward()
         engine.optimizer.step()
-        format.save(runtime, place, step, engine, GuardState(), {"data": "x" * 40})
+        format.save(runtime, place, step, engine, GuardState(), {"data": "x" * 40}, {})
     return place
 
 
