@@ -16,6 +16,7 @@ BY_CALLERS = frozenset(
     {
         "modern_llm.models.pt_checkpoint:save_model",
         "modern_llm.models.adapters:write_adapters",
+        "modern_llm.models.adapters:write_adapter_config",
     }
 )
 # Where a person looks on, not a file: nothing is kept of it.

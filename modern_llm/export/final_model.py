@@ -85,13 +85,14 @@ def model_files(
     name_special_ids(shape, tokenizer, ends)
     with tempfile.TemporaryDirectory(prefix="modern-llm-") as name:
         folder = Path(name)
-        if has_adapters(model):
-            write_adapter_config(model, folder)
-        else:
-            shape.config.architectures = [type(model).__name__]
-            shape.config.save_pretrained(folder)
-            shape.generation_config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        with around("describe.write"):
+            if has_adapters(model):
+                write_adapter_config(model, folder)
+            else:
+                shape.config.architectures = [type(model).__name__]
+                shape.config.save_pretrained(folder)
+                shape.generation_config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 

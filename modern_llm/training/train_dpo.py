@@ -1,4 +1,7 @@
-"""DPO (Rafailov et al., 2023) and its family: the reference pass, then the training loop."""
+"""DPO (Rafailov et al., 2023) and its family: a reference pass, a check of it, then the loop.
+
+The reference scores every response once, before step 1; `MODERN_LLM_CACHE` keeps its values.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from modern_llm.reference.nonfinite_pairs import exclude_from_run
 from modern_llm.reference.reference_pass import ReferencePass
 from modern_llm.reference.template_day import remember_day, with_template_day
 from modern_llm.setup import policy, tables
+from modern_llm.setup.from_memory import DataLike, ModelLike, TokenizerLike, inputs_of
 from modern_llm.setup.micro_batches import make_sources
 from modern_llm.setup.scorers import check_positions
 from modern_llm.setup.tokenizer import answer_ends, check_agreement, choose_tokenizer
@@ -30,24 +34,22 @@ __all__ = ["DPOConfig", "run_dpo"]
 
 
 def run_dpo(
-    sft_checkpoint: str | Path,
+    sft_checkpoint: ModelLike,
     train_config: TrainingConfig,
     dpo_config: DPOConfig,
-    preference_config: PreferenceDatasetConfig,
-    tokenizer_name: str | None = None,
+    preference_config: PreferenceDatasetConfig | DataLike,
+    tokenizer_name: TokenizerLike = None,
     dry_run: DryRun | None = None,
     lora_config: LoraConfig | None = None,
 ) -> Path:
     """Train a policy on preference pairs and return its folder, `output_dir/{run_name}_final`.
 
-    The reference scores every response once, before step 1; `MODERN_LLM_CACHE` keeps the values.
-
     Args:
-        sft_checkpoint: initial policy and, by default, the reference: Hub id, folder or `.pt`.
+        sft_checkpoint: policy and, by default, reference: Hub id, path or `PreTrainedModel`.
         train_config: `batch_size` counts pairs.
         dpo_config: the loss and its options.
-        preference_config: where the pairs are, and their template.
-        tokenizer_name: Hub id or folder; else the checkpoint's, else `train_config.tokenizer_name`.
+        preference_config: a `PreferenceDatasetConfig`, or the pairs: a name or rows.
+        tokenizer_name: name or object; else the checkpoint's, else `train_config.tokenizer_name`.
         dry_run: if given, the run ends after one forward and backward and keeps nothing.
         lora_config: if given, adapters are trained; the reference is the model without them.
 
@@ -56,11 +58,13 @@ def run_dpo(
         StorageError: the reference store refuses, or its values are not this policy's.
         Stopped: a signal asked to stop; the same call resumes.
     """
-    data = tables.with_dataset_name(preference_config, train_config)
+    start, data, tokenizer_name = inputs_of(
+        train_config, sft_checkpoint, preference_config, tokenizer_name, PreferenceDatasetConfig
+    )
     runtime, run = open_run(
         train_config,
         dry_run,
-        sft_checkpoint=str(sft_checkpoint),
+        sft_checkpoint=start,
         dpo=dpo_config,
         data=data,
         lora=lora_config,
@@ -69,15 +73,14 @@ def run_dpo(
     policy.check_lora(runtime, lora_config, train_config, dropout=False)
     if run.finished():
         return run.final
-    checkpoint = inspect_checkpoint(sft_checkpoint)
+    checkpoint = inspect_checkpoint(start)
     tokenizer, others = choose_tokenizer(tokenizer_name, checkpoint, train_config)
     check_positions(dpo_config.max_length, checkpoint, "dpo.max_length")
     check_agreement(tokenizer, others, data)
     with outcome_recorded(runtime, run):
         find = cache(partial(ReferencePass, runtime, checkpoint, train_config, dpo_config))
         data = with_template_day(runtime, tokenizer, data, run.record, lambda: find().store)
-        lengths = {name: getattr(dpo_config, name) for name in ("max_length", "max_prompt_length")}
-        build = partial(prepare_tables, data, tokenizer, **lengths)
+        build = partial(prepare_tables, data, tokenizer, **_lengths(dpo_config))
         inputs = stage.build_tables(runtime, run, build, dry_run)
         reference = find()
         tables.check_ids_fit(inputs.tables, tokenizer, checkpoint.vocabulary, reference.vocabulary)
@@ -89,6 +92,10 @@ def run_dpo(
         inputs.resume.fingerprints.update(base, reference=reference.digest, plan=task.plan)
         ends = answer_ends(tokenizer, data, inputs.tables)
         return stage.train_and_export(runtime, scorer, task, run, tokenizer, inputs, ends)
+
+
+def _lengths(config: DPOConfig) -> dict[str, int | None]:
+    return {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
 
 
 def _task(

@@ -9,6 +9,7 @@ from modern_llm.config import DocumentDatasetConfig, ModernLLMConfig, TrainingCo
 from modern_llm.data.table.build import prepare_tables
 from modern_llm.models.build import build_model
 from modern_llm.setup import tables
+from modern_llm.setup.from_memory import DataLike, TokenizerLike, inputs_of
 from modern_llm.setup.micro_batches import make_sources
 from modern_llm.setup.scorers import set_up_scorer
 from modern_llm.setup.tokenizer import check_agreement, choose_tokenizer
@@ -22,8 +23,8 @@ from modern_llm.training.tasks.language import LanguageTask
 def run_training(
     model_config: ModernLLMConfig,
     train_config: TrainingConfig,
-    dataset_config: DocumentDatasetConfig | None = None,
-    tokenizer_name: str | None = None,
+    dataset_config: DocumentDatasetConfig | DataLike = None,
+    tokenizer_name: TokenizerLike = None,
     dry_run: DryRun | None = None,
 ) -> Path:
     """Pretrain a model from scratch and return its folder, `output_dir/{run_name}_final`.
@@ -32,14 +33,19 @@ def run_training(
         model_config: shape of the model; rows are `max_seq_len` tokens long.
         train_config: `batch_size` counts rows. `dataset_name` names the documents unless
             `dataset_config` does.
-        tokenizer_name: Hub id or folder; default: `train_config.tokenizer_name`.
+        dataset_config: a `DocumentDatasetConfig`, or the documents: a name or rows.
+        tokenizer_name: name or object; by default `train_config.tokenizer_name`.
         dry_run: if given, the run ends after one forward and backward and keeps nothing.
 
     Raises:
         UserError: bad configuration or data; nothing was written.
         Stopped: a signal asked to stop; the same call resumes.
     """
-    data = tables.with_dataset_name(dataset_config or DocumentDatasetConfig(), train_config)
+    if dataset_config is None:
+        dataset_config = DocumentDatasetConfig()
+    _, data, tokenizer_name = inputs_of(
+        train_config, None, dataset_config, tokenizer_name, DocumentDatasetConfig
+    )
     runtime, run = open_run(
         train_config, dry_run, model=model_config, data=data, tokenizer_name=tokenizer_name
     )

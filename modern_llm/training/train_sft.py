@@ -12,6 +12,7 @@ from modern_llm.models.load import inspect_checkpoint
 from modern_llm.reference.adapter_free import base_fingerprint
 from modern_llm.reference.template_day import with_template_day
 from modern_llm.setup import policy, tables
+from modern_llm.setup.from_memory import DataLike, ModelLike, TokenizerLike, inputs_of
 from modern_llm.setup.micro_batches import make_sources
 from modern_llm.setup.scorers import check_positions
 from modern_llm.setup.tokenizer import answer_ends, check_agreement, choose_tokenizer
@@ -23,31 +24,33 @@ from modern_llm.training.tasks.language import LanguageTask
 
 
 def run_sft(
-    pretrain_checkpoint: str | Path,
+    pretrain_checkpoint: ModelLike,
     train_config: TrainingConfig,
-    dataset_config: InstructionDatasetConfig,
-    tokenizer_name: str | None = None,
+    dataset_config: InstructionDatasetConfig | DataLike,
+    tokenizer_name: TokenizerLike = None,
     dry_run: DryRun | None = None,
     lora_config: LoraConfig | None = None,
 ) -> Path:
     """Fine-tune a checkpoint on instructions and return its folder, `output_dir/{run_name}_final`.
 
     Args:
-        pretrain_checkpoint: Hub id, `transformers` folder or `.pt` file.
-        train_config: `batch_size` counts answers.
-        dataset_config: where the instructions are, and their template.
-        tokenizer_name: Hub id or folder; else the checkpoint's, else `train_config.tokenizer_name`.
+        pretrain_checkpoint: Hub id, path or `PreTrainedModel`.
+        train_config: `batch_size` counts responses.
+        dataset_config: an `InstructionDatasetConfig`, or the instructions: a name or rows.
+        tokenizer_name: name or object; else the checkpoint's, else `train_config.tokenizer_name`.
         dry_run: if given, the run ends after one forward and backward and keeps nothing.
-        lora_config: if given, adapters are trained and the weights are frozen.
+        lora_config: if given, adapters are trained beside frozen weights.
 
     Raises:
         UserError: bad configuration, checkpoint or data; nothing was written.
         Stopped: a signal asked to stop; the same call resumes.
     """
-    data = tables.with_dataset_name(dataset_config, train_config)
+    start, data, tokenizer_name = inputs_of(
+        train_config, pretrain_checkpoint, dataset_config, tokenizer_name, InstructionDatasetConfig
+    )
     runtime, run = open_run(
         train_config,
-        pretrain_checkpoint=str(pretrain_checkpoint),
+        pretrain_checkpoint=start,
         data=data,
         lora=lora_config,
         tokenizer_name=tokenizer_name,
@@ -56,7 +59,7 @@ def run_sft(
     policy.check_lora(runtime, lora_config, train_config, dropout=True)
     if run.finished():
         return run.final
-    checkpoint = inspect_checkpoint(pretrain_checkpoint)
+    checkpoint = inspect_checkpoint(start)
     tokenizer, others = choose_tokenizer(tokenizer_name, checkpoint, train_config)
     default = kind_of(data).default_length
     max_length = data.max_length or min(default, checkpoint.positions or default)

@@ -17,6 +17,7 @@ from modern_llm.config import ModernLLMConfig, TrainingConfig
 from modern_llm.config.errors import StorageError
 from modern_llm.distributed.runtime import start
 from modern_llm.models.build import build_model
+from modern_llm.models.run_checkpoint import load_weights
 from modern_llm.storage.atomic import MANIFEST, committed_folder, verified_manifest
 from modern_llm.training.checkpointing import format
 from modern_llm.training.guards.state import GuardState
@@ -116,7 +117,7 @@ def test_a_tensor_of_another_shape_or_dtype_is_refused(
     save_file(tensors | {name: change(tensors[name]).contiguous()}, path, {"starts": "{}"})
     runtime, model = made(tmp_path)
     with pytest.raises(StorageError, match=rf"{name} {found}"):
-        format.load_weights(place, model["model"])
+        load_weights(place, model["model"])
         engine = runtime.prepare(model, torch.optim.AdamW(model.parameters()))
         format.load_state(place, engine, GuardState())
 
