@@ -176,12 +176,12 @@ def _contradictions(content: dict[str, Any], config: TrainingConfig) -> Iterator
     if _autocast(content):
         wanted["torch_autocast.dtype"] = ("mixed_precision", autocast_dtype)
     for path, (field, value) in wanted.items():
-        said = value_at(content, path)
-        if said is None or said == "auto" or said == value:
+        given = value_at(content, path)
+        if given is None or given == "auto" or given == value:
             continue
         shown = config.mixed_precision if field == "mixed_precision" else value
         yield (
-            f"{path} {said!r} contradicts train.{field} {shown!r}: the run's configuration "
+            f"{path} {given!r} contradicts train.{field} {shown!r}: the run's configuration "
             'decides; remove the key, or write "auto"'
         )
 

@@ -83,11 +83,11 @@ class _Trial:
         for module in modules:
             module.training = False
         before = [p._version for p in self.model.parameters()]
-        self._ask()
+        self._forward()
         if before == [p._version for p in self.model.parameters()]:
             return ""
         self.model.train()
-        self._ask()
+        self._forward()
         return "changes weights"
 
     def why_training_differs(self, modules: Iterable[nn.Module]) -> str:
@@ -95,12 +95,12 @@ class _Trial:
         mode, or ""."""
         self.model.eval()
         if self._expected is None:
-            self._expected, self._draws = self._ask()
+            self._expected, self._draws = self._forward()
         for module in modules:
             module.training = True
         try:
             with _restored(self.model):
-                found, draws = self._ask()
+                found, draws = self._forward()
         except Exception as error:  # the model's code may raise anything
             return f"fails ({first_line(error)})"
         finally:
@@ -111,7 +111,7 @@ class _Trial:
         return "" if worst <= self._tolerance else f"differs by {worst:.2g} nats a token"
 
     @torch.no_grad()
-    def _ask(self) -> tuple[Tensor, bool]:
+    def _forward(self) -> tuple[Tensor, bool]:
         """Return the log-softmax of a row, and whether the forward drew random numbers."""
         model = self.model
         with _own_generators(model.device) as drawn:

@@ -110,13 +110,13 @@ class TokenScorer(nn.Module):
         real = segments[..., 0] >= 0
         if self.capabilities.trees:
             tree = self._masks(segments, positions, targets[0])
-            return self._ask(ids, real, targets, position_ids=positions, tree=tree)
+            return self._forward_once(ids, real, targets, position_ids=positions, tree=tree)
         if self.capabilities.padded:
             # The model computes positions itself: some models do not start at 0.
-            return self._ask(ids, real, targets, attention_mask=real.long())
-        return self._ask_row_by_row(ids, real, targets)
+            return self._forward_once(ids, real, targets, attention_mask=real.long())
+        return self._forward_row_by_row(ids, real, targets)
 
-    def _ask_row_by_row(self, ids: Tensor, real: Tensor, targets: Tensor) -> ScorerOutput:
+    def _forward_row_by_row(self, ids: Tensor, real: Tensor, targets: Tensor) -> ScorerOutput:
         """Run one forward per row, without padding."""
         width = ids.shape[1]
         sizes = real.sum(1).tolist()
@@ -126,7 +126,7 @@ class TokenScorer(nn.Module):
             sources, labels = targets[:, here].unbind(0)
             one = slice(row, row + 1)
             part = torch.stack([sources - row * width, labels])
-            output = self._ask(ids[one, :size], real[one, :size], part)
+            output = self._forward_once(ids[one, :size], real[one, :size], part)
             order.append(here)
             logprobs.append(output.logprobs)
             losses.append(output.aux_loss)
@@ -136,7 +136,9 @@ class TokenScorer(nn.Module):
         weighted = [loss * size for loss, size in zip(losses, sizes, strict=True)]
         return ScorerOutput(found, torch.stack(weighted).sum() / sum(sizes))
 
-    def _ask(self, ids: Tensor, real: Tensor, targets: Tensor, **more: object) -> ScorerOutput:
+    def _forward_once(
+        self, ids: Tensor, real: Tensor, targets: Tensor, **more: object
+    ) -> ScorerOutput:
         """Run one forward of the model."""
         inputs: dict[str, object] = {"input_ids": ids, "use_cache": False, **more}
         sources, labels = targets.unbind(0)

@@ -153,7 +153,7 @@ def _set(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConfig:
 
 
 def _fewer_layers(kind: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:
-    """Keep only the first layers that contain one of each kind; all if kinds cannot be told."""
+    """Keep the first layers that contain one of each kind, or all if the kinds are unknown."""
     text = config.get_text_config()
     count = text.num_hidden_layers
     whole = _built(kind, config)

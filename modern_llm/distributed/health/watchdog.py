@@ -156,9 +156,9 @@ class Watchdog:
             verdict = json.loads(self._store.get("verdict"))
             with self._ending:
                 if not self._over.is_set():
-                    self._end(verdict, speaks=False)
+                    self._end(verdict, prints=False)
         if self._store.check(["gone"]):
-            self._part(int(self._store.get("gone")))
+            self._end_after(int(self._store.get("gone")))
         self._store_at = time.monotonic()
 
     def _beat(self, seq: int) -> Beat:
@@ -213,7 +213,7 @@ class Watchdog:
             if verdict is not None:
                 with self._ending:
                     if not self._over.is_set():
-                        self._end(verdict, speaks=self._first(verdict))
+                        self._end(verdict, prints=self._first(verdict))
 
     def _verdict(self, now: float) -> Verdict | None:
         """Return the hung processes with their phase, None if none is known to hang."""
@@ -222,29 +222,29 @@ class Watchdog:
         if (save := heartbeat.aside) is not None and not save.waiting:
             quiet = now - save.ticked
             if quiet > save.limit(self._least):
-                return self._sentence(Hung({self._rank: mine | {"phase": save.name}}, quiet, False))
+                return self._blame(Hung({self._rank: mine | {"phase": save.name}}, quiet, False))
         if self._store is None:
-            return self._sentence(Hung({self._rank: mine}, age, False)) if age > limit else None
+            return self._blame(Hung({self._rank: mine}, age, False)) if age > limit else None
         if now - self._store_at > max(limit, 5 * self._pause) and age > limit:
             # Rank 0 holds the store, unless a launcher does.
             beat = self._heard[0].beat if 0 in self._heard else mine | {"pid": 0}
-            return self._sentence(Hung({0: beat}, now - self._store_at, True))
+            return self._blame(Hung({0: beat}, now - self._store_at, True))
         if self._rank != 0:
             one = self._heard.get(0)
             if one is None or now - one.at <= self._patience:
                 return None  # rank 0 is alive, and decides
             late = min(limit, one.beat["limit"])
             gone = self._looks and age > late and one.age(now) > late
-            return self._sentence(Hung({0: one.beat}, one.age(now), True)) if gone else None
+            return self._blame(Hung({0: one.beat}, one.age(now), True)) if gone else None
         heard = dict(self._heard)
         if not self._looks or len(heard) < self._world:
             return None  # some have not reported yet: the handshake has its own deadline
         found = hung(heard, 0, now, self._patience)
         if found is None:
             self._warn_of_the_last(heard, now)
-        return None if found is None else self._sentence(found)
+        return None if found is None else self._blame(found)
 
-    def _sentence(self, found: Hung) -> Verdict:
+    def _blame(self, found: Hung) -> Verdict:
         who = ", ".join(_named(rank, beat) for rank, beat in found.beats.items())
         folder = self._folder()
         stacks = f"{folder / 'stacks'}" if folder is not None else "the log"
@@ -322,7 +322,7 @@ class Watchdog:
 
     # The end.
 
-    def _part(self, rank: int) -> None:
+    def _end_after(self, rank: int) -> None:
         """End this process if another has failed and no collective reports that here."""
         if rank == self._rank or self._over.wait(PARTING_S):
             return
@@ -336,11 +336,11 @@ class Watchdog:
         within(5.0, temporary.remove_all)
         os._exit(PeerError.status)
 
-    def _end(self, verdict: Verdict, *, speaks: bool) -> None:
+    def _end(self, verdict: Verdict, *, prints: bool) -> None:
         """Write the stacks, print the error and end the process, without the main thread."""
         text = verdict["text"]
         # In separate threads with deadlines, because the disk may hang.
-        if speaks:
+        if prints:
             say(f"modern-llm: error: {text}")
             if self._close is not None:
                 within(5.0, lambda: self._close(PeerError.status, f"PeerError: {text}"))
