@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
+import modern_llm
 from modern_llm.config.errors import UserError, status_of
 from modern_llm.config.printable import PrintableFormatter, json_line
 from modern_llm.distributed.shutdown.signals import StopRequest
@@ -30,6 +31,7 @@ from modern_llm.verbs import (
     report,
     score,
 )
+from modern_llm.verbs.command_line import CONFIGURATIONS, close_to
 from modern_llm.verbs.settings import Settings, read_settings
 from modern_llm.verbs.stages import STAGES
 
@@ -67,14 +69,14 @@ STOPPED_BY_SIGNALS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return the exit status (0, 2, 3, 4, 5, 75; 1 is a bug of ours)."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_overview())
-        return 0 if arguments else 2
     verb, rest = _split(arguments)
+    if verb in ("--version", "-V", "version"):
+        print(f"modern-llm {modern_llm.__version__}")
+        return 0
     group = [name for name in VERBS if name.startswith(f"{verb} ")]
-    if group:
-        print(_overview(group))
-        return 0 if rest[:1] in (["-h"], ["--help"]) else 2
+    if verb in ("-h", "--help") or (group and rest[:1] in (["-h"], ["--help"])):
+        print(_overview(group or VERBS))
+        return 0
     # To the last line: a launcher whose other process has ended asks this one to end as well.
     with StopRequest() if verb in STOPPED_BY_SIGNALS else nullcontext():
         return _reported(verb, rest)
@@ -136,11 +138,7 @@ def _of_many(failure: Exception) -> tuple[BaseException, bool]:
 
 def _run(verb: str, rest: list[str]) -> int:
     if verb not in VERBS:
-        import difflib
-
-        close = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise UserError(f"unknown verb {verb!r}{hint}: one of {', '.join(VERBS)}")
+        raise UserError(_no_verb(verb))
     schema, run = VERBS[verb]
     settings = read_settings(schema, rest, verb)
     _check_world(settings.expect_world)
@@ -165,7 +163,7 @@ def _check_world(expected: int | None) -> None:
 
 def _split(arguments: list[str]) -> tuple[str, list[str]]:
     """Return the verb, of one word or two, and what follows it."""
-    verb, *rest = arguments
+    verb, *rest = arguments or [""]
     members = [name for name in VERBS if name.startswith(f"{verb} ")]
     if not members:
         return verb, rest
@@ -174,14 +172,29 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
     return verb, rest
 
 
+def _no_verb(verb: str) -> str:
+    """Return what is wrong with a first word that is no verb."""
+    members = [name for name in VERBS if name.startswith(f"{verb} ")]
+    if members:
+        return f"{verb} needs a second word: one of {', '.join(members)}"
+    if not verb:
+        return f"a verb is missing: one of {', '.join(VERBS)}; see modern-llm --help"
+    if verb.startswith("-") or verb.endswith(CONFIGURATIONS):
+        return f"a verb comes first, not {verb!r}, as in: modern-llm dpo RUN.yaml"
+    return f"unknown verb {verb!r}{close_to(verb, list(VERBS))}: one of {', '.join(VERBS)}"
+
+
 def _overview(verbs: Iterable[str] = VERBS) -> str:
     lines = [
-        "usage: modern-llm VERB [--config FILE.yaml] [--section.option VALUE ...]",
+        "usage: modern-llm VERB [RUN.yaml] [--section.option VALUE ...]",
         "",
         "verbs:",
     ]
     lines += [f"  {verb:<17} {' '.join((VERBS[verb][0].__doc__ or '').split())}" for verb in verbs]
-    lines += ["", "modern-llm VERB --help lists the options of one verb."]
+    lines += [
+        "",
+        "modern-llm VERB --help lists the options of one verb; --version shows the version.",
+    ]
     return "\n".join(lines)
 
 

@@ -102,7 +102,8 @@ TABLE = {
         f"{BELOW} planning inference evaluation export report core stages demo",
         "pydantic pydantic_settings yaml shtab rich torch huggingface_hub",
     ),
-    "cli": row("config distributed verbs", "pydantic pydantic_settings rich transformers"),
+    # package: the version.
+    "cli": row("package config distributed verbs", "pydantic pydantic_settings rich transformers"),
 }
 STARTS_AT_ONCE = ("modern_llm.__main__", "modern_llm.cli", "modern_llm.config")
 SLOW_TO_IMPORT = frozenset("torch transformers accelerate datasets numpy pyarrow pandas".split())

@@ -19,12 +19,11 @@ from modern_llm.cli import VERBS, _split
 from modern_llm.config import DocumentDatasetConfig, PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.objectives.catalogue import LOSSES
-from modern_llm.verbs.settings import _command_line
+from modern_llm.verbs.command_line import read_words
 from modern_llm.verbs.stages import read_stage
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "examples" / "README.md", *(ROOT / "docs").glob("*.md")])
-SPELLED = {"--json": "--json_output", "--dry-run": "--dry_run", "--copy": "--copy_to"}
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -48,7 +47,7 @@ def commands() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value[:40])
 def test_every_command_exists_with_its_options(page, line):
-    words = [SPELLED.get(word, word) for word in shlex.split(line, comments=True)]
+    words = shlex.split(line, comments=True)
     verb, rest = _split([word for word in words if word not in (">", ">>", "&")])
     if verb == "VERB":
         return
@@ -56,7 +55,7 @@ def test_every_command_exists_with_its_options(page, line):
     if "--help" in rest:
         return
     with contextlib.redirect_stdout(io.StringIO()):
-        _command_line(VERBS[verb][0], rest, verb)
+        read_words(VERBS[verb][0], rest, verb)
     for at, word in enumerate(rest):
         if word == "--config" and rest[at + 1].startswith("examples/"):
             assert (ROOT / rest[at + 1]).is_file(), (page, line)

@@ -46,6 +46,9 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str | list[dict[
         raise UserError(
             f"prompts {file}: cannot be read ({error}); check the path and that it is UTF-8"
         ) from error
+    if not any(lines):
+        place = f"prompts {file}" if file else "standard input"
+        raise UserError(f"{place}: holds no prompt; give one a line, or --prompt TEXT")
     if file is None or file.suffix != ".jsonl":
         return [line for line in lines if line]
     return [_prompt(f"{file}:{number}", line) for number, line in enumerate(lines, 1) if line]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic_settings import CliPositionalArg, CliSettingsSource
+from pydantic_settings import CliPositionalArg
 
 from modern_llm.config.errors import UserError
+from modern_llm.verbs.command_line import add_options
 from modern_llm.verbs.settings import Settings
 
 Verbs = Mapping[str, tuple[type[Settings], Callable[[Any], Any]]]
@@ -18,6 +17,8 @@ Verbs = Mapping[str, tuple[type[Settings], Callable[[Any], Any]]]
 
 class CompletionSettings(Settings):
     """Print what makes a shell complete verbs and options: completion bash|zsh|tcsh."""
+
+    example: ClassVar[str] = "modern-llm completion bash > modern-llm.bash"
 
     shell: CliPositionalArg[Literal["bash", "zsh", "tcsh"]]
     """bash, zsh or tcsh."""
@@ -55,9 +56,7 @@ def whole_parser(verbs: Verbs) -> argparse.ArgumentParser:
             verb_parser = groups[first].add_parser(second, help=summary, allow_abbrev=False)
         else:
             verb_parser = places.add_parser(first, help=summary, allow_abbrev=False)
-        with contextlib.redirect_stdout(io.StringIO()):
-            CliSettingsSource(schema, cli_parse_args=False, root_parser=verb_parser)
-        for short in ("--json", "--dry-run"):
-            if short == "--json" or "dry_run" in schema.model_fields:
-                verb_parser.add_argument(short, action="store_true")
+        add_options(verb_parser, schema)
+        if "dry_run" in schema.model_fields:
+            verb_parser.add_argument("--dry-run", action="store_true")
     return parser

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -13,6 +13,8 @@ from modern_llm.verbs.settings import Settings
 class DemoSettings(Settings):
     """Pretrain, fine-tune and align a small model on generated questions, in a few minutes on a
     CPU."""
+
+    example: ClassVar[str] = "modern-llm demo --output_dir experiments/demo"
 
     output_dir: Path = Path("experiments/demo")
     """Where data, models and the table go; a finished demo there is made anew."""

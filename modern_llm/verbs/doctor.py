@@ -14,6 +14,8 @@ class DoctorSettings(Settings):
     """Check versions, devices, process group, compilers, stale locks, disk, write and Hub
     access."""
 
+    example: ClassVar[str] = "modern-llm doctor run.yaml"
+
     config_is_of_a_stage: ClassVar[bool] = True
 
     output_dir: Path | None = None

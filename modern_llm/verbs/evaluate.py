@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -13,6 +13,10 @@ from modern_llm.verbs.pairs import PairsSettings
 class EvaluateSettings(PairsSettings):
     """Judge a checkpoint on preference pairs: accuracy, margins, calibration, by source. Without a
     reference the bare likelihoods are judged."""
+
+    example: ClassVar[str] = (
+        "modern-llm evaluate --model runs/dpo/last --reference runs/sft/last --data pairs.jsonl"
+    )
 
     beta: Annotated[float, Field(gt=0)] = 0.1
     """Scale of the rewards; calibration and margins depend on it, accuracy does not."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from modern_llm.config.errors import ConfigError
 from modern_llm.config.printable import one_line
@@ -12,6 +12,8 @@ from modern_llm.verbs.settings import Settings
 
 class ExportSettings(Settings):
     """Turn a checkpoint into a .pt file or a transformers folder; merge an adapter; push."""
+
+    example: ClassVar[str] = "modern-llm export --model runs/dpo/last --output model"
 
     model: str
     """Hub id, transformers folder, .pt file, checkpoint of a run (RUN/last), or folder of a peft

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -17,6 +17,10 @@ from modern_llm.verbs.settings import Settings
 
 class GenerateSettings(Settings):
     """Answer prompts with a model."""
+
+    example: ClassVar[str] = (
+        'modern-llm generate --model runs/dpo/last --prompt "What is a prefix tree?"'
+    )
 
     model: str
     """Hub id, transformers folder, .pt file or a run's checkpoint (RUN/last)."""

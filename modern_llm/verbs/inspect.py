@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class InspectSettings(Settings):
     """Show what a data set holds: formats, lengths, truncation, bias, leakage, warnings."""
 
+    example: ClassVar[str] = "modern-llm inspect --data pairs.jsonl --tokenizer runs/sft/last"
+
     config_is_of_a_stage: ClassVar[bool] = True
 
     data: str | None = None

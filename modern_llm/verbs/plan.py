@@ -21,6 +21,8 @@ Positive = Annotated[int, Field(gt=0)]
 class PlanSettings(Settings):
     """Tell what a run needs on so many GPUs: bytes by part, preset, launch line, time, cost."""
 
+    example: ClassVar[str] = "modern-llm plan --model runs/sft/last --gpus 8 --gpu_memory 80GB"
+
     config_is_of_a_stage: ClassVar[bool] = True
 
     model: str | None = None

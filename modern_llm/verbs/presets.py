@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from modern_llm.config.errors import StorageError, UserError
 from modern_llm.config.printable import one_line
@@ -19,9 +19,11 @@ FOLDERS = ("accelerate_configs", "ds_configs")
 class PresetsSettings(Settings):
     """List the launch presets (accelerate_configs, ds_configs), or copy them into a folder."""
 
+    example: ClassVar[str] = "modern-llm presets --copy presets"
+
     copy_to: Path | None = None
-    """Folder that gets accelerate_configs/ and ds_configs/ (--copy DIR does the same); files that
-    stand there already and differ are refused."""
+    """Folder that gets accelerate_configs/ and ds_configs/; existing files that differ are
+    refused."""
 
 
 def presets_root() -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, StringConstraints
 
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 class FillSettings(DpoSettings):
     """Score what the reference store lacks for a run's pairs, without training."""
+
+    example: ClassVar[str] = "modern-llm reference fill run.yaml --part 1/8"
 
     part: Annotated[str, StringConstraints(pattern=r"^[1-9]\d*/[1-9]\d*$")] = "1/1"
     """Part of the data that this job fills, such as 3/8; merge the stores of all parts after."""
@@ -46,6 +48,8 @@ class RunOfStore(Settings):
 class VerifySettings(RunOfStore):
     """Check every byte of a store; with a run's sections, also score a sample again."""
 
+    example: ClassVar[str] = "modern-llm reference verify --store stores/hh"
+
     sample: Annotated[int, Field(gt=0)] = 64
     """Answers to score again, if a run is named."""
 
@@ -53,12 +57,16 @@ class VerifySettings(RunOfStore):
 class InfoSettings(Settings):
     """Show reference, recipe, rows, tokens and bytes of a store."""
 
+    example: ClassVar[str] = "modern-llm reference info --store stores/hh"
+
     store: Path | None = None
     """Folder of a store; by default all under MODERN_LLM_CACHE."""
 
 
 class MergeSettings(Settings):
     """Merge stores of the same reference and recipe into one; the sources stay unchanged."""
+
+    example: ClassVar[str] = "modern-llm reference merge --sources stores/a --sources stores/b"
 
     sources: Annotated[list[Path], Field(min_length=1)]
     """Folders of stores."""
@@ -69,6 +77,8 @@ class MergeSettings(Settings):
 class PruneSettings(RunOfStore):
     """Remove damaged and left-over files and merge small shards; with a run's sections, also
     remove the entries that its pairs do not use."""
+
+    example: ClassVar[str] = "modern-llm reference prune --store stores/hh"
 
 
 def fill(settings: FillSettings) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
@@ -14,6 +14,8 @@ from modern_llm.verbs.settings import Settings
 
 class ReportSettings(Settings):
     """Write one HTML page with everything of one run, or of several side by side."""
+
+    example: ClassVar[str] = "modern-llm report runs/dpo-1 runs/dpo-2 --output report.html"
 
     runs: CliPositionalArg[list[Path]] = Field(default_factory=list)
     """Run folders (output_dir of each)."""

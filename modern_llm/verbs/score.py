@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from modern_llm.verbs.pairs import PairsSettings
 
 
 class ScoreSettings(PairsSettings):
     """Write the log-prob sums of both answers of every pair, one JSON object a line."""
+
+    example: ClassVar[str] = (
+        "modern-llm score --model runs/dpo/last --data pairs.jsonl --output scores.jsonl"
+    )
 
     output: Path
     """The .jsonl file to write."""

@@ -7,31 +7,21 @@ A verb's settings are a pydantic-settings class whose fields are sections and si
 
 from __future__ import annotations
 
-import argparse
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
-from pydantic_settings.exceptions import SettingsError
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from modern_llm.config.errors import ConfigError
 from modern_llm.storage.regular_files import read_text
 from modern_llm.storage.untrusted import LARGEST_YAML, parse_yaml
+from modern_llm.verbs.command_line import close_to, read_words
 
 S = TypeVar("S", bound=BaseSettings)
 
 _NAMES = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
-
-SPELLINGS = {
-    "--json": "--json_output",
-    "--dry-run": "--dry_run",
-    "--copy": "--copy_to",
-    "--accept-change": "--accept_change",
-    "--expect-world": "--expect_world",
-}
 
 
 class Settings(BaseSettings):
@@ -46,20 +36,26 @@ class Settings(BaseSettings):
         cli_hide_none_type=True,
         cli_exit_on_error=False,
         cli_implicit_flags="toggle",
+        cli_shortcuts={"json_output": "json", "copy_to": "copy"},
         protected_namespaces=(),
     )
 
     config_is_of_a_stage: ClassVar[bool] = False
     """Whether `--config` names the configuration of a run, which the verb reads itself."""
+    example: ClassVar[str]
+    """One command line of the verb, for its help."""
+    often: ClassVar[frozenset[str]] = frozenset()
+    """Options of sections that `--help` lists, the others only `--help all`; empty lists all."""
 
     config: Path | None = None
-    """YAML or JSON file with the sections below; options on the command line override it."""
+    """YAML or JSON file with the sections below, also given as a word alone; options on the
+    command line override it."""
     json_output: bool = False
-    """Also print the result as one JSON object, the last line on stdout (--json does the same)."""
+    """Also print the result as one JSON object, the last line on stdout."""
     debug: bool = False
     """Show the traceback of an error."""
     expect_world: Annotated[int, Field(gt=0)] | None = None
-    """Refuse to run on another number of processes than this (--expect-world does the same)."""
+    """Refuse to run on another number of processes than this."""
 
 
 def read_settings(schema: type[S], arguments: list[str], verb: str) -> S:
@@ -72,8 +68,9 @@ def read_settings(schema: type[S], arguments: list[str], verb: str) -> S:
         ConfigError: every unknown name, wrong type, illegal value and contradiction, with its
         place.
     """
-    arguments = [_spelled(argument) for argument in arguments]
-    given = _command_line(schema, arguments, verb)
+    given = read_words(schema, arguments, verb)
+    if given.get("config") == "":
+        raise ConfigError(["command line: --config: is empty; name a file"])
     file = Path(given["config"]) if given.get("config") else None
     lines: dict[str, int] = {}
     values = given
@@ -102,38 +99,28 @@ def _checked(
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        known = {e["loc"]: e for e in error.errors(include_url=False)}
-        problems = [_problem(schema, e, given, file, lines) for e in known.values()]
+        known: dict[tuple[str, ...], list[Any]] = {}
+        for found in error.errors(include_url=False):
+            known.setdefault(_option_path(values, found), []).append(found)
+        problems = [
+            _problem(schema, list(path), found, _place(given, file, lines, list(path)))
+            for path, found in known.items()
+        ]
         raise ConfigError(problems) from error
 
 
-def _spelled(argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    return f"{SPELLINGS.get(name, name)}{equals}{value}"
-
-
-def _command_line(schema: type[BaseSettings], arguments: list[str], verb: str) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        prog=f"modern-llm {verb}",
-        description=(schema.__doc__ or "").strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    source = CliSettingsSource(schema, cli_parse_args=False, root_parser=parser)
-    try:
-        parsed, unknown = parser.parse_known_args(arguments)
-    except (argparse.ArgumentError, SettingsError) as error:
-        raise ConfigError([f"command line: {error}; see modern-llm {verb} --help"]) from error
-    if unknown:
-        options = [o for action in parser._actions for o in action.option_strings]
-        raise ConfigError(
-            [
-                f"command line: {word} is no option of {verb}{_close(word, options)}"
-                for word in unknown
-            ]
-        )
-    return source(parsed_args=parsed)()
+def _option_path(values: Any, error: Any) -> tuple[str, ...]:
+    """Return the path of an option in the values, without the types that pydantic tried there."""
+    path: list[str] = []
+    for part in error["loc"]:
+        if isinstance(values, dict) and part in values:
+            values = values[part]
+        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
+            values = values[part]
+        elif not error["type"].startswith(("missing", "extra", "unexpected")):
+            continue
+        path.append(str(part))
+    return tuple(path)
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -193,51 +180,59 @@ def _note_lines(
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Return `below` with the values of `above` written over it, section by section."""
+    """Return `below` with the values of `above` written over it, section by section.
+
+    A word where `below` should have a section stays: the check of the section refuses it.
+    """
     result = dict(below)
     for name, value in above.items():
         old = result.get(name)
-        result[name] = (
-            _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-        )
+        if isinstance(value, dict) and old is not None:
+            result[name] = _merged(old, value) if isinstance(old, dict) else old
+        else:
+            result[name] = value
     return result
 
 
-def _problem(
-    schema: type[BaseSettings],
-    error: Any,
-    given: dict[str, Any],
-    file: Path | None,
-    lines: dict[str, int],
-) -> str:
-    """One problem as `place: option: what is wrong`."""
-    path = [str(part) for part in error["loc"]]
-    name = ".".join(path)
-    place = _place(file, lines, path) if file is not None and not _holds(given, path) else ""
-    kind, message = error["type"], error["msg"].removeprefix("Value error, ")
+def _problem(schema: type[BaseSettings], path: list[str], errors: list[Any], place: str) -> str:
+    """One problem as `place: option: what is wrong`.
+
+    Args:
+        errors: of one option; several where its type is a union.
+    """
+    name, error = ".".join(path), errors[0]
+    kind = error["type"]
+    message = " or ".join(dict.fromkeys(e["msg"].removeprefix("Value error, ") for e in errors))
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{place}{name}: unknown option{_close(path[-1], _fields(schema, path[:-1]))}"
+        return f"{place}{name}: unknown option{close_to(path[-1], _fields(schema, path[:-1]))}"
     if kind in ("missing", "missing_argument"):
-        return f"{place}{name}: required; say it in the file or as --{name}"
+        option = f"{name}.OPTION" if _fields(schema, path) else name
+        return f"{place}{name}: required; set it in a configuration file or as --{option}"
     if kind == "value_error":
         return f"{place}{name}: {message}" if name else message
     shown = repr(error.get("input"))
     return f"{place}{name}: {message}, got {shown[:80]}"
 
 
-def _place(file: Path, lines: dict[str, int], path: list[str]) -> str:
-    """Where an option stands in the file; where it should: its section, or the whole file."""
+def _place(given: dict[str, Any], file: Path | None, lines: dict[str, int], path: list[str]) -> str:
+    """Where a value is: the command line, a line of the file, or both for a section of both.
+
+    Of a missing option: its section in the file, or the file's first line.
+    """
+    if not path:
+        return ""
     known = (".".join(path[:end]) for end in range(len(path), 0, -1))
-    line = next((lines[name] for name in known if name in lines), 1)
-    return f"{file}:{line}: "
-
-
-def _holds(values: Any, path: list[str]) -> bool:
+    line = next((lines[name] for name in known if name in lines), None)
+    value: Any = given
     for part in path:
-        if not isinstance(values, dict) or part not in values:
-            return False
-        values = values[part]
-    return True
+        if not isinstance(value, dict):
+            break  # a part of one option's value
+        if part not in value:
+            return f"{file}:{line or 1}: " if file is not None else ""
+        value = value[part]
+    if isinstance(value, dict) and line is not None:
+        return f"{file}:{line} and command line: "
+    return "command line: "
 
 
 def _fields(schema: Any, path: list[str]) -> list[str]:
@@ -255,8 +250,3 @@ def _field_types(schema: Any) -> dict[str, Any]:
         getattr(schema, "model_fields", None) or getattr(schema, "__pydantic_fields__", None) or {}
     )
     return {name: field.annotation for name, field in fields.items()}
-
-
-def _close(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
