@@ -31,7 +31,7 @@ MODELS = (
     "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B", "meta-llama/Llama-3.1-70B-Instruct",
     "path/to/sft_model", "models/sft",
 )  # fmt: skip
-"""Names under which a tiny model stands."""
+"""Names of tiny models."""
 
 
 @pytest.fixture(scope="module")

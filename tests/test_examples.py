@@ -1,6 +1,6 @@
 """Every example is a whole configuration, and goes through `--dry-run` on a tiny model.
 
-The data sets of the Hub are stood in for by rows of the same columns.
+Rows with the same columns replace the data sets of the Hub.
 """
 
 from __future__ import annotations

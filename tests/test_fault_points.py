@@ -1,4 +1,4 @@
-"""Every write, flush, rename and collective of the package stands at a named fault point."""
+"""Every write, flush, rename and collective of the package is inside a named fault point."""
 
 from __future__ import annotations
 

@@ -75,8 +75,8 @@ class TrainingConfig:
     """Optimizer steps; excludes epochs."""
     epochs: Accepted[Annotated[float, Field(gt=0)] | None] = None
     """Epochs of the data; 1 if neither this nor max_steps is set."""
-    learning_rate: Accepted[Annotated[float, Field(gt=0)]] = 3e-4
-    """Peak learning rate."""
+    learning_rate: Accepted[Annotated[float, Field(gt=0)] | None] = None
+    """Peak learning rate; by default 3e-4 in pretraining, 2e-5 in SFT and 5e-6 in DPO."""
     schedule: Accepted[Literal["cosine", "linear", "constant"]] = "cosine"
     """Shape of the decay after the warm-up."""
     warmup_steps: Accepted[Annotated[int, Field(ge=0)]] = 0

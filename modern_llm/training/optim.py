@@ -90,7 +90,7 @@ def make_optimizer(config: TrainingConfig, model: nn.Module) -> torch.optim.Adam
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=config.learning_rate,
+        lr=config.learning_rate or 0.0,  # set before every step
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         fused=True,

@@ -16,6 +16,9 @@ from modern_llm.training.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
+RATES = {"model": 3e-4, "pretrain_checkpoint": 2e-5, "sft_checkpoint": 5e-6}
+"""Section or argument that only one stage has -> its default learning rate."""
+
 
 def record_of(**sections: Any) -> dict[str, Any]:
     """Return the configuration as plain values for `config.yaml`, without sections that are
@@ -41,6 +44,9 @@ def open_run(
         sections: sections of `config.yaml` beside `train`; those that are None are omitted.
     """
     check_trackers(config)
+    if config.learning_rate is None:
+        (rate,) = (rate for section, rate in RATES.items() if section in sections)
+        config = dataclasses.replace(config, learning_rate=rate)
     record = record_of(**sections, train=config)
     runtime = start(config, record)
     if config.batch_size < runtime.world:
