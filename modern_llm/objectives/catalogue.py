@@ -1,8 +1,7 @@
 """Table of the preference losses: paper, inputs and options of each, without torch.
 
-A row names its function in `preference.py`, which is looked up when the loss is computed. So a
-configuration can be checked, and `--help` printed, before torch is imported. A new loss is one
-function there and one row here.
+A configuration can be checked, and `--help` printed, before torch is imported. A new loss is one
+row here and one function in `preference.py`, decorated with `@loss("its name")`.
 """
 
 from __future__ import annotations
@@ -67,13 +66,12 @@ class LossRow:
     `reference`: uses the reference's log-probs. `lengths`: uses the numbers of target tokens.
     `across_pairs`: compares pairs, so that it needs all pairs of an optimizer step at once.
     `options`: options besides beta and `COMMON_OPTIONS`, with defaults. `intervals`: ranges that
-    differ from `INTERVALS`. `function`: its name in `preference.py`. `paper`: authors, arXiv
-    number, and the equation if there is one.
+    differ from `INTERVALS`. `paper`: authors, arXiv number, and the equation if
+    there is one.
     """
 
     name: str
     paper: str
-    function: str
     reference: bool = True
     lengths: bool = False
     across_pairs: bool = False
@@ -95,59 +93,51 @@ _ROWS = (
     LossRow(
         "sigmoid",
         "DPO, Rafailov et al. 2023, arXiv 2305.18290, eq. 7 (smoothed: cDPO, Mitchell 2023)",
-        "sigmoid_loss",
         options=_SMOOTHING,
     ),
     LossRow(
         "robust",
         "robust DPO, Chowdhury et al. 2024, arXiv 2403.00409",
-        "robust_loss",
         options=_SMOOTHING,
     ),
-    LossRow("hinge", "RSO, Liu et al. 2023, arXiv 2309.06657 (SLiC, 2305.10425)", "hinge_loss"),
-    LossRow("ipo", "IPO, Azar et al. 2023, arXiv 2310.12036, eq. 17", "ipo_loss", lengths=True),
+    LossRow("hinge", "RSO, Liu et al. 2023, arXiv 2309.06657 (SLiC, 2305.10425)"),
+    LossRow("ipo", "IPO, Azar et al. 2023, arXiv 2310.12036, eq. 17", lengths=True),
     LossRow(
         "exo_pair",
         "EXO, Ji et al. 2024, arXiv 2402.00856, eq. 16",
-        "exo_pair_loss",
         options={"label_smoothing": 1e-3},
         intervals={"label_smoothing": _EXO_SMOOTHING},
     ),
-    LossRow("nca_pair", "NCA, Chen et al. 2024, arXiv 2402.05369", "nca_pair_loss"),
-    LossRow("bco_pair", "BCO, Jung et al. 2024, arXiv 2404.04656", "bco_pair_loss"),
-    LossRow("sppo_hard", "SPPO, Wu et al. 2024, arXiv 2405.00675, eq. 4.7", "sppo_hard_loss"),
+    LossRow("nca_pair", "NCA, Chen et al. 2024, arXiv 2402.05369"),
+    LossRow("bco_pair", "BCO, Jung et al. 2024, arXiv 2404.04656"),
+    LossRow("sppo_hard", "SPPO, Wu et al. 2024, arXiv 2405.00675, eq. 4.7"),
     LossRow(
         "aot",
         "AOT on paired data, Melnyk et al. 2024, arXiv 2406.05882",
-        "aot_loss",
         across_pairs=True,
         options=_SMOOTHING,
     ),
     LossRow(
         "aot_unpaired",
         "AOT on unpaired data, Melnyk et al. 2024, arXiv 2406.05882",
-        "aot_unpaired_loss",
         across_pairs=True,
         options=_SMOOTHING,
     ),
-    LossRow("apo_zero", "APO, D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7", "apo_zero_loss"),
-    LossRow("apo_down", "APO, D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 8", "apo_down_loss"),
+    LossRow("apo_zero", "APO, D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7"),
+    LossRow("apo_down", "APO, D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 8"),
     LossRow(
         "discopop",
         "DiscoPOP, Lu et al. 2024, arXiv 2406.08414, eq. 5",
-        "discopop_loss",
         options={"discopop_tau": 0.05},
     ),
     LossRow(
         "sigmoid_norm",
         "length-normalised DPO, Lambert et al. 2024 (Tulu 3), arXiv 2411.15124, section 5",
-        "sigmoid_norm_loss",
         lengths=True,
     ),
     LossRow(
         "simpo",
         "SimPO, Meng et al. 2024, arXiv 2405.14734, eq. 6",
-        "simpo_loss",
         reference=False,
         lengths=True,
         options={"simpo_gamma": 0.5, **_SMOOTHING},
@@ -155,14 +145,12 @@ _ROWS = (
     LossRow(
         "orpo",
         "ORPO, Hong et al. 2024, arXiv 2403.07691, eqs. 4, 6 and 7",
-        "orpo_loss",
         reference=False,
         lengths=True,
     ),
     LossRow(
         "dpop",
         "DPO-Positive, Pal et al. 2024 (Smaug), arXiv 2402.13228, eq. 3",
-        "dpop_loss",
         options={"dpop_lambda": 50.0},
     ),
 )

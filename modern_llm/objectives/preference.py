@@ -10,11 +10,26 @@ policy - reference (P, 2); delta = r_w - r_l (P,); s is the logistic function, e
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from modern_llm.objectives import catalogue
+
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {}
+"""Name in the catalogue -> function; filled by `loss`."""
+
+
+def loss(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Decorate the function of the catalogue's loss `name`."""
+
+    def noted(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        _FUNCTIONS[name] = function
+        return function
+
+    return noted
 
 
 def preference_loss(
@@ -55,7 +70,7 @@ def preference_loss(
         inputs.append(reference)
     if row.lengths:
         inputs.append(lengths)
-    losses = globals()[row.function](*inputs, beta=beta, **values)
+    losses = _FUNCTIONS[loss_type](*inputs, beta=beta, **values)
     if nll_coefficient > 0:
         losses = losses - nll_coefficient * policy[:, 0] / lengths[:, 0]
     return losses
@@ -156,6 +171,7 @@ def _delta(policy: Tensor, reference: Tensor) -> Tensor:
     return r[:, 0] - r[:, 1]
 
 
+@loss("sigmoid")
 def sigmoid_loss(
     policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float
 ) -> Tensor:
@@ -163,6 +179,7 @@ def sigmoid_loss(
     return _smoothed(beta * _delta(policy, reference), label_smoothing)
 
 
+@loss("robust")
 def robust_loss(
     policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float
 ) -> Tensor:
@@ -175,11 +192,13 @@ def robust_loss(
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
+@loss("hinge")
 def hinge_loss(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
     """max(0, 1 - beta delta), RSO, arXiv 2309.06657; beta is one over the margin."""
     return torch.relu(1 - beta * _delta(policy, reference))
 
 
+@loss("ipo")
 def ipo_loss(policy: Tensor, reference: Tensor, lengths: Tensor, *, beta: float) -> Tensor:
     """`(r_w/|w| - r_l/|l| - 1/(2 beta))^2`, IPO, arXiv 2310.12036, eq. 17 with tau = beta.
 
@@ -188,6 +207,7 @@ def ipo_loss(policy: Tensor, reference: Tensor, lengths: Tensor, *, beta: float)
     return (_delta(policy / lengths, reference / lengths) - 1 / (2 * beta)) ** 2
 
 
+@loss("exo_pair")
 def exo_pair_loss(
     policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float
 ) -> Tensor:
@@ -198,12 +218,14 @@ def exo_pair_loss(
     return (log_q.exp() * (log_q - target.log())).sum(0)
 
 
+@loss("nca_pair")
 def nca_pair_loss(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
     """-log s(b r_w) - [log s(-b r_w) + log s(-b r_l)] / 2, NCA for one pair, arXiv 2402.05369."""
     rewards = beta * (policy - reference)
     return -logsigmoid(rewards[:, 0]) - logsigmoid(-rewards).mean(1)
 
 
+@loss("bco_pair")
 def bco_pair_loss(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
     """-log s(beta r_w) - log s(-beta r_l), BCO, arXiv 2404.04656, with a reward shift of 0.
 
@@ -213,6 +235,7 @@ def bco_pair_loss(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
     return -logsigmoid(rewards[:, 0]) - logsigmoid(-rewards[:, 1])
 
 
+@loss("sppo_hard")
 def sppo_hard_loss(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
     """(r_w - 1/(2 beta))^2 + (r_l + 1/(2 beta))^2, SPPO, arXiv 2405.00675, eq. 4.7.
 
@@ -229,6 +252,7 @@ def _by_rank(values: Tensor, others: Tensor) -> Tensor:
     return torch.zeros_like(others).scatter(0, order, others.sort().values)
 
 
+@loss("aot")
 def aot_loss(policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
     """L(u_(k) - v_(k)) by ranks k, u and v the policy's and reference's chosen - rejected.
 
@@ -239,6 +263,7 @@ def aot_loss(policy: Tensor, reference: Tensor, *, beta: float, label_smoothing:
     return _smoothed(beta * (u - _by_rank(u, v)), label_smoothing)
 
 
+@loss("aot_unpaired")
 def aot_unpaired_loss(
     policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float
 ) -> Tensor:
@@ -251,18 +276,21 @@ def aot_unpaired_loss(
     return _smoothed(beta * (r[:, 0] - _by_rank(r[:, 0], r[:, 1])), label_smoothing)
 
 
+@loss("apo_zero")
 def apo_zero_loss(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
     """1 - s(beta r_w) + s(beta r_l), APO, arXiv 2408.06266, eq. 7: chosen up, rejected down."""
     rewards = beta * (policy - reference)
     return torch.sigmoid(-rewards[:, 0]) + torch.sigmoid(rewards[:, 1])
 
 
+@loss("apo_down")
 def apo_down_loss(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
     """s(beta r_w) + 1 - s(beta delta), APO, arXiv 2408.06266, eq. 8: both down, rejected more."""
     rewards = beta * (policy - reference)
     return torch.sigmoid(rewards[:, 0]) + torch.sigmoid(rewards[:, 1] - rewards[:, 0])
 
 
+@loss("discopop")
 def discopop_loss(policy: Tensor, reference: Tensor, *, beta: float, discopop_tau: float) -> Tensor:
     """(1 - m) (-log s(x)) + m exp(-x), x = beta delta, m = s(x / tau), arXiv 2406.08414, eq. 5."""
     logits = beta * _delta(policy, reference)
@@ -272,11 +300,13 @@ def discopop_loss(policy: Tensor, reference: Tensor, *, beta: float, discopop_ta
     return torch.sigmoid(-modulation) * -logsigmoid(logits) + exponential
 
 
+@loss("sigmoid_norm")
 def sigmoid_norm_loss(policy: Tensor, reference: Tensor, lengths: Tensor, *, beta: float) -> Tensor:
     """`-log s(beta (r_w/|w| - r_l/|l|))`, length-normalised DPO, arXiv 2411.15124, section 5."""
     return -logsigmoid(beta * _delta(policy / lengths, reference / lengths))
 
 
+@loss("simpo")
 def simpo_loss(
     policy: Tensor, lengths: Tensor, *, beta: float, simpo_gamma: float, label_smoothing: float
 ) -> Tensor:
@@ -289,6 +319,7 @@ def simpo_loss(
     return _smoothed(beta * (mean[:, 0] - mean[:, 1]) - simpo_gamma, label_smoothing)
 
 
+@loss("orpo")
 def orpo_loss(policy: Tensor, lengths: Tensor, *, beta: float) -> Tensor:
     """`NLL_w/|w| - beta log s(log odds_w - log odds_l)`, odds = p / (1 - p).
 
@@ -303,6 +334,7 @@ def orpo_loss(policy: Tensor, lengths: Tensor, *, beta: float) -> Tensor:
     return -log_p[:, 0] - beta * logsigmoid(log_odds[:, 0] - log_odds[:, 1])
 
 
+@loss("dpop")
 def dpop_loss(policy: Tensor, reference: Tensor, *, beta: float, dpop_lambda: float) -> Tensor:
     """-log s(beta (delta - lambda max(0, -r_w))), DPO-Positive, arXiv 2402.13228, eq. 3.
 

@@ -30,13 +30,17 @@ def test_every_promised_loss_has_a_row_and_no_other():
 @pytest.mark.parametrize("name", PROMISED)
 def test_row_and_function_agree(name):
     row = LOSSES[name]
-    function = getattr(preference, row.function)
+    function = preference._FUNCTIONS[name]
     taken = list(inspect.signature(function).parameters)
     tensors = ["policy"] + ["reference"] * row.reference + ["lengths"] * row.lengths
     assert taken[: len(tensors)] == tensors
     assert set(taken[len(tensors) :]) == {"beta", *row.options}
     number = re.search(r"\d{4}\.\d{5}", row.paper).group()
     assert number in inspect.getdoc(function)
+
+
+def test_every_row_has_a_function_and_every_function_a_row():
+    assert set(preference._FUNCTIONS) == set(LOSSES)
 
 
 def test_a_row_cannot_be_changed():
