@@ -6,7 +6,6 @@ verb, which says which folders a run would use.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -20,23 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from modern_llm.config.versions import installed
 from modern_llm.distributed.build_locks import build_locks, lock_folders
 from modern_llm.storage.fault_points import around
 
-PACKAGES = (
-    "modern-llm",
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "deepspeed",
-    "peft",
-    "safetensors",
-    "tokenizers",
-    "triton",
-    "flash-attn",
-    "liger-kernel",
-)
 LOW_DISK_GB = 20.0
 GROUP_SECONDS = 90
 
@@ -73,13 +59,8 @@ def examine_machine(places: Sequence[Path], *, group: bool = True) -> list[Check
 
 def versions() -> Check:
     """Python and every package that matters, as installed."""
-    found = [f"python {platform.python_version()}"]
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return Check("versions", "ok", ", ".join(found))
+    found = ", ".join(f"{name} {version}" for name, version in installed().items())
+    return Check("versions", "ok", found)
 
 
 def devices() -> list[Check]:

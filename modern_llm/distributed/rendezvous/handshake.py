@@ -11,36 +11,28 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch.distributed as dist
 
 from modern_llm.config.errors import PeerError, UserError
+from modern_llm.config.versions import PACKAGES, installed
 from modern_llm.storage.fault_points import around
 
 MEET_SECONDS = 60.0
 JOIN_SECONDS = 30.0
 """Time limit for connecting after the handshake; torch's own limit is that of all collectives."""
-PACKAGES = ("modern-llm", "torch", "accelerate", "transformers", "deepspeed", "peft", "safetensors")
 
 
 def versions() -> dict[str, str]:
     """Return the package versions that must be equal on all processes; "absent" if missing."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "absent"
-    return found
+    return dict.fromkeys(PACKAGES, "absent") | installed()
 
 
 def open_store(host: str, port: int, *, serves: bool, seconds: float = MEET_SECONDS) -> dist.Store:

@@ -5,7 +5,6 @@ No run reads them, and a failure to write the report does not end the run.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import platform
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from modern_llm.config.versions import installed
 from modern_llm.data.table.build import Prepared
 from modern_llm.data.table.token_table import STARTS
 from modern_llm.distributed.runtime import Runtime
@@ -21,8 +21,6 @@ from modern_llm.storage.atomic import write_file
 from modern_llm.training.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
-
-PACKAGES = ("modern-llm", "torch", "transformers", "accelerate", "deepspeed", "peft", "tokenizers")
 
 
 def data_notes(prepared: Prepared) -> list[dict[str, Any]]:
@@ -40,12 +38,7 @@ def data_notes(prepared: Prepared) -> list[dict[str, Any]]:
 
 def environment(runtime: Runtime) -> dict[str, Any]:
     """Return package versions, machine and number of processes."""
-    found: dict[str, Any] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found: dict[str, Any] = dict(installed())
     device = runtime.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     found |= {
