@@ -24,7 +24,7 @@ def help_text(parser: argparse.ArgumentParser, schema: Any, *, everything: bool)
     """
     formatter = _Formatter(parser.prog, max_help_position=26, width=WIDTH)
     positional = [action for action in parser._actions if not action.option_strings]
-    words = " ".join(f"[{action.dest.upper()} ...]" for action in positional) or "[RUN.yaml]"
+    words = " ".join(map(_word, positional)) or "[RUN.yaml]"
     formatter.add_usage(f"{parser.prog} {words} [--OPTION VALUE ...]", [], [])
     formatter.add_text(" ".join((schema.__doc__ or "").split()).replace("%", "%%"))
     required = [action for action in parser._actions if _is_required(action, schema)]
@@ -38,7 +38,8 @@ def help_text(parser: argparse.ArgumentParser, schema: Any, *, everything: bool)
         rest = [action for action in rest if action.help != argparse.SUPPRESS]
         shown = [action for action in rest if everything or _is_often(action, schema.often)]
         left_out += len(rest) - len(shown)
-        _add(formatter, (group.title or "").removesuffix(" options"), shown)
+        title = (group.title or "").replace("positional arguments", "words")
+        _add(formatter, title.removesuffix(" options"), shown)
     if left_out:
         formatter.add_text(f"{parser.prog} --help all lists {left_out} more options.")
     return formatter.format_help().rstrip()
@@ -49,6 +50,12 @@ def _add(formatter: argparse.HelpFormatter, title: str, actions: list[argparse.A
         formatter.start_section(title)
         formatter.add_arguments(actions)
         formatter.end_section()
+
+
+def _word(action: argparse.Action) -> str:
+    """Return a positional argument as the usage line has it."""
+    name = action.dest.upper()
+    return f"[{name} ...]" if action.nargs == "*" else name
 
 
 def _is_required(action: argparse.Action, schema: Any) -> bool:
@@ -72,6 +79,8 @@ class _Formatter(argparse.HelpFormatter):
         if action.nargs == 0:
             text = text.replace("(default: False)", "(default: off)")
             text = text.replace("(default: True)", "(default: on; this switches it off)")
+        # The second mark is that of a section which may be left out.
+        text = text.replace("(ifdef: required)", "(required in this section)")
         return text.removesuffix(" (required)")
 
     def _format_action_invocation(self, action: argparse.Action) -> str:

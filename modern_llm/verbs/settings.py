@@ -48,8 +48,8 @@ class Settings(BaseSettings):
     """Options of sections that `--help` lists, the others only `--help all`; empty lists all."""
 
     config: Path | None = None
-    """YAML or JSON file with the sections below, also given as a word alone; options on the
-    command line override it."""
+    """Configuration file (YAML or JSON), also given as a word alone; options on the command line
+    override it."""
     json_output: bool = False
     """Also print the result as one JSON object, the last line on stdout."""
     debug: bool = False

@@ -21,7 +21,12 @@ def test_help_fits_its_reader(verb, words, capsys):
     assert max(map(len, shown.splitlines())) <= 80
     usage, rest = shown.split("\n", 1)
     assert usage.startswith(f"usage: modern-llm {verb} ")
-    assert "(required)" not in shown and "null)" not in shown
+    assert (
+        "(required)" not in shown
+        and "list[" not in shown
+        and "ifdef" not in shown
+        and "null)" not in shown
+    )
     schema = VERBS[verb][0]
     required = [name for name, field in schema.model_fields.items() if field.is_required()]
     head, example = rest.split("\nexample:\n")
@@ -47,3 +52,11 @@ def test_help_of_a_stage_lists_the_frequent_options_first_and_all_with_all(capsy
         assert ("modern-llm dpo --help all lists " in shown) == (len(words) == 1)
         assert len(re.findall(r"^  --", shown, re.M)) >= count
     assert all(re.search(rf"^  --{name} ", shown, re.M) for name in OFTEN if "dpo" in name)
+
+
+def test_required_options_of_an_optional_section_are_marked_in_it(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["reference", "verify", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "required (RUN.yaml" not in shown
+    assert "final model. (required in this section)" in shown
