@@ -118,7 +118,7 @@ def test_a_section_that_stands_twice_is_named_alone(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text("train:\n  batch_size: 1\n  max_steps: 2\n" * 2)
     assert main(["sft", "--config", str(file)]) == 2
-    line = f"modern-llm: error: {file}:4: train stands twice; keep one\n"
+    line = f"modern-llm: error: {file}:4: train is there twice; keep one\n"
     assert capsys.readouterr().err == line
 
 
@@ -135,7 +135,7 @@ def test_of_many_problems_ten_are_named(tmp_path, capsys):
     [
         ("train: [", "not YAML"),
         ("- 1\n", "must be a mapping"),
-        ("train: {a: 1}\ntrain: {b: 2}\n", "stands twice"),
+        ("train: {a: 1}\ntrain: {b: 2}\n", "is there twice"),
         ("train: {a: 1, null: 2}\n", ":1: train.null: a name is text"),
         ("train:\n  3: 2\n", ":2: train.3: a name is text"),
         ("data:\n  sources:\n  - a: 1\n  - -1: 2\n", ":4: data.sources.1.-1: a name is text"),

@@ -17,7 +17,7 @@ class DemoSettings(Settings):
     example: ClassVar[str] = "modern-llm demo --output_dir experiments/demo"
 
     output_dir: Path = Path("experiments/demo")
-    """Where data, models and the table go; a finished demo there is made anew."""
+    """Where data, models and the table go; a finished demo there is repeated."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the corpus, the weights and the order."""
 

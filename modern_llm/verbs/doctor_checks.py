@@ -1,7 +1,6 @@
 """What a machine has and what would stop a run on it: the checks behind `modern-llm doctor`.
 
-Each check looks at one thing and returns a `Check`; none changes anything that stays. Called by the
-verb, which says which folders a run would use.
+Each check examines one thing, returns a `Check`, and leaves nothing changed.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ def devices() -> list[Check]:
         cure = "install a torch build that fits the driver; see CUDA_VISIBLE_DEVICES"
         checks.append(Check("cuda", "problem", text, cure))
     else:
-        checks.append(Check("cuda", "note", "no GPU: runs go on the CPU"))
+        checks.append(Check("cuda", "note", "no GPU: runs use the CPU"))
     return checks
 
 

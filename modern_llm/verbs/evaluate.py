@@ -21,7 +21,7 @@ class EvaluateSettings(PairsSettings):
     beta: Annotated[float, Field(gt=0)] = 0.1
     """Scale of the rewards; calibration and margins depend on it, accuracy does not."""
     by: str | None = None
-    """Column whose values name groups to judge apart; the files of the data unless said."""
+    """Column whose values name groups to judge separately; by default the files of the data."""
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:

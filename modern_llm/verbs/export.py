@@ -1,4 +1,4 @@
-"""The verb `export`: a checkpoint in another form, and to the Hub where that is asked for."""
+"""The verb `export`: a checkpoint in another form, and on request on the Hub."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ExportSettings(Settings):
     """Repository of the Hub (OWNER/NAME) to upload the folder to; nothing is ever pushed
     without it."""
     public: bool = False
-    """Make a new repository public; it is private unless said."""
+    """Make a new repository public; it is private by default."""
 
 
 def export(settings: ExportSettings) -> dict[str, Any]:

@@ -49,9 +49,9 @@ class GenerateSettings(Settings):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Draw from the likeliest tokens that make up this share; needs a temperature above 0."""
     seed: Annotated[int, Field(ge=0)] | None = None
-    """Seed of the draws, 0 unless said; needs a temperature above 0."""
+    """Seed of the draws, by default 0; needs a temperature above 0."""
     batch_size: Annotated[int, Field(gt=0)] | None = None
-    """Prompts that are answered together; 16 unless said."""
+    """Prompts that are answered together; by default 16."""
     hang_timeout: Annotated[float, Field(gt=0)] | None = 600.0
     """Seconds without progress after which it warns and shows its stacks; null watches nothing."""
 
@@ -122,7 +122,7 @@ def _with_system(prompt: str | list, settings: GenerateSettings) -> str | list:
 
 
 def _read_line() -> str | None:
-    """The next line of a talk; a mark stands before it where a person types."""
+    """Return the next line of a chat, after a prompt mark if a person types."""
     if sys.stdin.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()

@@ -28,7 +28,7 @@ class PairsSettings(Settings):
     max_length: Annotated[int, Field(ge=2)] = 512
     """Tokens of prompt and response together."""
     max_prompt_length: Annotated[int, Field(ge=0)] | None = None
-    """Tokens of the prompt's end that are kept at least; half of max_length unless said."""
+    """Tokens of the prompt's end that are kept at least; by default half of max_length."""
     max_examples: Annotated[int, Field(gt=0)] | None = None
     """Use only the first so many rows."""
     mixed_precision: Literal["no", "fp32", "bf16", "fp16"] = "no"

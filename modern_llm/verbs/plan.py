@@ -19,7 +19,7 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class PlanSettings(Settings):
-    """Tell what a run needs on so many GPUs: bytes by part, preset, launch line, time, cost."""
+    """Show what a run needs on so many GPUs: bytes by part, preset, launch line, time, cost."""
 
     example: ClassVar[str] = "modern-llm plan --model runs/sft/last --gpus 8 --gpu_memory 80GB"
 

@@ -155,7 +155,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 def _note_lines(
     node: yaml.Node, prefix: str, lines: dict[str, int], problems: list[str], seen: set[int]
 ) -> None:
-    """Note where each dotted key stands, and which stand twice or are no names.
+    """Note the line of each dotted key, and which keys are doubled or are not names.
 
     Args:
         seen: nodes that were looked at: a file of aliases may name one a billion times.
@@ -172,8 +172,8 @@ def _note_lines(
         name, line = f"{prefix}{key.value}", key.start_mark.line + 1
         if key.tag not in _NAMES:
             problems.append(f"{line}: {name}: a name is text; quote it")
-        elif name in lines:  # what stands in it is not to be named as well
-            problems.append(f"{line}: {name} stands twice; keep one")
+        elif name in lines:  # its content is not named as well
+            problems.append(f"{line}: {name} is there twice; keep one")
         else:
             lines[name] = line
             _note_lines(value, f"{name}.", lines, problems, seen)

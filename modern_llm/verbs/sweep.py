@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def run_sweep(settings: TrainingSettings, run: Callable[..., Path]) -> dict[str, Any]:
-    """Run every point of the grid one after another; finished ones are passed over.
+    """Run every point of the grid one after another; finished ones are skipped.
 
     A run whose loss is not finite does not end the others; its error is raised after the report.
 
@@ -91,7 +91,7 @@ def _axes(text: str) -> dict[str, list[Any]]:
                 [f"sweep: {word!r} is not SECTION.OPTION=VALUE,VALUE,... (dpo.beta=0.05,0.1)"]
             )
         if option in axes or len(set(map(str, found))) < len(found):
-            raise ConfigError([f"sweep: {word!r}: an option or a value stands twice; keep one"])
+            raise ConfigError([f"sweep: {word!r}: an option or a value is there twice; keep one"])
         axes[option] = found
     if not axes:
         raise ConfigError(["sweep: names no option; say e.g. dpo.beta=0.05,0.1"])

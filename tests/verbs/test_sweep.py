@@ -40,7 +40,7 @@ def test_every_value_runs_over_one_store_and_one_report_shows_all(
     )
     assert first[0]["logps/chosen"] == second[0]["logps/chosen"]  # the same first step
     assert first[-1]["logps/chosen"] != second[-1]["logps/chosen"]
-    # The same command goes on: finished runs are passed over.
+    # The same command resumes: finished runs are skipped.
     times = [(f / "outcome.json").stat().st_mtime_ns for f in folders]
     assert main(["dpo", "--config", str(run_file()), *words]) == 0
     assert [(f / "outcome.json").stat().st_mtime_ns for f in folders] == times
@@ -79,7 +79,7 @@ def test_a_run_that_diverges_does_not_end_the_others(run_file, monkeypatch, caps
         ("beta=1,2", ["is not SECTION.OPTION=VALUE"]),
         (" ", ["names no option"]),
         ("dpo.bta=1,2", ["dpo.bta is no option of this stage"]),
-        ("dpo.beta=0.1,0.1", ["stands twice"]),
+        ("dpo.beta=0.1,0.1", ["is there twice"]),
         ("train.output_dir=a,b", ["is set by the sweep itself"]),
         ("dpo.beta=-1,-2,0.1", ["dpo.beta=-1", "dpo.beta=-2"]),
         ("dpo.beta=high,low", ["dpo.beta=high", "dpo.beta=low"]),
