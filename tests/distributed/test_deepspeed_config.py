@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def config(**changes) -> TrainingConfig:
-    return TrainingConfig(run_name="x", output_dir=Path("unused"), **changes)
+    fields = {"learning_rate": 3e-4} | changes
+    return TrainingConfig(run_name="x", output_dir=Path("unused"), **fields)
 
 
 def zero(stage: int = 2, **options) -> dict:

@@ -260,7 +260,7 @@ def test_adapters_on_themselves_are_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": str(tmp_path)})
     )
-    with pytest.raises(ValueError, match="stand on themselves"):
+    with pytest.raises(ValueError, match="or is this folder"):
         load.inspect_checkpoint(tmp_path)
 
 
