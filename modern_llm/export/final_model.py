@@ -21,6 +21,7 @@ from modern_llm.distributed.runtime import Runtime
 from modern_llm.inference.generate import end_ids
 from modern_llm.models.adapters import has_adapters, write_adapter_config, write_adapters
 from modern_llm.storage.fault_points import around
+from modern_llm.storage.regular_files import read_bytes
 
 
 def export(
@@ -94,7 +95,7 @@ def model_files(
                 shape.generation_config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+        return {str(path.relative_to(folder)): read_bytes(path) for path in files}
 
 
 def name_special_ids(
