@@ -120,7 +120,8 @@ def test_fewer_examples_than_processes_are_refused_with_the_numbers_that_work(tm
 def too_many(folder: Path) -> None:
     from modern_llm.training.run.opening import open_run
 
-    open_run(TrainingConfig(run_name="x", output_dir=folder / "run", batch_size=1))
+    config = TrainingConfig(run_name="x", output_dir=folder / "run", batch_size=1)
+    open_run(config, sft_checkpoint="unused")
 
 
 def lonely() -> str:

@@ -198,9 +198,51 @@ class _Column:
         self._growth.add(max(size, sum(inside)), place, declared=True)
         # A value is at most as long as its column, but a dictionary may repeat it for every row.
         rows = min(max(_BATCH_BYTES // max(size, 1), 1), _BATCH_ROWS)
+        repeated = [
+            part.path_in_schema
+            for part in parts
+            if part.has_dictionary_page
+            and part.num_values > group.num_rows
+            and part.num_values * part.total_uncompressed_size > _FREE_BYTES
+        ]
+        if repeated:
+            self._check_texts_in_lists(repeated, place)
         return self._file.iter_batches(
             batch_size=rows, row_groups=[self._group], columns=[self._name], use_threads=False
         )
+
+    def _check_texts_in_lists(self, leaves: list[str], place: str) -> None:
+        """Refuse lists that repeat texts so often that they would fill the memory.
+
+        The row group is read with each text once, and a number where it is used: 4 bytes a use.
+
+        Args:
+            leaves: columns of text in lists, as paths in the file.
+        """
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(self._growth.path, read_dictionary=leaves) as file:
+            table = file.read_row_group(self._group, columns=[self._name], use_threads=False)
+        chunks = (chunk for column in table.columns for chunk in column.chunks)
+        self._growth.add(sum(map(_text_bytes, chunks)), place, declared=True)
+
+
+def _text_bytes(array: pyarrow.Array) -> int:
+    """Return the bytes that the texts in an array take once they are copied from a dictionary."""
+    import pyarrow.compute
+    from pyarrow import types
+
+    kind = array.type
+    if types.is_dictionary(kind):
+        lengths = pyarrow.compute.binary_length(array.dictionary).take(array.indices)
+        return pyarrow.compute.sum(lengths).as_py() or 0
+    if types.is_map(kind):
+        return _text_bytes(array.keys) + _text_bytes(array.items)
+    if types.is_struct(kind):
+        return sum(map(_text_bytes, array.flatten()))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _text_bytes(array.flatten())
+    return 0
 
 
 def _corrupt(place: str, kind: str, error: Exception) -> DataError:

@@ -245,3 +245,23 @@ def test_a_list_larger_than_its_file_could_hold_is_refused_undecoded(tmp_path):
     with pytest.raises(DataError, match="unpacks to more than"):
         row.values["text"]
     assert pool.bytes_allocated() - before < 10_000_000
+
+
+def test_a_list_that_repeats_a_long_text_is_refused_undecoded(tmp_path):
+    """One text in the dictionary of the file, ten thousand times in one row."""
+    text = "x" * 1_000_000
+    for name, value in [("texts", text), ("messages", {"role": "user", "content": text})]:
+        path = tmp_path / f"{name}.parquet"
+        table = pyarrow.table({name: [[value] * 300, [value]]})
+        pyarrow.parquet.write_table(table, path, dictionary_pagesize_limit=2**27)
+        assert path.stat().st_size < 200_000
+        row = next(iter(read_parquet(path)))
+        with pytest.raises(DataError, match="unpacks to more than"):
+            row.values[name]
+
+
+def test_lists_of_ordinary_texts_are_read(tmp_path):
+    rows = [[{"role": "user", "content": f"{i} " * 2000}] * 3 for i in range(300)]
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"messages": rows}), path)
+    assert [row.values["messages"] for row in read_parquet(path)] == rows
