@@ -100,6 +100,7 @@ def test_sft_and_pretraining(tmp_path, tiny_checkpoint, objects):
     assert "eval/loss" in (tmp_path / "lm" / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_adapters_by_true_by_options_and_by_section(tmp_path, tiny_checkpoint, tiny_pairs):
     pytest.importorskip("peft", reason="peft is not installed (extra: lora)")
     for number, lora in enumerate([True, {"rank": 4}, ml.LoraConfig(rank=4)]):

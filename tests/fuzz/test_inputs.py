@@ -113,6 +113,7 @@ def judge(kind, path, outcome):
         assert lined, outcome.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_named_damage(kind, trials, seeds, tmp_path):
     case = Case(trials, seeds, kind, tmp_path)

@@ -108,6 +108,7 @@ def verifying(folder: Path) -> set[int]:
     return {int(place.name[5:]) for place in places}
 
 
+@pytest.mark.slow
 def test_every_point_of_saving_in_one_process(tmp_path, forks):
     campaign = Campaign(forks, tmp_path)
     reached = {point.rpartition(".")[0] for point in campaign.points[0]}

@@ -74,7 +74,7 @@ def start(folder: Path, run: Path, how: str, rank: int, **environment: str):
 @pytest.mark.parametrize(
     ("how", "rank", "deepspeed"),
     [
-        ("kill", 0, False),
+        pytest.param("kill", 0, False, marks=pytest.mark.slow),
         pytest.param("kill", 1, False, marks=pytest.mark.slow),
         pytest.param("raise", 1, False, marks=pytest.mark.slow),
         pytest.param("raise", 1, True, marks=pytest.mark.slow),

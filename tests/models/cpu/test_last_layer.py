@@ -34,6 +34,7 @@ def sums_and_gradients(scorer):
     return sums.detach(), {n: p.grad for n, p in scorer.model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_values_and_gradients_are_those_of_the_whole_layer(name, recompute):

@@ -92,6 +92,7 @@ def test_the_same_rows_at_another_path_are_accepted(tmp_path, tiny_checkpoint):
     assert len(numbers(tmp_path / "run")) == 9
 
 
+@pytest.mark.slow
 def test_appended_rows_join_at_the_next_epoch(tmp_path, tiny_checkpoint, caplog):
     """30 rows are 8 steps of 4; 10 more join after a stop in step 6, so in step 9."""
     data = write_jsonl(tmp_path / "pairs.jsonl", rows())
