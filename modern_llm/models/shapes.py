@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Return the model of a configuration on the meta device."""
+    """Return the model of a configuration on the meta device; the configuration stays as it is."""
+    # A copy: `from_config` writes the dtype into it, in which the weights would be loaded later.
+    config = copy.deepcopy(config)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=False
