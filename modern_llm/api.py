@@ -10,7 +10,8 @@ siblings take the sections themselves.
 from __future__ import annotations
 
 import dataclasses
-import difflib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from modern_llm.config import (
     TrainingConfig,
 )
 from modern_llm.config.dpo import DPOConfig
-from modern_llm.config.errors import ConfigError
+from modern_llm.config.errors import ConfigError, close_to
 
 BY_ARGUMENT = {
     "dataset_name": "data",
@@ -56,7 +57,7 @@ def dpo(
         options: any option of `TrainingConfig`, `DPOConfig` and `PreferenceDatasetConfig`.
 
     Raises:
-        ConfigError: an option does not exist or a value is refused; all of them at once.
+        ConfigError: options do not exist, or values of a section are refused.
         UserError, StorageError, Stopped: as in `run_dpo`.
     """
     from modern_llm.training.train_dpo import run_dpo
@@ -132,31 +133,29 @@ def _sections(
         _built(schema, {name: value for name, value in given.items() if name in own})
         for schema, own in zip(schemas, names, strict=True)
     ]
-    from modern_llm.setup.from_memory import data_name, section_of
+    from modern_llm.training.from_memory import data_name
 
-    train, section = sections[0], sections[-1]
+    train, changes = sections[0], {}
     if isinstance(data, schemas[-1]):
         if extra := [name for name in options if name in names[-1]]:
             raise ConfigError([f"{name}: set it in the section given as data" for name in extra])
-        sections[-1] = section_of(data, train, schemas[-1])
+        sections[-1] = data
     else:
-        sections[-1] = dataclasses.replace(section, dataset_name=data_name(data, train))
+        changes["dataset_name"] = data_name(data, train)
     if eval_data is not None:
-        name = data_name(eval_data, train)
-        sections[-1] = dataclasses.replace(sections[-1], eval_dataset_name=name)
+        changes["eval_dataset_name"] = data_name(eval_data, train)
+    sections[-1] = _built(partial(dataclasses.replace, sections[-1]), changes)
     return sections
 
 
 def _unknown(stage: str, name: str, known: list[str]) -> str:
     if name in BY_ARGUMENT:
         return f"{stage}: {name} is given as {BY_ARGUMENT[name]}="
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
-    return f"{stage}: {name} is not an option{hint}"
+    return f"{stage}: {name} is not an option{close_to(name, known)}"
 
 
-def _built(schema: Any, values: dict[str, Any]) -> Any:
-    """Return a section; what it refuses becomes one error of this package."""
+def _built(schema: Callable[..., Any], values: dict[str, Any]) -> Any:
+    """Return the section of these values; what it refuses becomes one error of this package."""
     from pydantic import ValidationError
 
     try:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import modern_llm
-from modern_llm.config.errors import UserError, status_of
+from modern_llm.config.errors import UserError, close_to, status_of
 from modern_llm.config.printable import PrintableFormatter, json_line
 from modern_llm.distributed.shutdown.signals import StopRequest
 from modern_llm.verbs import (
@@ -31,7 +31,7 @@ from modern_llm.verbs import (
     report,
     score,
 )
-from modern_llm.verbs.command_line import CONFIGURATIONS, close_to
+from modern_llm.verbs.command_line import CONFIGURATIONS
 from modern_llm.verbs.settings import Settings, read_settings
 from modern_llm.verbs.stages import STAGES
 
@@ -181,7 +181,7 @@ def _no_verb(verb: str) -> str:
         return f"a verb is missing: one of {', '.join(VERBS)}; see modern-llm --help"
     if verb.startswith("-") or verb.endswith(CONFIGURATIONS):
         return f"a verb comes first, not {verb!r}, as in: modern-llm dpo RUN.yaml"
-    return f"unknown verb {verb!r}{close_to(verb, list(VERBS))}: one of {', '.join(VERBS)}"
+    return f"unknown verb {verb!r}{close_to(verb, VERBS)}: one of {', '.join(VERBS)}"
 
 
 def _overview(verbs: Iterable[str] = VERBS) -> str:

@@ -6,11 +6,24 @@ the value, the place and the fix, and is printed as one line.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Bad usage, configuration or data: exit status 2."""
 
     status = 2
+
+
+def close_to(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return a hint at the most similar name, for the end of a message, or nothing.
+
+    Args:
+        prefix: written before the name, where `known` holds the last parts of dotted names.
+    """
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {prefix}{close[0]}?)" if close else ""
 
 
 class ConfigError(UserError):

@@ -8,12 +8,11 @@ here, because DeepSpeed silently ignores them.
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Iterator
 from typing import Any
 
 from modern_llm.config import TrainingConfig
-from modern_llm.config.errors import ConfigError
+from modern_llm.config.errors import ConfigError, close_to
 from modern_llm.storage.untrusted import read_json
 
 # Top-level keys that do not change what a run computes. Excluded on purpose: pipelines, curricula,
@@ -145,8 +144,7 @@ def _unknown_keys(content: dict[str, Any]) -> Iterator[str]:
 def _unknown(prefix: str, section: dict[str, Any], known: frozenset[str]) -> Iterator[str]:
     for name in section:
         if name not in known:
-            close = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f" (did you mean {prefix}{close[0]}?)" if close else ""
+            hint = close_to(name, sorted(known), prefix)
             yield f"{prefix}{name}: unknown key{hint}; remove it"
 
 

@@ -61,11 +61,7 @@ def write_model(
     ends: tuple[int | None, ...] = (),
 ) -> None:
     """Write a `transformers` folder from the parameters `state`, name -> tensor, tied ones once."""
-    name_special_ids(model, tokenizer, ends)
-    # Use only the shape of `model`: its own weights may be sharded, or rounded to bfloat16.
-    with torch.device("meta"):
-        shape = type(model)._from_config(model.config, dtype=torch.float32)
-    shape.generation_config = model.generation_config
+    shape = _shape_of(model, tokenizer, ends)
     with around("export.write"):
         shape.save_pretrained(folder, state_dict=_with_ties_and_buffers(model, state))
         tokenizer.save_pretrained(folder)
@@ -80,22 +76,33 @@ def model_files(
 
     Configuration (of adapters where these are trained) and tokenizer; small beside the weights.
     """
-    with torch.device("meta"):  # a copy, because special ids are written into its configuration
-        shape = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32)
-    shape.generation_config = copy.deepcopy(model.generation_config)
-    name_special_ids(shape, tokenizer, ends)
     with tempfile.TemporaryDirectory(prefix="modern-llm-") as name:
         folder = Path(name)
         with around("describe.write"):
             if has_adapters(model):
                 write_adapter_config(model, folder)
             else:
+                shape = _shape_of(model, tokenizer, ends)
                 shape.config.architectures = [type(model).__name__]
                 shape.config.save_pretrained(folder)
                 shape.generation_config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return {str(path.relative_to(folder)): read_bytes(path) for path in files}
+
+
+def _shape_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: tuple[int | None, ...]
+) -> PreTrainedModel:
+    """Return a float32 model on the meta device with the configurations to write.
+
+    The weights of `model` may be sharded, or rounded to bfloat16; its configurations stay.
+    """
+    with torch.device("meta"):
+        shape = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32)
+    shape.generation_config = copy.deepcopy(model.generation_config)
+    name_special_ids(shape, tokenizer, ends)
+    return shape
 
 
 def name_special_ids(

@@ -89,9 +89,9 @@ def checkpoint_folder(place: str | Path) -> str:
     return str(found[0])
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold the weights."""
-    return sorted(folder.glob(f"{WEIGHTS}*.safetensors"))
+def weight_files(folder: Path, kind: str = WEIGHTS) -> list[Path]:
+    """Return the files that hold the weights, or another kind of tensors of the run."""
+    return sorted(folder.glob(f"{kind}*.safetensors"))
 
 
 def stored(folder: Path, model: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -140,7 +140,7 @@ class Shards:
         self._checkpoint = checkpoint
         self._parts: dict[str, list[_Part]] = {}
         try:
-            for path in sorted(checkpoint.glob(f"{kind}*.safetensors")):
+            for path in weight_files(checkpoint, kind):
                 check_regular(path)
                 self._index(safe_open(path, framework="pt"), whole=path.stem == kind)
         except (SafetensorError, OSError, ValueError) as error:
@@ -163,13 +163,7 @@ class Shards:
     def flat(self, name: str) -> Tensor:
         """Return a whole tensor, flattened, in the dtype of its file."""
         parts = sorted(self._parts[name], key=lambda part: part.start)
-        found, at = [], 0
-        for part in parts:
-            if part.start != at:
-                raise StorageError(f"{self._checkpoint}: {name} is not whole at element {at}")
-            found.append(self._elements(part.file, name, 0, part.stop - part.start))
-            at = part.stop
-        return torch.cat(found) if len(found) > 1 else found[0]
+        return self._joined(name, parts, 0, max(part.stop for part in parts))
 
     def read(
         self, name: str, start: int, end: int, shape: torch.Size, dtype: torch.dtype
@@ -185,8 +179,11 @@ class Shards:
         """
         parts = sorted(self._parts.get(name, []), key=lambda part: part.start)
         self._check(name, parts, shape, dtype)
-        found = []
-        at = start
+        return self._joined(name, parts, start, end)
+
+    def _joined(self, name: str, parts: list[_Part], start: int, end: int) -> Tensor:
+        """Return elements `start` to `end` from the sorted parts of a tensor."""
+        found, at = [], start
         for part in parts:
             if part.start <= at < min(part.stop, end):
                 stop = min(part.stop, end)

@@ -25,7 +25,8 @@ class Resume:
     fingerprints: dict[str, Any] = field(default_factory=dict)
     """Digests that the checkpoint must share with this run; each stage adds its own."""
     model_files: dict[str, bytes] = field(default_factory=dict)
-    """Path -> content of what makes a checkpoint a model folder: configuration and tokenizer."""
+    """Path -> content of what makes a checkpoint a model folder: configuration and tokenizer. On
+    rank 0, which writes them."""
 
 
 @dataclass

@@ -96,7 +96,8 @@ def train_and_export(
     shape.pop("output_router_logits", None)  # not part of the shape; older runs did not write it
     resume.fingerprints["model"] = digest_of({**shape, "transformers_version": None})
     resume.fingerprints["tokenizer"] = tokenizer_identity(tokenizer)
-    resume.model_files = model_files(scorer.model, tokenizer, ends)
+    if runtime.is_main:
+        resume.model_files = model_files(scorer.model, tokenizer, ends)
     peak, origin = peak_flops(runtime.device, config.precision)
     if runtime.is_main:
         log.info("mfu: of %.4g operations a second and process (%s)", peak, origin)

@@ -19,11 +19,11 @@ from modern_llm.reference.nonfinite_pairs import exclude_from_run
 from modern_llm.reference.reference_pass import ReferencePass
 from modern_llm.reference.template_day import remember_day, with_template_day
 from modern_llm.setup import policy, tables
-from modern_llm.setup.from_memory import DataLike, ModelLike, TokenizerLike, inputs_of
 from modern_llm.setup.micro_batches import make_sources
 from modern_llm.setup.scorers import check_positions
 from modern_llm.setup.tokenizer import answer_ends, check_agreement, choose_tokenizer
 from modern_llm.training import stage
+from modern_llm.training.from_memory import DataLike, ModelLike, TokenizerLike, inputs_of
 from modern_llm.training.run.dry_run import DryRun
 from modern_llm.training.run.folder import RunFolder
 from modern_llm.training.run.opening import open_run

@@ -9,11 +9,11 @@ from modern_llm.config import DocumentDatasetConfig, ModernLLMConfig, TrainingCo
 from modern_llm.data.table.build import prepare_tables
 from modern_llm.models.build import build_model
 from modern_llm.setup import tables
-from modern_llm.setup.from_memory import DataLike, TokenizerLike, inputs_of
 from modern_llm.setup.micro_batches import make_sources
 from modern_llm.setup.scorers import set_up_scorer
 from modern_llm.setup.tokenizer import check_agreement, choose_tokenizer
 from modern_llm.training import stage
+from modern_llm.training.from_memory import DataLike, TokenizerLike, inputs_of
 from modern_llm.training.run.dry_run import DryRun
 from modern_llm.training.run.opening import open_run
 from modern_llm.training.run.outcome import outcome_recorded

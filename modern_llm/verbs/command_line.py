@@ -6,7 +6,6 @@ Values are text here: the sections check them, together with those of a configur
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
 from typing import Any, NoReturn
@@ -14,7 +13,7 @@ from typing import Any, NoReturn
 from pydantic_settings import BaseSettings, CliSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
-from modern_llm.config.errors import ConfigError
+from modern_llm.config.errors import ConfigError, close_to
 from modern_llm.verbs.help_text import help_text
 
 LONG_FORMS = {
@@ -72,12 +71,6 @@ def read_words(schema: type[BaseSettings], words: list[str], verb: str) -> dict[
         raise ConfigError([f"{_said(error)}; see modern-llm {verb} --help"]) from error
     _refuse_twice(vars(parsed), files, words)
     return values | ({"config": files[0]} if files else {})
-
-
-def close_to(word: str, known: list[str]) -> str:
-    """Return a hint at the most similar name, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _help(words: list[str]) -> str | None:

@@ -108,7 +108,9 @@ def _request(settings: InspectSettings) -> tuple[DatasetConfig, Setup, str, int 
         section.max_dropped,
         section.on_bad_row,
     )
-    return section, setup, place, _first(settings.max_prompt_length, prompt)
+    if settings.max_prompt_length is not None:
+        prompt = settings.max_prompt_length
+    return section, setup, place, prompt
 
 
 def _named_section(run: TrainingSettings) -> DatasetConfig:
@@ -138,10 +140,6 @@ def _with_options(section: DatasetConfig, settings: InspectSettings) -> DatasetC
     if not section.names:
         raise ConfigError(["data: nothing to look at; give --data FILE, or --config of a run"])
     return section
-
-
-def _first(*values: int | None) -> int | None:
-    return next((value for value in values if value is not None), None)
 
 
 def _tokenizer_of(run: TrainingSettings, checkpoint: str | None) -> str | None:

@@ -14,10 +14,10 @@ import yaml
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from modern_llm.config.errors import ConfigError
+from modern_llm.config.errors import ConfigError, close_to
 from modern_llm.storage.regular_files import read_text
 from modern_llm.storage.untrusted import LARGEST_YAML, parse_yaml
-from modern_llm.verbs.command_line import close_to, read_words
+from modern_llm.verbs.command_line import read_words
 
 S = TypeVar("S", bound=BaseSettings)
 

@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.errors import UserError
 from modern_llm.distributed.health import heartbeat
+from modern_llm.reference.weights_digest import digest_of
 from modern_llm.setup.tables import with_dataset_name
 from modern_llm.storage.atomic import committed_folder, new_file, refusals
 from modern_llm.storage.fault_points import around
@@ -81,14 +81,9 @@ def checkpoint_of(model: ModelLike, config: TrainingConfig) -> str:
             f"model: {type(model).__name__} is not a model: give a Hub id, a path or a "
             "transformers PreTrainedModel"
         )
-    digest = hashlib.sha256(model.config.to_json_string().encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        if flat.numel():
-            digest.update(flat.view(torch.uint8).numpy().data)
-        heartbeat.tick()
-    folder = _folder(config) / f"model-{digest.hexdigest()[:12]}"
+    content = f"{model.config.to_json_string()} {digest_of(model.state_dict().items())}"
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    folder = _folder(config) / f"model-{digest[:12]}"
     _write_once(folder, lambda: _save_folder(folder, model.save_pretrained))
     return str(folder)
 
@@ -207,7 +202,7 @@ def _write_once(target: Path, write: Callable[[], None]) -> None:
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         with refusals(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            write()
+        write()
         log.info("saved from memory: %s", target)
         return
     deadline = time.monotonic() + WAIT_S
