@@ -152,7 +152,8 @@ def _settle_if_read(context: TrainingContext, sample: Sample | None, step: int) 
         or (sample is not None and is_due(config.generate_every, step, total))
         or is_due(config.save_every, step, total)
     ):
-        context.guards.settle()
+        with heartbeat.quick("waiting for the result", step):
+            context.guards.settle()
     # Until its flag arrives, a step may still turn out to be non-finite.
     context.run.done = step if context.guards.pending is None else step - 1
 
@@ -178,7 +179,8 @@ def _training_metrics(
     guards.logged = guards.skipped
     window, counts = throughput.take()
     since = {"window": counts["tokens"], "operations": counts["flops"]}
-    totals = over_ranks(runtime, sums | since)
+    with heartbeat.quick("averaging the metrics", step):
+        totals = over_ranks(runtime, sums | since)
     seconds = max(window, 1e-9)
     rate, operations = totals.pop("window") / seconds, totals.pop("operations") / seconds
     metrics = {
@@ -236,7 +238,8 @@ def _evaluate(context: TrainingContext, monitor: Monitor, step: int) -> dict[str
                 check(runtime, "during an evaluation")
                 add(sums, task.run(model, batch).statistics)
     model.train()
-    metrics = task.metrics(over_ranks(runtime, sums))
+    with heartbeat.quick("averaging the evaluation", step):
+        metrics = task.metrics(over_ranks(runtime, sums))
     monitor.line(f"evaluation {console_line(step, metrics)}")
     return {f"eval/{name}": value for name, value in metrics.items()}
 

@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import json
 import os
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,8 @@ def command(arguments: list[str], environment: dict[str, str], trick: str = "") 
     """Run a verb of the command line and end with its status.
 
     Args:
-        trick: `gil:STEP` never gives the interpreter back in that step on rank 1; `slow:S` sleeps
-            S seconds in every step on rank 1.
+        trick: on rank 1: `gil:STEP` never releases the interpreter in that step; `metrics:STEP`
+            never averages that step's metrics; `slow:S` sleeps S seconds in every step.
     """
     os.environ |= environment
     kind, _, value = trick.partition(":")
@@ -52,7 +53,7 @@ def command(arguments: list[str], environment: dict[str, str], trick: str = "") 
 
 
 def _play(kind: str, value: str) -> None:
-    real = step.around
+    real, over_ranks = step.around, loop.over_ranks
 
     def around(name: str) -> Any:
         if name == "loader" and kind == "slow":
@@ -61,7 +62,14 @@ def _play(kind: str, value: str) -> None:
             ctypes.PyDLL(None).sleep(600)
         return real(name)
 
+    def never(*sums: Any) -> Any:
+        if loop.heartbeat.here.step == int(value):
+            time.sleep(600)
+        return over_ranks(*sums)
+
     step.around = around
+    if kind == "metrics":
+        loop.over_ranks = never
 
 
 def write_run(file: Path, settings: dict[str, Any]) -> list[str]:

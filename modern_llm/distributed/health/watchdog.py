@@ -47,6 +47,8 @@ PARTING_S = 10.0
 """Seconds that a process gets to end by itself after another has failed."""
 ORPHAN_S = 20.0
 """Seconds that a process gets to save and stop after its launcher has ended."""
+FIRST_S = 0.1
+"""Seconds between reports until a report of rank 0 has been read, which tells its process id."""
 RARELY = 5
 """Reports are read only every so many rounds while no process is late."""
 _ROUNDS = 0
@@ -107,6 +109,7 @@ class Watchdog:
             self._meeting = store.clone()
             self._store = dist.PrefixStore(f"watch/{_ROUNDS}", self._meeting)
             self._store.set_timeout(timedelta(seconds=max(5.0, self._least)))
+            self._announce()
             self._threads.append(threading.Thread(target=self._report, daemon=True))
         self._threads.append(threading.Thread(target=self._judge, daemon=True))
         on_request(faulthandler.register)
@@ -124,6 +127,13 @@ class Watchdog:
         if self._watches:
             on_request(lambda number, **_: faulthandler.unregister(number))
 
+    def _announce(self) -> None:
+        """Report once before the threads start: one that stops at once is known to the others."""
+        try:
+            self._store.set(f"beat/{self._rank}", json.dumps(self._beat(0)))
+        except RuntimeError:
+            self._store = None
+
     def _announce_end(self, error: BaseException) -> None:
         """Tell the other processes that this one ends."""
         if self._store is None or getattr(error, "status", 1) == 75:
@@ -137,8 +147,10 @@ class Watchdog:
 
     def _report(self) -> None:
         seq = 0
+        if self._store is None:
+            return
         try:
-            while not self._over.wait(self._pause):
+            while not self._over.wait(self._pause if self._heard else min(FIRST_S, self._pause)):
                 seq += 1
                 self._exchange(seq)
         except RuntimeError:  # the store's process has ended: every process watches only itself

@@ -42,6 +42,7 @@ def sleep_once(log: Path, name: str, real, *, rank: int, at: int = 1):
 def slow_run(folder: str, world: int, again: bool) -> None:
     """A small run in which every phase is slow once; with `again`, only the search for a
     checkpoint."""
+    from modern_llm.models import run_checkpoint
     from modern_llm.setup import tables
     from modern_llm.training.checkpointing import format, resume
     from modern_llm.training.monitoring import trackers
@@ -54,7 +55,7 @@ def slow_run(folder: str, world: int, again: bool) -> None:
         setattr(of, name, sleep_once(log, called, getattr(of, name), rank=rank, at=at))
 
     if again:
-        slow(format, "verified_manifest", "resume", rank=0)
+        slow(run_checkpoint, "verified_manifest", "resume", rank=0)
     else:
         batches, find_checkpoint = small.Fit.micro_batches, data_changes.find_checkpoint
 
