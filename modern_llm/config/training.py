@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -81,6 +82,8 @@ class TrainingConfig:
     """Shape of the decay after the warm-up."""
     warmup_steps: Accepted[Annotated[int, Field(ge=0)]] = 0
     """Steps in which the rate rises linearly to its peak."""
+    warmup_ratio: Accepted[Annotated[float, Field(ge=0, le=1)] | None] = None
+    """The same as a share of all steps, rounded up; excludes warmup_steps."""
     min_learning_rate_ratio: Accepted[Annotated[float, Field(ge=0, le=1)]] = 0.0
     """Rate at the end of the decay as a share of the peak."""
     weight_decay: Accepted[Annotated[float, Field(ge=0)]] = 0.01
@@ -224,10 +227,22 @@ class TrainingConfig:
                 "max_steps and epochs exclude each other: keep one",
             ),
             (
+                self.warmup_ratio is not None and self.warmup_steps > 0,
+                f"warmup_ratio {self.warmup_ratio} and warmup_steps {self.warmup_steps} exclude "
+                "each other: keep one",
+            ),
+            (
                 self.max_steps is not None and self.warmup_steps > self.max_steps,
                 f"warmup_steps {self.warmup_steps} is above max_steps {self.max_steps}: lower it",
             ),
         ]
+
+    def warmup_of(self, total: int) -> int:
+        """Return the steps of the warm-up of a run with `total` steps."""
+        if self.warmup_ratio is None:
+            return self.warmup_steps
+        # The margin: 0.07 * 100 is 7.000000000000001, and 7 steps are meant.
+        return math.ceil(self.warmup_ratio * total - 1e-9)
 
     @property
     def examples_per_micro_batch(self) -> int | None:

@@ -27,11 +27,11 @@ OPERAND_NAME = re.compile(
 def learning_rate(config: TrainingConfig, step: int, total: int) -> float:
     """Return the learning rate of optimizer step `step` (from 0) of `total`.
 
-    It rises linearly and peaks at the last of the `warmup_steps`. It then decays towards
+    It rises linearly and peaks at the last step of the warm-up. It then decays towards
     `min_learning_rate_ratio` of the peak, which step `total` would reach: the last step still
     learns.
     """
-    warmup = config.warmup_steps
+    warmup = config.warmup_of(total)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))

@@ -25,7 +25,8 @@ OFTEN = frozenset(
             f"train.{name}"
             for name in (
                 "run_name", "output_dir", "dataset_name", "batch_size", "micro_batch_size",
-                "max_steps", "epochs", "learning_rate", "warmup_steps", "schedule", "seed",
+                "max_steps", "epochs", "learning_rate", "warmup_steps", "warmup_ratio",
+                "schedule", "seed",
                 "mixed_precision", "gradient_checkpointing", "log_every", "eval_every",
                 "save_every",
             )

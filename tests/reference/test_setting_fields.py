@@ -41,6 +41,7 @@ FIELDS = {
         "learning_rate": (FREE, 1e-6, {}),
         "schedule": (FREE, "linear", {}),
         "warmup_steps": (FREE, 2, {}),
+        "warmup_ratio": (FREE, 0.1, {}),
         "min_learning_rate_ratio": (FREE, 0.1, {}),
         "weight_decay": (FREE, 0.3, {}),
         "adam_beta1": (FREE, 0.8, {}),

@@ -45,6 +45,20 @@ def test_decay_follows_its_shape_and_the_last_step_still_learns():
     assert learning_rate(floor, half_way, 20) == pytest.approx(0.5 + 1.5 / 2)
 
 
+@pytest.mark.parametrize(("ratio", "total", "steps"), [(0.1, 40, 4), (0.07, 100, 7), (0.1, 33, 4)])
+def test_a_warm_up_as_a_share_is_the_same_as_its_steps(ratio, total, steps):
+    share = config(warmup_steps=0, warmup_ratio=ratio)
+    said = config(warmup_steps=steps)
+    for step in range(total):
+        assert learning_rate(share, step, total) == learning_rate(said, step, total)
+
+
+def test_two_warm_ups_are_refused():
+    with pytest.raises(ValueError, match="warmup_ratio 0.1 and warmup_steps 4 exclude each other"):
+        config(warmup_ratio=0.1)
+    assert config(warmup_ratio=None).warmup_of(100) == 4
+
+
 def test_no_warm_up_starts_at_the_peak():
     assert learning_rate(config(warmup_steps=0), 0, 10) == 2.0
 

@@ -110,7 +110,7 @@ def test_the_classes_that_the_documentation_promises():
     promised = {
         OnResume.FREE: "train.log_every train.save_every train.eval_every",
         OnResume.ACCEPTED: "train.learning_rate train.max_steps train.epochs train.weight_decay "
-        "train.schedule train.warmup_steps",
+        "train.schedule train.warmup_steps train.warmup_ratio",
         OnResume.FORBIDDEN: "train.batch_size train.seed model.d_model model.vocab_size "
         "dpo.loss_type dpo.beta data.template lora.rank",
     }
