@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from modern_llm.models.scorer import TokenScorer
     from modern_llm.objectives.preference import preference_loss
     from modern_llm.reference.store.store import ReferenceStore
+    from modern_llm.setup.micro_batches import PairCollator
     from modern_llm.training.train_dpo import run_dpo
     from modern_llm.training.train_lm import run_training
     from modern_llm.training.train_sft import run_sft
@@ -50,6 +51,7 @@ _MODULES = {
     "modern_llm.models.scorer": "TokenScorer",
     "modern_llm.objectives.preference": "preference_loss",
     "modern_llm.reference.store.store": "ReferenceStore",
+    "modern_llm.setup.micro_batches": "PairCollator",
     "modern_llm.training.train_dpo": "run_dpo",
     "modern_llm.training.train_lm": "run_training",
     "modern_llm.training.train_sft": "run_sft",
@@ -66,6 +68,7 @@ __all__ = [
     "MoEConfig",
     "ModernLLMConfig",
     "NotFiniteError",
+    "PairCollator",
     "PeerError",
     "PreferenceDatasetConfig",
     "ReferenceStore",

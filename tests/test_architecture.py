@@ -42,7 +42,7 @@ TABLE = {
     # layer: what it may import of the project; of others, besides the standard library
     # Names alone: each module is imported when one of its names is first used.
     "package": Layer(
-        frozenset("api config models objectives reference stages".split()),
+        frozenset("api config models objectives reference setup stages".split()),
         frozenset({"(a computed name)"}),
     ),
     "config": row("objectives.catalogue", "pydantic"),

@@ -13,9 +13,9 @@ import modern_llm
 # Written down here, so that a name cannot vanish: scripts import them.
 DOCUMENTED = """
     ConfigError DPOConfig DataError DocumentDatasetConfig InstructionDatasetConfig LoraConfig
-    MoEConfig ModernLLMConfig NotFiniteError PeerError PreferenceDatasetConfig ReferenceStore
-    Stopped StorageError TokenScorer TrainingConfig UserError dpo preference_loss pretrain
-    run_dpo run_sft run_training sft
+    MoEConfig ModernLLMConfig NotFiniteError PairCollator PeerError PreferenceDatasetConfig
+    ReferenceStore Stopped StorageError TokenScorer TrainingConfig UserError dpo preference_loss
+    pretrain run_dpo run_sft run_training sft
 """.split()
 
 

@@ -154,16 +154,19 @@ def parts_of(index: Path, place: str) -> list[str]:
 
 
 def load_model(
-    checkpoint: Checkpoint, quantize: str | None = None, *, as_stored: bool = False
+    checkpoint: Checkpoint | str | Path, quantize: str | None = None, *, as_stored: bool = False
 ) -> PreTrainedModel:
     """Return the model in float32 on the CPU; adapters in a folder are merged into their base.
 
     Args:
+        checkpoint: or what `inspect_checkpoint` reads, such as a Hub id or a folder.
         quantize: "nf4" or "int8" for quantized frozen weights on the GPU.
         as_stored: keep the weights of a `transformers` folder in the dtype of its files. They are
             then memory-mapped and shared by the processes of a machine. For callers that convert
             them to 16 bits.
     """
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = inspect_checkpoint(checkpoint)
     if checkpoint.base is not None:
         return merged(load_model(inspect_checkpoint(checkpoint.base)), Path(checkpoint.place))
     if checkpoint.is_pt:

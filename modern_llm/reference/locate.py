@@ -11,7 +11,7 @@ from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.errors import StorageError
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.checkpoint_tensors import stored_tensors, weight_files
-from modern_llm.models.load import Checkpoint
+from modern_llm.models.load import Checkpoint, inspect_checkpoint
 from modern_llm.reference.keys import scoring_recipe
 from modern_llm.reference.store.layout import Identity
 from modern_llm.reference.store.paths import read_manifest, stores_in
@@ -55,6 +55,27 @@ def find_store(
     return digest, store
 
 
+def store_of(
+    reference: str | Path | Checkpoint, compute: str = "float32", root: Path | None = None
+) -> ReferenceStore:
+    """Return the store of a checkpoint's log-probs: the one that a run with this reference uses.
+
+    It need not exist yet. For scripts of your own; a run calls `find_store`.
+
+    Args:
+        reference: Hub id, folder, `.pt` file or a run's checkpoint; only its weights are digested.
+        compute: dtype of the forward whose log-probs it holds, "float32", "bf16" or "fp16".
+        root: folder of the stores; by default `MODERN_LLM_CACHE` or a folder beside the Hub's.
+
+    Raises:
+        UserError: no such checkpoint.
+        StorageError: its files are damaged or change while they are read.
+    """
+    checkpoint = reference if isinstance(reference, Checkpoint) else inspect_checkpoint(reference)
+    identity = Identity(_digest(checkpoint), scoring_recipe(checkpoint.config, compute))
+    return ReferenceStore.at(root or cache_root(), identity)
+
+
 def _open(runtime: Runtime, find: Callable[[], Path]) -> ReferenceStore:
     """Open an existing store. Only rank 0 reads it, so the other ranks need not see its folder."""
 
@@ -67,16 +88,21 @@ def _open(runtime: Runtime, find: Callable[[], Path]) -> ReferenceStore:
 
 def digest_of_checkpoint(runtime: Runtime, checkpoint: Checkpoint) -> str:
     """Return the digest of a checkpoint's weights, read once per machine, equal on every rank."""
-    files = weight_files(checkpoint)
     with runtime.one_per_machine_first():
-        digest = remembered_digest(
-            files,
-            lambda: stored_tensors(checkpoint, files),
-            cache_root() / "digests",
-            _fingerprint(checkpoint),
-        )
+        digest = _digest(checkpoint)
     runtime.agree(digest, "the reference's weights")
     return digest
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    """Return the digest of a checkpoint's weights, from the cache if its files are unchanged."""
+    files = weight_files(checkpoint)
+    return remembered_digest(
+        files,
+        lambda: stored_tensors(checkpoint, files),
+        cache_root() / "digests",
+        _fingerprint(checkpoint),
+    )
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:

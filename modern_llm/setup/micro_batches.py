@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import UserError
+from modern_llm.data.batch.collate import MicroBatch, collate
 from modern_llm.data.batch.micro_batches import BatchSource, largest_example
 from modern_llm.data.batch.order import Budget, Order, Sharing
 from modern_llm.data.batch.prefix_tree import Examples
@@ -21,6 +23,31 @@ from modern_llm.models.scorer import TokenScorer
 # less; 512 are 9% slower); a GPU wants enough work for every kernel.
 AUTO_TOKENS = {"cpu": 768, "cuda": 16_384}
 ExcludedRows = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+class PairCollator:
+    """`collate_fn` of a `DataLoader` over the indices of a table of pairs, for a loop of your own.
+
+    Args:
+        table: columns `prompt`, `chosen`, `rejected` of int32 token ids, as `prepare_tables` gives.
+        scorer: the model that reads the batches, before `accelerator.prepare`; it decides whether
+            the answers of a pair share their prompt.
+    """
+
+    def __init__(self, table: TokenTable, scorer: TokenScorer):
+        self._examples = Examples(table, trees=scorer.capabilities.trees)
+        self._shared = sharing(scorer)
+
+    def __call__(self, indices: Sequence[int]) -> MicroBatch:
+        """Return the tensors of these P pairs, on the CPU.
+
+        `scorer(batch.ids, batch.positions, batch.segments, batch.targets)` reads them,
+        `batch.sums(logprobs)` is (P, 2), `batch.lengths` (P, 2) and `batch.examples` the indices.
+
+        Raises:
+            IndexError: an index is outside the table.
+        """
+        return collate(self._examples, indices, shared=self._shared)
 
 
 def make_sources(

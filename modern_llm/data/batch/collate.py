@@ -8,7 +8,7 @@ pair), M uses of target tokens: more than N where examples share an answer, whic
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -101,7 +101,7 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 def collate(
     examples: Examples,
-    indices: NDArray[np.int64],
+    indices: NDArray[np.int64] | Sequence[int],
     *,
     shared: Sharing | bool,
     align: int = 1,
@@ -116,6 +116,7 @@ def collate(
         examples: `Examples`, or anything with `slots` that gives the `sequences` of an index.
         align: the width of a line is rounded up to a multiple of it.
     """
+    indices = np.asarray(indices, np.int64)
     ours = isinstance(examples, Examples)
     laid = examples.laid_out(indices) if ours else one_by_one(examples, indices)
     if not laid:
@@ -145,7 +146,7 @@ def collate(
         targets=torch.from_numpy(np.stack([sources, labels])),
         slots=torch.from_numpy(slots),
         lengths=torch.from_numpy(lengths.reshape(len(indices), examples.slots)),
-        examples=np.asarray(indices, dtype=np.int64),
+        examples=indices,
         real_tokens=real,
         separate_tokens=sum(examples.separate_tokens(int(i)) for i in indices) if ours else real,
         used=None if used is None else torch.from_numpy(used),
