@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from modern_llm.config.printable import one_line, printable
-from modern_llm.report.page import HEADLINES, cell, duration
 from modern_llm.report.runs import Run, read_runs
+from modern_llm.report.values import HEADLINES, cell
 
 _HUB_ID = re.compile(r"\w[\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
 STAGES = {"sft_checkpoint": "dpo", "pretrain_checkpoint": "sft"}
@@ -54,10 +54,9 @@ def _lines(run: Run, stage: str, mark: str | None) -> list[str]:
     if not run.summary.get("data"):
         lines += [f"- {code(name)}" for name in _data_names(run)] or ["not recorded"]
     lines += ["", "## Results", "", "| metric | last value |", "|---|---|"]
-    for title, metric, form in HEADLINES:
-        if (value := run.last(metric)) is not None:
-            shown = duration(value) if metric == "elapsed_s" else form.format(value)
-            lines.append(f"| {title} | {shown} |")
+    for metric in HEADLINES:
+        if (value := run.last(metric.name)) is not None:
+            lines.append(f"| {metric.title} | {metric.text(value)} |")
     settings = [f"{n}: {cell(value)}" for n, value in run.config.items() if value is not None]
     lines += ["", "## Configuration", "", *block(settings, "yaml"), "", "## Versions", ""]
     environment = run.summary.get("environment", {})

@@ -1,8 +1,8 @@
 """Panels of a report: metrics by step as SVG, drawn by matplotlib.
 
 Colours are placeholders that are replaced by CSS variables, so that one drawing works in light and
-dark mode. Each panel also has its points and the position of its axes, with which the page's script
-shows the values at the pointer.
+dark mode. Each panel also has its points and the position of its axes: the page's script shows the
+values at the pointer, and draws the panel again when it is smoothed or zoomed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from modern_llm.config.printable import printable
 from modern_llm.report.runs import Floats, Run
 
-COLOURS = 8
+COLOURS = 32
+"""Runs with a colour of their own; the 33rd has that of the first."""
 WIDTH, HEIGHT = 4.6, 2.7
 """In inches; an SVG unit is 1/72 inch."""
-MARK_INK, MARK_GRID = "#abc1f0", "#abc1f1"
-MOST_POINTS, MOST_BESIDE_OTHERS, ALL_POINTS = 200, 100, 36_000
+MARK_INK, MARK_GRID = "#abcff0", "#abcff1"
+MOST_POINTS, MOST_BESIDE_OTHERS, ALL_POINTS = 400, 100, 36_000
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,6 @@ class Panel:
     title: str
     lines: tuple[Line, ...]
     percent: bool = False
-    log: bool = False
 
 
 PANELS = (
@@ -64,7 +65,6 @@ PANELS = (
         "Log-probs of the answers",
         (Line("logps/chosen", "chosen"), Line("logps/rejected", "rejected", "--")),
     ),
-    Panel("Ties", (Line("ties"),), percent=True),
     Panel(
         "Perplexity",
         (Line("perplexity", "training"), Line("eval/perplexity", "evaluation", "o--")),
@@ -81,6 +81,7 @@ PANELS = (
     Panel("Tokens per second", (Line("tokens_per_second"),)),
     Panel("Model FLOPs utilisation", (Line("mfu"),), percent=True),
     Panel("Peak memory, GB", (Line("memory_gb"),)),
+    Panel("Ties", (Line("ties"),), percent=True),
 )
 
 
@@ -91,14 +92,18 @@ class Drawing:
     Attributes:
         svg: the figure, with ids unique in the page and without a size.
         summary: first and last value of each line as a sentence.
-        data: `left` and `right` edge of the axes in SVG units, the steps `low` and `high` there,
-            and `series` with `name`, `colour`, `x`, `y`.
+        key: title of each kind of line, and whether it is dashed.
+        data: edges of the axes in SVG units (`left`, `right`, `top`, `bottom`), the steps `low`
+            and `high` at the left and right edge, and `series` with `name`, `run`, `colour`, `x`,
+            `y`, `dashed`, `points` (drawn as points), and `min` and `max` where several steps
+            share a point.
     """
 
     name: str
     title: str
     svg: str
     summary: str
+    key: list[dict[str, Any]]
     data: dict[str, Any]
 
 
@@ -149,49 +154,62 @@ def _draw(
     canvas = FigureCanvasSVG(figure)
     axes = figure.add_axes((0.15, 0.16, 0.82, 0.78))
     series, words = [], []
+    scale = 100 if panel.percent else 1
     for number, run in enumerate(runs):
-        colour = number % COLOURS
         for line in lines:
             if line.metric not in run.series:
                 continue
+            colour = _mark(number % COLOURS)
             steps, mean, low, high = thinned(*run.series[line.metric], points)
-            if len(runs) == 1 and low is not high:
-                axes.fill_between(steps, low, high, color=_mark(colour), alpha=0.18, linewidth=0)
-            axes.plot(steps, mean, line.style, color=_mark(colour), linewidth=1.4, markersize=3)
+            banded = len(runs) == 1 and low is not high
+            if banded:
+                axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+            axes.plot(steps, mean, line.style, color=colour, linewidth=1.4, markersize=3)
             label = " ".join(filter(None, (run.label if len(runs) > 1 else "", line.title)))
-            label = label or panel.title
-            scale = 100 if panel.percent else 1
+            label = printable(label or panel.title)
             words.append(f"{label} from {mean[0] * scale:.4g} to {mean[-1] * scale:.4g}")
-            series.append(
-                {
-                    "name": label,
-                    "colour": colour,
-                    "dashed": "--" in line.style,
-                    "x": [int(step) for step in steps],
-                    "y": [float(f"{value * scale:.4g}") for value in mean],
-                }
-            )
+            found = {
+                "name": label,
+                "run": number,
+                "colour": number % COLOURS,
+                "dashed": "--" in line.style,
+                "points": "o" in line.style,
+                "x": [int(step) for step in steps],
+                "y": _rounded(mean * scale),
+            }
+            bounds = {"min": _rounded(low * scale), "max": _rounded(high * scale)}
+            series.append(found | (bounds if banded else {}))
     if panel.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _dress(axes)
-    low, high = axes.get_xlim()
-    box = axes.get_position()
     buffer = StringIO()
     canvas.print_svg(buffer, metadata={"Date": None, "Creator": None})
-    data = {
+    key = [{"title": line.title, "dashed": "--" in line.style} for line in lines if line.title]
+    data = _position(axes) | {"unit": "%" if panel.percent else "", "series": series}
+    return Drawing(name, panel.title, _inline(buffer.getvalue(), name), "; ".join(words), key, data)
+
+
+def _position(axes: Any) -> dict[str, float]:
+    """Return the edges of the axes in SVG units, and the steps at the left and right edge."""
+    box = axes.get_position()
+    low, high = axes.get_xlim()
+    return {
         "left": round(box.x0 * WIDTH * 72, 2),
         "right": round(box.x1 * WIDTH * 72, 2),
+        "top": round((1 - box.y1) * HEIGHT * 72, 2),
+        "bottom": round((1 - box.y0) * HEIGHT * 72, 2),
         "low": round(float(low), 3),
         "high": round(float(high), 3),
-        "unit": "%" if panel.percent else "",
-        "series": series,
     }
-    return Drawing(name, panel.title, _inline(buffer.getvalue(), name), "; ".join(words), data)
+
+
+def _rounded(values: Floats) -> list[float]:
+    return [float(f"{value:.4g}") for value in values]
 
 
 def _mark(colour: int) -> str:
-    return f"#abc0f{colour}"
+    return f"#abc{colour:03x}"
 
 
 def _dress(axes: Any) -> None:

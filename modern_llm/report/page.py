@@ -4,40 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from modern_llm.config.printable import printable
 from modern_llm.report.figures import COLOURS, drawings
 from modern_llm.report.runs import ReportError, Run, differences, read_runs
+from modern_llm.report.values import cell, dropped, duration, ranking, results
 from modern_llm.storage.atomic import write_file
 
 LIMIT = 3_000_000
 """Limit for the size of a page in bytes."""
 SAMPLE_BUDGET = 500_000
 MOST_STEPS, MOST_CHARACTERS = 10, 2_000
-# Title, metric and format of the values in the headline table; the last value is shown.
-HEADLINES = (
-    ("loss", "loss", "{:.4f}"),
-    ("evaluation loss", "eval/loss", "{:.4f}"),
-    ("accuracy", "rewards/accuracies", "{:.1%}"),
-    ("evaluation accuracy", "eval/rewards/accuracies", "{:.1%}"),
-    ("margin", "rewards/margins", "{:.3f}"),
-    ("evaluation margin", "eval/rewards/margins", "{:.3f}"),
-    ("perplexity", "perplexity", "{:.2f}"),
-    ("tokens/s", "tokens_per_second", "{:,.0f}"),
-    ("MFU", "mfu", "{:.1%}"),
-    ("memory, GB", "memory_gb", "{:.2f}"),
-    ("examples", "examples", "{:,.0f}"),
-    ("time", "elapsed_s", "{}"),
-)
 
 
-def write_report(folders: Sequence[Path], output: Path) -> dict[str, Any]:
+def write_report(
+    folders: Sequence[Path], output: Path, *, refresh: int | None = None
+) -> dict[str, Any]:
     """Write the page of these run folders to `output`, atomically.
 
+    Args:
+        refresh: seconds after which an open page loads itself again, while a run has no outcome;
+            for pages that are written repeatedly.
+
     Returns:
-        `report` (the file), `runs`, `panels` and `bytes`.
+        `report` (the file), `runs`, `active` (runs without an outcome), `panels` and `bytes`.
 
     Raises:
         ReportError: a folder is not a run folder.
@@ -45,17 +38,24 @@ def write_report(folders: Sequence[Path], output: Path) -> dict[str, Any]:
     """
     runs = read_runs(folders)
     panels = drawings(runs)
-    page = render(runs, panels)
+    active = sum(not run.outcome for run in runs)
+    page = render(runs, panels, refresh if active else None)
     size = len(page.encode("utf-8"))
     if size >= LIMIT:
         raise ReportError(
             f"the page would have {size:,} bytes, and the limit is {LIMIT:,}: name fewer runs"
         )
     write_file(output, page)
-    return {"report": str(output), "runs": len(runs), "panels": len(panels), "bytes": size}
+    return {
+        "report": str(output),
+        "runs": len(runs),
+        "active": active,
+        "panels": len(panels),
+        "bytes": size,
+    }
 
 
-def render(runs: Sequence[Run], panels: Sequence[Any]) -> str:
+def render(runs: Sequence[Run], panels: Sequence[Any], refresh: int | None = None) -> str:
     """Return the page as text."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -67,7 +67,7 @@ def render(runs: Sequence[Run], panels: Sequence[Any]) -> str:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    environment.filters["cell"] = cell
+    environment.filters |= {"cell": cell, "dropped": dropped, "duration": duration}
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
     return environment.get_template("report.html").render(
         title=title,
@@ -78,8 +78,13 @@ def render(runs: Sequence[Run], panels: Sequence[Any]) -> str:
         data=json.dumps({p.name: p.data for p in panels}, separators=(",", ":")).replace(
             "<", "\\u003c"
         ),
-        headlines=_headlines(runs),
+        results=results(runs[0]) if len(runs) == 1 else [],
+        ranking=ranking(runs) if len(runs) > 1 else None,
+        configurations=[_configuration(run) for run in runs],
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+        refresh=refresh,
         differences=differences(runs) if len(runs) > 1 else {},
+        warnings=_warnings(runs),
         samples=_samples(runs),
         sources=_sources(runs),
     )
@@ -90,36 +95,25 @@ def _shown(value: Any) -> Any:
     return printable(value) if type(value) is str else value
 
 
-def cell(value: Any) -> str:
-    """Return a configuration value as text."""
-    if value is None:
-        return "—"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+def _warnings(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return the warnings of all runs; equal ones once, with every run and step (`where`)."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for run in runs:
+        for warning in run.warnings:
+            step = f"step {warning['step']:,}" if warning["step"] else "before the first step"
+            where = step if len(runs) == 1 else f"{run.label} ({step})"
+            found.setdefault((warning["text"], warning["advice"]), []).append(where)
+    return [{"text": text, "advice": advice, "where": at} for (text, advice), at in found.items()]
 
 
-def duration(seconds: float) -> str:
-    """Return e.g. `2 h 05 min`, `3 min 20 s`, `12.3 s`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _headlines(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    rows = []
-    for title, metric, form in HEADLINES:
-        values = [run.last(metric) for run in runs]
-        if all(value is None for value in values):
-            continue
-        write = duration if metric == "elapsed_s" else form.format
-        rows.append((title, ["—" if value is None else write(value) for value in values]))
-    return rows
+def _configuration(run: Run) -> list[dict[str, Any]]:
+    """Return the options of a run, those that differ from their defaults first."""
+    changed = run.summary.get("changed") or set()
+    options = [
+        {"name": name, "value": value, "changed": name in changed}
+        for name, value in run.config.items()
+    ]
+    return sorted(options, key=lambda option: not option["changed"])
 
 
 def _samples(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Reading of run folders for reports. It tolerates missing and damaged files of a killed run.
 
 Files: `config.yaml`, `metrics.jsonl`, `outcome.json` and, if they exist, `summary.json` (data and
-environment) and `samples.jsonl` (answers by step).
+environment), `samples.jsonl` (answers by step) and `warnings.jsonl`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from modern_llm.config.printable import one_line
 from modern_llm.storage.untrusted import (
+    LARGEST,
     LARGEST_LINES,
     LARGEST_SAMPLES,
     finite,
@@ -34,6 +36,8 @@ METRICS = 1000
 """Maximum number of metrics that are read; a run logs a few dozen."""
 POINTS = 1_000_000
 """Maximum number of values that are kept; a drawing shows a few hundred of each metric."""
+WARNINGS = 100
+"""Maximum number of warnings that are read; a run writes no more."""
 Floats = NDArray[np.float64]
 
 
@@ -52,8 +56,10 @@ class Run:
         config: dotted option name -> value.
         series: metric -> (steps, values), both (n,), finite, sorted by step.
         outcome: status, reason and last step; empty while the run is active.
-        summary: statistics of the data, and environment.
+        summary: statistics of the data, environment, and names of the options that differ from
+            their defaults (`changed`, None in runs of earlier versions).
         samples: answers to fixed prompts, one object per step and prompt.
+        warnings: what the run warned of, each with `step`, `text` and `advice`.
     """
 
     path: Path
@@ -63,6 +69,7 @@ class Run:
     outcome: dict[str, Any]
     summary: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[dict[str, Any]] = field(default_factory=list)
 
     def last(self, name: str) -> float | None:
         """Return the last value of a metric, None if it was never logged."""
@@ -107,6 +114,7 @@ def _read(folder: Path) -> Run:
         outcome=_outcome(_json(folder / "outcome.json")),
         summary=_summary(_json(folder / "summary.json")),
         samples=list(_lines(folder / "samples.jsonl", LARGEST_SAMPLES)),
+        warnings=_warnings(folder / "warnings.jsonl"),
     )
 
 
@@ -156,26 +164,37 @@ def _outcome(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _warnings(path: Path) -> list[dict[str, Any]]:
+    """Return the warnings of a run, without damaged ones."""
+    return [
+        {"step": found["step"], "text": found["text"], "advice": str(found.get("advice") or "")}
+        for found in islice(_lines(path, LARGEST), WARNINGS)
+        if isinstance(found.get("text"), str)
+    ]
+
+
 _COUNTS = ("rows", "kept", "tokens", "prompts_cut", "responses_cut")
 
 
 def _summary(found: dict[str, Any]) -> dict[str, Any]:
-    """Return `data` and `environment` with the fields that page and card need."""
-    data, environment = found.get("data"), found.get("environment")
+    """Return `data`, `environment` and `changed` with the fields that page and card need."""
+    data, environment, changed = map(found.get, ("data", "environment", "changed"))
     sources = [source for source in data if isinstance(source, dict)] if _is_list(data) else []
     return {
         "data": [_source(source) for source in sources],
         "environment": environment if isinstance(environment, dict) else {},
+        "changed": {str(name) for name in changed} if _is_list(changed) else None,
     }
 
 
 def _source(found: dict[str, Any]) -> dict[str, Any]:
     formats, notes, means = (found.get(name) for name in ("formats", "notes", "mean_tokens"))
+    drops = found.get("drops") if isinstance(found.get("drops"), dict) else {}
     return {
         "source": str(found.get("source")),
         "formats": [str(name) for name in formats] if isinstance(formats, dict | list) else [],
         "notes": [str(note) for note in notes] if _is_list(notes) else [],
-        "drops": found.get("drops"),
+        "drops": {name: count for name in drops if (count := whole_number(drops[name]))},
         "mean_tokens": means if isinstance(means, dict) else {},
     } | {name: whole_number(found.get(name)) or 0 for name in _COUNTS}
 
@@ -243,9 +262,13 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+# Options that differ between any two runs.
+_NAMES = ("train.run_name", "train.output_dir")
+
+
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Return option -> its value in each run, for the options that differ."""
-    names = sorted({name for run in runs for name in run.config})
+    """Return option -> its value in each run, for the options that differ, names of runs aside."""
+    names = sorted({name for run in runs for name in run.config if name not in _NAMES})
     values = {name: [run.config.get(name) for run in runs] for name in names}
     return {
         name: found
@@ -254,13 +277,9 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     }
 
 
-# Options that differ between any two runs.
-_NAMES = ("train.run_name", "train.output_dir")
-
-
 def _label(runs: list[Run]) -> None:
     """Label runs by one or two options that differ (a sweep), else by run, folder or path name."""
-    differing = {n: v for n, v in differences(runs).items() if n not in _NAMES}
+    differing = differences(runs)
     if len(runs) > 1 and 0 < len(differing) <= 2:
         for at, run in enumerate(runs):
             run.label = ", ".join(f"{n.rpartition('.')[2]}={v[at]}" for n, v in differing.items())

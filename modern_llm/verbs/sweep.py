@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 def run_sweep(settings: TrainingSettings, run: Callable[..., Path]) -> dict[str, Any]:
     """Run every point of the grid one after another; finished ones are skipped.
 
+    The report is written after each run.
+
     A run whose loss is not finite does not end the others; its error is raised after the report.
 
     Returns:
@@ -32,7 +34,7 @@ def run_sweep(settings: TrainingSettings, run: Callable[..., Path]) -> dict[str,
     points = grid(settings)
     log.info("sweep: %d runs in %s", len(points), settings.train.output_dir)
     failure: NotFiniteError | None = None
-    results = []
+    results, page = [], None
     for number, (name, point) in enumerate(points, 1):
         log.info("sweep %d/%d: %s", number, len(points), name)
         folder = str(point.train.output_dir)
@@ -41,7 +43,9 @@ def run_sweep(settings: TrainingSettings, run: Callable[..., Path]) -> dict[str,
         except NotFiniteError as error:
             failure = failure or error
             results.append({"run": folder, "error": str(error)})
-    page = _report([Path(result["run"]) for result in results], settings.train.output_dir)
+        page = _report([Path(result["run"]) for result in results], settings.train.output_dir)
+    if page is not None:
+        log.info("report of the sweep: %s", page)
     if failure is not None:
         raise failure
     return {"runs": results, "report": page}
@@ -55,9 +59,7 @@ def _report(folders: list[Path], place: Path) -> str | None:
     folders = [folder for folder in folders if (folder / "metrics.jsonl").is_file()]
     if not folders:
         return None
-    page = write_report(folders, place / "report.html")["report"]
-    log.info("report of the sweep: %s", page)
-    return page
+    return write_report(folders, place / "report.html")["report"]
 
 
 def grid(settings: TrainingSettings) -> list[tuple[str, TrainingSettings]]:

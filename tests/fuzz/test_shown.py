@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,13 @@ def run(tmp_path: Path) -> Path:
     sample = {"step": 1, "prompt": NASTY, "policy": NASTY}
     (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     summary = {"data": [{"source": NASTY, "formats": [NASTY]}], "environment": {NASTY: NASTY}}
+    summary["changed"] = [NASTY, "train.run_name"]
+    summary["data"][0] |= {"rows": 3, "drops": {NASTY: 1}}
     (folder / "summary.json").write_text(json.dumps(summary))
+    warning = {"step": 1, "text": NASTY, "advice": NASTY}
+    (folder / "warnings.jsonl").write_text(json.dumps(warning) + "\n")
+    outcome = {"status": 4, "reason": NASTY, "last_step": 2}
+    (folder / "outcome.json").write_text(json.dumps(outcome))
     return folder
 
 
@@ -43,6 +50,21 @@ def test_a_page_holds_no_markup_or_control_of_a_run(run, tmp_path):
     assert "<!--<" not in page and "\x1b" not in page and "\u202e" not in page
     points = page.split('id="points">')[1].split("</script>")[0]
     assert "<" not in points and json.loads(points)
+    assert page.count("license: mit") >= 9  # each of these texts is shown
+
+
+def test_a_page_of_two_runs_holds_no_markup_or_control_of_them(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    config = yaml.safe_load((other / "config.yaml").read_text())
+    config["dpo"] = {"loss_type": NASTY}
+    (other / "config.yaml").write_text(yaml.safe_dump(config))
+    write_report([run, other], tmp_path / "page.html", refresh=10)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<script") == 2 and "ranked by" in page
+    assert "<!--<" not in page and "\x1b" not in page and "\u202e" not in page
+    points = json.loads(page.split('id="points">')[1].split("</script>")[0])
+    names = " ".join(line["name"] for panel in points.values() for line in panel["series"])
+    assert "loss_type" in names and "\x1b" not in names and "\u202e" not in names
 
 
 def test_a_card_holds_no_markup_or_front_matter_of_a_run(run):

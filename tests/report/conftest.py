@@ -44,8 +44,15 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
             "formats": {"hh": 990}, "prompts_cut": 3, "responses_cut": 2, "tokens": 123_456,
             "notes": [], "mean_tokens": {"prompt": 93.5, "chosen": 36.1},
         }  # fmt: skip
-        summary = {"data": [source], "environment": {"torch": "2.13.0", "processes": 8}}
+        summary = {"data": [source], "environment": {"torch": "2.13.0", "processes": 8},
+                   "changed": ["dpo.beta", "train.learning_rate"]}  # fmt: skip
         (folder / "summary.json").write_text(json.dumps(summary))
+        warnings = [
+            {"step": 0, "text": "the rate is high", "advice": "try 5e-6"},
+            {"step": 20, "text": "the gradient norm is 0", "advice": ""},
+        ]
+        lines = "".join(json.dumps(warning) + "\n" for warning in warnings)
+        (folder / "warnings.jsonl").write_text(lines)
         sample = {"step": steps, "prompt": "Is <b>this</b> safe?", "policy": "</script>yes"}
         (folder / "samples.jsonl").write_text(json.dumps(sample | {"reference": "no"}) + "\n")
         return folder

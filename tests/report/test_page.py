@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from modern_llm.cli import main
-from modern_llm.report.figures import thinned
+from modern_llm.report.figures import PANELS, thinned
 from modern_llm.report.page import LIMIT, duration, write_report
 from modern_llm.report.runs import ReportError, read_runs
+from modern_llm.report.values import dropped
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next(filter(shutil.which, NAMES), None)
@@ -89,6 +90,167 @@ def test_several_runs_are_named_by_what_differs(make_run, tmp_path):
     points = json.loads(re.search(r'id="points">(.*?)</script>', text, re.S)[1])
     names = {s["name"] for s in points["panel1"]["series"]}
     assert "beta=0.3 training" in names and "beta=0.05 evaluation" in names
+
+
+def table(text: str, label: str) -> list[list[str]]:
+    """Return the texts of a table's rows, its head included."""
+    part = text.split(f'aria-label="{label}"')[1].split("</table>")[0]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in part.split("<tr")[1:]]
+    return [[re.sub("<[^>]*>", "", cell).strip() for cell in row] for row in rows]
+
+
+def test_results_have_last_and_best_values_with_the_step(make_run):
+    folder = make_run()
+    write_report([folder], folder / "report.html")
+    head, *rows = table((folder / "report.html").read_text(), "Results")
+    assert head == ["Metric", "Last", "Best", "at step"]
+    found = {row[0]: row[1:] for row in rows}
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    best = min(records, key=lambda r: r["loss"])
+    assert found["loss"] == [
+        f"{records[-1]['loss']:.4f}", f"{best['loss']:.4f}", str(best["step"])
+    ]  # fmt: skip
+    assert found["accuracy"] == ["75.0%", "75.0%", "50"]
+    assert found["time"] == ["45.0 s", "", ""] and found["memory, GB"] == ["31.20", "", ""]
+
+
+def test_runs_are_ranked_by_their_evaluation(make_run, tmp_path):
+    folders = [
+        make_run(name, steps=50, beta=beta)
+        for name, beta in zip("abc", (0.1, 0.2, 0.3), strict=True)
+    ]
+    for folder, accuracy in zip(folders, (0.6, 0.9, 0.7), strict=True):
+        with (folder / "metrics.jsonl").open("a") as file:
+            for step, value in ((51, 0.95), (52, accuracy)):
+                record = {"step": step, "eval/rewards/accuracies": value}
+                file.write(json.dumps(record) + "\n")
+    (folders[2] / "outcome.json").unlink()
+    write_report(folders, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    head, *rows = table(text, "Runs")
+    assert head[:3] == ["Run", "evaluation accuracy", "best, at step"]
+    assert [row[:3] for row in rows] == [
+        ["beta=0.2", "90.0%", "95.0% at 51"],
+        ["beta=0.3", "70.0%", "95.0% at 51"],
+        ["beta=0.1", "60.0%", "95.0% at 51"],
+    ]
+    assert [row[-1] for row in rows] == ["finished, step 50", "no outcome yet", "finished, step 50"]
+    # A run has one colour in its row and in all panels.
+    (colour,) = set(re.findall(r'background: var\(--run(\d+)\)"></span>beta=0.3', text))
+    points = json.loads(re.search(r'id="points">(.*?)</script>', text, re.S)[1])
+    series = [line for panel in points.values() for line in panel["series"]]
+    assert {line["colour"] for line in series if "beta=0.3" in line["name"]} == {int(colour)}
+
+
+def test_without_an_evaluation_the_loss_ranks_and_runs_without_it_are_last(make_run, tmp_path):
+    folders = [make_run(name, steps=5, beta=beta) for name, beta in (("a", 0.1), ("b", 0.2))]
+    for folder, loss in zip(folders, (None, 0.5), strict=True):
+        lines = [{"step": 1, "lr": 1.0}, {"step": 2} | ({"loss": loss} if loss else {"lr": 2.0})]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    write_report(folders, tmp_path / "report.html")
+    head, *rows = table((tmp_path / "report.html").read_text(), "Runs")
+    assert head[:2] == ["Run", "loss"]
+    assert [row[:2] for row in rows] == [["beta=0.2", "0.5000"], ["beta=0.1", "—"]]
+
+
+def test_twenty_runs_have_a_colour_each(make_run, tmp_path):
+    folders = [make_run(f"r{n}", steps=3, beta=n / 100 + 0.01) for n in range(20)]
+    write_report(folders, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    light = text.split("@media")[0]
+    colours = {number: re.search(rf"--run{number}: ([^;]+);", light)[1] for number in range(32)}
+    assert len(set(colours.values())) == 32
+
+
+def test_warnings_are_shown_with_their_advice(make_run, tmp_path):
+    folder = make_run()
+    write_report([folder], folder / "report.html")
+    text = " ".join((folder / "report.html").read_text().split())
+    assert "<li>the rate is high<br><strong>Advice:</strong> try 5e-6<br>" in text
+    assert text.index("before the first step") < text.index("the gradient norm is 0<br><span")
+    (folder / "warnings.jsonl").unlink()
+    write_report([folder], folder / "report.html")
+    assert "Warnings</h2>" not in (folder / "report.html").read_text()
+    pair = [make_run("a", beta=0.1), make_run("b", beta=0.2)]
+    write_report(pair, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("the rate is high") == 1
+    assert "beta=0.1 (before the first step); beta=0.2 (before the first step)" in text
+
+
+def test_the_configuration_is_collapsed_and_marks_what_differs_from_the_defaults(make_run):
+    folder = make_run()
+    write_report([folder], folder / "report.html")
+    text = (folder / "report.html").read_text()
+    part = text.split('id="configuration"')[1].split("</section>")[0]
+    assert "<details>" in part and "<details open" not in part
+    assert "5 options, 2 not at their default" in part
+    rows = [row for row in part.split("<tr")[1:]]
+    assert [re.search('scope="row">(.*?)<', row)[1] for row in rows[:2]] == [
+        "dpo.beta", "train.learning_rate"
+    ]  # fmt: skip
+    assert [' class="changed"' in row for row in rows] == [True, True, False, False, False]
+    assert [row.count("(not the default)") for row in rows] == [1, 1, 0, 0, 0]
+    # A run of an earlier version did not record them.
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["changed"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    write_report([folder], folder / "report.html")
+    assert "default" not in table((folder / "report.html").read_text(), "Options")[0][0]
+    assert "not at their default" not in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("drops", "words"),
+    [
+        ({}, "none"),
+        ({"equal responses": 10}, "10 of 1,000 rows (1.0%): 10 equal responses"),
+        ({"empty": 1500, "corrupt": 2}, "1,502 of 1,000 rows (150.2%): 1,500 empty, 2 corrupt"),
+    ],
+)
+def test_dropped_rows_are_told_in_words(drops, words):
+    assert dropped({"rows": 1000, "drops": drops}) == words
+    assert dropped({"rows": 0, "drops": {"x": 1}}) == "1: 1 x"
+
+
+def test_ties_are_the_last_panel():
+    assert PANELS[-1].title == "Ties"
+
+
+def test_a_followed_report_is_written_until_the_run_ends(make_run, monkeypatch, capsys):
+    folder = make_run()
+    outcome = (folder / "outcome.json").read_text()
+    (folder / "outcome.json").unlink()
+    pages = []
+
+    def sleep(seconds):
+        assert seconds == 10
+        pages.append((folder / "report.html").read_text())
+        if len(pages) == 2:
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.write('{"step": 51, "loss": 0.123}\n')
+        if len(pages) == 3:
+            (folder / "outcome.json").write_text(outcome)
+        assert len(pages) < 9
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert main(["report", str(folder), "--follow"]) == 0
+    assert len(pages) == 3 and pages[0] == pages[1] != pages[2]
+    assert all('id="live" value="10"' in page for page in pages) and "0.123" in pages[2]
+    assert 'id="live"' not in (folder / "report.html").read_text()
+    assert "written every 10 s; Ctrl-C ends it" in capsys.readouterr().out
+
+
+def test_an_interrupt_ends_following_with_a_page_that_stays(make_run, monkeypatch):
+    folder = make_run()
+    (folder / "outcome.json").unlink()
+
+    def sleep(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert main(["report", str(folder), "--follow"]) == 0
+    assert 'id="live"' not in (folder / "report.html").read_text()
 
 
 def test_the_points_are_the_runs_numbers(make_run):
