@@ -60,7 +60,8 @@ DAMAGES = {
     "endless link": lambda path: path.symlink_to("/dev/zero"),
     "loop": lambda path: path.symlink_to(path.name),
 }  # fmt: skip
-FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "outcome.json", "summary.json")
+FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "outcome.json", "summary.json",
+         "warnings.jsonl")  # fmt: skip
 
 
 def damage(path: Path, name: str) -> None:

@@ -1,7 +1,7 @@
 """Warnings about typical training problems, found in the logged metrics and printed once each.
 
-Each rule is a function of the records logged so far. Its message names the symptom, the usual cause
-and the setting to change.
+Each rule is a function of the records logged so far. Its message names the symptom, its usual cause
+and, after a semicolon, the setting to change.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def likelihood_displacement(records: Sequence[Record], total: int) -> str | None
     if not (grew and fell and max(rewards[1]) < 0):
         return None
     return (
-        "margins grow while the chosen answers become less likely (likelihood displacement): add "
+        "margins grow while the chosen answers become less likely (likelihood displacement); add "
         "dpo.nll_coefficient, use dpo.loss_type dpop, or lower train.learning_rate"
     )
 
@@ -104,7 +104,7 @@ def accuracy_too_good(records: Sequence[Record], total: int) -> str | None:
     if not early or len(values) < 2 * WINDOW or any(v is None or v < LEAK for v in values):
         return None
     return (
-        f"accuracy is {last['rewards/accuracies']:.0%} this early: look with modern-llm inspect "
+        f"accuracy is {last['rewards/accuracies']:.0%} this early; look with modern-llm inspect "
         "for something that reveals the chosen answers (length, format, end tokens)"
     )
 

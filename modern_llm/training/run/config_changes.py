@@ -81,6 +81,18 @@ def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> It
             yield Change(name, old, new, class_of(name))
 
 
+def changed_options(record: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return the dotted names of the options whose value is not their default."""
+    defaults, found = _defaults(prefix[:-1], record), []
+    for key, value in record.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and name in SECTIONS:
+            found += changed_options(value, f"{name}.")
+        elif key in defaults and value != defaults[key]:
+            found.append(name)
+    return found
+
+
 def _defaults(name: str, section: dict[str, Any]) -> dict[str, Any]:
     """Return the defaults of a section's options; its keys tell which class it has."""
     for schema in SECTIONS.get(name, ()):

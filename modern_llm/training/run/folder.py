@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 FILES = (
     "config.yaml", "metrics.jsonl", "samples.jsonl", "outcome.json", "summary.json", "report.html",
-    "token_budget.json", ".lock",
+    "token_budget.json", "warnings.jsonl", ".lock",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from modern_llm.distributed.shutdown import consensus
 from modern_llm.distributed.shutdown.signals import StopRequest
 from modern_llm.training.run.folder import RunFolder
 from modern_llm.training.run.summary import write_report
+from modern_llm.training.run.warning_log import WarningLog
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,9 @@ def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
         return run.path if not run.dry_run and not run.lock.is_lost() else None
 
     watchdog = Watchdog(runtime, stacks, run.config.hang_timeout, close, run.what_next)
+    warnings = WarningLog(run)
+    if runtime.is_main and not run.dry_run:
+        warnings.start()
     try:
         with StopRequest(run.stop_file), watchdog:
             consensus.check(runtime, "before it began")
@@ -55,6 +59,7 @@ def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
             pass  # the folder belongs to another trainer now
         elif runtime.is_main and (run.is_open() or stopped):
             run.close(status_of(error), f"{type(error).__name__}: {error}", run.last_step())
+            warnings.flush()
             write_report(run)
         elif runtime.accelerator.is_local_main_process and not stopped:
             run.leave_nothing()
@@ -64,8 +69,10 @@ def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
     else:
         if runtime.is_main:
             run.close(0, "done", run.last_step())
+            warnings.flush()
             write_report(run)
     finally:
+        warnings.stop()
         run.lock.release()
         runtime.close()
 

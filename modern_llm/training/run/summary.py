@@ -1,4 +1,5 @@
-"""Files of a run for human readers: `summary.json` (data, environment) and `report.html`.
+"""Files of a run for human readers: `summary.json` (data, environment, changed options) and
+`report.html`.
 
 No run reads them, and a failure to write the report does not end the run.
 """
@@ -18,7 +19,9 @@ from modern_llm.data.table.token_table import STARTS
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.report.page import write_report as write_page
 from modern_llm.storage.atomic import write_file
+from modern_llm.training.run.config_changes import changed_options
 from modern_llm.training.run.folder import RunFolder
+from modern_llm.training.run.opening import RATES
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +57,17 @@ def environment(runtime: Runtime) -> dict[str, Any]:
 def write_summary(runtime: Runtime, run: RunFolder, prepared: Prepared) -> None:
     """Write `summary.json`; rank 0 only."""
     run.lock.check()
-    summary = {"environment": environment(runtime), "data": data_notes(prepared)}
+    rates = [rate for stage, rate in RATES.items() if stage in run.record]
+    changed = [
+        name
+        for name in changed_options(run.record)
+        if name != "train.learning_rate" or run.record["train"]["learning_rate"] not in rates
+    ]
+    summary = {
+        "environment": environment(runtime),
+        "data": data_notes(prepared),
+        "changed": changed,
+    }
     write_file(run.path / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 
