@@ -25,6 +25,7 @@ from modern_llm.config import (
 )
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.errors import ConfigError, close_to
+from modern_llm.config.foreign import meaning_here
 
 BY_ARGUMENT = {
     "dataset_name": "data",
@@ -151,7 +152,7 @@ def _sections(
 def _unknown(stage: str, name: str, known: list[str]) -> str:
     if name in BY_ARGUMENT:
         return f"{stage}: {name} is given as {BY_ARGUMENT[name]}="
-    return f"{stage}: {name} is not an option{close_to(name, known)}"
+    return f"{stage}: {name} is not an option{meaning_here(name, known) or close_to(name, known)}"
 
 
 def _built(schema: Callable[..., Any], values: dict[str, Any]) -> Any:

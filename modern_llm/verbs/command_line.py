@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
 from modern_llm.config.errors import ConfigError, close_to
+from modern_llm.config.foreign import meaning_here
 from modern_llm.verbs.help_text import help_text
 
 LONG_FORMS = {
@@ -156,7 +157,7 @@ def _files(unknown: list[str], parser: argparse.ArgumentParser, verb: str) -> li
             name = word.partition("=")[0]
             if word == name and rest and not rest[0].startswith("-"):
                 word = f"{word} {rest.pop(0)}"
-            hint = close_to(name, options)
+            hint = meaning_here(_last_part(name), options) or close_to(name, options)
             problems.append(f"command line: {word}: {verb} has no option {name}{hint}")
         elif not takes_words and _is_configuration(word):
             files.append(word)
@@ -166,6 +167,11 @@ def _files(unknown: list[str], parser: argparse.ArgumentParser, verb: str) -> li
     if problems:
         raise ConfigError(problems)
     return files
+
+
+def _last_part(option: str) -> str:
+    """Return the name of an option without its section, as files of other trainers write it."""
+    return option.lstrip("-").rpartition(".")[2].replace("-", "_")
 
 
 def _is_configuration(word: str) -> bool:

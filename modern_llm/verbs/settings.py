@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from modern_llm.config.errors import ConfigError, close_to
+from modern_llm.config.foreign import meaning_here
 from modern_llm.storage.regular_files import read_text
 from modern_llm.storage.untrusted import LARGEST_YAML, parse_yaml
 from modern_llm.verbs.command_line import read_words
@@ -78,6 +79,24 @@ def read_settings(schema: type[S], arguments: list[str], verb: str) -> S:
         content, lines = _read_file(file)
         values = _merged(content, given)
     return _checked(schema, values, given, file, lines)
+
+
+def check_values(schema: type[S], values: dict[str, Any]) -> S:
+    """Return the checked settings of nested values, as `read_settings` of a file with them.
+
+    Raises:
+        ConfigError: every problem of them.
+    """
+    return _checked(schema, values, {}, None, {})
+
+
+def option_names(schema: type[BaseSettings]) -> set[str]:
+    """Return every option of a verb, those of its sections as `SECTION.NAME`."""
+    names = set()
+    for name in _fields(schema, []):
+        inner = _fields(schema, [name])
+        names |= {name, *(f"{name}.{option}" for option in inner)}
+    return names
 
 
 def sections_of(path: Path) -> list[str]:
@@ -204,7 +223,10 @@ def _problem(schema: type[BaseSettings], path: list[str], errors: list[Any], pla
     kind = error["type"]
     message = " or ".join(dict.fromkeys(e["msg"].removeprefix("Value error, ") for e in errors))
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{place}{name}: unknown option{close_to(path[-1], _fields(schema, path[:-1]))}"
+        hint = meaning_here(path[-1], option_names(schema))
+        return (
+            f"{place}{name}: unknown option{hint or close_to(path[-1], _fields(schema, path[:-1]))}"
+        )
     if kind in ("missing", "missing_argument"):
         option = f"{name}.OPTION" if _fields(schema, path) else name
         return f"{place}{name}: required; set it in a configuration file or as --{option}"

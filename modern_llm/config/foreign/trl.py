@@ -1,0 +1,108 @@
+"""Options of TRL: `DPOConfig`, `SFTConfig`, `ModelConfig`, and the data of its scripts."""
+
+from __future__ import annotations
+
+from modern_llm.config.foreign import hugging_face
+from modern_llm.config.foreign.rows import CHECKPOINT, FIXED_DROPOUT, LENGTH, Row
+
+ROWS = {
+    **hugging_face.ROWS,
+    # ModelConfig
+    "model_name_or_path": Row(CHECKPOINT, "text"),
+    "use_peft": Row("lora", "adapters"),
+    "lora_r": Row("lora.rank", "lora"),
+    "lora_alpha": Row("lora.alpha", "lora"),
+    "lora_dropout": Row("lora.dropout", "lora_dropout", FIXED_DROPOUT),
+    "lora_target_modules": Row("lora.targets", "lora_targets"),
+    "lora_modules_to_save": Row("lora.modules_to_save", "lora_list"),
+    "load_in_4bit": Row("lora.quantize", "nf4"),
+    "load_in_8bit": Row("lora.quantize", "int8"),
+    "bnb_4bit_quant_type": Row("lora.quantize", "nf4_type"),
+    # Data of the scripts
+    "dataset_name": Row("data.dataset_name", "text"),
+    "dataset_config": Row("data.subset", "text"),
+    "dataset_train_split": Row("data.split", "text"),
+    "dataset_test_split": Row("data.eval_split", "eval_split"),
+    "datasets": Row("data.sources", "trl_sources"),
+    "test_split_size": Row("data.eval_fraction", "share"),
+    # DPOConfig
+    "beta": Row("dpo.beta", "number"),
+    "loss_type": Row("dpo.loss_type", "loss_type"),
+    "loss_weights": Row("dpo.nll_coefficient", "loss_weights"),
+    "label_smoothing": Row("dpo.label_smoothing", "smoothing"),
+    "ld_alpha": Row("dpo.ld_alpha", "ld_alpha"),
+    "discopop_tau": Row("dpo.discopop_tau", "discopop"),
+    "simpo_gamma": Row("dpo.simpo_gamma", "simpo"),
+    "rpo_alpha": Row("dpo.nll_coefficient", "number"),
+    "max_length": Row(
+        LENGTH, "same", "an over-long prompt loses its start, then the response its end"
+    ),
+    "max_prompt_length": Row(
+        "dpo.max_prompt_length|data.max_prompt_length|model.max_seq_len",
+        "not_pretrain",
+        "the prompt's tokens that are kept at least, not at most",
+    ),
+    "router_aux_loss_coef": Row("train.router_loss_coefficient", "number"),
+}
+
+NOT_NEEDED = {
+    **hugging_face.NOT_NEEDED,
+    "reference log-probs are always computed once and kept on disk": (
+        "precompute_ref_log_probs precompute_ref_batch_size use_logits_to_keep force_use_ref_model"
+    ),
+    "DPO trains without dropout": "disable_dropout",
+    "rows are packed with masks between examples, which changes no step": (
+        "padding_free packing packing_strategy eval_packing pad_to_multiple_of pad_token"
+    ),
+    "tokenising uses all cores": "dataset_num_proc",
+    "the order of the data is drawn from train.seed": "shuffle_dataset",
+    "the prompt is never trained on": "completion_only_loss",
+    "the checkpoint says it": "lora_task_type",
+    "weights are trained in float32; train.mixed_precision is the forward's dtype": (
+        "dtype torch_dtype bnb_4bit_quant_storage"
+    ),
+}
+
+NO_EQUIVALENT = {
+    **hugging_face.NO_EQUIVALENT,
+    "code of a model's repository is never run": "trust_remote_code",
+    "download the revision and name its folder": "model_revision",
+    "the model is loaded with fixed options": "model_init_kwargs ref_model_init_kwargs",
+    "the last assistant turn is trained on, not every one": "assistant_only_loss",
+    "SFT reads prompts with answers; plain text is data of the verb pretrain": (
+        "dataset_text_field"
+    ),
+    "the tokenizer's template and end token are used; data.template takes a template's text": (
+        "chat_template_path eos_token dataset_kwargs"
+    ),
+    "the reference is frozen": ("sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"),
+    "the reverse KL divergence is the only one": "f_divergence_type f_alpha_divergence_coef",
+    "pairs have no weights": "use_weighting",
+    "dpo.loss_type simpo and orpo are the losses without a reference": "reference_free",
+    "an over-long prompt loses its start, then the response its end": (
+        "truncation_mode max_completion_length"
+    ),
+    "adapters are plain LoRA": (
+        "use_rslora use_dora lora_target_parameters use_bnb_nested_quant model_adapter_name "
+        "ref_adapter_name"
+    ),
+    "data is tokenised once into a table on disk": "dataset_streaming streaming",
+    "activations stay on the device; train.gradient_checkpointing saves memory": (
+        "activation_offloading"
+    ),
+    "train.attention chooses among kernels that were tested against the model": (
+        "attn_implementation"
+    ),
+    "models are not patched": "ignore_bias_buffers",
+    "set environment variables in the shell": "env",
+}
+
+DEFAULTS = {
+    **hugging_face.DEFAULTS,
+    "logging_steps": 10,
+    "gradient_checkpointing": True,
+    "bf16": True,
+    "max_length": 1024,
+}
+
+STAGE_DEFAULTS = {"dpo": {"learning_rate": 1e-6}, "sft": {"learning_rate": 2e-5}}
