@@ -10,15 +10,14 @@ BUILDERS = ("json", "jsonl", "csv", "parquet", "arrow", "text")
 """Names that `datasets` gives to kinds of files, in place of a data set's name."""
 
 IGNORED = {
-    "type": "the format is found by the columns",
-    "ds_type": "the kind of a file is found by its name",
-    "roles": "roles are those of the messages",
-    "message_property_mappings": "messages have role and content, or from and value",
-    "message_field_role": "messages have role and content, or from and value",
-    "message_field_content": "messages have role and content, or from and value",
-    "trust_remote_code": "code of a data set is never run",
+    "the format is found by the columns": "type",
+    "the kind of a file is found by its name": "ds_type",
+    "messages have role and content, or from and value": (
+        "roles message_property_mappings message_field_role message_field_content"
+    ),
+    "code of a data set is never run": "trust_remote_code",
 }
-"""Options of one data set that need none here, with the reason."""
+"""Reason -> options of one data set that need none here."""
 
 
 def sources_of(value: Any) -> tuple[dict[str, Any], str]:
@@ -68,6 +67,6 @@ def _source(entry: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         if mark:
             notes.append(f"the part [{part} of a split has no equivalent: data.max_examples")
     for name, value in rest.items():
-        reason = IGNORED.get(name)
+        reason = next((why for why, names in IGNORED.items() if name in names.split()), None)
         notes.append(f"{name}: {reason}" if reason else f"{name} {value!r:.40} has no equivalent")
     return source
