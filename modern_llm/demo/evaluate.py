@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from modern_llm.data.batch.order import Budget, pack
 from modern_llm.data.batch.prefix_tree import Examples
 from modern_llm.data.table.build import prepare_tables
 from modern_llm.demo.corpus import CorpusPaths, read_questions
-from modern_llm.demo.judge import judge, word_count
+from modern_llm.demo.judge import Verdict, judge, word_count
 from modern_llm.evaluation.score import score_pairs
 from modern_llm.inference.chat import prompt_ids
 from modern_llm.inference.generate import generate
@@ -58,14 +59,15 @@ class StageScore:
 def evaluate_stages(
     folders: dict[str, Path], corpus: CorpusPaths, *, max_length: int, beta: float
 ) -> tuple[list[StageScore], list[dict[str, str]]]:
-    """Return one score per stage, and some questions with the answer of each stage.
+    """Return one score per stage, and some questions on which the stages differ with the answer
+    of each.
 
     Args:
         folders: stage -> final model; `sft` is the reference of the reward.
     """
     questions = read_questions(corpus.questions)
-    every = len(questions) // SHOWN
-    shown = [{"prompt": q.prompt, "right": q.answer} for q in questions[::every][:SHOWN]]
+    answers: dict[str, list[str]] = {}
+    judged: dict[str, list[Verdict]] = {}
     scores = []
     for stage, folder in folders.items():
         model = load_model(inspect_checkpoint(folder))
@@ -81,8 +83,7 @@ def evaluate_stages(
             ends=ends,
         )
         verdicts = [judge(q, reply) for q, reply in zip(questions, replies, strict=True)]
-        for row, reply in zip(shown, replies[::every], strict=False):
-            row[stage] = reply
+        answers[stage], judged[stage] = replies, verdicts
         scores.append(
             StageScore(
                 stage=stage,
@@ -96,7 +97,36 @@ def evaluate_stages(
                 words=float(np.mean([word_count(reply) for reply in replies])),
             )
         )
+    shown = [
+        {"prompt": questions[at].prompt, "right": questions[at].answer}
+        | {stage: replies[at] for stage, replies in answers.items()}
+        for at in typical_differences(list(zip(*judged.values(), strict=True)), SHOWN)
+    ]
     return scores, shown
+
+
+def typical_differences(verdicts: Sequence[tuple[Verdict, ...]], count: int) -> list[int]:
+    """Return questions that show how the stages differ, one for each of the most common ways.
+
+    Args:
+        verdicts: of each question, one verdict per stage, the last stage last.
+
+    Returns:
+        Indices of at most `count` questions that the last stage answers right and tersely, and
+        others do not. One of them has a wrong answer of an earlier stage, if any has. Fewer
+        differences than `count` are filled up with further questions.
+    """
+    good = Verdict(right=True, terse=True)
+    ways: dict[tuple[Verdict, ...], list[int]] = {}
+    for at, verdict in enumerate(verdicts):
+        if verdict[-1] == good and set(verdict) != {good}:
+            ways.setdefault(verdict, []).append(at)
+    common = sorted(ways, key=lambda way: -len(ways[way]))
+    wrong = [way for way in common if not all(verdict.right for verdict in way)][:1]
+    chosen = [way for way in common if way not in wrong][: count - len(wrong)] + wrong
+    found = [ways[way][0] for way in chosen]
+    rest = [at for way in common for at in ways[way]] + list(range(len(verdicts)))
+    return list(dict.fromkeys(found + rest))[:count]
 
 
 @torch.inference_mode()

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from modern_llm.config import (
     DocumentDatasetConfig,
@@ -57,6 +60,8 @@ PRETRAIN = Recipe(epochs=12, batch_size=6, learning_rate=4e-3, warmup_steps=60, 
 SFT = Recipe(epochs=2, batch_size=32, learning_rate=1e-3, warmup_steps=10, log_every=25)
 DPO = Recipe(epochs=2, batch_size=32, learning_rate=1.5e-4, warmup_steps=5, log_every=10)
 BETA = 0.1
+NAMES = {"pretrain": "pretrained", "sft": "SFT", "dpo": "DPO"}
+"""Stage -> its column among the answers."""
 
 
 def run_demo(output_dir: Path, *, seed: int = 0) -> dict[str, Any]:
@@ -79,7 +84,8 @@ def run_demo(output_dir: Path, *, seed: int = 0) -> dict[str, Any]:
         tokenizer = build_tokenizer(output_dir / "tokenizer", texts)
         folders = _train(output_dir, corpus, tokenizer, seed)
         _headline("4 of 4  held-out questions, answered by each stage")
-        scores, shown = evaluate_stages(folders, corpus, max_length=MAX_LENGTH, beta=BETA)
+        with _quiet():  # about temporary files that are gone afterwards
+            scores, shown = evaluate_stages(folders, corpus, max_length=MAX_LENGTH, beta=BETA)
     seconds = time.perf_counter() - began
     result = {
         "stages": [score.as_dict() for score in scores],
@@ -163,6 +169,18 @@ def _clear(output_dir: Path) -> None:
         (output_dir / RESULT).unlink()
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Log warnings alone."""
+    ours = logging.getLogger("modern_llm")
+    level = ours.level
+    ours.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
+
+
 def _headline(text: str) -> None:
     log.info("\n== %s", text)
 
@@ -185,9 +203,50 @@ def _print(
         style="dim",
         highlight=False,
     )
-    for question in shown:
-        console.print(one_line(question["prompt"]), style="bold", markup=False)
-        for score in scores:
-            answer = printable(question[score.stage].strip())
-            console.print(f"  {score.stage:<9}{answer}", markup=False)
+    console.print(_answers(shown))
     console.print(f"\n{seconds:.0f} s in all. Models, metrics and data: {output_dir}", markup=False)
+    console.print("\nTry next:", style="bold")
+    for title, command in next_commands(output_dir).items():
+        console.print(f"  {title}:\n    {command}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _answers(shown: list[dict[str, str]]) -> Table:
+    """Return the questions with the answers of the stages side by side."""
+    table = Table(
+        title="Questions on which the stages differ", title_justify="left", show_lines=True
+    )
+    for name in ("question (right answer)", *NAMES.values()):
+        table.add_column(name, overflow="fold", ratio=1)
+    for question in shown:
+        asked = one_line(question["prompt"]).removeprefix("Question: ").removesuffix(" Answer:")
+        answers = [printable(question[stage].strip()) for stage in NAMES]
+        table.add_row(*map(Text, (f"{asked} ({question['right']})", *answers)))
+    return table
+
+
+def next_commands(output_dir: Path) -> dict[str, str]:
+    """Return what a user may do next -> a command for it; words in capitals are placeholders."""
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):  # e.g. the environment that launch/setup.sh makes
+        python = python.relative_to(Path.cwd())
+    program = python.parent / "modern-llm"
+    if shutil.which("modern-llm"):
+        word = "modern-llm"
+    elif program.exists():
+        word = shlex.quote(str(program))
+    else:
+        word = f"{shlex.quote(str(python))} -m modern_llm"
+    pairs, model, run = (
+        shlex.quote(str(output_dir / part))
+        for part in ("corpus/preferences.jsonl", "dpo/dpo_final", "dpo")
+    )
+    return {
+        "your model (a Hub id or a folder) on the demo's pairs": (
+            f"{word} dpo --sft_checkpoint MODEL --data {pairs} --train.run_name mine "
+            "--train.output_dir experiments/mine"
+        ),
+        "your data: what is read, dropped and cut": (
+            f"{word} inspect --data FILE --tokenizer {model}"
+        ),
+        "the report of the DPO run, as a page with curves": f"{word} report {run}",
+    }

@@ -88,7 +88,9 @@ def train_and_export(
     if runtime.is_main:
         write_summary(runtime, run, data.tables)
         full = all(parameter.requires_grad for parameter in scorer.parameters())
-        if warning := learning_rate_warning(config, full=full, new="model" in run.record):
+        size = sum(parameter.numel() for parameter in scorer.parameters())
+        new = "model" in run.record
+        if warning := learning_rate_warning(config, full=full, new=new, parameters=size):
             log.warning("warning: %s", warning)
     prompts = prompt_rows(data.tables)
     sample = make_sampler(runtime, scorer.model, tokenizer, config, run, prompts, ends)

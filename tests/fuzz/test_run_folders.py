@@ -104,6 +104,7 @@ def finished(tmp_path_factory):
     model = make_checkpoint(folder / "model", make_tokenizer(folder / "tokenizer"))
     pairs = write_jsonl(folder / "pairs.jsonl", transcripts(12))
     begin(folder / "run", model, pairs)
+    write_jsonl(folder / "run" / "warnings.jsonl", [{"step": 1, "text": "a", "advice": "b"}])
     assert all((folder / "run" / name).is_file() for name in FILES)
     return folder / "run", model, pairs, folder / "cache"
 

@@ -15,20 +15,26 @@ Record = Mapping[str, float]
 
 WINDOW = 3
 """Number of first and of last records that are compared: a single one is noise."""
-FULL_RATE = 1e-4
+FULL_RATE, SMALL = 1e-4, 10_000_000
+"""Learning rate above which full fine-tuning is warned of, and parameters below which a model is
+too small for that: its usual rates are higher."""
 TIES, LEAK, EARLY = 0.9, 0.99, 0.2
 FALL, GROWTH = 0.05, 0.1
 LENGTH_RATIO = 1.5
 
 
-def learning_rate_warning(config: TrainingConfig, *, full: bool, new: bool) -> str | None:
+def learning_rate_warning(
+    config: TrainingConfig, *, full: bool, new: bool, parameters: int | None = None
+) -> str | None:
     """Return a warning if a pretrained model is fully fine-tuned at a high learning rate.
 
     Args:
         full: whether all weights are trained, not adapters.
         new: whether the model is trained from scratch.
+        parameters: of the model, if known.
     """
-    if not full or new or config.learning_rate <= FULL_RATE:
+    small = parameters is not None and parameters < SMALL
+    if not full or new or small or config.learning_rate <= FULL_RATE:
         return None
     return (
         f"train.learning_rate {config.learning_rate:g} is above {FULL_RATE:g}: high for full "

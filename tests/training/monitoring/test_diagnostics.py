@@ -92,6 +92,13 @@ def test_high_rates_are_for_adapters_and_new_models(rate, full, new, warned):
     assert (learning_rate_warning(config, full=full, new=new) is not None) is warned
 
 
+@pytest.mark.parametrize(("parameters", "warned"), [(528_384, False), (124_000_000, True)])
+def test_high_rates_are_usual_for_very_small_models(parameters, warned):
+    config = TrainingConfig(run_name="a", output_dir=Path("b"), learning_rate=1e-3)
+    text = learning_rate_warning(config, full=True, new=False, parameters=parameters)
+    assert (text is not None) is warned
+
+
 def test_a_long_run_keeps_few_records():
     teacher = Diagnostics(10**6)
     for step in range(1, 3000):

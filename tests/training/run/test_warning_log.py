@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
+from modern_llm.training.monitoring import diagnostics
 from modern_llm.training.run.folder import RunFolder
 from modern_llm.training.run.warning_log import MAX_WARNINGS, WarningLog
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
@@ -107,8 +108,9 @@ def test_a_file_that_cannot_be_written_does_not_end_the_run(tmp_path, collect):
 
 
 def test_a_real_run_records_its_warnings_and_what_differs_from_the_defaults(
-    tmp_path, tiny_checkpoint, tiny_pairs
+    tmp_path, monkeypatch, tiny_checkpoint, tiny_pairs
 ):
+    monkeypatch.setattr(diagnostics, "SMALL", 0)
     before = list(logging.getLogger("modern_llm").handlers)
     config = TrainingConfig(
         run_name="r", output_dir=tmp_path / "r", batch_size=4, max_steps=2, learning_rate=1e-3
