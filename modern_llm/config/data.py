@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import date
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -49,11 +49,16 @@ class MixtureSource:
     """Split to train on, as in the section above."""
     format: str = "auto"
     """How its rows are read; the section's own where that names one."""
+    columns: dict[str, str] | None = None
+    """Names of its columns; the section's own by default."""
 
 
 @section
 class DatasetConfig:
     """Options of every kind of data: its source, the held-out part, the handling of bad rows."""
+
+    read: ClassVar[tuple[str, ...]] = ()
+    """Columns that the formats of this kind read."""
 
     dataset_name: SameContent[str | None] = None
     """Hub id, or a local .jsonl .json .csv .parquet .arrow (documents: .txt) file, or a folder of
@@ -69,6 +74,9 @@ class DatasetConfig:
     `test/a.jsonl`); files that name none belong to train, and several splits of one kind
     (`train_sft`, `train_prefs`) are told apart by their whole name. A single local file has no
     splits: any but "train" is refused there."""
+    columns: SameContent[dict[str, str] | None] = None
+    """Names of the columns, where they are not those of a format: {prompt: question, chosen: best,
+    rejected: worst}; on the command line also prompt=question,chosen=best,rejected=worst."""
     eval_split: Accepted[str | None] = None
     """Split to evaluate on, of the same data set, or of `eval_dataset_name` where that is set."""
     eval_dataset_name: Accepted[str | None] = None
@@ -98,10 +106,22 @@ class DatasetConfig:
                     f"eval_split {self.eval_split!r} is the split to train on: "
                     "name another, or use eval_fraction"
                 )
-        problems += self._mixture_problems()
+        problems += self._column_problems() + self._mixture_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _column_problems(self) -> list[str]:
+        sections = {"columns": self.columns}
+        for source in self.sources or ():
+            sections[f"sources: {source.dataset_name}: columns"] = source.columns
+        return [
+            f"{place}: no format reads a column {name!r}; those that are read: "
+            f"{', '.join(self.read)}"
+            for place, columns in sections.items()
+            for name in columns or ()
+            if name not in self.read
+        ]
 
     def _mixture_problems(self) -> list[str]:
         if self.sources is None:
@@ -140,11 +160,19 @@ class DocumentDatasetConfig(DatasetConfig):
     A .txt file is split at its blank lines; where it has none, each line is a document.
     """
 
+    read: ClassVar[tuple[str, ...]] = ("text",)
+
     text_column: Fixed[str] = "text"
     """Column that holds the document, for formats with columns."""
     streaming: Free[bool] = False
     """Read data sets of the Hub row by row while they are tokenised, without a copy of them on the
     disk; `max_examples` says where to stop. Local files are always read so."""
+
+    @model_validator(mode="after")
+    def _one_name_of_the_text(self) -> DocumentDatasetConfig:
+        if self.columns and self.text_column != "text":
+            raise ValueError("columns and text_column both name the documents: keep one")
+        return self
 
 
 @section
@@ -168,6 +196,11 @@ class ConversationDatasetConfig(DatasetConfig):
 class InstructionDatasetConfig(ConversationDatasetConfig):
     """Instructions with answers: Alpaca fields, message lists, or `prompt`/`response` strings."""
 
+    read: ClassVar[tuple[str, ...]] = (
+        "instruction", "input", "output", "prompt", "response", "completion", "messages",
+        "conversations", "history", "system", "tools",
+    )  # fmt: skip
+
     format: Fixed[Literal["auto", "alpaca", "messages", "strings"]] = "auto"
     """How rows are read; by default found by their columns."""
     max_length: Fixed[Annotated[int, Field(ge=2)] | None] = None
@@ -190,6 +223,11 @@ class InstructionDatasetConfig(ConversationDatasetConfig):
 @section
 class PreferenceDatasetConfig(ConversationDatasetConfig):
     """Preference pairs; `DPOConfig` sets their lengths."""
+
+    read: ClassVar[tuple[str, ...]] = (
+        "prompt", "chosen", "rejected", "conversations", "history", "human_ref_A", "human_ref_B",
+        "labels", "system", "tools",
+    )  # fmt: skip
 
     format: Fixed[Literal["auto", "hh", "shp", "strings", "messages", "sharegpt"]] = "auto"
     """How rows are read; by default found by their columns."""

@@ -123,6 +123,9 @@ class TrainingConfig:
     """Pairs share their prompt (tree), one row an answer (separate), or as probed at load (auto).
     Trees by parts of rows (blocks, CPU), FlexAttention (flex, CUDA) or a dense mask (mask): the
     fastest that is exact on this device unless named."""
+    attn_implementation: Free[Literal["eager", "sdpa"] | None] = None
+    """Kernel of the model itself for separate rows, as `transformers` names it; needs attention:
+    separate. By default the model's own choice."""
     hang_timeout: Free[Annotated[float, Field(gt=0)] | None] = 600.0
     """Seconds without progress after which a process that others wait for counts as hung, if that
     is also 10 times its own longest silence in that phase; what has no measure (loading, compiling,
@@ -213,6 +216,11 @@ class TrainingConfig:
                 self.skip_loss_spikes > 0 and self.precision == "fp16",
                 "skip_loss_spikes and mixed_precision fp16 exclude each other: the loss scaler "
                 "would take a skipped step for an overflow; use bf16",
+            ),
+            (
+                self.attn_implementation is not None and self.attention != "separate",
+                f"attn_implementation {self.attn_implementation} has no effect with attention "
+                f"{self.attention}, which may replace it: set attention to separate",
             ),
             (
                 self.generate_every is None and self.generate_prompts is not None,

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import UserError
+from modern_llm.config.printable import first_line
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.load import Checkpoint, load_model, make_scorer
 from modern_llm.models.scorer import TokenScorer
@@ -43,6 +44,7 @@ def set_up_scorer(
     """Probe, wrap and place the model; apply dropout, recomputation and compilation settings."""
     if runtime.stage != 3:  # there no device ever holds the whole model
         model.to(runtime.device)
+    _set_kernel(model, config)
     scorer = make_scorer(
         model,
         _attention(runtime, model, config),
@@ -81,6 +83,23 @@ def _refuse_rows_alone(runtime: Runtime, scorer: TokenScorer) -> None:
         )
 
 
+def _set_kernel(model: PreTrainedModel, config: TrainingConfig) -> None:
+    """Set the configured attention kernel of the model; the probe then measures with it."""
+    name = config.attn_implementation
+    if name is None:
+        return
+    try:
+        model.set_attn_implementation(name)
+        reason = "its attention is of its own"
+    except Exception as error:  # the model's code may raise anything
+        reason = first_line(error)
+    if model.config._attn_implementation != name:
+        raise UserError(
+            f"train.attn_implementation {name}: {type(model).__name__} does not take it "
+            f"({reason}): choose the other, or leave it out"
+        )
+
+
 def _lean(runtime: Runtime, config: TrainingConfig) -> bool:
     # A compiler does the fusions of `lean` itself, best from the model's own code.
     return runtime.device.type == "cpu" and not config.compile
@@ -99,6 +118,7 @@ def set_up_frozen(runtime: Runtime, checkpoint: Checkpoint, config: TrainingConf
     if runtime.stage is None:  # under DeepSpeed its engine places it, sharded
         model.to(runtime.device)
     disable_dropout(model)
+    _set_kernel(model, config)
     scorer = make_scorer(model, _attention(runtime, model, config), lean=_lean(runtime, config))
     _refuse_rows_alone(runtime, scorer)
     return scorer.eval().requires_grad_(False)

@@ -199,6 +199,9 @@ def _said(error: Exception) -> str:
     name = (getattr(error, "argument_name", None) or "").rpartition("/")[2]
     message = getattr(error, "message", None) or str(error)
     message = message.replace("Parsing error encountered for ", "--")
+    message = message.replace(
+        "not enough values to unpack (expected 2, got 1)", "write NAME=VALUE,NAME=VALUE or JSON"
+    )
     if message.startswith("ignored explicit argument"):
         message = f"takes no value, got {message.removeprefix('ignored explicit argument ')}"
     return f"command line: {name + ': ' if name else ''}{message}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -11,7 +12,7 @@ from pydantic import Field
 
 from modern_llm.config.data import ConversationDatasetConfig, DatasetConfig
 from modern_llm.config.errors import ConfigError
-from modern_llm.verbs.settings import Settings
+from modern_llm.verbs.settings import Settings, build_section
 from modern_llm.verbs.stage_settings import TrainingSettings
 from modern_llm.verbs.stages import read_stage
 
@@ -34,6 +35,8 @@ class InspectSettings(Settings):
     """What the rows are; preferences by default."""
     split: str | None = None
     """Split to train on."""
+    columns: dict[str, str] | None = None
+    """Names of the columns, as in the data section: prompt=question,chosen=best,rejected=worst."""
     eval_data: str | None = None
     """Evaluation data: Hub id, file or folder."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -125,6 +128,7 @@ def _with_options(section: DatasetConfig, settings: InspectSettings) -> DatasetC
     options = {
         "dataset_name": settings.data,
         "split": settings.split,
+        "columns": settings.columns,
         "eval_dataset_name": settings.eval_data,
         "eval_fraction": settings.eval_fraction,
         "max_examples": settings.max_examples,
@@ -133,10 +137,7 @@ def _with_options(section: DatasetConfig, settings: InspectSettings) -> DatasetC
     if settings.template is not None and not isinstance(section, ConversationDatasetConfig):
         raise ConfigError(["template has no effect on documents: leave it out"])
     given = {name: value for name, value in options.items() if value is not None}
-    try:
-        section = dataclasses.replace(section, **given)
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
+    section = build_section(partial(dataclasses.replace, section), **given)
     if not section.names:
         raise ConfigError(["data: nothing to look at; give --data FILE, or --config of a run"])
     return section

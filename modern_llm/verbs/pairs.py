@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from modern_llm.config import PreferenceDatasetConfig
-from modern_llm.verbs.settings import Settings
+from modern_llm.verbs.settings import Settings, build_section
 
 
 class PairsSettings(Settings):
@@ -21,6 +21,8 @@ class PairsSettings(Settings):
     """Preference data: Hub id, file or folder."""
     split: str | None = None
     """Split of a Hub data set or folder."""
+    columns: dict[str, str] | None = None
+    """As in the data section of dpo: prompt=question,chosen=best,rejected=worst."""
     template: str | None = None
     """As in the data section of dpo."""
     tokenizer_name: str | None = None
@@ -41,9 +43,11 @@ class PairsSettings(Settings):
 
     def section(self) -> PreferenceDatasetConfig:
         """Return what is read."""
-        return PreferenceDatasetConfig(
+        return build_section(
+            PreferenceDatasetConfig,
             dataset_name=self.data,
             split=self.split,
+            columns=self.columns,
             template=self.template,
             max_examples=self.max_examples,
             on_bad_row=self.on_bad_row,

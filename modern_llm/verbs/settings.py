@@ -7,6 +7,7 @@ A verb's settings are a pydantic-settings class whose fields are sections and si
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -21,6 +22,7 @@ from modern_llm.storage.untrusted import LARGEST_YAML, parse_yaml
 from modern_llm.verbs.command_line import read_words
 
 S = TypeVar("S", bound=BaseSettings)
+T = TypeVar("T")
 
 _NAMES = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
@@ -88,6 +90,22 @@ def check_values(schema: type[S], values: dict[str, Any]) -> S:
         ConfigError: every problem of them.
     """
     return _checked(schema, values, {}, None, {})
+
+
+def build_section(make: Callable[..., T], **values: Any) -> T:
+    """Return the section that `make` builds; what it refuses becomes one error of this package."""
+    try:
+        return make(**values)
+    except ValueError as error:
+        raise ConfigError([reason_of(error)]) from error
+
+
+def reason_of(error: ValueError) -> str:
+    """Return what pydantic or a check of ours says, without pydantic's frame."""
+    found = getattr(error, "errors", None)
+    if found is None:
+        return str(error)
+    return "; ".join(entry["msg"].removeprefix("Value error, ") for entry in found())
 
 
 def option_names(schema: type[BaseSettings]) -> set[str]:

@@ -34,8 +34,8 @@ OFTEN = frozenset(
         *(
             f"data.{name}"
             for name in (
-                "dataset_name", "split", "eval_split", "eval_dataset_name", "eval_fraction",
-                "template", "format", "max_length", "max_examples",
+                "dataset_name", "split", "columns", "eval_split", "eval_dataset_name",
+                "eval_fraction", "template", "format", "max_length", "max_examples",
             )
         ),
         *(f"dpo.{name}" for name in ("beta", "loss_type", "max_length", "reference")),

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from modern_llm.config.errors import ConfigError, NotFiniteError
+from modern_llm.verbs.settings import reason_of
 from modern_llm.verbs.stage_settings import TrainingSettings
 
 log = logging.getLogger(__name__)
@@ -119,17 +120,10 @@ def _with(settings: TrainingSettings, chosen: dict[str, Any], name: str) -> Trai
             updated[section] = dataclasses.replace(getattr(settings, section), **values)
         except ValueError as error:
             shown = ", ".join(f"{section}.{k}={v}" for k, v in values.items() if k != "output_dir")
-            raise ConfigError([f"sweep: {shown}: {_reason(error)}"]) from error
+            raise ConfigError([f"sweep: {shown}: {reason_of(error)}"]) from error
     return settings.model_copy(update=updated | {"sweep": None})
 
 
 def _fields(settings: TrainingSettings, section: str) -> tuple[dataclasses.Field, ...]:
     found = getattr(settings, section, None)
     return dataclasses.fields(found) if dataclasses.is_dataclass(found) else ()
-
-
-def _reason(error: ValueError) -> str:
-    found = getattr(error, "errors", None)
-    if found is None:
-        return str(error)
-    return "; ".join(entry["msg"].removeprefix("Value error, ") for entry in found())

@@ -93,6 +93,25 @@ def test_a_file_in_place_of_the_data_section_is_its_dataset_name(run_file):
     assert read(run_file, "--data", '{"dataset_name": "x"}').data.dataset_name == "x"
 
 
+@pytest.mark.parametrize(
+    "word", ["prompt=question,chosen=best", '{"prompt": "question", "chosen": "best"}']
+)
+def test_names_of_columns_are_json_or_pairs_of_words(run_file, word, capsys):
+    assert read(run_file, "--data.columns", word).data.columns == {
+        "prompt": "question",
+        "chosen": "best",
+    }
+    assert main(["dpo", run_file, "--data.columns", "prompt"]) == 2
+    assert "--data.columns: write NAME=VALUE,NAME=VALUE or JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["score --output o.jsonl --model m", "evaluate --model m"])
+def test_a_wrong_name_of_a_column_is_one_line(verb, capsys):
+    assert main([*verb.split(), "--data", "d.jsonl", "--columns", "promt=q"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("modern-llm: error: columns: no format reads a column 'promt'")
+
+
 def test_the_long_twin_of_a_short_option_is_accepted_and_not_shown(run_file, capsys):
     settings = read(run_file, "--train.resume", "never", "--train.profile_steps", "2")
     assert settings.train.resume == "never" and settings.train.profile_steps == 2

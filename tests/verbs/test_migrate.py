@@ -18,7 +18,7 @@ model_type: LlamaForCausalLM
 rl: dpo
 rl_beta: 0.2
 datasets:
-  - {path: some/pairs, type: chatml.intel, split: "train[:90%]"}
+  - {path: some/pairs, type: chatml.intel, split: "train[:90%]", field_chosen: best}
 val_set_size: 0.05
 sequence_len: 2048
 sample_packing: false
@@ -126,6 +126,7 @@ def test_axolotl(migrated):
     result, run = migrated(AXOLOTL, "run.yaml", "--processes", "2")
     assert (result["tool"], result["stage"]) == ("Axolotl", "dpo")
     assert (run.sft_checkpoint, run.data.dataset_name) == ("some/model", "some/pairs")
+    assert run.data.columns == {"chosen": "best"}
     assert (run.train.batch_size, run.train.learning_rate) == (16, 2e-5)
     assert (run.train.epochs, run.train.warmup_ratio, run.train.weight_decay) == (2, 0.1, 0)
     assert (run.train.mixed_precision, run.train.gradient_checkpointing) == ("bf16", True)

@@ -176,6 +176,11 @@ NOT_NEEDED = {
     "freed memory is returned where it is needed": (
         "gc_steps gc_collect_steps torch_empty_cache_steps"
     ),
+    "the fastest exact kernel is chosen; train.attn_implementation names one of separate rows": (
+        "attn_implementation flash_attention sdp_attention xformers_attention flex_attention "
+        "eager_attention sage_attention flex_attn_compile_kwargs s2_attention scaling_softmax "
+        "scaling_softmax_factor scaling_softmax_bias"
+    ),
 }
 
 NO_EQUIVALENT = {
@@ -220,11 +225,6 @@ NO_EQUIVALENT = {
         "context_parallel_size context_parapllel_size sequence_parallel_degree heads_k_stride "
         "ring_attn_func tensor_parallel_size expert_parallel_size expert_parallel_num_nvl_bytes "
         "expert_parallel_token_capacity deepcompile"
-    ),
-    "train.attention chooses among kernels that were tested against the model": (
-        "attn_implementation flash_attention sdp_attention xformers_attention flex_attention "
-        "eager_attention sage_attention flex_attn_compile_kwargs s2_attention scaling_softmax "
-        "scaling_softmax_factor scaling_softmax_bias"
     ),
     "how activations are recomputed is fixed": (
         "gradient_checkpointing_kwargs selective_checkpointing activation_offloading "

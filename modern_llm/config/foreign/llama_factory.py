@@ -87,6 +87,9 @@ NOT_NEEDED = {
         "export_legacy_format export_hub_model_id"
     ),
     "MODERN_LLM_CACHE and HF_HOME name the caches": "cache_dir offload_folder",
+    "the fastest exact kernel is chosen; train.attn_implementation names one of separate rows": (
+        "flash_attn"
+    ),
 }
 
 NO_EQUIVALENT = {
@@ -127,7 +130,6 @@ NO_EQUIVALENT = {
         "rope_scaling shift_attn mixture_of_depths upcast_layernorm upcast_lmhead_output "
         "model_max_length compute_dtype use_reentrant_gc train_from_scratch"
     ),
-    "train.attention chooses among kernels that were tested against the model": "flash_attn",
     "the loss takes no such term": (
         "neftune_noise_alpha label_smoothing_factor pref_bco_weight use_dft_loss use_asft_loss "
         "asft_alpha use_eaft_loss eaft_alpha"

@@ -61,6 +61,9 @@ NOT_NEEDED = {
     "weights are trained in float32; train.mixed_precision is the forward's dtype": (
         "dtype torch_dtype bnb_4bit_quant_storage"
     ),
+    "the fastest exact kernel is chosen; train.attn_implementation names one of separate rows": (
+        "attn_implementation"
+    ),
 }
 
 NO_EQUIVALENT = {
@@ -89,9 +92,6 @@ NO_EQUIVALENT = {
     "data is tokenised once into a table on disk": "dataset_streaming streaming",
     "activations stay on the device; train.gradient_checkpointing saves memory": (
         "activation_offloading"
-    ),
-    "train.attention chooses among kernels that were tested against the model": (
-        "attn_implementation"
     ),
     "models are not patched": "ignore_bias_buffers",
     "set environment variables in the shell": "env",

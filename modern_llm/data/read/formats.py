@@ -85,7 +85,9 @@ def choose_format(formats: Sequence[Format], name: str, values: Values) -> Forma
         if entry.name == name or (name == "auto" and entry.fits(values)):
             return entry
     wanted = ", ".join(f"{entry.name} ({entry.columns})" for entry in formats)
-    raise RowFault(f"no format for the columns {named(values)}: known are {wanted}")
+    raise RowFault(
+        f"no format for the columns {named(values)}: known are {wanted}; columns maps other names"
+    )
 
 
 # Preferences

@@ -164,7 +164,7 @@ def _key(
     """Digest of everything that the tables depend on."""
     facts = {
         "version": VERSION,
-        "section": [type(config).__name__, asdict(config)],
+        "section": [type(config).__name__, _section(config)],
         "settings": recipe.settings,
         "tokenizer": tokenizer_identity(tokenizer),
         "sources": [
@@ -174,6 +174,15 @@ def _key(
     }
     text = json.dumps(facts, sort_keys=True)
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=20).hexdigest()
+
+
+def _section(config: DatasetConfig) -> dict[str, Any]:
+    """Return the options of a section; `columns` where it is set, as tables of before have none."""
+    options = asdict(config)
+    for values in (options, *(options["sources"] or ())):
+        if values["columns"] is None:
+            del values["columns"]
+    return options
 
 
 def _reuse(folder: Path, key: str) -> Prepared | None:

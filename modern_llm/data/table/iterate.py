@@ -17,6 +17,7 @@ from modern_llm.data.encode.tokenizer import Ids
 from modern_llm.data.read.formats import DOCUMENT, Format, Mode, Record, choose_format
 from modern_llm.data.read.readers import Row
 from modern_llm.data.read.records import Broken, ContentFault, Dropped, RowFault
+from modern_llm.data.read.renamed import RenamedColumns
 from modern_llm.data.read.sources import Source, open_source
 from modern_llm.data.read.values import Columns
 from modern_llm.data.table.counts import Drops
@@ -34,7 +35,7 @@ FELL_BACK = (
 class WeightedSource:
     """One training source with its weight; `format` is None to use the section's."""
 
-    source: Source
+    source: Source | RenamedColumns
     weight: float = 1.0
     format: str | None = None
 
@@ -58,7 +59,7 @@ def training_sources(config: DatasetConfig) -> list[WeightedSource]:
         return [WeightedSource(_open(config, config.dataset_name, config.split, config.subset))]
     return [
         WeightedSource(
-            _open(config, part.dataset_name, part.split, part.subset),
+            _open(config, part.dataset_name, part.split, part.subset, part.columns),
             part.weight,
             None if part.format == "auto" else part.format,
         )
@@ -66,7 +67,7 @@ def training_sources(config: DatasetConfig) -> list[WeightedSource]:
     ]
 
 
-def evaluation_source(config: DatasetConfig) -> Source | None:
+def evaluation_source(config: DatasetConfig) -> Source | RenamedColumns | None:
     """Return the source to evaluate on, where that is another than the one to train on."""
     if config.eval_dataset_name is not None:
         return _open(config, config.eval_dataset_name, config.eval_split, None, evaluation=True)
@@ -81,11 +82,13 @@ def _open(
     name: str,
     split: str | None,
     subset: str | None,
+    columns: dict[str, str] | None = None,
     *,
     evaluation: bool = False,
-) -> Source:
+) -> Source | RenamedColumns:
     documents = isinstance(config, DocumentDatasetConfig)
-    return open_source(
+    columns = columns or config.columns
+    source = open_source(
         name,
         split=split,
         subset=subset,
@@ -93,6 +96,7 @@ def _open(
         evaluation=evaluation,
         streaming=documents and config.streaming,
     )
+    return RenamedColumns(source, columns) if columns else source
 
 
 def read_items(

@@ -20,6 +20,15 @@ IGNORED = {
 """Reason -> options of one data set that need none here."""
 
 
+COLUMNS = {
+    "field_messages": "conversations", "field_prompt": "prompt", "field_chosen": "chosen",
+    "field_rejected": "rejected", "field_instruction": "instruction", "field_input": "input",
+    "field_output": "output", "field_system": "system", "field_tools": "tools", "field": "text",
+    "text_column": "text",
+}  # fmt: skip
+"""Options of one data set that name a column, with our name for it."""
+
+
 def sources_of(value: Any) -> tuple[dict[str, Any], str]:
     """Return the data options that a list of data sets sets, and what they leave out."""
     entries = [entry for entry in (value if isinstance(value, list) else [value]) if entry]
@@ -66,6 +75,10 @@ def _source(entry: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         source["split"], mark, part = str(rest.pop("split")).partition("[")
         if mark:
             notes.append(f"the part [{part} of a split has no equivalent: data.max_examples")
+    named = {name: rest.pop(name) for name in COLUMNS if isinstance(rest.get(name), str)}
+    columns = {COLUMNS[name]: value for name, value in named.items() if COLUMNS[name] != value}
+    if columns:
+        source["columns"] = columns
     for name, value in rest.items():
         reason = next((why for why, names in IGNORED.items() if name in names.split()), None)
         notes.append(f"{name}: {reason}" if reason else f"{name} {value!r:.40} has no equivalent")
