@@ -11,6 +11,8 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from modern_llm.config import TrainingConfig
@@ -36,6 +38,41 @@ FIELDS = {
     f"{ZERO}OFFLOAD_PARAM_DEVICE": "zero_optimization.offload_param.device",
 }
 NOTHING = ("", "no", "none", "auto", "false")
+
+
+# Variables with the number of processes that a launcher started.
+STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+def missing_processes(world: int) -> str:
+    """Return a warning if the launcher was told to start more processes than arrived, or nothing.
+
+    `accelerate launch --cpu --num_processes 2` starts one, and `srun` without torchrun starts
+    processes that do not know of each other.
+    """
+    counts = {name: os.environ.get(name, "") for name in STARTED}
+    counts["--num_processes of accelerate launch"] = _told_to_accelerate()
+    for name, text in counts.items():
+        if text.isdigit() and int(text) > world:
+            return (
+                f"{name} is {text}, and {world} process{'es' * (world > 1)} arrived: the others "
+                f"take no part; start with torchrun --nproc_per_node {text}, or accelerate launch "
+                "--config_file accelerate_configs/ddp.yaml"
+            )
+    return ""
+
+
+def _told_to_accelerate() -> str:
+    """Return the number after `--num_processes` on the command line of the parent process."""
+    try:
+        line = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:  # not Linux, or the parent has ended
+        return ""
+    words = line.replace("=", "\0").split("\0")
+    launches = "launch" in words or any("accelerate" in word for word in words)
+    names = {"--num_processes", "--num-processes", "-n"}
+    found = [after for word, after in pairwise(words) if word in names]
+    return found[0] if launches and found else ""
 
 
 def asked(name: str) -> bool:

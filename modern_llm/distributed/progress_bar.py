@@ -11,18 +11,25 @@ from modern_llm.config.printable import printable
 
 
 class ProgressBar:
-    """Lines on stdout and, on a terminal, a bar on stderr; nothing without `shown`."""
+    """Lines on stdout and, on a terminal, a bar on stderr; nothing without `shown`.
+
+    In a narrow terminal the bar is shorter, and the status has as many metrics as fit.
+    """
 
     def __init__(self, title: str, total: int, done: int, *, shown: bool):
         self._shown = shown
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         if shown and self._console.is_terminal:
+            narrow = self._console.width < 100
+            title = printable(title)[: 16 if narrow else 40]
+            counts, rest = 2 * len(str(total)) + 1, 26 if narrow else 47  # bar, time left, spaces
+            self._room = self._console.width - len(title) - counts - rest
             self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=8 if narrow else 24),
                 MofNCompleteColumn(),
-                TextColumn("time left"),
+                TextColumn("left" if narrow else "time left"),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[status]}", markup=False),
                 console=self._console,
@@ -32,6 +39,11 @@ class ProgressBar:
                 redirect_stdout=False,
             )
             self._task = self._bar.add_task(title, total=total, completed=done, status="")
+
+    @property
+    def is_visible(self) -> bool:
+        """Whether a bar shows the total and the time left; elsewhere the lines should."""
+        return self._bar is not None and sys.stdout.isatty()
 
     def __enter__(self) -> ProgressBar:
         if self._bar:
@@ -48,16 +60,22 @@ class ProgressBar:
             self._bar.update(self._task, completed=to)
 
     def status(self, text: str) -> None:
-        """Show the newest metrics beside the bar."""
+        """Show the newest metrics, with two spaces between them, beside the bar."""
         if self._bar:
-            self._bar.update(self._task, status=printable(text))
+            shown = ""
+            for part in printable(text).split("  "):
+                longer = f"{shown}  {part}" if shown else part
+                if len(longer) > self._room:
+                    break
+                shown = longer
+            self._bar.update(self._task, status=shown)
 
     def line(self, text: str) -> None:
         """Print one line on stdout, where scripts expect the documented console line."""
         if not self._shown:
             return
         text = printable(text)
-        if self._bar and sys.stdout.isatty():
+        if self._bar and self.is_visible:
             self._bar.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, flush=True)

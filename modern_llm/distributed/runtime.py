@@ -218,9 +218,32 @@ def start(config: TrainingConfig, record: dict[str, Any] | None = None) -> Runti
         plugin.dschf = None
     _check_started(accelerator, announced, deepspeed=deepspeed)
     runtime = Runtime(accelerator, config)
+    if runtime.is_main:
+        log.info("%s", _start_line(runtime))
+        if warning := launcher.missing_processes(runtime.world):
+            log.warning("warning: %s", warning)
     if record is not None and runtime.world > 1:
         _compare_inputs(runtime, record)
     return runtime
+
+
+def _start_line(runtime: Runtime) -> str:
+    """Return e.g. `processes: 8 on 1 machine, NVIDIA H100, precision bf16, ZeRO-2`."""
+    machines = max(1, runtime.world // int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world)))
+    cuda = runtime.device.type == "cuda"
+    parts = [
+        f"processes: {runtime.world} on {machines} machine{'s' * (machines > 1)}",
+        torch.cuda.get_device_name(runtime.device) if cuda else runtime.device.type,
+        f"precision {runtime.forward_dtype}",
+    ]
+    if runtime.stage is not None:
+        parts.append(f"ZeRO-{runtime.stage}")
+    elif runtime.accelerator.distributed_type == DistributedType.FSDP:
+        parts.append("FSDP")
+    elif cuda and runtime.world == 1 and torch.cuda.device_count() > 1:
+        count = torch.cuda.device_count()
+        parts.append(f"one of {count} GPUs is used (torchrun --nproc_per_node {count} uses all)")
+    return ", ".join(parts)
 
 
 def _check_started(accelerator: Accelerator, announced: int, *, deepspeed: bool) -> None:

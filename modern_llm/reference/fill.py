@@ -84,7 +84,7 @@ def fill(
     pieces, mine = _plan(answers, scoring, found, flush_every, part)
     needed, present = int(mine.sum()), int((found & mine).sum())
     pass_ = _Pass(runtime, answers, store, scoring)
-    with ProgressBar("reference", needed, present, shown=runtime.is_main) as display:
+    with ProgressBar("reference answers", needed, present, shown=runtime.is_main) as display:
         scored = pass_.run(pieces, lambda done: display.advance(min(present + done, needed)))
     return FillReport(needed, present, scored, time.perf_counter() - began)
 

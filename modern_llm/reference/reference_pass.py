@@ -210,7 +210,8 @@ class ReferencePass:
         if self._runtime.is_main:
             rate = report.scored / 2 / max(report.seconds, 1e-9)
             log.info(
-                "reference pass over %s: needed %d, found %d, scored %d in %.1f s%s",
+                "reference pass over %d %s: answers needed %d, found %d, scored %d in %.1f s%s",
+                len(answers.of_pairs),
                 pending.what,
                 report.needed,
                 report.found,

@@ -205,3 +205,41 @@ def test_fields_without_a_json_are_the_same_run(tmp_path, tiny_checkpoint, tiny_
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra: deepspeed)")
     ((file, fields),) = run_ranks(by_fields, 1, tiny_checkpoint, tiny_pairs, tmp_path, timeout=200)
     assert fields == file and len(file) == 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "world", "warned"),
+    [
+        ("SLURM_STEP_NUM_TASKS", "8", 1, True),
+        ("SLURM_STEP_NUM_TASKS", "2", 16, False),  # one task a node, each with torchrun
+        ("OMPI_COMM_WORLD_SIZE", "2", 1, True),
+        ("PMI_SIZE", "1", 1, False),
+        ("PMI_SIZE", "many", 1, False),
+    ],
+)
+def test_a_launch_of_more_processes_than_arrived_is_named(
+    variable, value, world, warned, monkeypatch
+):
+    for name in launcher.STARTED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    text = launcher.missing_processes(world)
+    assert bool(text) == warned
+    if warned:
+        assert text.startswith(f"{variable} is {value}, and 1 process arrived")
+        assert f"torchrun --nproc_per_node {value}" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("python /bin/accelerate launch --cpu --num_processes 2 -m x", "2"),
+        ("python -m accelerate.commands.launch --num_processes=4 x.py", "4"),
+        ("python /bin/accelerate launch --cpu -m x", ""),
+        ("python tool.py --num_processes 2", ""),
+    ],
+)
+def test_the_number_on_accelerates_command_line_is_found(line, found, monkeypatch):
+    words = "\0".join(line.split()).encode()
+    monkeypatch.setattr(launcher.Path, "read_bytes", lambda path: words)
+    assert launcher._told_to_accelerate() == found

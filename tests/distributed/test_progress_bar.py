@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+import pytest
+
 from modern_llm.distributed.progress_bar import ProgressBar
 from modern_llm.training.monitoring.metrics import status_line
 
@@ -31,6 +35,30 @@ def test_a_terminal_shows_step_metrics_and_time_left(capsys, monkeypatch):
     assert "step=40 loss=0.4523" in out
     for part in ("dpo-hh", "40/100", "time left", "accuracy 72.5%", "MFU 41.0%"):
         assert part in err, part
+
+
+@pytest.mark.parametrize(
+    ("columns", "title", "shown", "cut"),
+    [
+        ("80", "dpo-hh", ("1234/2000", "left", "loss 0.4523", "accuracy 72.5%"), "margin"),
+        ("80", "a-long-name-of-a-run-of-ours", ("a-long-name-of-a", "loss 0.4523"), "margin"),
+        ("50", "dpo-hh", ("1234/2000", "left"), "accuracy"),
+    ],
+)
+def test_a_narrow_terminal_shows_what_fits_whole(columns, title, shown, cut, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    with ProgressBar(title, 2000, 0, shown=True) as display:
+        display.advance(1234)
+        display.status(status_line(RECORD))
+        display._bar.refresh()
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    last = re.split(r"[\r\n]", text.strip())[-1]
+    assert len(last) <= int(columns) and "…" not in last
+    for part in shown:
+        assert part in last, part
+    assert cut not in last
 
 
 def test_elsewhere_there_are_plain_lines_only(capsys, monkeypatch):

@@ -6,7 +6,9 @@ Nothing here changes the run. Only rank 0 writes and prints; on other ranks the 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
+from datetime import timedelta
 
 from modern_llm.config import TrainingConfig
 from modern_llm.distributed.health import heartbeat
@@ -31,6 +33,8 @@ class Monitor:
 
     def __init__(self, config: TrainingConfig, run: RunFolder, total: int, done: int, shown: bool):
         self._shown = shown
+        self._total, self._done, self._first = total, done, done
+        self._began = time.perf_counter()
         self._run, self._metrics = run, run.log()
         self._display = ProgressBar(config.run_name, total, done, shown=shown)
         self._trackers = Trackers(config, run, shown=shown)
@@ -42,6 +46,7 @@ class Monitor:
     def __enter__(self) -> Monitor:
         heartbeat.enter("between steps")
         self._display.__enter__()
+        self._began = time.perf_counter()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -54,13 +59,22 @@ class Monitor:
 
     def advance(self, step: int) -> None:
         """Show that `step` is done."""
+        self._done = step
         self._display.advance(step)
         for text in self._profiler.advance(step):
             self._display.line(text)
 
     def line(self, text: str) -> None:
-        """Print one line on stdout."""
+        """Print one line on stdout, with the total and the time left where no bar shows them."""
+        if self._done > self._first and not self._display.is_visible:
+            text = f"{text} {self._left()}"
         self._display.line(text)
+
+    def _left(self) -> str:
+        """Return e.g. `steps=2000 left=1:02:30`, measured over the steps of this start."""
+        each = (time.perf_counter() - self._began) / (self._done - self._first)
+        left = timedelta(seconds=round(each * (self._total - self._done)))
+        return f"steps={self._total} left={left}".replace(" days, ", "d").replace(" day, ", "d")
 
     def complete(self, step: int, head: Mapping[str, float], more: Mapping[str, float]) -> None:
         """Add `more` to the record of `step`; `head` starts the record if there is none."""
