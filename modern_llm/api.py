@@ -26,6 +26,7 @@ from modern_llm.config import (
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.errors import ConfigError, close_to
 from modern_llm.config.foreign import meaning_here
+from modern_llm.distributed.notebook import one_line_errors
 
 BY_ARGUMENT = {
     "dataset_name": "data",
@@ -35,6 +36,7 @@ BY_ARGUMENT = {
 """Options that the functions take as objects too, under shorter names."""
 
 
+@one_line_errors()
 def dpo(
     model: Any,
     data: Any,
@@ -68,6 +70,7 @@ def dpo(
     return run_dpo(model, train, loss, section, tokenizer, lora_config=_lora(lora))
 
 
+@one_line_errors()
 def sft(
     model: Any,
     data: Any,
@@ -91,6 +94,7 @@ def sft(
     return run_sft(model, train, section, tokenizer, lora_config=_lora(lora))
 
 
+@one_line_errors()
 def pretrain(
     model: ModernLLMConfig | dict[str, Any],
     data: Any,

@@ -56,10 +56,11 @@ TABLE = {
     # storage: weights, configurations and adapters are files. huggingface_hub: the configuration
     # alone of a model on the Hub.
     "models": row("config storage", "torch transformers peft safetensors huggingface_hub"),
-    # huggingface_hub: whether the Hub answers. yaml: nodes compare the configuration file.
+    # huggingface_hub: whether the Hub answers. yaml: nodes compare the configuration file. IPython:
+    # output in the cell of a notebook, imported only where it runs already.
     "distributed": row(
         "config storage",
-        "torch torch.distributed accelerate deepspeed rich yaml huggingface_hub xxhash",
+        "torch torch.distributed accelerate deepspeed rich yaml huggingface_hub xxhash IPython",
     ),
     # A table of a million pairs is made without torch; only the tensors of one batch need it.
     "data": row(

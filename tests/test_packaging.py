@@ -105,7 +105,7 @@ def test_every_third_party_import_is_a_dependency_or_an_extra():
     names = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
     declared = {re.split(r"[<>=\[;]", name)[0].lower().replace("-", "_") for name in names}
     allowed = {name.partition(".")[0] for row in TABLE.values() for name in row.third_party}
-    aliases = {"yaml": "pyyaml"}
+    aliases = {"yaml": "pyyaml", "IPython": "ipython"}
     # Comes with transformers, accelerate and datasets, in the version that they need.
     carried = {"huggingface_hub"}
     carried.add("(a computed name)")  # the modules of this package that `modern_llm` names

@@ -11,6 +11,7 @@ from pathlib import Path
 from modern_llm.config import LoraConfig, PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.data.table.build import Prepared, prepare_tables
+from modern_llm.distributed.notebook import one_line_errors
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.load import inspect_checkpoint
 from modern_llm.models.scorer import TokenScorer
@@ -33,6 +34,7 @@ from modern_llm.training.tasks.preference import PreferenceTask
 __all__ = ["DPOConfig", "run_dpo"]
 
 
+@one_line_errors()
 def run_dpo(
     sft_checkpoint: ModelLike,
     train_config: TrainingConfig,

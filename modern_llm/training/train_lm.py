@@ -7,6 +7,7 @@ from pathlib import Path
 
 from modern_llm.config import DocumentDatasetConfig, ModernLLMConfig, TrainingConfig
 from modern_llm.data.table.build import prepare_tables
+from modern_llm.distributed.notebook import one_line_errors
 from modern_llm.models.build import build_model
 from modern_llm.setup import tables
 from modern_llm.setup.micro_batches import make_sources
@@ -20,6 +21,7 @@ from modern_llm.training.run.outcome import outcome_recorded
 from modern_llm.training.tasks.language import LanguageTask
 
 
+@one_line_errors()
 def run_training(
     model_config: ModernLLMConfig,
     train_config: TrainingConfig,

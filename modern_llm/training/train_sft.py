@@ -8,6 +8,7 @@ from pathlib import Path
 from modern_llm.config import InstructionDatasetConfig, LoraConfig, TrainingConfig
 from modern_llm.data.encode.kinds import kind_of
 from modern_llm.data.table.build import prepare_tables
+from modern_llm.distributed.notebook import one_line_errors
 from modern_llm.models.load import inspect_checkpoint
 from modern_llm.reference.adapter_free import base_fingerprint
 from modern_llm.reference.template_day import with_template_day
@@ -23,6 +24,7 @@ from modern_llm.training.run.outcome import outcome_recorded
 from modern_llm.training.tasks.language import LanguageTask
 
 
+@one_line_errors()
 def run_sft(
     pretrain_checkpoint: ModelLike,
     train_config: TrainingConfig,

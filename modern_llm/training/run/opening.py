@@ -9,6 +9,7 @@ from typing import Any
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import UserError
+from modern_llm.distributed import notebook
 from modern_llm.distributed.runtime import Runtime, start
 from modern_llm.training.monitoring.trackers import check_trackers
 from modern_llm.training.run.dry_run import DryRun
@@ -63,5 +64,9 @@ def open_run(
     if dry_run is not None:
         return runtime, dry_run.aside(runtime, run)
     if run.finished():
-        log.info("%s is already finished; remove %s to train again", config.run_name, run.path)
+        text = f"{config.run_name} is already finished; remove {run.path} to train again"
+        log.info("%s", text)
+        if runtime.is_main:
+            notebook.show(notebook.escaped(text), text)
+            notebook.link(run.path / "report.html", "report")
     return runtime, run
