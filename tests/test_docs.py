@@ -23,7 +23,9 @@ from modern_llm.verbs.command_line import read_words
 from modern_llm.verbs.stages import read_stage
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "examples" / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "examples" / "README.md", *(ROOT / "docs").rglob("*.md")]
+)
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -109,7 +111,7 @@ def test_links_between_pages_lead_somewhere():
 
 
 def test_the_table_of_losses_is_the_catalogues():
-    text = (ROOT / "docs" / "dpo.md").read_text("utf-8").partition("## Losses")[2]
+    text = (ROOT / "docs" / "reference" / "losses.md").read_text("utf-8")
     found = {}
     for names, reference in re.findall(r"^\| (`[^|]*`) \|.*\| (yes|no) \|$", text, re.M):
         found |= dict.fromkeys(re.findall("`([a-z_]+)`", names), reference == "yes")
@@ -143,7 +145,7 @@ def unfounded(section: str) -> list[str]:
 
 
 def test_figures_of_a_gpu_stand_with_device_and_date_or_not_at_all():
-    text = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
+    text = (ROOT / "docs" / "reference" / "benchmarks.md").read_text("utf-8")
     section = text.partition("## On a GPU")[2].partition("\n## ")[0]
     assert {(name, sign, float(need)) for name, _, sign, need in GPU_ROW.findall(section)} == {
         *((f"{shape}: pairs/s over TRL", ">=", 3.0) for shape in ("0.5B", "1.2B")),
@@ -165,23 +167,33 @@ def test_the_readme_is_short():
 def test_pages_and_api_reference_build_without_a_warning(tmp_path):
     pytest.importorskip("sphinx", reason="the extra `docs` is not installed")
     pytest.importorskip("myst_parser", reason="the extra `docs` is not installed")
+    pytest.importorskip("furo", reason="the extra `docs` is not installed")
     done = subprocess.run(
         [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html",
          "-d", str(tmp_path / "trees"), str(ROOT / "docs"), str(tmp_path / "html")],
         capture_output=True, text=True, timeout=240, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    api = (tmp_path / "html" / "api.html").read_text("utf-8")
+    reference = tmp_path / "html" / "reference"
+    api = (reference / "api.html").read_text("utf-8")
     for name in ("run_dpo", "TrainingConfig.learning_rate", "preference_loss", "evaluate_pairs"):
         assert name.split(".")[-1] in api, name
+    assert "FieldInfo" not in api and "OnResume" not in api
+    options = (reference / "options.html").read_text("utf-8")
+    sections = {"train": TrainingConfig, "dpo": DPOConfig, "data": PreferenceDatasetConfig}
+    for section, schema in sections.items():
+        for name in schema.__pydantic_fields__:
+            assert f'id="{section}-{name.replace("_", "-")}"' in options, name
+    commands_page = (reference / "commands.html").read_text("utf-8")
+    assert all(f'id="verb-{verb.replace(" ", "-")}"' in commands_page for verb in VERBS)
 
 
 def test_the_picture_of_the_architecture_is_up_to_date():
-    source = (ROOT / "docs" / "draw_architecture.py").read_text()
+    source = (ROOT / "docs" / "concepts" / "draw_architecture.py").read_text()
     names: dict = {"__name__": "draw_architecture"}
     exec(compile(source, "draw_architecture.py", "exec"), names)
-    picture = (ROOT / "docs" / "architecture.svg").read_text()
-    assert names["draw"]() == picture, "run python docs/draw_architecture.py"
+    picture = (ROOT / "docs" / "concepts" / "architecture.svg").read_text()
+    assert names["draw"]() == picture, "run python docs/concepts/draw_architecture.py"
     drawn = {box.name for row in names["ROWS"] for box in row}
     package = ROOT / "modern_llm"
     assert all((package / name).is_dir() for name in drawn - {"cli"})

@@ -26,10 +26,11 @@ ELSEWHERE = {
     "--push_to_hub": "needs an account",
     "sbatch": "tests/launch/test_sweep.py",
     "completion": "tests/verbs/test_completion.py",
+    "--help": "tests/verbs/test_help_text.py",
 }
 MODELS = (
     "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B", "meta-llama/Llama-3.1-70B-Instruct",
-    "path/to/sft_model", "models/sft",
+    "HuggingFaceTB/SmolLM2-135M-Instruct", "path/to/sft_model", "models/sft",
 )  # fmt: skip
 """Names of tiny models."""
 
@@ -75,17 +76,19 @@ def lines_of(page: Path) -> list[str]:
 
 def prepare(page: str, place: Path, cache: Path) -> None:
     """Make what a page speaks of as done before."""
-    if page == "evaluation.md":
-        shutil.copytree(place / "models" / "sft", place / "runs" / "dpo" / "dpo-hh_final")
+    if page in ("export.md", "lora.md"):
         pytest.importorskip("peft", reason="peft is not installed (extra: lora)")
-        words = ["--lora.rank", "4", "--train.run_name", "run", "--train.output_dir", "lora"]
-        assert main(["dpo", "--config", "run.yaml", *words]) == 0
-        shutil.copytree(place / "lora" / "run_final", place / "runs" / "lora" / "adapter")
-    elif page == "watching.md":
+    if page == "evaluate.md":
+        shutil.copytree(place / "models" / "sft", place / "runs" / "dpo" / "dpo-hh_final")
+    elif page == "export.md":
+        for folder, words in (("dpo", []), ("lora", ["--lora.rank", "4"])):
+            words = [*words, "--train.output_dir", f"runs/{folder}", "--train.save_every", "1"]
+            assert main(["dpo", "--config", "run.yaml", *words]) == 0
+    elif page == "watch.md":
         for beta in ("0.05", "0.1", "0.3"):
             words = ["--dpo.beta", beta, "--train.output_dir", f"runs/beta-{beta}"]
             assert main(["dpo", "--config", "run.yaml", *words]) == 0
-    elif page == "reference_store.md":
+    elif page == "reference_elsewhere.md":
         assert main(["reference", "fill", "--config", "run.yaml"]) == 0
         (store,) = (cache / "references").iterdir()
         for name in ("A", "B"):

@@ -73,6 +73,19 @@ def test_it_scores_nothing_after_a_run_that_has_scored(
     assert losses == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_loss_of_the_page_is_dpo_where_its_margin_is_zero():
+    import torch
+
+    page = SCRIPT.parents[1] / "docs" / "howto" / "own_loss.md"
+    names: dict = {}
+    exec(page.read_text("utf-8").split("```python\n")[1].partition("```")[0], names)
+    policy, reference = torch.randn(2, 5, 2, generator=torch.Generator().manual_seed(0))
+    losses = names["margin_loss"](policy, reference, beta=0.1, margin=0.0)
+    torch.testing.assert_close(losses, ml.preference_loss(policy, reference, None, beta=0.1))
+    larger = names["margin_loss"](policy, reference, beta=0.1)
+    assert losses.shape == (5,) and (larger > losses).all()
+
+
 def test_a_collator_refuses_an_index_outside_the_table(tiny_checkpoint, pairs, tmp_path):
     from modern_llm.data.table.build import prepare_tables
     from modern_llm.models.load import inspect_checkpoint, load_model, load_tokenizer, make_scorer

@@ -277,7 +277,7 @@ def figures(found: dict[str, dict[str, list[Measured]]]) -> list[Figure]:
 
 
 def table(found: dict[str, dict[str, list[Measured]]], data: str) -> str:
-    """Return the table for docs/benchmarks.md: device, versions, date, figures."""
+    """Return the table for docs/reference/benchmarks.md: device, versions, date, figures."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -140,7 +140,7 @@ def test_parts_move_as_they_must():
 
 
 def test_the_table_in_the_documentation_is_what_is_computed():
-    docs = Path(__file__).resolve().parents[2] / "docs"
+    docs = Path(__file__).resolve().parents[2] / "docs" / "reference"
     printed = subprocess.run(
         [sys.executable, docs / "memory_table.py"], text=True, capture_output=True, check=True
     )

@@ -1,7 +1,7 @@
-"""Draw `docs/architecture.svg`: `python docs/draw_architecture.py`.
+"""Draw `docs/concepts/architecture.svg`: `python docs/concepts/draw_architecture.py`.
 
 Rows are layers; a row may import the rows below it. Numbers are the path of one pair, as
-`docs/architecture.md` lists it.
+`docs/concepts/architecture.md` lists it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of `docs/memory.md`: `python docs/memory_table.py` prints it."""
+"""The table of `docs/reference/memory.md`: `python docs/reference/memory_table.py` prints it."""
 
 from __future__ import annotations
 
