@@ -8,10 +8,13 @@ clusters and the Hub's upload are run elsewhere or cannot be run here; `ELSEWHER
 from __future__ import annotations
 
 import io
+import json
 import shlex
 import shutil
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from modern_llm.cli import main
@@ -33,6 +36,15 @@ MODELS = (
     "HuggingFaceTB/SmolLM2-135M-Instruct", "path/to/sft_model", "models/sft",
 )  # fmt: skip
 """Names of tiny models."""
+AXOLOTL = """
+base_model: path/to/sft_model
+rl: dpo
+datasets: [{path: pairs.jsonl}]
+micro_batch_size: 2
+gradient_accumulation_steps: 4
+num_epochs: 1
+output_dir: runs/migrated
+"""
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +96,16 @@ def prepare(page: str, place: Path, cache: Path) -> None:
         for folder, words in (("dpo", []), ("lora", ["--lora.rank", "4"])):
             words = [*words, "--train.output_dir", f"runs/{folder}", "--train.save_every", "1"]
             assert main(["dpo", "--config", "run.yaml", *words]) == 0
+    elif page in ("migrate.md", "coming_from.md"):
+        (place / "run.yaml").unlink()  # it is what the page makes
+        for name in ("axolotl.yaml", "theirs.yaml"):
+            (place / name).write_text(AXOLOTL)
+    elif page == "data.md":
+        rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
+        columns = {"question": ["why?"] * len(rows)}
+        columns |= {new: [row[old] for row in rows] for new, old in
+                    (("best", "chosen"), ("worst", "rejected"))}  # fmt: skip
+        pyarrow.parquet.write_table(pyarrow.table(columns), place / "answers.parquet")
     elif page == "watch.md":
         for beta in ("0.05", "0.1", "0.3"):
             words = ["--dpo.beta", beta, "--train.output_dir", f"runs/beta-{beta}"]
