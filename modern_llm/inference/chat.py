@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,12 +116,13 @@ class Answerer:
     def converse(
         self, read: Callable[[], str | None], system: str | None = None
     ) -> Iterator[tuple[str, str]]:
-        """Answer each line, printed while it is generated, and yield (line, answer).
+        """Answer each prompt, printed while it is generated, and yield (prompt, answer).
 
-        With a chat template the prompt is the conversation so far; without one, only the line.
+        With a chat template the model reads the conversation so far; without one, only the prompt.
+        An interrupt ends the answer alone: neither it nor its prompt is part of the conversation.
 
         Args:
-            read: returns the next line, None at the end; the line `/new` starts a new conversation.
+            read: returns the next line, None at the end; `HELP` lists the lines that are commands.
             system: content of a system message before the first turn.
         """
         template = Template(self.tokenizer, self.options.template)
@@ -129,16 +131,47 @@ class Answerer:
             raise ConfigError(["system has no effect without a chat template: set template: chat"])
         start = [{"role": "system", "content": system}] if system is not None else []
         turns = list(start)
-        while (line := _read_line(read)) is not None:
-            if line.strip() == "/new":
+        while (prompt := _read_prompt(read)) is not None and prompt.strip() != "/exit":
+            if prompt.strip() in ("/reset", "/new"):
                 turns = list(start)
-                continue
-            if not line.strip():
-                continue
-            turns.append({"role": "user", "content": line})
-            answer = self.stream(turns if chat else line)
-            turns.append({"role": "assistant", "content": answer})
-            yield line, answer
+                print("a new conversation", file=sys.stderr)
+            elif prompt.strip() == "/help":
+                print(HELP, file=sys.stderr)
+            elif prompt.strip():
+                asked = [*turns, {"role": "user", "content": prompt}]
+                try:
+                    answer = self.stream(asked if chat else prompt)
+                except KeyboardInterrupt:
+                    print("\n(stopped; this turn is left out)", file=sys.stderr, flush=True)
+                    continue
+                turns = [*asked, {"role": "assistant", "content": answer}]
+                yield prompt, answer
+
+
+HELP = """\
+/help   this list
+/reset  a new conversation (also /new)
+/exit   end; so does Ctrl-D
+\\       at the end of a line: the prompt has another line
+\"\"\"     alone on a line: the prompt is all lines up to the next one
+Ctrl-C  ends an answer alone"""
+"""Commands of a conversation, for people."""
+
+
+def _read_prompt(read: Callable[[], str | None]) -> str | None:
+    """Return the next prompt, of several lines where they say so; None at the end."""
+    line = _read_line(read)
+    if line is None:
+        return None
+    lines = []
+    if line.strip() == '"""':
+        while (line := _read_line(read)) is not None and line.strip() != '"""':
+            lines.append(line)
+        return "\n".join(lines)
+    while line is not None and line.endswith("\\"):
+        lines.append(line[:-1])
+        line = _read_line(read)
+    return "\n".join([*lines, *([line] if line is not None else [])])
 
 
 class _PrintableStreamer(TextStreamer):

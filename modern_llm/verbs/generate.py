@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -32,7 +32,7 @@ class GenerateSettings(Settings):
     messages) or messages."""
     interactive: bool = False
     """Talk: each line is answered as it is typed, with the turns before it where a chat template
-    is used; /new starts over, an empty input (Ctrl-D) ends."""
+    is used; /help lists the commands, Ctrl-C ends an answer, Ctrl-D the talk."""
     stream: bool = False
     """Print each answer while it is made, one prompt after the other."""
     system: str | None = None
@@ -59,7 +59,7 @@ class GenerateSettings(Settings):
 def generate(settings: GenerateSettings) -> dict[str, Any]:
     """Answer the prompts, print and return the answers."""
     _check(settings)
-    # In a talk an interrupt ends the program, as in any shell.
+    # In a talk an interrupt ends one answer.
     with nullcontext() if settings.interactive else StopRequest():
         from modern_llm.distributed.collectives import Peers
         from modern_llm.distributed.health.watchdog import Watchdog, nowhere
@@ -122,8 +122,17 @@ def _with_system(prompt: str | list, settings: GenerateSettings) -> str | list:
 
 
 def _read_line() -> str | None:
-    """Return the next line of a chat, after a prompt mark if a person types."""
-    if sys.stdin.isatty():
-        print("> ", end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
-    return line.rstrip("\n") if line else None
+    """Return the next line of a talk; a person gets a prompt mark, a history and line editing."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    with suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401 - input() uses it
+    while True:
+        try:
+            return input("> ")
+        except EOFError:
+            print()
+            return None
+        except KeyboardInterrupt:
+            print("\n(/exit or Ctrl-D ends, /help lists the commands)", file=sys.stderr)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modern_llm.cli import main
 from modern_llm.config.printable import printable
 from modern_llm.data.encode.chat_template import FALLBACK_CHAT_TEMPLATE
+from modern_llm.inference.chat import Answerer
 
 
 def plain(place, text: str, tokens: int = 6) -> str:
@@ -73,6 +74,38 @@ def test_a_talk_remembers_its_turns_until_it_is_new(place, capsys, monkeypatch):
     assert [a["answer"] for a in found] == [
         first, plain(place, rendered(place, turns)), plain(place, rendered(place, [user("why")]))
     ]  # fmt: skip
+
+
+def test_commands_and_prompts_of_several_lines(place, capsys, monkeypatch):
+    lines = ["/help", "a red\\", "cat", "/reset", '"""', "why", "", "not", '"""', "/exit", "never"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert main([*words(place), "--interactive", "--template", "chat", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out.splitlines()[-1])["answers"]
+    assert [a["prompt"] for a in found] == ["a red\ncat", "why\n\nnot"]
+    assert found[1]["answer"] == plain(place, rendered(place, [user("why\n\nnot")]))
+    assert "/reset  a new conversation" in err and "a new conversation\n" in err
+
+
+def test_an_interrupt_ends_one_answer_alone(place, capsys, monkeypatch):
+    real, calls = Answerer.stream, []
+
+    def stream(self, prompt):
+        calls.append(prompt)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, prompt)
+
+    monkeypatch.setattr(Answerer, "stream", stream)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a red cat\nlong\nwhy\n"))
+    assert main([*words(place), "--interactive", "--template", "chat", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [a["prompt"] for a in json.loads(out.splitlines()[-1])["answers"]] == [
+        "a red cat",
+        "why",
+    ]
+    assert "(stopped; this turn is left out)" in err
+    assert [turn["content"] for turn in calls[2]][::2] == ["a red cat", "why"]
 
 
 def test_without_a_chat_template_each_line_stands_alone(place, capsys, monkeypatch):
