@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from modern_llm.objectives.preference import preference_loss
     from modern_llm.reference.store.store import ReferenceStore
     from modern_llm.setup.micro_batches import PairCollator
+    from modern_llm.training.callbacks import Callback, Control, TrainState
     from modern_llm.training.train_dpo import run_dpo
     from modern_llm.training.train_lm import run_training
     from modern_llm.training.train_sft import run_sft
@@ -52,6 +53,7 @@ _MODULES = {
     "modern_llm.objectives.preference": "preference_loss",
     "modern_llm.reference.store.store": "ReferenceStore",
     "modern_llm.setup.micro_batches": "PairCollator",
+    "modern_llm.training.callbacks": "Callback Control TrainState",
     "modern_llm.training.train_dpo": "run_dpo",
     "modern_llm.training.train_lm": "run_training",
     "modern_llm.training.train_sft": "run_sft",
@@ -59,7 +61,9 @@ _MODULES = {
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [
+    "Callback",
     "ConfigError",
+    "Control",
     "DPOConfig",
     "DataError",
     "DocumentDatasetConfig",
@@ -75,6 +79,7 @@ __all__ = [
     "Stopped",
     "StorageError",
     "TokenScorer",
+    "TrainState",
     "TrainingConfig",
     "UserError",
     "dpo",

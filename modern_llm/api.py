@@ -10,7 +10,7 @@ siblings take the sections themselves.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ def dpo(
     tokenizer: Any = None,
     eval_data: Any = None,
     lora: LoraConfig | dict[str, Any] | bool = False,
+    callbacks: Sequence[Any] = (),
     **options: Any,
 ) -> Path:
     """Train a model on preference pairs with DPO or a loss of its family; return its final folder.
@@ -57,6 +58,7 @@ def dpo(
         tokenizer: name or object; by default the model's own.
         eval_data: held-out pairs, in any form that `data` has.
         lora: train adapters: True, options of `LoraConfig`, or one.
+        callbacks: your own code in the loop: objects of `Callback` or `TrainerCallback`.
         options: any option of `TrainingConfig`, `DPOConfig` and `PreferenceDatasetConfig`.
 
     Raises:
@@ -67,7 +69,9 @@ def dpo(
 
     schemas = (TrainingConfig, DPOConfig, PreferenceDatasetConfig)
     train, loss, section = _sections("dpo", schemas, output_dir, data, eval_data, options)
-    return run_dpo(model, train, loss, section, tokenizer, lora_config=_lora(lora))
+    return run_dpo(
+        model, train, loss, section, tokenizer, lora_config=_lora(lora), callbacks=callbacks
+    )
 
 
 @one_line_errors()
@@ -79,6 +83,7 @@ def sft(
     tokenizer: Any = None,
     eval_data: Any = None,
     lora: LoraConfig | dict[str, Any] | bool = False,
+    callbacks: Sequence[Any] = (),
     **options: Any,
 ) -> Path:
     """Fine-tune a model on instructions or conversations; return its final folder.
@@ -91,7 +96,7 @@ def sft(
 
     schemas = (TrainingConfig, InstructionDatasetConfig)
     train, section = _sections("sft", schemas, output_dir, data, eval_data, options)
-    return run_sft(model, train, section, tokenizer, lora_config=_lora(lora))
+    return run_sft(model, train, section, tokenizer, lora_config=_lora(lora), callbacks=callbacks)
 
 
 @one_line_errors()
@@ -102,6 +107,7 @@ def pretrain(
     output_dir: str | Path,
     tokenizer: Any,
     eval_data: Any = None,
+    callbacks: Sequence[Any] = (),
     **options: Any,
 ) -> Path:
     """Train a new model on documents; return its final folder.
@@ -116,7 +122,7 @@ def pretrain(
     shape = model if isinstance(model, ModernLLMConfig) else _built(ModernLLMConfig, model)
     schemas = (TrainingConfig, DocumentDatasetConfig)
     train, section = _sections("pretrain", schemas, output_dir, data, eval_data, options)
-    return run_training(shape, train, section, tokenizer)
+    return run_training(shape, train, section, tokenizer, callbacks=callbacks)
 
 
 def _sections(

@@ -25,7 +25,8 @@ from tests.helpers.imports import (
 )
 
 CORE = frozenset(
-    "loop accumulation context optim prefetch task throughput checkpointing guards "
+    "loop accumulation best callbacks context optim prefetch task trainer_callbacks window "
+    "checkpointing guards "
     "monitoring.diagnostics monitoring.metrics monitoring.monitor monitoring.profiler "
     "monitoring.trackers run.config_changes run.folder run.lock".split()
 )
@@ -42,7 +43,7 @@ TABLE = {
     # layer: what it may import of the project; of others, besides the standard library
     # Names alone: each module is imported when one of its names is first used.
     "package": Layer(
-        frozenset("api config models objectives reference setup stages".split()),
+        frozenset("api config models objectives reference setup stages training.callbacks".split()),
         frozenset({"(a computed name)"}),
     ),
     "config": row("objectives.catalogue", "pydantic"),
@@ -90,6 +91,7 @@ TABLE = {
     "core": row(
         "config storage distributed models.out_of_memory models.run_checkpoint",
         "torch accelerate safetensors yaml",
+        only_in={"transformers": frozenset({"training.trainer_callbacks"})},
     ),
     # train_*.py and what they are made of; a train_*.py itself is imported by cli and demo only.
     "stages": row(f"{BELOW} objectives inference export report core", "torch transformers numpy"),

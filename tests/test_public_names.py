@@ -12,10 +12,10 @@ import modern_llm
 
 # Written down here, so that a name cannot vanish: scripts import them.
 DOCUMENTED = """
-    ConfigError DPOConfig DataError DocumentDatasetConfig InstructionDatasetConfig LoraConfig
-    MoEConfig ModernLLMConfig NotFiniteError PairCollator PeerError PreferenceDatasetConfig
-    ReferenceStore Stopped StorageError TokenScorer TrainingConfig UserError dpo preference_loss
-    pretrain run_dpo run_sft run_training sft
+    Callback ConfigError Control DPOConfig DataError DocumentDatasetConfig
+    InstructionDatasetConfig LoraConfig MoEConfig ModernLLMConfig NotFiniteError PairCollator
+    PeerError PreferenceDatasetConfig ReferenceStore Stopped StorageError TokenScorer TrainState
+    TrainingConfig UserError dpo preference_loss pretrain run_dpo run_sft run_training sft
 """.split()
 
 

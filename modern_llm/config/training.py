@@ -160,6 +160,16 @@ class TrainingConfig:
     """Steps between checkpoints; one is written at the end of training only as the final model."""
     keep_checkpoints: Free[Positive] = 2
     """Newest checkpoints that are kept."""
+    keep_best: Free[bool] = False
+    """Save after each evaluation that is the best so far, and keep that checkpoint beside the
+    newest ones, as output_dir/best. The final model is still that of the last step."""
+    best_metric: Free[str | None] = None
+    """Metric of the evaluations that decides which is the best: eval/loss by default;
+    eval/perplexity, and in DPO eval/rewards/accuracies, eval/rewards/margins, eval/rewards/chosen
+    or eval/logps/chosen. Losses and perplexity are better when lower, the others when higher."""
+    early_stopping_patience: Accepted[Positive | None] = None
+    """Evaluations in a row that are not better than the best one, after which the run ends; off by
+    default."""
     background_saving: Free[bool] = False
     """Copy the state into the host's memory (12 bytes a trained parameter, shared by the processes
     under ZeRO) and write it while training continues, one checkpoint at a time. The last one before
@@ -227,6 +237,10 @@ class TrainingConfig:
                 "generate_prompts has no effect without generate_every: set it",
             ),
             (
+                self.best_metric is not None and not self.follows_evaluation,
+                "best_metric has no effect without keep_best or early_stopping_patience: set one",
+            ),
+            (
                 len(set(self.trackers)) < len(self.trackers),
                 "trackers names one twice: name each once",
             ),
@@ -251,6 +265,11 @@ class TrainingConfig:
             return self.warmup_steps
         # The margin: 0.07 * 100 is 7.000000000000001, and 7 steps are meant.
         return math.ceil(self.warmup_ratio * total - 1e-9)
+
+    @property
+    def follows_evaluation(self) -> bool:
+        """Whether the run depends on which evaluation is the best, and so needs evaluation data."""
+        return self.keep_best or self.early_stopping_patience is not None
 
     @property
     def examples_per_micro_batch(self) -> int | None:

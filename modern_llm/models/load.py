@@ -80,7 +80,7 @@ def inspect_checkpoint(place: str | Path) -> Checkpoint:
 
     Args:
         place: Hub id, `transformers` folder, `.pt` file, a checkpoint that a run saved
-            (`RUN/checkpoints/step-00000500`), or the newest one of a run folder (`RUN/last`).
+            (`RUN/checkpoints/step-00000500`, or the newest or best as `RUN/last`, `RUN/best`).
     """
     place = checkpoint_folder(place)
     if place.endswith(".pt"):

@@ -73,20 +73,42 @@ def load_weights(
 
 
 def checkpoint_folder(place: str | Path) -> str:
-    """Return `place`, or for `RUN/last` the newest intact checkpoint of that run folder.
+    """Return `place`, or the checkpoint that `RUN/last` or `RUN/best` names.
+
+    `last` is the newest intact checkpoint of that run folder. `best` is the one with the best
+    evaluation, which the newest one records.
 
     Raises:
-        UserError: the run has saved none.
-        StorageError: none that it saved is intact.
+        UserError: the run has saved none, or follows no evaluation.
+        StorageError: none that it saved is intact, or the best one is gone.
     """
     path = Path(place)
     saved = path.parent / "checkpoints"
-    if path.name != "last" or path.exists() or not saved.is_dir():
+    if path.name not in ("last", "best") or path.exists() or not saved.is_dir():
         return str(place)
     found = newest(saved)
     if found is None:
         raise UserError(f"checkpoint {place}: {saved} holds no checkpoint yet")
-    return str(found[0])
+    folder, manifest = found
+    return str(folder if path.name == "last" else _best(place, folder, manifest))
+
+
+def _best(place: str | Path, folder: Path, manifest: dict[str, Any]) -> Path:
+    """Return the checkpoint that this manifest calls the best."""
+    best = manifest.get("best")
+    step = best.get("step") if isinstance(best, dict) else None
+    if not isinstance(step, int) or best.get("value") is None:
+        raise UserError(
+            f"checkpoint {place}: {folder.name} records no best evaluation: the run needs "
+            "train.keep_best and evaluation data"
+        )
+    found = folder.parent / f"step-{step:08d}"
+    if not found.is_dir():
+        raise StorageError(
+            f"checkpoint {place}: {found} is gone; without train.keep_best the best one is "
+            f"removed like others: use {folder}"
+        )
+    return found
 
 
 def weight_files(folder: Path, kind: str = WEIGHTS) -> list[Path]:

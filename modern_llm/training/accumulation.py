@@ -20,12 +20,12 @@ from torch import Tensor
 
 from modern_llm.config.errors import UserError
 from modern_llm.distributed.health import heartbeat
-from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.out_of_memory import is_out_of_memory
 from modern_llm.storage.fault_points import around
 from modern_llm.training.context import TrainingContext
 from modern_llm.training.guards import loss_spikes, nonfinite
 from modern_llm.training.guards.memory import CURES
+from modern_llm.training.window import add, over_ranks
 
 
 class Gradients(NamedTuple):
@@ -153,20 +153,6 @@ def _out_of_memory_error(context: TrainingContext, step: int, message: str) -> U
 
 def _first(text: str) -> str:
     return text.split(". ")[0].splitlines()[0]
-
-
-def over_ranks(runtime: Runtime, sums: dict[str, Tensor]) -> dict[str, float]:
-    """Sum all statistics over the ranks in one reduction, in float64 where the device has it."""
-    names = sorted(sums)
-    dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
-    stacked = torch.stack([sums[name].to(dtype).to(runtime.device) for name in names])
-    return dict(zip(names, runtime.sum(stacked).tolist(), strict=True))
-
-
-def add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
-    """Add the statistics `more` to `sums` in place."""
-    for name, value in more.items():
-        sums[name] = sums[name] + value if name in sums else value
 
 
 def _seed(device: torch.device, *numbers: Any) -> None:

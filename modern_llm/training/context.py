@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,13 @@ from typing import Any
 from modern_llm.config import TrainingConfig
 from modern_llm.distributed.engine import Engine
 from modern_llm.distributed.runtime import Runtime
+from modern_llm.training.best import Best
 from modern_llm.training.guards.state import GuardState
 from modern_llm.training.run.folder import RunFolder
 from modern_llm.training.task import Task
+from modern_llm.training.window import Window
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -39,7 +44,27 @@ class TrainingContext:
     run: RunFolder
     guards: GuardState
     total: int
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run; the learning rate is a function of it."""
+    window: Window
+    """Sums since the last logged line."""
+    best: Best | None = None
+    """What follows the evaluations, if an option asks for it."""
+    end: int = 0
+    """The last step: `total`, or an earlier one at which early stopping or a callback ended the
+    run."""
+    ended: str = ""
+    """Why the run ended before `total`."""
+    asked: set[str] = field(default_factory=set)
+    """What happens after this step though it is not due: `save`, `evaluate`; equal on all ranks."""
+
+    def __post_init__(self) -> None:
+        self.end = self.total
+
+    def end_at(self, step: int, reason: str) -> None:
+        """End the run after `step`; called on all ranks."""
+        self.end, self.ended = step, reason
+        if self.runtime.is_main:
+            log.info("training ends after step %d of %d: %s", step, self.total, reason)
 
     @property
     def config(self) -> TrainingConfig:

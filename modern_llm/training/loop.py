@@ -19,7 +19,9 @@ from modern_llm.distributed.engine import Engine
 from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.distributed.shutdown.consensus import begin_asking, check, stop_asked
-from modern_llm.training.accumulation import accumulate, add, over_ranks
+from modern_llm.training.accumulation import accumulate
+from modern_llm.training.best import PREFIX
+from modern_llm.training.callbacks import Callbacks
 from modern_llm.training.checkpointing.resume import start_training
 from modern_llm.training.checkpointing.saver import Saver
 from modern_llm.training.context import Resume, TrainingContext
@@ -30,7 +32,7 @@ from modern_llm.training.optim import is_due, learning_rate, set_learning_rate
 from modern_llm.training.prefetch import Prefetch
 from modern_llm.training.run.folder import RunFolder
 from modern_llm.training.task import Task
-from modern_llm.training.throughput import Throughput
+from modern_llm.training.window import add, over_ranks
 
 
 class Sample(Protocol):
@@ -61,6 +63,7 @@ def train(
     resume: Resume,
     sample: Sample | None = None,
     peak: float = 0.0,
+    callbacks: Callbacks | None = None,
 ) -> Engine:
     """Train until the last step, or until a signal asks to stop; return the engine.
 
@@ -70,49 +73,74 @@ def train(
         resume: the checkpoint to resume from, and the digests that later resumes must share.
         sample: answers fixed prompts before the first step and every `generate_every` steps.
         peak: operations per second of one process's device, for `mfu`; 0 where unknown.
+        callbacks: a user's own code.
 
     Raises:
         NotFiniteError: a loss or gradient is not finite; nothing of that step was applied.
         Stopped: a signal asked to stop; the state is saved.
     """
     total = total_steps(run.config, task)
-    context, start, pending = start_training(runtime, scorer, task, run, resume, total)
+    context, start, pending = start_training(runtime, scorer, task, run, resume, total, peak)
     run.done = start
     context.engine.model.train()
-    throughput = Throughput(run.log().elapsed() if start else 0.0, time.perf_counter(), peak)
     task.budget.begin(runtime, run)
     saver = Saver(context, resume, start)
     saver.check_room((total - 1) // run.config.save_every - start // run.config.save_every)
     check(runtime, f"after step {start}" if start else "before the first step")
     if sample is not None:
         sample.start(start)
+    callbacks = (callbacks or Callbacks()).begin(context, start)
     with (
         Prefetch(task, runtime.device, total) as context.task,
         Monitor(run.config, run, total, start, runtime.is_main) as monitor,
+        callbacks,
         saver,
     ):
         if pending:
-            position = _position(context, throughput, start)
-            monitor.complete(start, position, _evaluate_if_due(context, sample, monitor, start))
-        for step in range(start + 1, total + 1):
-            began = time.perf_counter()
-            sums, grad_norm = _optimizer_step(context, step - 1)
-            _settle_if_read(context, sample, step)
-            throughput.add(time.perf_counter() - began, sums)
-            monitor.advance(step)
-            record: dict[str, float] = {}
-            if _is_logged(context, step):
-                record = _training_metrics(context, sums, throughput, grad_norm, step)
-                monitor.line(console_line(step, record))
-            interrupted = False
-            try:
-                record |= _evaluate_if_due(context, sample, monitor, step)
-            except Stopped:
-                interrupted = True  # rerun on resume
-            if record:
-                monitor.record(step, _position(context, throughput, step) | record)
-            _save_or_stop(context, saver, step, interrupted)
+            found = _evaluate_if_due(context, sample, monitor, callbacks, start)
+            monitor.complete(start, _position(context, start), found)
+            context.asked.clear()  # this step is saved already
+        step = start
+        while step < context.end:
+            step += 1
+            _step(context, sample, monitor, callbacks, saver, step)
+        saver.finish()
+        _tell(callbacks, saver, step)
+    run.ended = context.ended
     return context.engine
+
+
+def _step(
+    context: TrainingContext,
+    sample: Sample | None,
+    monitor: Monitor,
+    callbacks: Callbacks,
+    saver: Saver,
+    step: int,
+) -> None:
+    """Do step `step` (from 1) and what is due after it.
+
+    Raises:
+        Stopped: a signal asked to stop; the state is saved.
+    """
+    began = time.perf_counter()
+    sums, grad_norm = _optimizer_step(context, step - 1)
+    _settle_if_read(context, sample, step)
+    context.window.add(step - 1, time.perf_counter() - began, sums)
+    monitor.advance(step)
+    callbacks.call("on_step_end", step)
+    record = _log_if_due(context, monitor, callbacks, grad_norm, step)
+    callbacks.decide(step)
+    interrupted = False
+    try:
+        evaluated = _evaluate_if_due(context, sample, monitor, callbacks, step)
+    except Stopped:
+        evaluated, interrupted = {}, True  # rerun on resume
+    if step == context.end and not record:  # ended by a callback or an evaluation
+        record = _log_if_due(context, monitor, callbacks, grad_norm, step)
+    if record := record | evaluated:
+        monitor.record(step, _position(context, step) | record)
+    _save_or_stop(context, saver, callbacks, step, interrupted)
 
 
 def _optimizer_step(
@@ -152,10 +180,16 @@ def _settle_if_read(context: TrainingContext, sample: Sample | None, step: int) 
         or (sample is not None and is_due(config.generate_every, step, total))
         or is_due(config.save_every, step, total)
     ):
-        with heartbeat.quick("waiting for the result", step):
-            context.guards.settle()
+        _settle(context, step)
     # Until its flag arrives, a step may still turn out to be non-finite.
     context.run.done = step if context.guards.pending is None else step - 1
+
+
+def _settle(context: TrainingContext, step: int) -> None:
+    """Wait for the finite flag of `step`."""
+    with heartbeat.quick("waiting for the result", step):
+        context.guards.settle()
+    context.run.done = step
 
 
 def _is_logged(context: TrainingContext, step: int) -> bool:
@@ -163,30 +197,39 @@ def _is_logged(context: TrainingContext, step: int) -> bool:
 
     The device reports a skipped step during the next step, which is then logged instead.
     """
-    due = is_due(context.config.log_every, step, context.total, at_end=True)
+    due = is_due(context.config.log_every, step, context.end, at_end=True)
     return due or step == 1 or context.guards.skipped > context.guards.logged
 
 
-def _training_metrics(
+def _log_if_due(
     context: TrainingContext,
-    sums: dict[str, Tensor],
-    throughput: Throughput,
+    monitor: Monitor,
+    callbacks: Callbacks,
     grad_norm: Tensor | float,
     step: int,
 ) -> dict[str, float]:
-    """Return the logged metrics: averages over all ranks, rates, skips and token budget."""
+    """Print a line if one is due, and return its metrics, else nothing."""
+    if not _is_logged(context, step):
+        return {}
+    _settle(context, step)
+    record = _training_metrics(context, grad_norm, step)
+    monitor.line(console_line(step, record))
+    callbacks.call("on_log", step, record)
+    return record
+
+
+def _training_metrics(
+    context: TrainingContext, grad_norm: Tensor | float, step: int
+) -> dict[str, float]:
+    """Return the logged metrics: averages over all examples since the last line, rates, skips and
+    token budget. `grad_norm` and `lr` are those of this step."""
     runtime, task, guards = context.runtime, context.task, context.guards
     guards.logged = guards.skipped
-    window, counts = throughput.take()
-    since = {"window": counts["tokens"], "operations": counts["flops"]}
     with heartbeat.quick("averaging the metrics", step):
-        totals = over_ranks(runtime, sums | since)
-    seconds = max(window, 1e-9)
-    rate, operations = totals.pop("window") / seconds, totals.pop("operations") / seconds
+        totals, speed = context.window.take(runtime)
     metrics = {
         **task.metrics(totals),
-        "tokens_per_second": rate,
-        "mfu": operations / (throughput.peak * runtime.world) if throughput.peak else 0.0,
+        **speed,
         "memory_gb": peak_memory_gb(runtime.device),
         "grad_norm": float(grad_norm),
         "lr": learning_rate(context.config, step - 1, context.total),
@@ -200,27 +243,49 @@ def _training_metrics(
     return metrics
 
 
-def _position(context: TrainingContext, throughput: Throughput, step: int) -> dict[str, float]:
+def _position(context: TrainingContext, step: int) -> dict[str, float]:
     """Return step, elapsed seconds and examples seen."""
     examples = context.task.consumed(step)
-    return {"step": step, "elapsed_s": throughput.elapsed(), "examples": examples}
+    return {"step": step, "elapsed_s": context.window.elapsed(), "examples": examples}
 
 
 def _evaluate_if_due(
-    context: TrainingContext, sample: Sample | None, monitor: Monitor, step: int
+    context: TrainingContext,
+    sample: Sample | None,
+    monitor: Monitor,
+    callbacks: Callbacks,
+    step: int,
 ) -> dict[str, float]:
-    """Evaluate and answer the fixed prompts if it is time; return metrics.
+    """Evaluate and answer the fixed prompts if it is time or asked; return metrics.
 
     Raises:
         Stopped: a signal arrived during the evaluation.
     """
     config, metrics = context.config, {}
-    if is_due(config.eval_every, step, context.total, at_end=True):
+    due = is_due(config.eval_every, step, context.end, at_end=True)
+    if due or "evaluate" in context.asked:
+        context.asked.discard("evaluate")
+        _settle(context, step)
         metrics |= _evaluate(context, monitor, step)
-    if sample is not None and is_due(config.generate_every, step, context.total, at_end=True):
+    if metrics:
+        _follow(context, step, metrics)
+        callbacks.call("on_evaluate", step, dict(metrics))
+        callbacks.decide(step)
+    if sample is not None and is_due(config.generate_every, step, context.end, at_end=True):
         with heartbeat.phase("sample answers", step):
             metrics |= sample(step)
     return metrics
+
+
+def _follow(context: TrainingContext, step: int, metrics: dict[str, float]) -> None:
+    """Ask for a save of the best evaluation so far, and end the run if there was none for long."""
+    best = context.best
+    if best is None:
+        return
+    if best.look(step, metrics) and context.config.keep_best:
+        context.asked.add("save")
+    if best.exhausted and step < context.end:
+        context.end_at(step, f"{best.since} evaluations since the best, {best}")
 
 
 @torch.no_grad()
@@ -241,22 +306,34 @@ def _evaluate(context: TrainingContext, monitor: Monitor, step: int) -> dict[str
     with heartbeat.quick("averaging the evaluation", step):
         metrics = task.metrics(over_ranks(runtime, sums))
     monitor.line(f"evaluation {console_line(step, metrics)}")
-    return {f"eval/{name}": value for name, value in metrics.items()}
+    return {f"{PREFIX}{name}": value for name, value in metrics.items()}
 
 
-def _save_or_stop(context: TrainingContext, saver: Saver, step: int, interrupted: bool) -> None:
-    """Save if it is time; on a signal save and raise `Stopped`.
+def _save_or_stop(
+    context: TrainingContext, saver: Saver, callbacks: Callbacks, step: int, interrupted: bool
+) -> None:
+    """Save if it is time or asked; on a signal save and raise `Stopped`.
 
     Args:
         interrupted: the evaluation after this step was interrupted and must be rerun on resume.
     """
-    runtime, total = context.runtime, context.total
+    runtime, end = context.runtime, context.end
     with heartbeat.quick("deciding whether to stop", step):
         stopping = stop_asked(runtime)
     saver.look()
-    if stopping or (step < total and is_due(context.config.save_every, step, total)):
-        context.guards.settle()
+    asked = "save" in context.asked
+    context.asked.discard("save")
+    due = step < end and is_due(context.config.save_every, step, end)
+    if stopping or due or asked:
+        _settle(context, step)
         examples = context.task.consumed(step)
         saver.save(step, examples, must=bool(stopping), pending_evaluation=interrupted)
-    if stopping and (step < total or interrupted):
+    _tell(callbacks, saver, step)
+    if stopping and (step < end or interrupted):
         check(runtime, f"after step {step}, saved")
+
+
+def _tell(callbacks: Callbacks, saver: Saver, step: int) -> None:
+    """Tell the callbacks of the checkpoints that were completed since the last call."""
+    for folder in saver.completed():
+        callbacks.call("on_checkpoint", step, folder)

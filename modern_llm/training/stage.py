@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +20,7 @@ from modern_llm.export.final_model import export, model_files
 from modern_llm.models.flops import peak_flops
 from modern_llm.models.scorer import TokenScorer
 from modern_llm.setup.tables import read_tables
+from modern_llm.training.callbacks import Callbacks
 from modern_llm.training.checkpointing.saver import digest_of
 from modern_llm.training.context import Resume
 from modern_llm.training.loop import train
@@ -42,17 +44,26 @@ class StageData:
     resume: Resume
     dry_run: DryRun | None = None
     """Given where one forward and backward takes the loop's place."""
+    callbacks: Callbacks = field(default_factory=Callbacks)
 
 
 def build_tables(
-    runtime: Runtime, run: RunFolder, build: Callable[..., Prepared], dry_run: DryRun | None
+    runtime: Runtime,
+    run: RunFolder,
+    build: Callable[..., Prepared],
+    dry_run: DryRun | None,
+    callbacks: Sequence[Any] = (),
 ) -> StageData:
     """Return the token tables: built once per machine, mapped and compared by every process.
 
+    Args:
+        callbacks: objects of a user, called by the loop.
+
     Raises:
-        UserError: the data cannot fill one step, or differs from what was trained on.
+        UserError: the data cannot fill one step, or differs from what was trained on; an object is
+            no callback.
     """
-    config = run.config
+    config, own = run.config, Callbacks(callbacks)
     checkpoint = None if dry_run else find_checkpoint(runtime, run)
     prepared = read_tables(runtime, run.data, build)
     if len(prepared.train) < config.batch_size:
@@ -60,9 +71,15 @@ def build_tables(
             f"{len(prepared.train)} examples are left to train on, fewer than one batch of "
             f"train.batch_size {config.batch_size}: lower it, or add data"
         )
+    if config.follows_evaluation and prepared.evaluation is None:
+        option = "keep_best" if config.keep_best else "early_stopping_patience"
+        raise UserError(
+            f"train.{option} needs evaluation data: set data.eval_fraction, data.eval_split or "
+            "data.eval_dataset_name"
+        )
     if dry_run:
         return StageData(dry_run.first_step_only(prepared, config), Resume(), dry_run)
-    return StageData(*check_data(runtime, run, prepared, checkpoint))
+    return StageData(*check_data(runtime, run, prepared, checkpoint), callbacks=own)
 
 
 def train_and_export(
@@ -103,7 +120,7 @@ def train_and_export(
     peak, origin = peak_flops(runtime.device, config.precision)
     if runtime.is_main:
         log.info("mfu: of %.4g operations a second and process (%s)", peak, origin)
-    engine = train(runtime, scorer, task, run, resume, sample, peak)
+    engine = train(runtime, scorer, task, run, resume, sample, peak, data.callbacks)
     runtime.on_main(run.lock.check)
     heartbeat.enter("writing the final model")
     release_freed_memory()

@@ -29,6 +29,9 @@ class Task(Protocol):
     budget: TokenBudget
     """Maximum tokens of one forward; the loop lowers it when memory runs out."""
 
+    judged_by: frozenset[str]
+    """Names of the metrics by which one evaluation is better than another."""
+
     def steps_in(self, epochs: float) -> int:
         """Return the number of optimizer steps in `epochs` epochs."""
 

@@ -5,8 +5,10 @@ The reference scores every response once, before step 1; `MODERN_LLM_CACHE` keep
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from modern_llm.config import LoraConfig, PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.dpo import DPOConfig
@@ -43,6 +45,7 @@ def run_dpo(
     tokenizer_name: TokenizerLike = None,
     dry_run: DryRun | None = None,
     lora_config: LoraConfig | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> Path:
     """Train a policy on preference pairs and return its folder, `output_dir/{run_name}_final`.
 
@@ -52,8 +55,8 @@ def run_dpo(
         dpo_config: the loss and its options.
         preference_config: a `PreferenceDatasetConfig`, or the pairs: a name or rows.
         tokenizer_name: name or object; else the checkpoint's, else `train_config.tokenizer_name`.
-        dry_run: if given, the run ends after one forward and backward and keeps nothing.
         lora_config: if given, adapters are trained; the reference is the model without them.
+        dry_run, callbacks: end after one forward and backward; own code in the loop (`Callback`).
 
     Raises:
         UserError: bad configuration, checkpoint or data; nothing was written.
@@ -83,7 +86,7 @@ def run_dpo(
         find = cache(partial(ReferencePass, runtime, checkpoint, train_config, dpo_config))
         data = with_template_day(runtime, tokenizer, data, run.record, lambda: find().store)
         build = partial(prepare_tables, data, tokenizer, **_lengths(dpo_config))
-        inputs = stage.build_tables(runtime, run, build, dry_run)
+        inputs = stage.build_tables(runtime, run, build, dry_run, callbacks)
         reference = find()
         tables.check_ids_fit(inputs.tables, tokenizer, checkpoint.vocabulary, reference.vocabulary)
         reference.look_up(inputs.tables)

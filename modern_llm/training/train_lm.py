@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from modern_llm.config import DocumentDatasetConfig, ModernLLMConfig, TrainingConfig
 from modern_llm.data.table.build import prepare_tables
@@ -28,6 +30,7 @@ def run_training(
     dataset_config: DocumentDatasetConfig | DataLike = None,
     tokenizer_name: TokenizerLike = None,
     dry_run: DryRun | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> Path:
     """Pretrain a model from scratch and return its folder, `output_dir/{run_name}_final`.
 
@@ -38,6 +41,7 @@ def run_training(
         dataset_config: a `DocumentDatasetConfig`, or the documents: a name or rows.
         tokenizer_name: name or object; by default `train_config.tokenizer_name`.
         dry_run: if given, the run ends after one forward and backward and keeps nothing.
+        callbacks: objects of `Callback` or of `transformers.TrainerCallback`.
 
     Raises:
         UserError: bad configuration or data; nothing was written.
@@ -57,7 +61,7 @@ def run_training(
     check_agreement(tokenizer, others, data)
     with outcome_recorded(runtime, run):
         build = partial(prepare_tables, data, tokenizer, max_length=model_config.max_seq_len)
-        inputs = stage.build_tables(runtime, run, build, dry_run)
+        inputs = stage.build_tables(runtime, run, build, dry_run, callbacks)
         tables.check_ids_fit(inputs.tables, tokenizer, model_config.vocab_size)
         model = build_model(model_config, seed=train_config.seed)
         scorer = set_up_scorer(runtime, model, train_config, dropout=True)

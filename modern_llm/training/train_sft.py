@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from modern_llm.config import InstructionDatasetConfig, LoraConfig, TrainingConfig
 from modern_llm.data.encode.kinds import kind_of
@@ -32,6 +34,7 @@ def run_sft(
     tokenizer_name: TokenizerLike = None,
     dry_run: DryRun | None = None,
     lora_config: LoraConfig | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> Path:
     """Fine-tune a checkpoint on instructions and return its folder, `output_dir/{run_name}_final`.
 
@@ -40,8 +43,8 @@ def run_sft(
         train_config: `batch_size` counts responses.
         dataset_config: an `InstructionDatasetConfig`, or the instructions: a name or rows.
         tokenizer_name: name or object; else the checkpoint's, else `train_config.tokenizer_name`.
-        dry_run: if given, the run ends after one forward and backward and keeps nothing.
         lora_config: if given, adapters are trained beside frozen weights.
+        dry_run, callbacks: end after one forward and backward; own code in the loop (`Callback`).
 
     Raises:
         UserError: bad configuration, checkpoint or data; nothing was written.
@@ -76,7 +79,7 @@ def run_sft(
             max_length=max_length,
             max_prompt_length=data.max_prompt_length,
         )
-        inputs = stage.build_tables(runtime, run, build, dry_run)
+        inputs = stage.build_tables(runtime, run, build, dry_run, callbacks)
         tables.check_ids_fit(inputs.tables, tokenizer, checkpoint.vocabulary)
         scorer = policy.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=True)
         source, evaluation = make_sources(runtime, train_config, inputs.tables, scorer)

@@ -16,8 +16,8 @@ class ExportSettings(Settings):
     example: ClassVar[str] = "modern-llm export --model runs/dpo/last --output model"
 
     model: str
-    """Hub id, transformers folder, .pt file, checkpoint of a run (RUN/last), or folder of a peft
-    adapter."""
+    """Hub id, transformers folder, .pt file, checkpoint of a run (RUN/last, RUN/best), or folder of
+    a peft adapter."""
     output: Path
     """What to write: a .pt file by that ending, else a folder; nothing may stand there yet."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -23,7 +23,7 @@ class GenerateSettings(Settings):
     )
 
     model: str
-    """Hub id, transformers folder, .pt file or a run's checkpoint (RUN/last)."""
+    """Hub id, transformers folder, .pt file or a run's checkpoint (RUN/last, RUN/best)."""
     prompt: str | None = None
     """One prompt; read from --prompts, or line by line from standard input, where it is not
     given."""

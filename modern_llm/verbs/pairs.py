@@ -14,7 +14,7 @@ class PairsSettings(Settings):
     """Which pairs, and how they are scored."""
 
     model: str
-    """Hub id, transformers folder, .pt file or a run's checkpoint (RUN/last)."""
+    """Hub id, transformers folder, .pt file or a run's checkpoint (RUN/last, RUN/best)."""
     reference: str | None = None
     """A second model scored on the same pairs; rewards compare the first with it."""
     data: str

@@ -87,7 +87,7 @@ class SftSettings(TrainingSettings):
 
     pretrain_checkpoint: str
     """Checkpoint to start from: Hub id, transformers folder, .pt file, or a run's checkpoint
-    (RUN/checkpoints/step-00000500, or RUN/last)."""
+    (RUN/checkpoints/step-00000500, RUN/last or RUN/best)."""
     data: InstructionDatasetConfig = Field(default_factory=InstructionDatasetConfig)
     lora: LoraConfig | None = None
     """Train adapters beside frozen weights."""
@@ -100,7 +100,7 @@ class DpoSettings(TrainingSettings):
 
     sft_checkpoint: str
     """The policy's start and the reference: Hub id, transformers folder, .pt file, or a run's
-    checkpoint (RUN/checkpoints/step-00000500, or RUN/last)."""
+    checkpoint (RUN/checkpoints/step-00000500, RUN/last or RUN/best)."""
     dpo: DPOConfig = Field(default_factory=DPOConfig)
     data: PreferenceDatasetConfig = Field(default_factory=PreferenceDatasetConfig)
     lora: LoraConfig | None = None

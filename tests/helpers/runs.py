@@ -35,7 +35,7 @@ from modern_llm.reference.answers import Answers
 from modern_llm.reference.store.store import ReferenceStore
 from modern_llm.storage.atomic import verified_manifest
 from modern_llm.training import accumulation as step
-from modern_llm.training import loop, train_dpo, train_lm, train_sft
+from modern_llm.training import loop, train_dpo, train_lm, train_sft, window
 
 
 def command(arguments: list[str], environment: dict[str, str], trick: str = "") -> None:
@@ -53,7 +53,7 @@ def command(arguments: list[str], environment: dict[str, str], trick: str = "") 
 
 
 def _play(kind: str, value: str) -> None:
-    real, over_ranks = step.around, loop.over_ranks
+    real, over_ranks = step.around, window.over_ranks
 
     def around(name: str) -> Any:
         if name == "loader" and kind == "slow":
@@ -63,13 +63,13 @@ def _play(kind: str, value: str) -> None:
         return real(name)
 
     def never(*sums: Any) -> Any:
-        if loop.heartbeat.here.step == int(value):
+        if step.heartbeat.here.step == int(value):
             time.sleep(600)
         return over_ranks(*sums)
 
     step.around = around
     if kind == "metrics":
-        loop.over_ranks = never
+        window.over_ranks = never
 
 
 def write_run(file: Path, settings: dict[str, Any]) -> list[str]:

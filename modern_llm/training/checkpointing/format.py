@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,17 +177,20 @@ def load_state(checkpoint: Path, engine: Engine, guards: GuardState) -> None:
     engine.load_scaler_state(scaler)
 
 
-def retire(folder: Path, keep: int, good: set[str]) -> None:
+def retire(folder: Path, keep: int, good: set[str], spared: Collection[str] = ()) -> None:
     """Remove checkpoints older than the newest `keep` intact ones; a failure to remove is ignored.
 
     Args:
         good: names of checkpoints known to be intact, updated. Others are verified first; a damaged
             one does not count towards `keep`.
+        spared: names that are kept in any case, and do not count unless they are the newest.
     """
     kept = 0
     for path in sorted(folder.glob("step-*"), reverse=True):
         if kept < keep:
             kept += path.name in good or _verifies(path, good)
+            continue
+        if path.name in spared:
             continue
         with around("retire"):
             shutil.rmtree(path, ignore_errors=True)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from modern_llm.config.errors import UserError
+from modern_llm.config.errors import StorageError, UserError
 from modern_llm.distributed.engine import Engine
 from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.run_checkpoint import load_weights
 from modern_llm.storage.fault_points import around
+from modern_llm.training.best import best_of
 from modern_llm.training.checkpointing import format
-from modern_llm.training.checkpointing.saver import PENDING_EVALUATION
+from modern_llm.training.checkpointing.saver import BEST, ENDED, PENDING_EVALUATION, WINDOW
 from modern_llm.training.context import Resume, TrainingContext
 from modern_llm.training.guards.state import GuardState, no_spikes
 from modern_llm.training.optim import make_optimizer
 from modern_llm.training.run.folder import RunFolder
 from modern_llm.training.task import Task
+from modern_llm.training.window import Window
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +35,14 @@ def start_training(
     run: RunFolder,
     resume: Resume,
     total: int,
+    peak: float,
 ) -> tuple[TrainingContext, int, bool]:
     """Prepare model and optimizer, and load the newest checkpoint if there is one.
 
     Args:
         resume: the checkpoint, and the digests that it must share with this run.
         total: optimizer steps of the whole run.
+        peak: operations per second of one process's device, 0 where unknown.
 
     Returns:
         The context, the number of steps already done, and whether the evaluation after the last of
@@ -50,12 +55,14 @@ def start_training(
     found = resume.checkpoint
     if found is None and run.config.resume == "must":
         raise UserError(f"resume: {run.checkpoints} holds no checkpoint to resume from")
+    best = best_of(run.config, task.judged_by)
     guards = GuardState(spikes=no_spikes() if run.config.skip_loss_spikes else {})
     if found is None:
         if runtime.is_main:
             run.log().truncate(0)
         engine = _prepare(runtime, scorer, run)
-        return TrainingContext(runtime, engine, task, run, guards, total), 0, False
+        window = Window(guards, 0.0, time.perf_counter(), peak)
+        return TrainingContext(runtime, engine, task, run, guards, total, window, best), 0, False
     folder, manifest = found
     step = _check(folder, manifest, run, resume.fingerprints, total)
     size = sum(file.stat().st_size for file in folder.iterdir())
@@ -70,8 +77,24 @@ def start_training(
     if runtime.is_main:
         run.log().truncate(step)
         log.info("resuming from %s", folder)
-    context = TrainingContext(runtime, engine, task, run, guards, total)
+    window = Window(guards, run.log().elapsed(), time.perf_counter(), peak)
+    context = TrainingContext(runtime, engine, task, run, guards, total, window, best)
+    _restore(context, folder, manifest, step)
     return context, step, bool(manifest.get(PENDING_EVALUATION))
+
+
+def _restore(context: TrainingContext, folder: Path, manifest: dict[str, Any], step: int) -> None:
+    """Restore what the manifest says of lines and evaluations, and whether the run had ended."""
+    try:
+        context.window.load(manifest.get(WINDOW) or {})
+        if context.best is not None:
+            context.best.load(manifest.get(BEST) or {})
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = type(error).__name__
+        raise StorageError(f"{folder}: its manifest cannot be read ({reason})") from error
+    # Settings that were changed since may mean another end.
+    if (reason := manifest.get(ENDED)) and not context.run.reopened:
+        context.end_at(step, str(reason))
 
 
 def _prepare(runtime: Runtime, scorer: nn.Module, run: RunFolder) -> Engine:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 from modern_llm.config.errors import NotFiniteError, StorageError
@@ -32,6 +33,8 @@ GRACE_S = 30.0
 """Seconds that torchrun leaves a worker between SIGTERM and SIGKILL."""
 PENDING_EVALUATION = "owed"
 """Manifest flag: rerun the evaluation of this step on resume."""
+WINDOW, BEST, ENDED = "since_line", "best", "ended"
+"""Manifest entries: sums since the last logged line; the best evaluation; why the run ended."""
 PARTING_S = 5.0
 """Seconds that a background save gets to finish after an error."""
 _PROBE = 16 << 20
@@ -48,6 +51,7 @@ class Saver:
     def __init__(self, context: TrainingContext, resume: Resume, last: int):
         self._runtime, self._run = context.runtime, context.run
         self._engine, self._guards = context.engine, context.guards
+        self._context = context
         runtime, run = context.runtime, context.run
         self._files = resume.model_files
         self._facts = {
@@ -58,6 +62,7 @@ class Saver:
         }
         self._failures, self._seconds = 0, 0.0
         self._good = {f"step-{last:08d}"} if last else set()
+        self._completed: list[int] = []
         self._background: AsyncSave | None = None
         runtime.busy = lambda: self._background is not None and self._background.running
 
@@ -71,7 +76,7 @@ class Saver:
         if save is None:
             return
         if error is None:
-            self._finish()
+            self.finish()
         elif not save.wait(None if isinstance(error, NotFiniteError) else PARTING_S):
             log.warning("warning: the checkpoint of step %d was not finished", save.step)
 
@@ -92,14 +97,19 @@ class Saver:
             StorageError: the save failed, and `must` or it is the third consecutive failure; or
                 another trainer has taken over the folder.
         """
-        self._finish()
+        self.finish()
         self._run.done = step  # the loop has settled this step
         with heartbeat.phase("saving", step, self._allowance):
             self._save(step, examples, must=must, pending_evaluation=pending_evaluation)
 
     def _save(self, step: int, examples: int, *, must: bool, pending_evaluation: bool) -> None:
         self._runtime.on_main(self._run.lock.check)
-        facts = {**self._facts, "examples": examples}
+        context = self._context
+        facts = {**self._facts, "examples": examples, WINDOW: context.window.saved(self._runtime)}
+        if context.best is not None:
+            facts[BEST] = context.best.saved()
+        if context.ended:
+            facts[ENDED] = context.ended
         if pending_evaluation:
             facts[PENDING_EVALUATION] = True
         folder = self._run.checkpoints
@@ -109,6 +119,7 @@ class Saver:
         try:
             format.save(self._runtime, folder, step, self._engine, self._guards, facts, self._files)
             self._saved(step)
+            self._completed.append(step)
         except StorageError as error:
             self._count_failure(step, error, must=must)
         else:
@@ -143,7 +154,12 @@ class Saver:
         runtime.all_idle = False
         self._background = AsyncSave(step, work, self._allowance)
 
-    def _finish(self) -> None:
+    def completed(self) -> list[Path]:
+        """Return the checkpoints completed since the last call, the same ones on every rank."""
+        steps, self._completed = self._completed, []
+        return [self._run.checkpoints / f"step-{step:08d}" for step in steps]
+
+    def finish(self) -> None:
         """Wait for the background save, if there is one, and collect it."""
         if self._background is not None:
             self._background.wait()
@@ -158,6 +174,7 @@ class Saver:
             raise ended.failure
         else:
             self._failures = 0
+            self._completed.append(ended.step)
 
     def _count_failure(self, step: int, error: StorageError, *, must: bool) -> None:
         """Count a failed save; raise it if it must end the run."""
@@ -183,9 +200,15 @@ class Saver:
     def _retire(self) -> None:
         try:
             keep = self._run.config.keep_checkpoints
-            format.retire(self._run.checkpoints, keep, self._good)
+            format.retire(self._run.checkpoints, keep, self._good, self._spared())
         except OSError as error:
             log.warning("warning: old checkpoints could not be removed (%s)", error)
+
+    def _spared(self) -> set[str]:
+        """Return the name of the best checkpoint, if `keep_best` keeps it."""
+        best = self._context.best
+        keeps = best is not None and best.value is not None and self._run.config.keep_best
+        return {f"step-{best.step:08d}"} if keeps else set()
 
     def check_room(self, saves: int) -> None:
         """Refuse a run whose checkpoints do not fit on the disk; warn if a save takes too long.
@@ -201,11 +224,12 @@ class Saver:
     def _check_room(self, saves: int) -> float:
         folder = self._run.checkpoints
         one = self._bytes()
-        if len(list(folder.glob("step-*"))) > self._run.config.keep_checkpoints:
+        kept = self._run.config.keep_checkpoints + self._run.config.keep_best
+        if len(list(folder.glob("step-*"))) > kept:
             self._retire()  # the run was killed between a save and the removal
         # While the newest is written there is one more than is kept; the final model comes last.
         existing = len(list(folder.glob("step-*")))
-        most = min(saves, self._run.config.keep_checkpoints + 1)
+        most = min(saves + self._run.config.keep_best, kept + 1)
         need = int(1.1 * (max(1, most - existing) * one + one / 3))
         free = free_bytes(folder)
         if free < need:

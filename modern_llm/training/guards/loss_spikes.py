@@ -58,6 +58,8 @@ def is_spike(guards: GuardState, step: int, loss: float, sigma: float, *, shown:
     """
     if guards.judged[0] != step:
         guards.judged = step, judge(guards.spikes, loss, sigma)
+        if guards.judged[1]:
+            guards.skips.add(step)
         if guards.judged[1] and shown:
             log.warning(
                 "warning: step %d: its loss %.4g is more than %g standard deviations (%.3g) above "

@@ -57,6 +57,7 @@ def judge(context: TrainingContext, step: int, losses: Sequence[Tensor], update:
         return
     counts["in_a_row"] += 1
     counts["total"] += 1
+    context.guards.skips.add(step)
     path, cause = _write_examples(context, step, losses, update)
     what = f"step {step + 1}: {cause}; nothing of this step was applied; its examples are in {path}"
     row = counts["in_a_row"]
@@ -79,6 +80,7 @@ def count_overflow(guards: GuardState, update: Update, step: int) -> None:
         return
     guards.overflows_in_a_row += 1
     guards.nonfinite["total"] += 1
+    guards.skips.add(step)
     if guards.overflows_in_a_row > MAX_OVERFLOWS:
         raise NotFiniteError(
             f"step {step + 1}: float16 overflowed in {guards.overflows_in_a_row} consecutive steps "

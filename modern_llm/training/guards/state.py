@@ -27,6 +27,8 @@ class GuardState:
     """The last step whose loss was compared with `spikes`, and whether it is a spike."""
     logged: int = 0
     """Value of `skipped` at the last logged line."""
+    skips: set[int] = field(default_factory=set)
+    """Steps (from 0) known to be skipped and not yet left out of the averages. Not saved."""
     pending: Callable[[], None] | None = None
     """Check of the last step, run once its finite flag has arrived from the device."""
 

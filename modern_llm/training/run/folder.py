@@ -52,7 +52,8 @@ class RunFolder:
         self.final = self.path / f"{config.run_name}_final"
         self.data = self.path / "data"
         self.lock = RunLock(self.path)
-        self._reopened = False
+        self.reopened = False  # whether settings were changed that change the rest of the run
+        self.ended = ""  # why the run ended before its last step
         self.done: int | None = None  # completed optimizer steps; None before the loop starts
 
     def refuse_foreign(self) -> None:
@@ -125,14 +126,14 @@ class RunFolder:
             )
         for change in found:
             log.info("resuming with another setting: %s", change)
-        self._reopened = any(change.kind == OnResume.ACCEPTED for change in found)
+        self.reopened = any(change.kind == OnResume.ACCEPTED for change in found)
 
     def finished(self) -> bool:
         """Whether the outcome is a success and the final model exists.
 
         False after an accepted change of settings: the rest of the run is then trained again.
         """
-        if self._reopened:
+        if self.reopened:
             return False
         outcome = self._outcome()
         if outcome is None:

@@ -68,7 +68,8 @@ def outcome_recorded(runtime: Runtime, run: RunFolder) -> Iterator[None]:
         raise error from failure
     else:
         if runtime.is_main:
-            run.close(0, "done", run.last_step())
+            reason = f"done: {run.ended}" if run.ended else "done"
+            run.close(0, reason, run.last_step())
             warnings.flush()
             write_report(run)
     finally:

@@ -16,6 +16,8 @@ from modern_llm.training.tasks.base import EVALUATION_GROUP, SourceTask, shared_
 class LanguageTask(SourceTask):
     """A step's loss is the NLL divided by the number of target tokens, both over all ranks."""
 
+    judged_by = frozenset({"loss", "perplexity"})
+
     def micro_batches(self, step: int) -> Lazy:
         """Return this rank's micro-batches of `step`."""
         return self._source.micro_batches(step)

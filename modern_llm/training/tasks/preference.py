@@ -30,6 +30,10 @@ class PreferenceTask(SourceTask):
     slopes micro-batch by micro-batch. So the loss does not depend on micro-batching.
     """
 
+    judged_by = frozenset(
+        ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "logps/chosen")
+    )
+
     def __init__(
         self,
         runtime: Runtime,
