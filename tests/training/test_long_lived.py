@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import logging
 import os
 import sys
 import tempfile
@@ -43,6 +45,7 @@ class Held:
     descriptors: int
     temporary: int
     objects: int
+    handlers: int
     megabytes: float
 
     @classmethod
@@ -54,6 +57,7 @@ class Held:
             descriptors=len(os.listdir("/proc/self/fd")),
             temporary=len(os.listdir(tempfile.gettempdir())),
             objects=len(gc.get_objects()),
+            handlers=len(logging.getLogger("modern_llm").handlers),
             megabytes=pages * os.sysconf("SC_PAGE_SIZE") / 1e6,
         )
 
@@ -64,6 +68,7 @@ def check_flat(held: list[Held], megabytes: float, objects: int) -> None:
     assert last.threads <= first.threads, held
     assert last.descriptors <= first.descriptors, held
     assert last.temporary <= first.temporary, held
+    assert last.handlers <= first.handlers, held
     assert last.objects - first.objects <= objects, held
     assert last.megabytes - first.megabytes <= megabytes, held
 
@@ -81,9 +86,13 @@ def train(
     folder: Path,
     reference: str = "cache",
     dry_run: DryRun | None = None,
+    in_memory: bool = False,
     **changes: Any,
 ) -> None:
     checkpoint, pairs = inputs
+    data: Any = PreferenceDatasetConfig(dataset_name=str(pairs), eval_fraction=0.2)
+    if in_memory:
+        data = [json.loads(line) for line in pairs.read_text().splitlines()]
     fields = {
         "run_name": "x", "output_dir": folder, "batch_size": 4, "max_steps": 2, "log_every": 1,
         "learning_rate": 1e-4, "tokens_per_micro_batch": 300, "save_every": 1, "eval_every": 1,
@@ -93,7 +102,7 @@ def train(
         checkpoint,
         TrainingConfig(**(fields | changes)),
         DPOConfig(max_length=64, reference=reference),
-        PreferenceDatasetConfig(dataset_name=str(pairs), eval_fraction=0.2),
+        data,
         dry_run=dry_run,
     )
 
@@ -129,7 +138,8 @@ def own_temporary(folder: Path) -> None:
 
 
 def many_runs(inputs: tuple[Path, Path], folder: Path, count: int, zero: int | None) -> list[Held]:
-    """Measure one rank after each run but the first few. Every third run ends by an error."""
+    """Measure one rank after each run but the first few. Every third run ends by an error, and
+    every third has its pairs as objects in memory."""
     own_temporary(folder)
     use_deepspeed(None if zero is None else stage(zero), folder)
     held = []
@@ -137,6 +147,8 @@ def many_runs(inputs: tuple[Path, Path], folder: Path, count: int, zero: int | N
         if number % 3 == 1:
             with fails("training"):
                 train(inputs, folder / str(number))
+        elif number % 3 == 2:
+            train(inputs, folder / str(number), in_memory=True)
         else:
             train(inputs, folder / str(number))
         if number >= WARM:
