@@ -1,6 +1,7 @@
 """Draw curves of a finished run as one SVG: `python docs/draw_result.py RUN OUT.svg`.
 
-The panels are those of the run's report. `docs/result.svg` was drawn from the run of the tutorial.
+The panels are those of the run's report. `docs/result.svg` is the DPO stage of
+`bash launch/demo.sh`: `python docs/draw_result.py experiments/demo/dpo docs/result.svg`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from modern_llm.report.runs import read_runs
 SHOWN = ("Loss", "Reward accuracy", "Reward margin")
 WIDTH, HEIGHT, TOP = 331.2, 194.4, 40
 STYLE = """
-svg { --ink: #24272b; --grid: #e3e5e8; --run0: #0b62c4; }
-@media (prefers-color-scheme: dark) { svg { --ink: #e7e9ec; --grid: #30363d; --run0: #7cb7ff; } }
+svg { --paper: #fff; --ink: #24272b; --grid: #e3e5e8; --run0: #0b62c4; }
+@media (prefers-color-scheme: dark) {
+  svg { --paper: #15181c; --ink: #e7e9ec; --grid: #30363d; --run0: #7cb7ff; }
+}
+rect.paper { fill: var(--paper); }
 text.title { font: 600 13px system-ui, sans-serif; fill: var(--ink); }
 text.key { font: 11px system-ui, sans-serif; fill: var(--ink); }
 """
@@ -29,6 +33,7 @@ def draw(run: Path) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="0 0 {width:.1f} {HEIGHT + TOP}" role="img">\n<style>{STYLE}</style>\n'
+        '<rect class="paper" width="100%" height="100%" rx="6"/>\n'
         + "\n".join(parts)
         + "\n</svg>\n"
     )
@@ -37,7 +42,7 @@ def draw(run: Path) -> str:
 def _panel(drawing: Drawing, at: int) -> str:
     left = at * WIDTH
     keys = " · ".join(
-        f"{'--' if line['dashed'] else '—'} {line['name']}" for line in drawing.data["series"]
+        f"{'●' if line['points'] else '—'} {line['name']}" for line in drawing.data["series"]
     )
     svg = drawing.svg.replace(
         "<svg ", f'<svg x="{left:.1f}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" ', 1

@@ -6,11 +6,13 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -199,3 +201,18 @@ def test_the_picture_of_the_architecture_is_up_to_date():
     assert all((package / name).is_dir() for name in drawn - {"cli"})
     folders = {path.parent.name for path in package.glob("*/__init__.py")}
     assert folders == {name.partition("/")[0] for name in drawn - {"cli"}}
+
+
+def test_the_picture_of_a_result_is_small_and_is_drawn_from_a_run(tmp_path):
+    assert (ROOT / "docs" / "result.svg").stat().st_size < 60_000
+    names: dict = {"__name__": "draw_result"}
+    exec(compile((ROOT / "docs" / "draw_result.py").read_text(), "draw_result.py", "exec"), names)
+    lines = [
+        {"step": step, "loss": 0.7 - step / 10, "rewards/accuracies": 0.5, "rewards/margins": step}
+        for step in (1, 2, 3)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "config.yaml").write_text("train: {run_name: a}\n")
+    root = ElementTree.fromstring(names["draw"](tmp_path))
+    titles = [text.text for text in root.iter() if text.get("class") == "title"]
+    assert titles == ["Loss", "Reward accuracy", "Reward margin"]
