@@ -13,6 +13,7 @@ from contextlib import suppress
 
 from modern_llm.config.errors import StorageError
 from modern_llm.config.printable import one_line
+from modern_llm.storage.atomic import write_file
 from modern_llm.storage.untrusted import LARGEST, json_lines
 from modern_llm.training.run.folder import RunFolder
 
@@ -84,4 +85,7 @@ class WarningLog(logging.Handler):
             values = [value for _, value in json_lines(self._path, LARGEST, follow=False)]
         except FileNotFoundError:
             return set()
-        return {str(value.get("text")) for value in values if isinstance(value, dict)}
+        kept = [value for value in values if isinstance(value, dict)]
+        # A kill may have left half a line, which the next one would be appended to.
+        write_file(self._path, (json.dumps(value) + "\n" for value in kept))
+        return {str(value.get("text")) for value in kept}

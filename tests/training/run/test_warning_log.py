@@ -73,6 +73,8 @@ def test_a_resumed_run_keeps_its_warnings_and_one_that_starts_over_does_not(tmp_
     log.warning("first")
     warnings.stop()
     (run.checkpoints / "step-00000002").mkdir()
+    with (tmp_path / "warnings.jsonl").open("a") as file:
+        file.write('{"step": 3, "te')  # killed while it wrote
     _, again = make(tmp_path)
     collect(again)
     log.warning("first")
