@@ -180,6 +180,13 @@ def test_score_writes_the_models_own_logprobs(place, tmp_path, capsys):
     assert main(["score", *words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["pairs"] == 12
     rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["origin"] for row in rows] == [f"{place / 'pairs.jsonl'}:{n}" for n in range(1, 13)]
+    output.write_text("mine")
+    assert main(["score", *words]) == 2
+    assert "scores.jsonl: exists; name another, or add --force" in capsys.readouterr().err
+    assert output.read_text() == "mine"
+    assert main(["score", *words, "--force"]) == 0
+    assert [json.loads(line) for line in output.read_text().splitlines()] == rows
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(place / "model")

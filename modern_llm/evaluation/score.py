@@ -158,8 +158,9 @@ def score_pairs(
 ) -> dict[str, Any]:
     """Score the pairs of `data` and write one JSON object per pair to `output`.
 
-    Fields: `policy_chosen policy_rejected [reference_chosen reference_rejected]`, log-prob sums in
-    nats, and `chosen_tokens rejected_tokens`, numbers of target tokens.
+    Fields: `origin` (file and row), `policy_chosen policy_rejected [reference_chosen
+    reference_rejected]`, log-prob sums in nats, and `chosen_tokens rejected_tokens`, numbers of
+    target tokens.
 
     Args:
         options: options of `scored_pairs`: `tokenizer_name`, `max_length`, `max_prompt_length`,
@@ -175,7 +176,7 @@ def score_pairs(
     with scored_pairs(model, data, reference=reference, **options) as scored:
         runtime, pairs = scored.runtime, len(scored.rows)
         if runtime.is_main:
-            lines = (f"{json.dumps(row)}\n" for row in _rows(scored.columns))
+            lines = (f"{json.dumps(row)}\n" for row in _rows(scored))
             write_file(output, "".join(lines))
             log.info("%d pairs scored: %s", pairs, output)
         runtime.barrier()
@@ -211,12 +212,12 @@ def _sums(
     return torch.from_numpy(sums), torch.from_numpy(counts)
 
 
-def _rows(columns: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> list[dict[str, float]]:
-    counts = columns["policy"][1].tolist()
-    rows: list[dict[str, float]] = [{} for _ in counts]
-    for name, (sums, _) in columns.items():
+def _rows(scored: Scored) -> list[dict[str, Any]]:
+    table = scored.prepared.train
+    rows: list[dict[str, Any]] = [{"origin": table.origin(int(row))} for row in scored.rows]
+    for name, (sums, _) in scored.columns.items():
         for row, (chosen, rejected) in zip(rows, sums.tolist(), strict=True):
             row |= {f"{name}_chosen": chosen, f"{name}_rejected": rejected}
-    for row, (chosen, rejected) in zip(rows, counts, strict=True):
+    for row, (chosen, rejected) in zip(rows, scored.counts.tolist(), strict=True):
         row |= {"chosen_tokens": chosen, "rejected_tokens": rejected}
     return rows

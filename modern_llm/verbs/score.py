@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+from modern_llm.config.errors import ConfigError
 from modern_llm.verbs.pairs import PairsSettings
 
 
@@ -17,10 +18,14 @@ class ScoreSettings(PairsSettings):
 
     output: Path
     """The .jsonl file to write."""
+    force: bool = False
+    """Overwrite the file that --output names."""
 
 
 def score(settings: ScoreSettings) -> dict[str, Any]:
     """Score the pairs; return how many, and the file."""
+    if settings.output.exists() and not settings.force:
+        raise ConfigError([f"output {settings.output}: exists; name another, or add --force"])
     from modern_llm.evaluation.score import score_pairs
 
     return score_pairs(settings.model, settings.section(), settings.output, **settings.options())

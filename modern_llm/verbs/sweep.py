@@ -18,6 +18,7 @@ import yaml
 from modern_llm.config.errors import ConfigError, NotFiniteError
 from modern_llm.verbs.settings import reason_of
 from modern_llm.verbs.stage_settings import TrainingSettings
+from modern_llm.verbs.terminal import show_ranking
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,8 @@ def run_sweep(settings: TrainingSettings, run: Callable[..., Path]) -> dict[str,
     A run whose loss is not finite does not end the others; its error is raised after the report.
 
     Returns:
-        `runs` (folder and final model of each) and `report`.
+        `runs` (folder and final model of each), `report`, and `ranking`: the table of the runs,
+        the best first, as on the page.
     """
     points = grid(settings)
     log.info("sweep: %d runs in %s", len(points), settings.train.output_dir)
@@ -47,20 +49,34 @@ def run_sweep(settings: TrainingSettings, run: Callable[..., Path]) -> dict[str,
         page = _report([Path(result["run"]) for result in results], settings.train.output_dir)
     if page is not None:
         log.info("report of the sweep: %s", page)
+    table = _ranking([Path(result["run"]) for result in results])
+    if table is not None and not settings.json_output:
+        show_ranking(table)
     if failure is not None:
         raise failure
-    return {"runs": results, "report": page}
+    return {"runs": results, "report": page, "ranking": table}
 
 
 def _report(folders: list[Path], place: Path) -> str | None:
     from modern_llm.report.page import write_report
 
+    folders = _with_metrics(folders)
+    return write_report(folders, place / "report.html")["report"] if folders else None
+
+
+def _ranking(folders: list[Path]) -> dict[str, Any] | None:
+    from modern_llm.report.runs import read_runs
+    from modern_llm.report.values import ranking
+
+    folders = _with_metrics(folders)
+    return ranking(read_runs(folders)) if len(folders) > 1 else None
+
+
+def _with_metrics(folders: list[Path]) -> list[Path]:
+    """Return the runs that logged something; none on other processes than the first."""
     if os.environ.get("RANK", "0") != "0":
-        return None
-    folders = [folder for folder in folders if (folder / "metrics.jsonl").is_file()]
-    if not folders:
-        return None
-    return write_report(folders, place / "report.html")["report"]
+        return []
+    return [folder for folder in folders if (folder / "metrics.jsonl").is_file()]
 
 
 def grid(settings: TrainingSettings) -> list[tuple[str, TrainingSettings]]:

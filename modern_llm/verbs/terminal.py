@@ -16,6 +16,10 @@ from rich.text import Text
 from modern_llm.config.printable import printable_values
 
 BARS = " ▁▂▃▄▅▆▇█"
+LINES_OF_EXAMPLE = 8
+"""Most lines of one column of an example."""
+RANKING_COLUMNS = 5
+"""Metrics in the table of a sweep: that which ranks the runs, and the next of the report."""
 COLOURS = {"prompt": "cyan", "chosen": "green", "rejected": "red"}
 
 
@@ -46,7 +50,7 @@ def show_inspection(result: dict[str, Any], console: Console | None = None) -> N
         highlight=False,
     )
     for example in result["examples"]:
-        console.print(_example(example))
+        console.print(_example(example, console.width))
     _warnings(console, result["warnings"])
 
 
@@ -118,9 +122,10 @@ def _details(source: dict[str, Any], result: dict[str, Any]) -> list[str]:
     return lines + source["notes"]
 
 
-def _example(example: dict[str, Any]) -> Panel:
+def _example(example: dict[str, Any], width: int) -> Panel:
     """One example; targets are underlined, every second one dimmed so that tokens can be told
-    apart, and a count says the same where there is no colour."""
+    apart, and a count says the same where there is no colour. A long text shows its beginning and
+    its end, `LINES_OF_EXAMPLE` lines in all."""
     text = Text()
     for column in example["columns"]:
         name, targets = column["column"], sum(column["target"])
@@ -130,14 +135,24 @@ def _example(example: dict[str, Any]) -> Panel:
             f"{'s' if targets > 1 else ''}\n",
             style=f"bold {colour}",
         )
-        odd = False
-        for token, target in zip(column["tokens"], column["target"], strict=True):
+        lines = Text()
+        for at, (token, target) in enumerate(zip(column["tokens"], column["target"], strict=True)):
             style = f"{colour} underline" if target else colour
-            text.append(token, style=f"{style} dim" if odd else style)
-            odd = not odd
+            lines.append(token, style=f"{style} dim" if at % 2 else style)
+        text.append_text(_cut(lines, width - 4))
         text.append("\n")
     text.rstrip()
     return Panel(text, title=Text(example["origin"]), title_align="left")
+
+
+def _cut(text: Text, width: int) -> Text:
+    """Return the lines of a text as the terminal folds them, those in the middle left out."""
+    lines = text.wrap(Console(), max(width, 20), overflow="fold")
+    if len(lines) <= LINES_OF_EXAMPLE:
+        return text
+    half = LINES_OF_EXAMPLE // 2
+    between = Text(f"... {len(lines) - 2 * half} lines more ...", style="italic")
+    return Text("\n").join([*lines[:half], between, *lines[-half:]])
 
 
 def _warnings(console: Console, warnings: list[dict[str, str]]) -> None:
@@ -231,3 +246,19 @@ def show_judgement(result: dict[str, Any], console: Console | None = None) -> No
         console.print(f"{text} of {bin['pairs']:,} pairs", highlight=False)
     if result["dropped"]:
         console.print(f"{result['dropped']:,} rows were left out", highlight=False)
+
+
+def show_ranking(result: dict[str, Any], console: Console | None = None) -> None:
+    """Print the runs of a sweep in the order of the report, the best first."""
+    result = printable_values(result)
+    console = console or Console(markup=False, emoji=False)
+    if result["by"]:
+        console.print(Text(f"ranked by {result['by']}, the best first", style="bold"))
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("", justify="right")
+    table.add_column("run", overflow="fold")
+    for title in result["titles"][:RANKING_COLUMNS]:
+        table.add_column(title, justify="right", overflow="fold")
+    for place, row in enumerate(result["rows"], 1):
+        table.add_row(str(place), Text(row["label"]), *row["values"][:RANKING_COLUMNS])
+    console.print(table)

@@ -38,7 +38,15 @@ def words(verb: str, run: Path, model: Path, pairs: Path, out: Path) -> list[str
         return [verb, str(run), "--output", str(out / "page.html")]
     more = {
         "generate": ["--prompt", "Hi", "--max_new_tokens", "2"],
-        "score": ["--data", str(pairs), "--output", str(out / "s.jsonl"), "--max_length", "64"],
+        "score": [
+            "--data",
+            str(pairs),
+            "--output",
+            str(out / "s.jsonl"),
+            "--max_length",
+            "64",
+            "--force",
+        ],  # fmt: skip
         "export": ["--output", str(out / "exported")],
     }
     return [verb, "--model", str(model), *more[verb]]

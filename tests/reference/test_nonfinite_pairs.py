@@ -170,6 +170,9 @@ def test_score_and_evaluate_leave_them_out(tmp_path, tiny_checkpoint, bad):
     result = score_pairs(str(tiny_checkpoint), section, out, reference=str(bad), max_length=96)
     assert result["pairs"] == 43 and result["dropped"] == 2
     rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row.pop("origin") for row in rows] == [
+        f"{data}:{line}" for line in range(1, 46) if line not in (13, 31)
+    ]
     assert len(rows) == 43 and all(np.isfinite(list(row.values())).all() for row in rows)
     lines = [json.loads(x) for x in (tmp_path / "out.dropped_rows.jsonl").read_text().splitlines()]
     assert [line["origin"] for line in lines] == [f"{data}:13", f"{data}:31"]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 import yaml
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from modern_llm.cli import main
 from modern_llm.config import PreferenceDatasetConfig
 from modern_llm.data.table.build import prepare_tables
+from modern_llm.verbs.terminal import LINES_OF_EXAMPLE, _example
 from tests.helpers.text import make_tokenizer, transcripts, write_jsonl
 
 
@@ -42,6 +45,23 @@ def test_a_person_sees_tables_histograms_and_coloured_examples(place, capsys, mo
     for part in ("format hh: its rows have chosen, rejected", "60 rows", "█", "warning: ", "[dpo."):
         assert part in out.replace("\x1b[1m", "").replace("\x1b[0m", ""), part
     assert "\x1b[4;32m" in out and "\x1b[36m" in out  # targets underlined in green; the prompt cyan
+
+
+def test_a_long_example_shows_its_beginning_and_its_end():
+    tokens = [f"word{at} " for at in range(200)]
+    example = {"origin": "a.jsonl:1", "columns": [
+        {"column": "prompt", "tokens": ["short\n", "text"], "target": [False, False]},
+        {"column": "chosen", "tokens": tokens, "target": [True] * 200},
+    ]}  # fmt: skip
+    for width in (60, 80):
+        shown = io.StringIO()
+        Console(file=shown, width=width).print(_example(example, width))
+        lines = shown.getvalue().splitlines()
+        assert len(lines) == 2 + 3 + 1 + LINES_OF_EXAMPLE + 1
+        assert max(map(len, lines)) <= width
+        for part in ("chosen: 200 tokens, 200 targets", "word0 ", "word199", " lines more ..."):
+            assert part in shown.getvalue(), part
+        assert "word100 " not in shown.getvalue()
 
 
 def test_the_configuration_of_a_run_says_data_tokenizer_and_lengths(place, tmp_path, capsys):

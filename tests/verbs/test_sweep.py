@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import yaml
@@ -21,7 +22,7 @@ def in_place_of_dpo(monkeypatch, run):
 
 
 def test_every_value_runs_over_one_store_and_one_report_shows_all(
-    run_file, tmp_path, capsys, caplog
+    run_file, tmp_path, capsys, caplog, monkeypatch
 ):
     words = ["--sweep", "dpo.beta=0.05,0.3", "--json"]
     assert main(["dpo", "--config", str(run_file()), *words]) == 0
@@ -40,9 +41,17 @@ def test_every_value_runs_over_one_store_and_one_report_shows_all(
     )
     assert first[0]["logps/chosen"] == second[0]["logps/chosen"]  # the same first step
     assert first[-1]["logps/chosen"] != second[-1]["logps/chosen"]
+    labels = [row["label"] for row in result["ranking"]["rows"]]
+    assert result["ranking"]["by"] == "accuracy" and sorted(labels) == ["beta=0.05", "beta=0.3"]
     # The same command resumes: finished runs are skipped.
     times = [(f / "outcome.json").stat().st_mtime_ns for f in folders]
-    assert main(["dpo", "--config", str(run_file()), *words]) == 0
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["dpo", "--config", str(run_file()), *words[:-1]]) == 0
+    table = capsys.readouterr().out.splitlines()
+    at = table.index("ranked by accuracy, the best first")
+    assert max(map(len, table[at:])) <= 80
+    found = [re.search(r"beta=\S+", line) for line in table[at:]]
+    assert [match[0] for match in found if match] == labels
     assert [(f / "outcome.json").stat().st_mtime_ns for f in folders] == times
 
 

@@ -86,22 +86,22 @@ def _history(run: RunFolder, table: TokenTable, found: Checkpoint | None) -> lis
             "or name another output_dir"
         )
     more = f"{len(table) - rows} rows from {table.origin(rows)} on"
+    order = Order(first, run.config.batch_size, run.config.seed, tuple(map(tuple, grown)))
+    order = order.joined(int(facts["step"]), len(table))
+    step, epoch, total = _joins_at(run, order)
     if not run.config.accept_change:
+        when = f"at step {step + 1} (epoch {epoch + 1})"
+        fix = f"add --accept-change to let them join {when}, restore the data"
+        if step >= total:
+            fix = (
+                f"restore the data, or add --accept-change and raise train.epochs or "
+                f"train.max_steps (they join {when}, the run ends after {total})"
+            )
         raise UserError(
             f"output_dir {run.path}: the training data has {more} that {checkpoint.name} was not "
-            f"trained on (digest {facts['data'][:12]} -> {table.digest[:12]}; allowed with "
-            "--accept-change): add --accept-change to let them join at the next epoch, restore the "
-            "data, or name another output_dir"
+            f"trained on (digest {facts['data'][:12]} -> {table.digest[:12]}): {fix}, or name "
+            "another output_dir"
         )
-    order = Order(first, run.config.batch_size, run.config.seed, tuple(map(tuple, grown)))
-    return _join(run, order.joined(int(facts["step"]), len(table)), more)
-
-
-def _join(run: RunFolder, order: Order, more: str) -> list[list[int]]:
-    """Log when the appended rows are first read, and return the history with them."""
-    epoch = order.grown[-1][0] if order.grown else 0
-    step = order.steps_in(epoch) if epoch else 0
-    total = run.config.max_steps or order.steps_in(run.config.epochs or 1)
     if step >= total:
         log.warning(
             "warning: %s would join at step %d, but the run ends after %d: raise train.epochs or "
@@ -113,6 +113,13 @@ def _join(run: RunFolder, order: Order, more: str) -> list[list[int]]:
     else:
         log.info("%s were appended: they join at step %d (epoch %d)", more, step + 1, epoch + 1)
     return [[0, order.examples], *([first, rows] for first, rows in order.grown)]
+
+
+def _joins_at(run: RunFolder, order: Order) -> tuple[int, int, int]:
+    """Return the step and the epoch in which appended rows join, and the steps of the run."""
+    epoch = order.grown[-1][0] if order.grown else 0
+    step = order.steps_in(epoch) if epoch else 0
+    return step, epoch, run.config.max_steps or order.steps_in(run.config.epochs or 1)
 
 
 def _first_row(run: RunFolder, table: TokenTable, digest: str) -> str:

@@ -119,7 +119,10 @@ class RunFolder:
         if refused:
             fix = "name another output_dir, or remove that folder to start over"
             if all(change.kind in (OnResume.ACCEPTED, OnResume.CONTENT) for change in refused):
-                fix = f"add --accept-change to resume with them, or {fix}"
+                same = " (their content must be the same)" * any(
+                    change.kind == OnResume.CONTENT for change in refused
+                )
+                fix = f"add --accept-change to resume with them{same}, or {fix}"
             raise UserError(
                 f"output_dir {self.path} holds a run with other settings "
                 f"({'; '.join(map(str, refused))}); {fix}"

@@ -102,7 +102,7 @@ def test_appended_rows_join_at_the_next_epoch(tmp_path, tiny_checkpoint, caplog)
     for folder in (grown, twice):
         until(5, folder, tiny_checkpoint, data, **steps)
     write_jsonl(data, rows(10))
-    with pytest.raises(UserError, match=rf"10 rows from {data}:31 on .*--accept-change"):
+    with pytest.raises(UserError, match=rf"10 rows from {data}:31 on .*--accept-change .* step 9 "):
         call(grown, tiny_checkpoint, data, **steps)
     with caplog.at_level(logging.INFO):
         final = call(grown, tiny_checkpoint, data, **steps, accept_change=True)
@@ -125,6 +125,10 @@ def test_rows_that_would_join_after_the_end_are_a_warning(tmp_path, tiny_checkpo
     data = write_jsonl(tmp_path / "pairs.jsonl", rows())
     until(3, tmp_path / "run", tiny_checkpoint, data, max_steps=None, epochs=1)
     write_jsonl(data, rows(4))
+    with pytest.raises(
+        UserError, match=r"restore the data, or add --accept-change and raise .*9 .*8"
+    ):
+        call(tmp_path / "run", tiny_checkpoint, data, max_steps=None, epochs=1)
     call(tmp_path / "run", tiny_checkpoint, data, max_steps=None, epochs=1, accept_change=True)
     assert "would join at step 9, but the run ends after 8" in caplog.text
     assert len(numbers(tmp_path / "run")) == 8
