@@ -100,7 +100,7 @@ def prepare(page: str, place: Path, cache: Path) -> None:
         (place / "run.yaml").unlink()  # it is what the page makes
         for name in ("axolotl.yaml", "theirs.yaml"):
             (place / name).write_text(AXOLOTL)
-    elif page == "data.md":
+    elif page in ("data.md", "my_data.md"):
         rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
         columns = {"question": ["why?"] * len(rows)}
         columns |= {new: [row[old] for row in rows] for new, old in
