@@ -41,6 +41,7 @@ warmup_ratio: 0.1
 evals_per_epoch: 4
 weight_decay: 0.0
 wandb_project: mine
+early_stopping_patience: 3
 wandb_entity:
 special_tokens: {pad_token: "<pad>"}
 trust_remote_code: true
@@ -86,6 +87,9 @@ lr_scheduler_type: cosine_with_min_lr
 lr_scheduler_kwargs: {min_lr_rate: 0.1}
 learning_rate: 5.0e-7
 report_to: [wandb]
+load_best_model_at_end: true
+metric_for_best_model: eval_rewards/accuracies
+greater_is_better: true
 packing: false
 """
 SCRIPT = """\
@@ -126,6 +130,7 @@ def test_axolotl(migrated):
     result, run = migrated(AXOLOTL, "run.yaml", "--processes", "2")
     assert (result["tool"], result["stage"]) == ("Axolotl", "dpo")
     assert (run.sft_checkpoint, run.data.dataset_name) == ("some/model", "some/pairs")
+    assert run.train.early_stopping_patience == 3
     assert run.data.columns == {"chosen": "best"}
     assert (run.train.batch_size, run.train.learning_rate) == (16, 2e-5)
     assert (run.train.epochs, run.train.warmup_ratio, run.train.weight_decay) == (2, 0.1, 0)
@@ -166,6 +171,7 @@ def test_a_yaml_file_of_trl(migrated):
     assert (run.train.max_steps, run.train.epochs, run.train.warmup_ratio) == (200, None, 0.05)
     assert (run.train.schedule, run.train.min_learning_rate_ratio) == ("cosine", 0.1)
     assert (run.train.eval_every, run.train.trackers) == (50, ["wandb"])
+    assert (run.train.keep_best, run.train.best_metric) == (True, "eval/rewards/accuracies")
     assert run.train.batch_size == 8  # per_device_train_batch_size by default
     assert set(yaml.safe_load(TRL_YAML)) <= set(groups(result))
 
@@ -180,6 +186,14 @@ def test_a_script_is_read_and_not_executed(migrated, tmp_path, monkeypatch):
     assert (run.lora.rank, run.lora.alpha, run.lora.targets) == (4, 8, ["q_proj"])
     assert groups(result)["logging_steps"] == "unread"
     assert run.train.log_every == 10  # ours: that of the script is not known
+
+
+def test_a_column_that_the_stage_does_not_read_is_named(migrated):
+    data = "datasets: [{path: some/text, type: completion, field: body, field_output: answer}]"
+    result, run = migrated(f"base_model: m\n{data}\nlearning_rate: 1e-4\nmicro_batch_size: 4\n")
+    assert result["stage"] == "sft" and run.data.columns == {"output": "answer"}
+    (line,) = (line for line in result["options"] if line["option"] == "datasets")
+    assert "field 'body' has no equivalent" in line["note"]
 
 
 def test_a_pretraining_run_makes_a_new_model_and_says_so(migrated):

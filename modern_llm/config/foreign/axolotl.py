@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from modern_llm.config.foreign.rows import (
     BATCH,
+    BEST,
     CHECKPOINT,
     FIXED_DROPOUT,
     LENGTH,
@@ -38,6 +39,9 @@ ROWS = {
     "float16": Row("train.mixed_precision", "fp16"),
     "gradient_checkpointing": Row("train.gradient_checkpointing", "flag"),
     "torch_compile": Row("train.compile", "flag"),
+    "load_best_model_at_end": Row("train.keep_best", "flag", BEST),
+    "metric_for_best_model": Row("train.best_metric", "best_metric"),
+    "early_stopping_patience": Row("train.early_stopping_patience", "positive"),
     "seed": Row("train.seed"),
     "logging_steps": Row("train.log_every", "every"),
     "save_steps": Row("train.save_every", "every"),
@@ -162,6 +166,7 @@ NOT_NEEDED = {
         "comet_online comet_experiment_config swanlab_mode swanlab_workspace swanlab_description "
         "swanlab_log_model swanlab_api_key trackio_space_id"
     ),
+    "the metric says whether lower or higher is better": "greater_is_better",
     "reference log-probs are always computed once and kept on disk": "precompute_ref_log_probs",
     "the order of the data is drawn from train.seed": (
         "shuffle_merged_datasets shuffle_before_merging_datasets"
@@ -217,9 +222,6 @@ NO_EQUIVALENT = {
         "lr_groups embedding_lr embedding_lr_scale cosine_constant_lr_ratio eta_min adam_beta3 "
         "adam_epsilon2 jagged_restart_steps jagged_restart_warmup_steps "
         "jagged_restart_anneal_steps log_sweep_min_lr log_sweep_max_lr"
-    ),
-    "the last model is the result; evaluation curves are in report.html": (
-        "early_stopping_patience load_best_model_at_end metric_for_best_model greater_is_better"
     ),
     "a model is split over devices by ZeRO or FSDP alone": (
         "context_parallel_size context_parapllel_size sequence_parallel_degree heads_k_stride "

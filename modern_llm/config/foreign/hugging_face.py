@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modern_llm.config.foreign.rows import BATCH, Row
+from modern_llm.config.foreign.rows import BATCH, BEST, Row
 
 ROWS = {
     "output_dir": Row("train.output_dir", "text"),
@@ -35,6 +35,8 @@ ROWS = {
     "save_steps": Row("train.save_every", "every"),
     "save_strategy": Row("train.save_every", "strategy"),
     "save_total_limit": Row("train.keep_checkpoints", "positive"),
+    "load_best_model_at_end": Row("train.keep_best", "flag", BEST),
+    "metric_for_best_model": Row("train.best_metric", "best_metric"),
     "seed": Row("train.seed"),
     "optim": Row("", "optimizer"),
 }
@@ -80,6 +82,7 @@ NOT_NEEDED = {
         "save_only_model save_on_each_node enable_jit_checkpoint ignore_data_skip "
         "restore_callback_states_from_checkpoint save_safetensors"
     ),
+    "the metric says whether lower or higher is better": "greater_is_better",
     "train.seed names the order of the data too": "data_seed",
     "set by the tracker's own environment variables": (
         "trackio_space_id trackio_bucket_id trackio_static_space_id"
@@ -88,9 +91,6 @@ NOT_NEEDED = {
 
 NO_EQUIVALENT = {
     "AdamW with float32 moments is the only optimizer": "optim_args optim_target_modules",
-    "the last model is the result; evaluation curves are in report.html": (
-        "load_best_model_at_end metric_for_best_model greater_is_better"
-    ),
     "the backend and mode of the compiler are not options": (
         "torch_compile_backend torch_compile_mode"
     ),

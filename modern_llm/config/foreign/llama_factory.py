@@ -29,6 +29,7 @@ ROWS = {
     "cutoff_len": Row(
         LENGTH, "same", "an over-long prompt loses its start, then the response its end"
     ),
+    "early_stopping_steps": Row("train.early_stopping_patience", "positive"),
     "max_samples": Row("data.max_examples", "positive"),
     "val_size": Row("data.eval_fraction", "share"),
     "pref_beta": Row("dpo.beta", "number"),
@@ -133,9 +134,6 @@ NO_EQUIVALENT = {
     "the loss takes no such term": (
         "neftune_noise_alpha label_smoothing_factor pref_bco_weight use_dft_loss use_asft_loss "
         "asft_alpha use_eaft_loss eaft_alpha"
-    ),
-    "the last model is the result; evaluation curves are in report.html": (
-        "load_best_model_at_end metric_for_best_model greater_is_better early_stopping_steps"
     ),
     "the order of the data depends on the seed alone, not on lengths": (
         "train_sampling_strategy length_column_name group_by_length disable_shuffling"

@@ -11,6 +11,7 @@ LENGTH = "dpo.max_length|data.max_length|model.max_seq_len"
 """Options whose name depends on the stage: of DPO, SFT and pretraining."""
 
 BATCH = "the examples of one optimizer step over all processes"
+BEST = "the best checkpoint is output_dir/best; the final model is that of the last step"
 FIXED_DROPOUT = "DPO trains without dropout, so it is used in SFT alone"
 TEMPLATE = "messages use the tokenizer's own template; `chat` wraps string prompts with it"
 

@@ -152,11 +152,11 @@ def registered(request: Request, name: str, value: Any, ours: str) -> Found:
 
 
 def training_sources(request: Request, name: str, value: Any, ours: str) -> Found:
-    return Found(*sources_of(value))
+    return Found(*sources_of(value, request.stage))
 
 
 def evaluation_sources(request: Request, name: str, value: Any, ours: str) -> Found:
-    return Found(*evaluation_source(value))
+    return Found(*evaluation_source(value, request.stage))
 
 
 def axolotl_rl(request: Request, name: str, value: Any, ours: str) -> Found:

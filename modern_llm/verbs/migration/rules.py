@@ -36,6 +36,7 @@ RULES: dict[str, Callable[[Request, str, Any, str], Found]] = {
     "grad_norm": train_rules.grad_norm,
     "bf16": train_rules.bf16,
     "fp16": train_rules.fp16,
+    "best_metric": train_rules.best_metric,
     "optimizer": train_rules.optimizer,
     "every": train_rules.every,
     "strategy": train_rules.strategy,

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from modern_llm.config import (
+    DocumentDatasetConfig,
+    InstructionDatasetConfig,
+    PreferenceDatasetConfig,
+)
 from modern_llm.config.errors import ConfigError
 
 BUILDERS = ("json", "jsonl", "csv", "parquet", "arrow", "text")
@@ -27,24 +32,30 @@ COLUMNS = {
     "text_column": "text",
 }  # fmt: skip
 """Options of one data set that name a column, with our name for it."""
+READ = {
+    "dpo": PreferenceDatasetConfig.read,
+    "sft": InstructionDatasetConfig.read,
+    "pretrain": DocumentDatasetConfig.read,
+}
+"""Columns that the data of a stage may have."""
 
 
-def sources_of(value: Any) -> tuple[dict[str, Any], str]:
+def sources_of(value: Any, stage: str) -> tuple[dict[str, Any], str]:
     """Return the data options that a list of data sets sets, and what they leave out."""
     entries = [entry for entry in (value if isinstance(value, list) else [value]) if entry]
     if not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError(["the data sets are not a list of mappings with a path"])
     notes: list[str] = []
-    sources = [_source(entry, notes) for entry in entries]
+    sources = [_source(entry, READ[stage], notes) for entry in entries]
     note = "; ".join(dict.fromkeys(notes))
     if len(sources) == 1:
         return {f"data.{name}": value for name, value in sources[0].items()}, note
     return {"data.sources": sources}, note
 
 
-def evaluation_source(value: Any) -> tuple[dict[str, Any], str]:
+def evaluation_source(value: Any, stage: str) -> tuple[dict[str, Any], str]:
     """Return the options of the one data set to evaluate on."""
-    values, note = sources_of(value)
+    values, note = sources_of(value, stage)
     if "data.sources" in values:
         first = values["data.sources"][0]
         note = f"{note + '; ' if note else ''}one evaluation set here: the first of them"
@@ -56,7 +67,7 @@ def evaluation_source(value: Any) -> tuple[dict[str, Any], str]:
     return {names[name]: value for name, value in values.items() if name in names}, note
 
 
-def _source(entry: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+def _source(entry: dict[str, Any], read: tuple[str, ...], notes: list[str]) -> dict[str, Any]:
     """Return one source, and note what it leaves out."""
     rest = {name: value for name, value in entry.items() if value is not None}
     path, files = rest.pop("path", None), rest.pop("data_files", None)
@@ -75,7 +86,8 @@ def _source(entry: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         source["split"], mark, part = str(rest.pop("split")).partition("[")
         if mark:
             notes.append(f"the part [{part} of a split has no equivalent: data.max_examples")
-    named = {name: rest.pop(name) for name in COLUMNS if isinstance(rest.get(name), str)}
+    known = [name for name in COLUMNS if COLUMNS[name] in read and isinstance(rest.get(name), str)]
+    named = {name: rest.pop(name) for name in known}
     columns = {COLUMNS[name]: value for name, value in named.items() if COLUMNS[name] != value}
     if columns:
         source["columns"] = columns

@@ -21,6 +21,10 @@ SCHEDULES = {
     "cosine": "cosine", "cosine_with_min_lr": "cosine", "linear": "linear",
     "constant": "constant", "constant_with_warmup": "constant",
 }  # fmt: skip
+METRICS = (
+    "eval/loss", "eval/perplexity", "eval/rewards/accuracies", "eval/rewards/margins",
+    "eval/rewards/chosen", "eval/logps/chosen",
+)  # fmt: skip
 TRACKERS = {
     "tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab",
 }  # fmt: skip
@@ -138,6 +142,16 @@ def fp16(request: Request, name: str, value: Any, ours: str) -> Found:
     if not truth(value):
         raise Off("off")
     return Found({ours: "fp16"})
+
+
+def best_metric(request: Request, name: str, value: Any, ours: str) -> Found:
+    patience = request.number("early_stopping_patience", "early_stopping_steps")
+    if not (truth(request.values.get("load_best_model_at_end")) or patience):
+        raise Off("no best checkpoint is looked for")
+    metric = f"eval/{str(value).removeprefix('eval_').removeprefix('eval/')}"
+    if metric not in METRICS:
+        raise NoEquivalent(f"train.best_metric is one of {', '.join(METRICS)}")
+    return Found({ours: metric})
 
 
 def optimizer(request: Request, name: str, value: Any, ours: str) -> Found:
