@@ -121,6 +121,7 @@ RUN_PAGES = [page for page in PAGES if lines_of(page)]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a page may hold several runs, on a machine that tests more beside it
 @pytest.mark.parametrize("page", RUN_PAGES, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_a_page_runs_as_written(page, world, tmp_path, short, monkeypatch, capsys):
     place, cache = tmp_path / "here", tmp_path / "cache"
