@@ -50,8 +50,8 @@ HEADLINES = (
     Metric("time", "elapsed_s", "{}"),
 )
 RANKED_BY = ("eval/rewards/accuracies", "eval/loss", "rewards/accuracies", "loss")
-"""The first of these that a run has ranks the runs. Accuracy is first, because the losses of runs
-with different beta cannot be compared."""
+"""The first of these that a run has ranks runs that name no `train.best_metric`. Accuracy is first,
+because the losses of runs with different beta cannot be compared."""
 
 
 def results(run: Run) -> list[dict[str, Any]]:
@@ -74,7 +74,8 @@ def ranking(runs: Sequence[Run]) -> dict[str, Any]:
         run), `label`, `best`, `step` and `values`. Runs without the metric come last.
     """
     shown = [m for m in HEADLINES if any(m.name in run.series for run in runs)]
-    by = next((m for name in RANKED_BY for m in shown if m.name == name), None)
+    by = _named(runs, shown)
+    by = by or next((m for name in RANKED_BY for m in shown if m.name == name), None)
     # Equal accuracies are common in small evaluations: the larger margin wins.
     tie = next((m for m in shown if by and m.name == by.name.replace("accuracies", "margins")), by)
 
@@ -106,6 +107,16 @@ def ranking(runs: Sequence[Run]) -> dict[str, Any]:
         "titles": [metric.title for metric in ([by] if by else []) + others],
         "rows": rows,
     }
+
+
+def _named(runs: Sequence[Run], shown: Sequence[Metric]) -> Metric | None:
+    """Return the `train.best_metric` of all runs, None if they differ or did not log it."""
+    names = {str(run.config.get("train.best_metric") or "") for run in runs}
+    name = names.pop()
+    if names or not any(name in run.series for run in runs):
+        return None
+    # Metrics without a headline are better when higher: losses and perplexity have one.
+    return next((m for m in shown if m.name == name), Metric(name, name, "{:.4g}", "high"))
 
 
 def dropped(source: dict[str, Any]) -> str:
