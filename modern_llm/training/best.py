@@ -55,6 +55,8 @@ class Best:
         return self.patience is not None and self.since >= self.patience
 
     def __str__(self) -> str:
+        if self.value is None:
+            return f"{self.metric}, which was never finite"
         return f"{self.metric} {self.value:.6g} at step {self.step}"
 
     def saved(self) -> dict[str, Any]:
@@ -63,9 +65,11 @@ class Best:
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Restore the result of `saved`; nothing if it is of another metric, or of none."""
-        if saved.get("metric") == self.metric and saved.get("value") is not None:
-            self.value, self.step = float(saved["value"]), int(saved["step"])
-            self.since = int(saved["since"])
+        if saved.get("metric") != self.metric:
+            return
+        value = saved["value"]
+        self.value = None if value is None else float(value)
+        self.step, self.since = int(saved["step"]), int(saved["since"])
 
 
 def best_of(config: TrainingConfig, metrics: frozenset[str]) -> Best | None:

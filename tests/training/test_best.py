@@ -42,6 +42,12 @@ def test_a_checkpoint_restores_it_unless_it_is_of_another_metric():
     again.load(best.saved())
     other.load(best.saved())
     assert again == best and (other.value, other.since) == (None, 0)
+    never = Best("eval/loss", patience=2)
+    never.look(3, {"eval/loss": math.nan})
+    again = Best("eval/loss", patience=2)
+    again.load(never.saved())
+    again.look(6, {"eval/loss": math.inf})
+    assert again.exhausted and str(again) == "eval/loss, which was never finite"
 
 
 def test_a_metric_that_the_evaluations_lack_is_refused_before_training():
