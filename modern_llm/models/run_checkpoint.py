@@ -88,7 +88,9 @@ def checkpoint_folder(place: str | Path) -> str:
         return str(place)
     found = newest(saved)
     if found is None:
-        raise UserError(f"checkpoint {place}: {saved} holds no checkpoint yet")
+        finals = sorted(path.parent.glob("*_final"))
+        hint = f"; the final model is {finals[0]}" if finals else ""
+        raise UserError(f"checkpoint {place}: {saved} holds no checkpoint{hint}")
     folder, manifest = found
     return str(folder if path.name == "last" else _best(place, folder, manifest))
 

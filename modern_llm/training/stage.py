@@ -57,7 +57,7 @@ def build_tables(
     """Return the token tables: built once per machine, mapped and compared by every process.
 
     Args:
-        callbacks: objects of a user, called by the loop.
+        callbacks: objects with methods of `Callback`.
 
     Raises:
         UserError: the data cannot fill one step, or differs from what was trained on; an object is

@@ -45,8 +45,8 @@ def adapted(callback: Any) -> _Adapter:
     own = {name for name in events if getattr(kind, name) is not getattr(TrainerCallback, name)}
     if missing := sorted(own - CALLED):
         raise UserError(
-            f"callbacks: {kind.__name__}.{missing[0]} is never called by this loop; those of a "
-            f"TrainerCallback that are: {', '.join(sorted(CALLED))}"
+            f"callbacks: {kind.__name__}.{missing[0]} is not among the events of this loop: "
+            f"{', '.join(sorted(CALLED))}"
         )
     return _Adapter(callback)
 
@@ -110,11 +110,11 @@ class _Adapter:
         self._call("on_evaluate", state, control, metrics=named)
 
     def on_checkpoint(self, state: Any, control: Any, folder: Path) -> None:
-        """Tell of a complete checkpoint."""
+        """Report a complete checkpoint."""
         self._call("on_save", state, control)
 
     def on_train_end(self, state: Any, control: Any) -> None:
-        """Tell of the end."""
+        """Report the end."""
         self._call("on_train_end", state, control)
 
     def _call(self, event: str, state: Any, control: Any, **more: Any) -> None:

@@ -60,7 +60,7 @@ def check_next_commands(demo: Path, out: str) -> None:
         assert command in out
         words = [str(fill.get(word, word)) for word in shlex.split(command)]
         words = words[next(i for i, w in enumerate(words) if w in ("dpo", "inspect", "report")) :]
-        # The demo's own model, which stands in for the user's, has 128 positions.
+        # The demo's own model, used here as the user's, has 128 positions.
         words += ["--dry-run", "--dpo.max_length", "128"] if words[0] == "dpo" else []
         assert main(words) == 0
 

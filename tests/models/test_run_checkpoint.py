@@ -85,7 +85,7 @@ def test_last_is_the_newest_that_is_intact(run, tmp_path):
     assert inspect_checkpoint(copy / "last").place.endswith("step-00000002")
     shutil.rmtree(copy / "checkpoints")
     (copy / "checkpoints").mkdir()
-    with pytest.raises(UserError, match="holds no checkpoint yet"):
+    with pytest.raises(UserError, match="holds no checkpoint"):
         inspect_checkpoint(copy / "last")
 
 

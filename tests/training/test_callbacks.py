@@ -146,7 +146,7 @@ class Misspelt:
         (EarlyStoppingCallback(), "set train.early_stopping_patience"),
         (
             type("Sub", (TrainerCallback,), {"on_substep_end": lambda *a, **k: None})(),
-            "Sub.on_substep_end is never called by this loop",
+            "Sub.on_substep_end is not among the events",
         ),
     ],
 )
