@@ -302,14 +302,12 @@ class Watchdog:
         if more or count == self._warned[0] or one.age(now) <= one.beat["explained"]:
             return
         self._warned = count, 0.0
-        log.warning(
-            "warning: %s: no progress for %.0f s in the phase %s; the others wait for it, up to "
-            "%.0f s",
-            _named(rank, one.beat),
-            one.age(now),
-            one.beat["phase"],
-            limit,
+        text = (
+            f"warning: {_named(rank, one.beat)}: no progress for {one.age(now):.0f} s in the phase "
+            f"{one.beat['phase']}; the others wait for it, up to {limit:.0f} s"
         )
+        # In a thread: a handler that writes to a disk that hangs would keep its lock.
+        within(2.0, lambda: log.warning("%s", text))
 
     def _first(self, verdict: Verdict) -> bool:
         """Whether this process's verdict is the first one, so that this process prints it."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import threading
 import time
 from collections import Counter
 
@@ -129,3 +131,20 @@ def test_rank_0_without_heartbeat_is_named_by_the_others(world, monkeypatch):
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now)
     verdict = dogs[7]._verdict(now)
     assert list(verdict["beats"]) == ["0"] and "no heartbeat" in verdict["text"]
+
+
+def test_a_log_handler_that_hangs_does_not_stop_the_watchdog():
+    """The main thread may hold a handler's lock while its disk hangs."""
+    released, handler = threading.Event(), logging.NullHandler()
+    handler.handle = lambda record: released.wait(60)
+    logger = logging.getLogger("modern_llm.distributed.health.watchdog")
+    logger.addHandler(handler)
+    dog = Watchdog(Peers(0, 2), nowhere, 1.0)
+    late = Heard(beat(6, 5.0, 100.0, explained=1.0, phase="saving", host="h", pid=1), 0.0)
+    began = time.monotonic()
+    try:
+        dog._warn_of_the_last({0: Heard(beat(7, 1.0), 0.0), 1: late}, 0.0)
+    finally:
+        released.set()
+        logger.removeHandler(handler)
+    assert time.monotonic() - began < 30
