@@ -28,6 +28,7 @@ from modern_llm.evaluation.score import score_pairs
 from modern_llm.inference.chat import prompt_ids
 from modern_llm.inference.generate import generate
 from modern_llm.models.load import inspect_checkpoint, load_model, load_tokenizer, make_scorer
+from modern_llm.setup.micro_batches import sharing
 
 TEMPERATURE = 1.0
 SHOWN = 3
@@ -144,11 +145,11 @@ def _perplexity(folder: Path, instructions: Path, max_length: int) -> float:
             examples.sizes,
             world=1,
             budget=Budget(tokens=2048),
-            shared=scorer.capabilities.trees,
+            shared=sharing(scorer),
         )[0]
         nll = tokens = 0.0
         for group in groups:
-            batch = collate(examples, group, shared=scorer.capabilities.trees)
+            batch = collate(examples, group, shared=sharing(scorer))
             output = scorer(batch.ids, batch.positions, batch.segments, batch.targets)
             nll -= float(output.logprobs.double().sum())
             tokens += float(batch.lengths.sum())

@@ -12,12 +12,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError
 from modern_llm.distributed.deepspeed_config import value_at
+from modern_llm.storage.regular_files import read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def missing_processes(world: int) -> str:
 def _told_to_accelerate() -> str:
     """Return the number after `--num_processes` on the command line of the parent process."""
     try:
-        line = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace")
+        line = read_bytes(f"/proc/{os.getppid()}/cmdline").decode(errors="replace")
     except OSError:  # not Linux, or the parent has ended
         return ""
     words = line.replace("=", "\0").split("\0")

@@ -60,7 +60,7 @@ def show(markup: str, text: str) -> None:
         _display()({"text/html": markup, "text/plain": text}, raw=True)
 
 
-def link(path: Path, title: str) -> None:
+def show_link(path: Path, title: str) -> None:
     """Show where a file is, with a link if it is below the notebook's folder.
 
     Notebook servers open nothing else.

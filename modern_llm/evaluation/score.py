@@ -204,7 +204,7 @@ def _sums(
     heartbeat.enter("preparing the model")
     scorer = set_up_frozen(runtime, checkpoint, config)
     module = runtime.freeze(scorer)
-    scoring = Scoring(runtime, module, config, trees=sharing(scorer))
+    scoring = Scoring(runtime, module, config, shared=sharing(scorer))
     answers = Answers(table)
     found = score_everywhere(runtime, scoring, answers)
     runtime.release(module)

@@ -89,7 +89,7 @@ class AnswerBatches:
 
     Args:
         entries: (n,) indices into `answers`.
-        trees: what the rows of a batch may hold; if trees, responses share their prompt's forward.
+        shared: what the rows of a batch may hold; if trees, responses share their prompt's forward.
         budget: tokens per forward, padding included.
         alone: whether each answer has a forward of its own.
     """
@@ -101,11 +101,11 @@ class AnswerBatches:
         answers: Answers,
         entries: NDArray[np.int64],
         *,
-        trees: Sharing | bool,
+        shared: Sharing,
         budget: int,
         alone: bool = False,
     ):
-        self.answers, self.budget, self._trees, self._alone = answers, budget, trees, alone
+        self.answers, self.budget, self._shared, self._alone = answers, budget, shared, alone
         self._items: list[list[int]] = []
         before, size = -1, 0
         for entry in answers.by_prompt(entries).tolist():
@@ -140,7 +140,7 @@ class AnswerBatches:
         if self._alone:
             return [chosen[at : at + 1] for at in range(len(chosen))]
         limit = Budget(tokens=budget or self.budget)
-        (groups,) = pack(chosen, self.sizes, world=1, budget=limit, shared=self._trees)
+        (groups,) = pack(chosen, self.sizes, world=1, budget=limit, shared=self._shared)
         return [group for group in groups if len(group)]
 
     def sequences(self, item: int) -> list[Laid]:
@@ -148,7 +148,7 @@ class AnswerBatches:
         entries = self._items[item]
         prompt = self.answers.prompt(entries[0])
         responses = [self.answers.response(entry) for entry in entries]
-        if self._trees:
+        if self._shared != Sharing.ALONE:
             return [lay_out(prompt, responses, range(len(entries)))]
         return [lay_out(prompt, [response], [slot]) for slot, response in enumerate(responses)]
 
@@ -161,8 +161,10 @@ class AnswerBatches:
         entries = self._items[item]
         prompt = int(self.answers.prompt_lengths[entries[0]])
         lengths = [int(self.answers.lengths[entry]) for entry in entries]
-        return (prompt + sum(lengths),) if self._trees else tuple(prompt + n for n in lengths)
+        if self._shared == Sharing.ALONE:
+            return tuple(prompt + n for n in lengths)
+        return (prompt + sum(lengths),)
 
     def collate(self, group: NDArray[np.int64]) -> MicroBatch:
         """Return the tensors of some trees; an empty group gives a dummy batch."""
-        return collate(self, group, shared=self._trees)
+        return collate(self, group, shared=self._shared)

@@ -240,7 +240,7 @@ class ReferencePass:
                 self._runtime,
                 module,
                 self._config,
-                trees=sharing(scorer),
+                shared=sharing(scorer),
                 tokens=self._dpo.per_token,
             )
         finally:

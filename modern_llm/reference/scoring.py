@@ -35,7 +35,7 @@ class Scoring:
 
     Args:
         module: a `TokenScorer`, or its wrapper for several devices.
-        trees: what the rows of a batch may hold, as the module supports it.
+        shared: what the rows of a batch may hold, as the module supports it.
         tokens: also give the log-prob of every token.
     """
 
@@ -45,10 +45,10 @@ class Scoring:
         module: nn.Module,
         config: TrainingConfig,
         *,
-        trees: Sharing | bool,
+        shared: Sharing,
         tokens: bool = False,
     ):
-        self._runtime, self._module, self._trees = runtime, module, trees
+        self._runtime, self._module, self._shared = runtime, module, shared
         self.tokens = tokens
         automatic = FORWARD_TOKENS.get(runtime.device.type, 8192)
         self.budget = config.most_tokens or automatic
@@ -62,7 +62,7 @@ class Scoring:
     ) -> AnswerBatches:
         """Return all or some answers laid out for this model; `alone`: one answer per forward."""
         chosen = np.arange(len(answers)) if entries is None else entries
-        return AnswerBatches(answers, chosen, trees=self._trees, budget=self.budget, alone=alone)
+        return AnswerBatches(answers, chosen, shared=self._shared, budget=self.budget, alone=alone)
 
     def __call__(
         self, trees: AnswerBatches, groups: Iterable[NDArray[np.int64]]

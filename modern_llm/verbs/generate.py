@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -14,12 +15,14 @@ from modern_llm.config.printable import printable
 from modern_llm.distributed.shutdown.signals import StopRequest
 from modern_llm.verbs.settings import Settings
 
+log = logging.getLogger(__name__)
+
 
 class GenerateSettings(Settings):
     """Answer prompts with a model."""
 
     example: ClassVar[str] = (
-        'modern-llm generate --model runs/dpo/last --prompt "What is a prefix tree?"'
+        'modern-llm generate --model runs/dpo/last --template chat --prompt "Why?"'
     )
 
     model: str
@@ -38,8 +41,8 @@ class GenerateSettings(Settings):
     system: str | None = None
     """Words of the system turn before the first one; needs a chat template."""
     template: str | None = None
-    """chat wraps each prompt as a user turn; a text with {prompt} frames it; none uses it
-    literally."""
+    """chat wraps each prompt as a user turn; a text with {prompt} frames it; without it a prompt
+    is continued as plain text."""
     tokenizer_name: str | None = None
     """Hub id or folder of the tokenizer; comes before the model's own."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 128
@@ -86,6 +89,12 @@ def _generate(settings: GenerateSettings) -> dict[str, Any]:
         found = list(answerer.converse(_read_line, settings.system))
         return {"answers": [{"prompt": line, "answer": answer} for line, answer in found]}
     written = [_with_system(prompt, settings) for prompt in prompts]
+    literal = settings.template is None and any(isinstance(prompt, str) for prompt in written)
+    if literal and answerer.tokenizer.chat_template:
+        log.warning(
+            "warning: prompts are continued as plain text, though this model has a chat template: "
+            "add --template chat to ask it, or --template '{prompt}' to leave this line out"
+        )
     if settings.stream:
         answers = [answerer.stream(prompt) for prompt in written]
     else:

@@ -19,6 +19,7 @@ from modern_llm.config.errors import ConfigError
 from modern_llm.config.foreign import TOOLS, trl
 from modern_llm.config.foreign.rows import Row, Tool
 from modern_llm.config.printable import one_line
+from modern_llm.storage.atomic import write_file
 from modern_llm.verbs.migration.read import Foreign, read_foreign, stage_of, tool_of
 from modern_llm.verbs.migration.request import NoEquivalent, Off, Request, truth
 from modern_llm.verbs.migration.rules import translate
@@ -93,7 +94,7 @@ def migrate(settings: MigrateSettings) -> dict[str, Any]:
         raise ConfigError(problems) from error
     text = yaml.safe_dump(result, sort_keys=False, allow_unicode=True)
     if settings.output is not None:
-        settings.output.write_text(text, encoding="utf-8")
+        write_file(settings.output, text)
     if not settings.json_output:
         print(f"\nwritten: {settings.output}" if settings.output else f"\n{text}", end="")
         print(f"\ncheck it: modern-llm {stage} {settings.output or 'run.yaml'} --dry-run")

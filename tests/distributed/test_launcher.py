@@ -241,5 +241,5 @@ def test_a_launch_of_more_processes_than_arrived_is_named(
 )
 def test_the_number_on_accelerates_command_line_is_found(line, found, monkeypatch):
     words = "\0".join(line.split()).encode()
-    monkeypatch.setattr(launcher.Path, "read_bytes", lambda path: words)
+    monkeypatch.setattr(launcher, "read_bytes", lambda path: words)
     assert launcher._told_to_accelerate() == found

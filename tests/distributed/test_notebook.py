@@ -94,8 +94,8 @@ def test_other_ranks_and_terminals_show_nothing_in_a_cell(monkeypatch, cell):
 def test_a_link_is_relative_below_the_notebook_and_a_path_elsewhere(cell, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    notebook.link(Path("runs/a <b>/report.html"), "report")
-    notebook.link(tmp_path / "report.html", "report")
+    notebook.show_link(Path("runs/a <b>/report.html"), "report")
+    notebook.show_link(tmp_path / "report.html", "report")
     near, far = cell.outputs
     assert 'href="runs/a%20%3Cb%3E/report.html"' in near["text/html"]
     assert "runs/a &lt;b&gt;/report.html</a>" in near["text/html"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as tf
 
+from modern_llm.data.batch.order import Sharing
 from modern_llm.models.load import make_scorer
 from modern_llm.reference import cpu_parallel
 from modern_llm.reference.answers import Answers
@@ -100,7 +101,7 @@ def test_values_are_bit_by_bit_those_of_one_forward_after_the_other(cores, monke
     for threads in (1, 2):
         cores(threads)
         scoring = Scoring(
-            runtime, scorer, config(tokens_per_micro_batch=60), trees=True, tokens=True
+            runtime, scorer, config(tokens_per_micro_batch=60), shared=Sharing.ROWS, tokens=True
         )
         trees = scoring.lay_out(answers)
         groups = trees.groups()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from modern_llm.data.batch.order import Sharing
 from modern_llm.data.preference_datasets import PreferenceDatasetConfig
 from modern_llm.data.table.build import prepare_tables
 from modern_llm.data.table.token_table import TokenTable
@@ -96,7 +97,7 @@ class PairFill:
 
     def most_in_a_piece(self) -> int:
         everything = np.arange(len(self.answers))
-        trees = AnswerBatches(self.answers, everything, trees=True, budget=200)
+        trees = AnswerBatches(self.answers, everything, shared=Sharing.ROWS, budget=200)
         return 2 * FLUSH - 1 + max(len(trees.entries(group)) for group in trees.groups())
 
 

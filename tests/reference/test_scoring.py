@@ -12,6 +12,7 @@ import torch
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.errors import UserError
+from modern_llm.data.batch.order import Sharing
 from modern_llm.distributed.runtime import start
 from modern_llm.models.load import make_scorer
 from modern_llm.reference.answers import MAX_RESPONSES, Answers
@@ -59,7 +60,9 @@ def test_sums_counts_and_tokens_are_the_models_own(name, budget):
     scorer = make_scorer(make_model(name))
     assert scorer.capabilities.trees == (name == "llama")
     settings = config(tokens_per_micro_batch=budget)
-    scoring = Scoring(runtime, scorer, settings, trees=scorer.capabilities.trees, tokens=True)
+    scoring = Scoring(
+        runtime, scorer, settings, shared=Sharing(scorer.capabilities.trees), tokens=True
+    )
     answers = Answers(table)
     assert len(answers) == 24 and len(table) == 60
     found = score_everywhere(runtime, scoring, answers)
@@ -82,7 +85,7 @@ def test_sums_counts_and_tokens_are_the_models_own(name, budget):
 def test_an_answer_is_computed_once_and_its_prompt_once_a_tree():
     table, runtime = shared_answers(), start(config())
     scorer = make_scorer(make_model("llama"))
-    scoring = Scoring(runtime, scorer, config(tokens_per_micro_batch=4000), trees=True)
+    scoring = Scoring(runtime, scorer, config(tokens_per_micro_batch=4000), shared=Sharing.ROWS)
     trees = scoring.lay_out(Answers(table))
     real = sum(trees.collate(group).real_tokens for group in trees.groups())
     assert MAX_RESPONSES >= 4
@@ -93,7 +96,7 @@ def test_many_answers_of_one_prompt_are_several_trees():
     answers = [[i + 3] * (1 + i % 5) for i in range(40)]
     table = Named([[[1, 2], answers[i], answers[i + 1]] for i in range(0, 40, 2)])
     trees = Scoring(
-        start(config()), make_scorer(make_model("llama")), config(), trees=True
+        start(config()), make_scorer(make_model("llama")), config(), shared=Sharing.ROWS
     ).lay_out(Answers(table))
     sizes = [trees.responses(item) for group in trees.groups() for item in group]
     assert sum(sizes) == 40 and max(sizes) <= MAX_RESPONSES
@@ -103,7 +106,7 @@ def test_forwards_are_halved_until_they_fit(caplog):
     """A module that refuses more than 60 tokens: the rest of the pass is planned smaller."""
     table, runtime = shared_answers(), start(config())
     scorer = make_scorer(make_model("llama"))
-    expected = score_everywhere(runtime, Scoring(runtime, scorer, config(), trees=True),
+    expected = score_everywhere(runtime, Scoring(runtime, scorer, config(), shared=Sharing.ROWS),
                                 Answers(table))  # fmt: skip
     forwards = []
 
@@ -114,12 +117,12 @@ def test_forwards_are_halved_until_they_fit(caplog):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return scorer(ids, *rest)
 
-    scoring = Scoring(runtime, Small(), config(tokens_per_micro_batch=4000), trees=True)
+    scoring = Scoring(runtime, Small(), config(tokens_per_micro_batch=4000), shared=Sharing.ROWS)
     found = score_everywhere(runtime, scoring, Answers(table))
     assert np.abs(found.sums - expected.sums).max() < 1e-4
     assert scoring.budget <= 60 < max(forwards)
     assert "out of memory: forwards of" in caplog.text
-    tiny = Scoring(runtime, Small(), config(tokens_per_micro_batch=4000), trees=True)
+    tiny = Scoring(runtime, Small(), config(tokens_per_micro_batch=4000), shared=Sharing.ROWS)
     long = Named([[list(range(3, 70)), [3], [4]]])
     with pytest.raises(UserError, match=r"pairs:0: its forward alone does not fit"):
         score_everywhere(runtime, tiny, Answers(long))

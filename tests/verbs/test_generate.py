@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -146,3 +147,16 @@ def test_a_bad_line_of_prompts_is_named(place, tmp_path, line, part, capsys):
     assert main([*words(place), "--prompts", str(file)]) == 2
     err = capsys.readouterr().err
     assert f"{file}:2" in err and part in err
+
+
+def test_a_chat_model_that_is_given_plain_text_is_pointed_at_its_template(place, tmp_path, capsys):
+    assert main([*words(place), "--prompt", "the cat"]) == 0
+    assert "chat template" not in capsys.readouterr().err
+    shutil.copytree(place / "model", tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text(FALLBACK_CHAT_TEMPLATE)
+    asks = ["generate", "--model", str(tmp_path / "chat"), "--max_new_tokens", "2"]
+    assert main([*asks, "--prompt", "the cat"]) == 0
+    assert "add --template chat to ask it" in capsys.readouterr().err
+    for quiet in ("chat", "{prompt}"):
+        assert main([*asks, "--prompt", "the cat", "--template", quiet]) == 0
+        assert "--template chat" not in capsys.readouterr().err

@@ -103,7 +103,7 @@ def collate(
     examples: Examples,
     indices: NDArray[np.int64] | Sequence[int],
     *,
-    shared: Sharing | bool,
+    shared: Sharing,
     align: int = 1,
 ) -> MicroBatch:
     """Build the tensors of the given examples.
@@ -126,7 +126,7 @@ def collate(
     width = len(laid[0].sequence.ids)
     if shared == Sharing.LINE:
         width = -(-real // align) * align
-    rows = FirstFitPacker(width, shared=bool(shared))
+    rows = FirstFitPacker(width, shared=shared != Sharing.ALONE)
     places = [rows.add(len(item.sequence.ids)) for item in laid]
     shape = (len(rows.free), width)
     ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)

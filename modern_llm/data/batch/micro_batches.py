@@ -56,7 +56,7 @@ class BatchSource:
         *,
         rank: int,
         world: int,
-        shared: Sharing | bool,
+        shared: Sharing,
         align: int = 1,
         flops: Callable[[Tensor, int], float] | None = None,
         auto: bool = False,
@@ -158,7 +158,7 @@ class BatchSource:
         return tokens is not None and sum(self.examples.group_sizes(group)) > tokens
 
 
-def largest_example(examples: Examples, *, shared: Sharing | bool) -> tuple[int, int]:
+def largest_example(examples: Examples, *, shared: Sharing) -> tuple[int, int]:
     """Return (padded tokens, index) of the largest example."""
     return max(
         ((area([examples.sizes(i)], shared=shared), i) for i in range(len(examples))),

@@ -21,7 +21,7 @@ Sizes = tuple[int, ...]
 
 
 class Sharing(IntEnum):
-    """Rule for what one row may hold. Plain booleans mean the first two."""
+    """Rule for what one row may hold."""
 
     ALONE = 0
     """One sequence; rows are as wide as the longest."""
@@ -229,14 +229,14 @@ class Budget:
     """Most examples."""
 
 
-def area(sizes: Sequence[Sizes], *, shared: Sharing | bool) -> int:
+def area(sizes: Sequence[Sizes], *, shared: Sharing) -> int:
     """Return the tokens, padding included, that these examples take in one forward."""
     if shared == Sharing.LINE:
         return sum(map(sum, sizes))
     flat = sorted((size for example in sizes for size in example), reverse=True)
     if not flat:
         return 0
-    rows = FirstFitPacker(flat[0], shared=bool(shared))
+    rows = FirstFitPacker(flat[0], shared=shared != Sharing.ALONE)
     for size in flat:
         rows.add(size)
     return rows.area
@@ -248,7 +248,7 @@ def pack(
     *,
     world: int,
     budget: Budget,
-    shared: Sharing | bool,
+    shared: Sharing,
     count_of: Callable[[int], int] = lambda index: 1,
 ) -> list[list[Indices]]:
     """Distribute the examples of one step.
@@ -271,7 +271,7 @@ def pack(
         groups, weights = _pack(sizes, {i: count_of(i) for i in sizes}, world, budget)
         return _share_out(groups, weights, world)
     longest_first = sorted(sizes, key=lambda i: (-max(sizes[i], default=0), -sum(sizes[i]), i))
-    groups = _fill(longest_first, sizes, budget, bool(shared), count_of)
+    groups = _fill(longest_first, sizes, budget, shared != Sharing.ALONE, count_of)
     _split_until_divisible(groups, sizes, world)
     groups += [[] for _ in range(-len(groups) % world)]
     weights = [area([sizes[i] for i in group], shared=shared) for group in groups]

@@ -144,7 +144,10 @@ class Drops:
         report.kept = report.rows - report.dropped
         report.formats = dict.fromkeys(report.formats, report.kept)
         counts = ", ".join(f"{count} {reason}" for reason, count in report.drops.items())
-        first = "; ".join(f"{dropped.origin} ({dropped.reason})" for dropped in self._first)
+        reasons: dict[str, str] = {}  # the first row of each: the same reason five times says less
+        for dropped in self._first:
+            reasons.setdefault(dropped.reason, dropped.origin)
+        first = "; ".join(f"{origin} ({reason})" for reason, origin in reasons.items())
         if report.rows == 0:
             raise DataError(f"{report.source}: holds no rows")
         if report.kept == 0:

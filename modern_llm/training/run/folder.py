@@ -108,21 +108,24 @@ class RunFolder:
             now["template_date"] = now["template_date"] or then.get("template_date")
 
     def _check_changes(self, found: list[Change]) -> None:
-        """Log the settings that differ from the run in this folder, and refuse forbidden ones."""
-        accept = self.config.accept_change
-        refused = [
-            change
-            for change in found
-            if change.kind != OnResume.FREE
-            and not (accept and change.kind in (OnResume.ACCEPTED, OnResume.CONTENT))
-        ]
+        """Log the settings that differ from the run in this folder, and refuse forbidden ones.
+
+        A finished run without a checkpoint accepts no setting that changes its rest: it would be
+        trained again from the beginning, over the files of the run that is there.
+        """
+        resumable = any(self.checkpoints.glob("step-*"))
+        possible = {OnResume.CONTENT, OnResume.ACCEPTED} if resumable else {OnResume.CONTENT}
+        allowed = possible if self.config.accept_change else set()
+        refused = [c for c in found if c.kind != OnResume.FREE and c.kind not in allowed]
         if refused:
             fix = "name another output_dir, or remove that folder to start over"
-            if all(change.kind in (OnResume.ACCEPTED, OnResume.CONTENT) for change in refused):
+            if all(change.kind in possible for change in refused):
                 same = " (their content must be the same)" * any(
                     change.kind == OnResume.CONTENT for change in refused
                 )
                 fix = f"add --accept-change to resume with them{same}, or {fix}"
+            elif not resumable:
+                fix = f"it is finished and has no checkpoint to resume from: {fix}"
             raise UserError(
                 f"output_dir {self.path} holds a run with other settings "
                 f"({'; '.join(map(str, refused))}); {fix}"

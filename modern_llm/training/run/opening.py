@@ -68,5 +68,5 @@ def open_run(
         log.info("%s", text)
         if runtime.is_main:
             notebook.show(notebook.escaped(text), text)
-            notebook.link(run.path / "report.html", "report")
+            notebook.show_link(run.path / "report.html", "report")
     return runtime, run

@@ -108,6 +108,7 @@ def write_report(run: RunFolder) -> None:
         run.lock.check()
         if run.metrics.is_file():
             write_page([run.path], run.path / "report.html")
-            notebook.link(run.path / "report.html", "report")
+            notebook.show_link(run.path / "report.html", "report")
+            log.info("report: %s", run.path / "report.html")
     except Exception as error:
         log.warning("report.html was not written (%s); modern-llm report writes it again", error)

@@ -14,6 +14,7 @@ from contextlib import suppress
 from modern_llm.config.errors import StorageError
 from modern_llm.config.printable import one_line
 from modern_llm.storage.atomic import write_file
+from modern_llm.storage.fault_points import around
 from modern_llm.storage.untrusted import LARGEST, json_lines
 from modern_llm.training.run.folder import RunFolder
 
@@ -73,7 +74,10 @@ class WarningLog(logging.Handler):
                 if str(warning["text"]) in self._known or len(self._known) >= MAX_WARNINGS:
                     continue
                 self._known.add(str(warning["text"]))
-                with self._path.open("a", encoding="utf-8") as file:
+                with (
+                    around("warnings.append"),
+                    self._path.open("a", encoding="utf-8") as file,
+                ):
                     file.write(json.dumps(warning) + "\n")
         self._waiting.clear()
 

@@ -100,7 +100,7 @@ def test_work_is_about_even_over_ranks():
     rng = np.random.default_rng(0)
     lengths = [(int(n),) for n in rng.integers(20, 500, 64)]
     ranks = pack(
-        np.arange(64), lengths.__getitem__, world=4, budget=Budget(tokens=1024), shared=True
+        np.arange(64), lengths.__getitem__, world=4, budget=Budget(tokens=1024), shared=Sharing.ROWS
     )
     work = [sum(lengths[int(i)][0] for group in rank for i in group) for rank in ranks]
     assert max(work) <= 1.1 * min(work)

@@ -38,7 +38,7 @@ def test_documents_of_a_row_are_separate_trees():
     examples = Examples(table, trees=True)
     assert examples.sizes(0) == (3, 2, 1)
     assert examples.targets(np.array([0])).tolist() == [[3]]
-    batch = collate(examples, np.array([0]), shared=True)
+    batch = collate(examples, np.array([0]), shared=Sharing.ROWS)
     assert batch.ids.tolist() == [[5, 6, 7], [8, 9, 4]]
     assert batch.segments[..., 0].tolist() == [[0, 0, 0], [1, 1, 2]]
     assert batch.positions.tolist() == [[0, 1, 2], [0, 1, 0]]
@@ -96,7 +96,7 @@ def test_any_layout_predicts_each_response_token_from_its_own_context(rows, tree
 
 def test_no_examples_is_one_token_without_a_target():
     examples = Examples(Table([[[1], [2], [3]]]), trees=True)
-    batch = collate(examples, np.array([], dtype=np.int64), shared=True)
+    batch = collate(examples, np.array([], dtype=np.int64), shared=Sharing.ROWS)
     assert batch.ids.shape == (1, 1)
     assert batch.targets.shape == (2, 0)
     assert batch.lengths.shape == (0, 2)
@@ -108,7 +108,7 @@ def test_sums_add_up_by_pair_and_side(trees):
     import torch
 
     table = Table([[[1, 2], [3, 4, 5], [6]], [[7], [8], [9, 10]]])
-    batch = collate(Examples(table, trees=trees), np.array([1, 0]), shared=True)
+    batch = collate(Examples(table, trees=trees), np.array([1, 0]), shared=Sharing.ROWS)
     logprobs = batch.targets[1].double()
     assert torch.equal(
         batch.sums(logprobs), torch.tensor([[8.0, 19.0], [12.0, 6.0]], dtype=torch.float64)

@@ -124,6 +124,20 @@ def test_a_finished_run_is_not_repeated_and_another_is_not_mixed_in(
         call(tmp_path / "none", tiny_checkpoint, tiny_pairs, resume="must")
 
 
+def test_a_finished_run_without_a_checkpoint_is_not_trained_again_over_its_files(
+    tmp_path, tiny_checkpoint, tiny_pairs
+):
+    few = {"max_steps": 2, "save_every": 100}
+    final = call(tmp_path / "run", tiny_checkpoint, tiny_pairs, **few)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    longer = {**few, "max_steps": 4}
+    for accept in (False, True):
+        with pytest.raises(UserError, match=r"max_steps: 2 -> 4 .*finished and has no checkpoint"):
+            call(tmp_path / "run", tiny_checkpoint, tiny_pairs, **longer, accept_change=accept)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    assert call(tmp_path / "run", tiny_checkpoint, tiny_pairs, **few, accept_change=True) == final
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path, tiny_checkpoint, tiny_pairs):
     call(tmp_path / "run", tiny_checkpoint, tiny_pairs, keep_checkpoints=1)
     kept = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
