@@ -86,6 +86,8 @@ def inspect_checkpoint(place: str | Path) -> Checkpoint:
     if place.endswith(".pt"):
         return Checkpoint(place, pt_checkpoint.read_config(Path(place)), has_tokenizer=False)
     path = Path(place)
+    if place.startswith((".", "/", "~")) and not path.exists():  # a Hub id has none of these first
+        raise UserError(f"checkpoint {place}: no such folder or file; check the path")
     base = base_of(path)
     if base is not None:
         if base_of(Path(base)) is not None:

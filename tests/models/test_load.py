@@ -236,3 +236,9 @@ def test_weights_in_their_stored_dtype_are_mapped_from_the_files(tmp_path):
     copied = anonymous_bytes() - before - mapped
     assert widened.dtype == torch.float32
     assert mapped < 0.2 * 2 * size < 4 * size < 1.2 * copied, "a copy was made"
+
+
+@pytest.mark.parametrize("place", ["./chat-modl", "../nothing/here", "/no/such/model"])
+def test_a_path_to_nothing_is_not_looked_for_on_the_hub(place):
+    with pytest.raises(UserError, match="no such folder or file; check the path"):
+        inspect_checkpoint(place)

@@ -38,6 +38,8 @@ def console_line(step: int, metrics: Mapping[str, float]) -> str:
         parts.append(f"accuracy={metrics['rewards/accuracies']:.2%}")
     if "lr" in metrics:
         parts.append(f"lr={metrics['lr']:.3e}")
+    if metrics.get("ties"):  # before training all are: accuracy 0% means nothing then
+        parts.append(f"ties={metrics['ties']:.2%}")
     parts += [
         f"{short}={metrics[name]:.4g}" for name, short in ALSO_SHOWN.items() if name in metrics
     ]

@@ -19,6 +19,8 @@ def test_the_documented_line():
 
 
 def test_no_accuracy_without_the_metric():
+    first = console_line(1, {"loss": 0.6931, "rewards/accuracies": 0.0, "ties": 1.0})
+    assert first == "step=1 loss=0.6931 accuracy=0.00% ties=100.00%"
     assert console_line(3, {"loss": 1.0, "lr": 0.1}) == "step=3 loss=1.0000 lr=1.000e-01"
 
 
