@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 
 from modern_llm.cli import main
 from modern_llm.training import loop
@@ -110,6 +111,10 @@ def prepare(page: str, place: Path, cache: Path) -> None:
         for beta in ("0.05", "0.1", "0.3"):
             words = ["--dpo.beta", beta, "--train.output_dir", f"runs/beta-{beta}"]
             assert main(["dpo", "--config", "run.yaml", *words]) == 0
+    elif page == "resume.md":  # the run that is made longer has a checkpoint, two steps or not
+        settings = yaml.safe_load((place / "run.yaml").read_text())
+        settings["train"]["save_every"] = 1
+        (place / "run.yaml").write_text(yaml.safe_dump(settings))
     elif page == "reference_elsewhere.md":
         assert main(["reference", "fill", "--config", "run.yaml"]) == 0
         (store,) = (cache / "references").iterdir()
