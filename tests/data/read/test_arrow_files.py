@@ -260,6 +260,36 @@ def test_a_list_that_repeats_a_long_text_is_refused_undecoded(tmp_path):
             row.values[name]
 
 
+def varint(number: int) -> bytes:
+    """An integer as the footer of a Parquet file writes it."""
+    low, rest = number & 127, number >> 7
+    return bytes([low | 128]) + varint(rest) if rest else bytes([low])
+
+
+@pytest.mark.parametrize("lie", [2**31, 2**62])
+def test_a_footer_that_lies_about_its_values_costs_no_memory(tmp_path: Path, lie: int):
+    """Each of its counts of 100 in turn: rows of the file and the group, values of a column."""
+    texts = [f"text {n}" for n in range(100)]
+    whole = put(tmp_path / "a.parquet", pyarrow.table({"text": texts})).read_bytes()
+    size = int.from_bytes(whole[-8:-4], "little")
+    body, footer = whole[: -8 - size], whole[-8 - size : -8]
+    true, false = varint(200), varint(2 * lie)  # zigzag: twice the number
+    places = [at for at in range(len(footer)) if footer[at : at + len(true)] == true]
+    assert len(places) >= 3
+    pool, refused = pyarrow.default_memory_pool(), 0
+    for at in places:
+        text = footer[:at] + false + footer[at + len(true) :]
+        file = tmp_path / f"{at}.parquet"
+        file.write_bytes(body + text + len(text).to_bytes(4, "little") + b"PAR1")
+        before = pool.bytes_allocated()
+        try:
+            assert [row.values["text"] for row in read_parquet(file)] == texts
+        except DataError:
+            refused += 1
+        assert pool.bytes_allocated() - before < 10_000_000
+    assert refused >= 2
+
+
 def test_lists_of_ordinary_texts_are_read(tmp_path):
     rows = [[{"role": "user", "content": f"{i} " * 2000}] * 3 for i in range(300)]
     path = tmp_path / "rows.parquet"
