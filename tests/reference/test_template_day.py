@@ -102,9 +102,9 @@ def test_a_resumed_run_keeps_its_day(
     model = chat_model(tmp_path / "model", tiny_tokenizer, DATED)
     data = PreferenceDatasetConfig(dataset_name=pairs)
     dpo = DPOConfig(max_length=64, reference="model")
-    run_dpo(model, settings(tmp_path, "run", save_every=1), dpo, data)
+    run_dpo(model, settings(tmp_path, "run", save_every=1, max_steps=2), dpo, data)
     calendar.day = "2026-11-27"
-    longer = settings(tmp_path, "run", save_every=1, max_steps=2, accept_change=True)
+    longer = settings(tmp_path, "run", save_every=1, max_steps=3, accept_change=True)
     run_dpo(model, longer, dpo, data)
     assert recorded(tmp_path, "run") == "2026-11-25"
     moved = PreferenceDatasetConfig(dataset_name=pairs, template_date="2026-11-27")

@@ -22,7 +22,7 @@ class Sequence:
     """One tree, laid out: T tokens, of which N are targets.
 
     `sources[n]` is the offset of the state that predicts `labels[n]`: usually the token before, for
-    the first token of a branch the last token of the trunk. `slots[n]` names the sum it belongs to.
+    the first token of a branch the last one of the prefix. `slots[n]` names the sum it belongs to.
     """
 
     ids: NDArray[np.int64]
@@ -33,15 +33,15 @@ class Sequence:
     slots: NDArray[np.int64]
 
 
-def lay_out(trunk: Ids, branches: List[Ids], slots: List[int]) -> Sequence:
-    """Return `[trunk | branch | branch ...]`; the positions of each branch continue the trunk's.
+def lay_out(prefix: Ids, branches: List[Ids], slots: List[int]) -> Sequence:
+    """Return `[prefix | branch | branch ...]`; the positions of each branch continue the prefix's.
 
-    Only branch tokens are targets. With an empty trunk the first token of a branch has no token
+    Only branch tokens are targets. With an empty prefix the first token of a branch has no token
     before it and is no target.
     """
-    start = len(trunk)
+    start = len(prefix)
     sizes = [start, *(len(branch) for branch in branches)]
-    ids = np.concatenate([trunk, *branches]).astype(np.int64)
+    ids = np.concatenate([prefix, *branches]).astype(np.int64)
     positions = np.concatenate(
         [np.arange(start), *(np.arange(start, start + size) for size in sizes[1:])]
     )
@@ -170,11 +170,11 @@ class Examples:
         """Return the sequences of one example; slots count from 0 within it."""
         if self.documents:
             return self._documents(index)
-        trunk = self.table.ids(index, "prompt")
+        prefix = self.table.ids(index, "prompt")
         answers = [self.table.ids(index, name) for name in self.responses]
         if self.trees:
-            return [lay_out(trunk, answers, range(len(answers)))]
-        return [lay_out(trunk, [answer], [slot]) for slot, answer in enumerate(answers)]
+            return [lay_out(prefix, answers, range(len(answers)))]
+        return [lay_out(prefix, [answer], [slot]) for slot, answer in enumerate(answers)]
 
     def _documents(self, index: int) -> list[Sequence]:
         text = self.table.ids(index, "text")

@@ -95,10 +95,10 @@ def _example(source: Examined, entry: tuple[str, list[Ids]], tokenizer: Tokenize
     """Return one example token by token, with the targets marked, as training lays it out."""
     origin, cells = entry
     if len(cells) == 1:
-        trunk, branches = cells[0][:0], cells
+        prefix, branches = cells[0][:0], cells
     else:
-        trunk, branches = cells[0], cells[1:]
-    sequence = lay_out(trunk, branches, range(len(branches)))
+        prefix, branches = cells[0], cells[1:]
+    sequence = lay_out(prefix, branches, range(len(branches)))
     columns = []
     for at, (name, ids) in enumerate(zip(source.columns, cells, strict=True)):
         slot = at - (len(cells) > 1)

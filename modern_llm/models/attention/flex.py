@@ -73,9 +73,9 @@ def _blocks(
     one_tree = query(alone) & key(alone) & (query(first_tree) == key(first_tree))
     one_branch = (query(first) == query(last)) & (key(first) == key(last))
     same = one_branch & (query(first) == key(first))
-    trunk = key(last) == 0
-    some = itself | (before & overlap & ~(one_tree & one_branch & ~same & ~trunk))
-    whole = before & one_tree & (trunk | same)
+    prefix = key(last) == 0
+    some = itself | (before & overlap & ~(one_tree & one_branch & ~same & ~prefix))
+    whole = before & one_tree & (prefix | same)
     # A short last block is never whole: keys beyond the row are not visible.
     if tree.shape[1] % SIDE:
         whole[:, -1] = False
