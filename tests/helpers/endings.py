@@ -71,7 +71,10 @@ def _starve() -> None:
             pass
         os._exit(0)
     for thread in map(int, os.listdir("/proc/self/task")):
-        name = Path(f"/proc/self/task/{thread}/comm").read_text().strip()
+        try:
+            name = Path(f"/proc/self/task/{thread}/comm").read_text().strip()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # this thread has ended since, as one that saved in the background may
         if name == WORKER:
             _starved.append(thread)
         if name == WORKER or thread == parent:
