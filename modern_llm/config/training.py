@@ -25,6 +25,9 @@ Tracker = Literal[
 ]
 
 
+LOWER_IS_BETTER = ("loss", "perplexity")
+HIGHER_IS_BETTER = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "logps/chosen")
+"""Metrics by which one evaluation is better than another, for `best_metric`."""
 LONGEST_NAME = 200
 """Bytes of a run's name: a file's name has 255, and the ending and temporary marks need some."""
 

@@ -24,6 +24,8 @@ from modern_llm.storage.safetensors_writer import NAMES
 log = logging.getLogger(__name__)
 
 WEIGHTS, STATE = "model", "state.json"
+BEST = "best"
+"""Manifest entry: the best evaluation so far, with its step."""
 
 
 def is_run_checkpoint(folder: Path) -> bool:
@@ -97,7 +99,7 @@ def checkpoint_folder(place: str | Path) -> str:
 
 def _best(place: str | Path, folder: Path, manifest: dict[str, Any]) -> Path:
     """Return the checkpoint that this manifest calls the best."""
-    best = manifest.get("best")
+    best = manifest.get(BEST)
     step = best.get("step") if isinstance(best, dict) else None
     if not isinstance(step, int) or best.get("value") is None:
         raise UserError(

@@ -9,9 +9,9 @@ from typing import Any
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError, UserError, close_to
+from modern_llm.config.training import LOWER_IS_BETTER
 
 PREFIX = "eval/"
-LOWER_IS_BETTER = ("loss", "perplexity")
 
 
 @dataclass

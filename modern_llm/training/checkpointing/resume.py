@@ -13,11 +13,11 @@ from modern_llm.config.errors import StorageError, UserError
 from modern_llm.distributed.engine import Engine
 from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.runtime import Runtime
-from modern_llm.models.run_checkpoint import load_weights
+from modern_llm.models.run_checkpoint import BEST, load_weights
 from modern_llm.storage.fault_points import around
 from modern_llm.training.best import best_of
 from modern_llm.training.checkpointing import format
-from modern_llm.training.checkpointing.saver import BEST, ENDED, PENDING_EVALUATION, WINDOW
+from modern_llm.training.checkpointing.saver import ENDED, PENDING_EVALUATION, WINDOW
 from modern_llm.training.context import Resume, TrainingContext
 from modern_llm.training.guards.state import GuardState, no_spikes
 from modern_llm.training.optim import make_optimizer

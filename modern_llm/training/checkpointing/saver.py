@@ -19,6 +19,7 @@ from typing import Any
 from modern_llm.config.errors import NotFiniteError, StorageError
 from modern_llm.distributed.collectives import Peers, own_group
 from modern_llm.distributed.health import heartbeat
+from modern_llm.models.run_checkpoint import BEST
 from modern_llm.storage.atomic import TEMPORARY, free_bytes, refusals
 from modern_llm.storage.fault_points import around
 from modern_llm.training.checkpointing import format
@@ -33,8 +34,8 @@ GRACE_S = 30.0
 """Seconds that torchrun leaves a worker between SIGTERM and SIGKILL."""
 PENDING_EVALUATION = "owed"
 """Manifest flag: rerun the evaluation of this step on resume."""
-WINDOW, BEST, ENDED = "since_line", "best", "ended"
-"""Manifest entries: sums since the last logged line; the best evaluation; why the run ended."""
+WINDOW, ENDED = "since_line", "ended"
+"""Manifest entries: sums since the last logged line; why the run ended."""
 PARTING_S = 5.0
 """Seconds that a background save gets to finish after an error."""
 _PROBE = 16 << 20

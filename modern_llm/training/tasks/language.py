@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
+from modern_llm.config.training import LOWER_IS_BETTER
 from modern_llm.data.batch.collate import MicroBatch
 from modern_llm.data.batch.micro_batches import Lazy
 from modern_llm.objectives.language import language_loss, perplexity
@@ -16,7 +17,7 @@ from modern_llm.training.tasks.base import EVALUATION_GROUP, SourceTask, shared_
 class LanguageTask(SourceTask):
     """A step's loss is the NLL divided by the number of target tokens, both over all ranks."""
 
-    judged_by = frozenset({"loss", "perplexity"})
+    judged_by = frozenset(LOWER_IS_BETTER)
 
     def micro_batches(self, step: int) -> Lazy:
         """Return this rank's micro-batches of `step`."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from modern_llm.config.dpo import DPOConfig
+from modern_llm.config.training import HIGHER_IS_BETTER
 from modern_llm.data.batch.collate import MicroBatch, wide_dtype
 from modern_llm.data.batch.micro_batches import BatchSource, Lazy
 from modern_llm.distributed.runtime import Runtime
@@ -30,9 +31,7 @@ class PreferenceTask(SourceTask):
     slopes micro-batch by micro-batch. So the loss does not depend on micro-batching.
     """
 
-    judged_by = frozenset(
-        ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "logps/chosen")
-    )
+    judged_by = frozenset(("loss", *HIGHER_IS_BETTER))
 
     def __init__(
         self,

@@ -6,8 +6,9 @@ A rule takes the request, an option with its value, and our option; it returns w
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, get_args
 
+from modern_llm.config.training import HIGHER_IS_BETTER, LOWER_IS_BETTER, Tracker
 from modern_llm.verbs.migration.request import (
     Found,
     NoEquivalent,
@@ -20,13 +21,6 @@ from modern_llm.verbs.migration.request import (
 SCHEDULES = {
     "cosine": "cosine", "cosine_with_min_lr": "cosine", "linear": "linear",
     "constant": "constant", "constant_with_warmup": "constant",
-}  # fmt: skip
-METRICS = (
-    "eval/loss", "eval/perplexity", "eval/rewards/accuracies", "eval/rewards/margins",
-    "eval/rewards/chosen", "eval/logps/chosen",
-)  # fmt: skip
-TRACKERS = {
-    "tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab",
 }  # fmt: skip
 
 
@@ -149,8 +143,9 @@ def best_metric(request: Request, name: str, value: Any, ours: str) -> Found:
     if not (truth(request.values.get("load_best_model_at_end")) or patience):
         raise Off("no best checkpoint is looked for")
     metric = f"eval/{str(value).removeprefix('eval_').removeprefix('eval/')}"
-    if metric not in METRICS:
-        raise NoEquivalent(f"train.best_metric is one of {', '.join(METRICS)}")
+    known = [f"eval/{name}" for name in (*LOWER_IS_BETTER, *HIGHER_IS_BETTER)]
+    if metric not in known:
+        raise NoEquivalent(f"train.best_metric is one of {', '.join(known)}")
     return Found({ours: metric})
 
 
@@ -194,7 +189,7 @@ def trackers(request: Request, name: str, value: Any, ours: str) -> Found:
     words = [word for word in words if str(word) != "none"]
     if not words:
         raise Off("no tracker")
-    if strange := [word for word in words if word not in TRACKERS]:
+    if strange := [word for word in words if word not in get_args(Tracker)]:
         raise NoEquivalent(f"no tracker {strange[0]!r} here")
     return Found({ours: words})
 
