@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from modern_llm.config.base import Fixed, Free, SameContent, section
-from modern_llm.objectives.catalogue import LOSSES, check_options
+from modern_llm.objectives.catalogue import (
+    DIVERGENCES,
+    LossRow,
+    check_options,
+    coefficients_of,
+    names_of,
+    rows_of,
+)
 
 # Options about the reference; those in the second row are about stored values.
 REFERENCE = (
@@ -23,7 +30,7 @@ REFERENCE = (
 )  # fmt: skip
 NOT_LIVE = ("keep_token_logprobs", "flush_every", "self_check_pairs")
 # The losses' own options; None means the default of the loss's row.
-OPTIONS = ("discopop_tau", "simpo_gamma", "dpop_lambda")
+OPTIONS = ("discopop_tau", "simpo_gamma", "dpop_lambda", "f_alpha")
 
 
 @section
@@ -41,9 +48,20 @@ class DPOConfig:
     max_prompt_length: Fixed[Annotated[int, Field(ge=0)] | None] = None
     """Tokens of the prompt's end that are kept at least when both are too long; by default half of
     max_length."""
-    loss_type: Fixed[str] = "sigmoid"
+    loss_type: Fixed[str | list[str]] = "sigmoid"
     """sigmoid, robust, hinge, ipo, exo_pair, nca_pair, bco_pair, sppo_hard, aot, aot_unpaired,
-    apo_zero, apo_down, discopop, sigmoid_norm, simpo, orpo or dpop."""
+    apo_zero, apo_down, discopop, sigmoid_norm, simpo, orpo, dpop or sft; a list of them is added up
+    (MPO, Wang et al., 2024: sigmoid, bco_pair and sft), each logged as loss/NAME."""
+    loss_weights: Fixed[list[float] | None] = None
+    """The coefficients of a list of losses, one each; by default 1."""
+    f_divergence: Fixed[Literal[DIVERGENCES]] = "reverse_kl"
+    """Divergence from the reference (f-DPO, Wang et al., 2023), for the losses of the difference of
+    log-ratios: reverse_kl, forward_kl, js_divergence or alpha_divergence."""
+    f_alpha: Fixed[float | None] = None
+    """Alpha of alpha_divergence (default 0.5); at 0 it is the forward, at 1 the reverse KL."""
+    use_weighting: Fixed[bool] = False
+    """Weigh each pair by how likely the policy finds its answers, per token (WPO, Zhou et al.,
+    2024)."""
     group_by_prompt: Fixed[bool] = False
     """Put pairs with one prompt into one optimizer step, where prompt and equal answers are
     computed once. Another order of the data."""
@@ -80,33 +98,48 @@ class DPOConfig:
 
     @model_validator(mode="after")
     def _check(self) -> DPOConfig:
-        problems = check_options(self.loss_type, self.loss_options, beta=self.beta)
-        if self.ld_alpha is not None and self.loss_type in LOSSES:
-            if LOSSES[self.loss_type].lengths:
-                problems.append(
-                    f"ld_alpha cannot be combined with loss_type={self.loss_type!r}, which divides "
-                    "by the lengths itself: remove one"
-                )
+        problems = check_options(
+            self.loss_type,
+            self.loss_options,
+            beta=self.beta,
+            loss_weights=self.loss_weights,
+            f_divergence=self.f_divergence,
+        )
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
             problems.append(
                 f"max_prompt_length {self.max_prompt_length} leaves no room for a response in "
                 "max_length "
                 f"{self.max_length}: lower it"
             )
-        if self.loss_type in LOSSES:
-            problems += self._reference_problems()
+        if len(self._rows) == len(names_of(self.loss_type)):
+            problems += [*self._combination_problems(), *self._reference_problems()]
         if problems:
             raise ValueError("; ".join(problems))
         return self
 
+    def _combination_problems(self) -> list[str]:
+        """Return options that a loss of the list cannot be combined with."""
+        problems = []
+        for row in self._rows:
+            if self.ld_alpha is not None and row.lengths:
+                problems.append(
+                    f"ld_alpha cannot be combined with loss_type={row.name!r}, which divides "
+                    "by the lengths itself: remove one"
+                )
+            if self.use_weighting and row.across_pairs:
+                problems.append(
+                    f"use_weighting cannot be combined with loss_type={row.name!r}, which sorts "
+                    "the pairs, so that a weight belongs to none of them: remove one"
+                )
+        return problems
+
     def _reference_problems(self) -> list[str]:
         """Return reference options that have no effect or contradict each other."""
-        row = LOSSES[self.loss_type]
         default = {f.name: f.default for f in dataclasses.fields(self) if f.name in REFERENCE}
         said = [name for name, value in default.items() if getattr(self, name) != value]
-        if not row.reference:
+        if not self.needs_reference:
             return [
-                f"{name} has no effect with loss_type={self.loss_type!r}, which reads no "
+                f"{name} has no effect with loss_type={self.loss_name!r}, which reads no "
                 "reference: remove it"
                 for name in said
             ]
@@ -138,11 +171,36 @@ class DPOConfig:
         return options
 
     @property
+    def objective(self) -> dict[str, Any]:
+        """The arguments of `preference_terms` besides its tensors."""
+        chosen = {"loss_type": self.loss_type, "loss_weights": self.loss_weights}
+        return chosen | {"f_divergence": self.f_divergence, "beta": self.beta} | self.loss_options
+
+    @property
+    def loss_name(self) -> str:
+        """The losses as one text."""
+        return " + ".join(names_of(self.loss_type))
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """The coefficient of each term of the loss."""
+        return coefficients_of(self.loss_type, self.loss_weights, self.nll_coefficient)
+
+    @property
+    def _rows(self) -> list[LossRow]:
+        return rows_of(self.loss_type)
+
+    @property
     def needs_reference(self) -> bool:
-        """Whether the loss reads the reference's log-probs."""
-        return LOSSES[self.loss_type].reference
+        """Whether a loss reads the reference's log-probs."""
+        return any(row.reference for row in self._rows)
 
     @property
     def looks_across_pairs(self) -> bool:
-        """Whether the loss must see all pairs of an optimizer step at once."""
-        return LOSSES[self.loss_type].across_pairs
+        """Whether a loss must see all pairs of an optimizer step at once."""
+        return any(row.across_pairs for row in self._rows)
+
+    @property
+    def needs_mean_length(self) -> bool:
+        """Whether a loss divides by the mean length of the chosen answers of a step."""
+        return any(row.mean_lengths for row in self._rows)

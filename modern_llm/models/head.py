@@ -77,11 +77,12 @@ class _TargetLogProbs(torch.autograd.Function):
     """log softmax(transform(h W^T + b))[target] by row; the backward recomputes the logits."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, transform, rows):  # noqa: ANN001
+    def forward(ctx, hidden, weight, bias, targets, transform, rows, squares):  # noqa: ANN001
         # At least float32: sums over a vocabulary in bfloat16 are visibly wrong.
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = hidden.new_empty(len(hidden), dtype=dtype)
         normalisers = torch.empty_like(logprobs)
+        log_squares = torch.empty_like(logprobs) if squares else None
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = transform.forward_(_product(hidden[part], weight, bias).to(dtype))
@@ -90,13 +91,17 @@ class _TargetLogProbs(torch.autograd.Function):
             logits = torch.log_softmax(logits, -1)
             logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1)
             normalisers[part] = chosen - logprobs[part]
+            if log_squares is not None:
+                log_squares[part] = logits.mul_(2).logsumexp(-1)
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
         ctx.transform, ctx.rows = transform, rows
-        return logprobs
+        if log_squares is not None:
+            ctx.mark_non_differentiable(log_squares)
+        return logprobs, log_squares
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):  # noqa: ANN001
+    def backward(ctx, grad, _):  # noqa: ANN001
         hidden, weight, bias, targets, normalisers = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -129,6 +134,7 @@ class _TargetLogProbs(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
@@ -154,7 +160,27 @@ def target_logprobs(
     transform: LogitTransform | None = None,
     rows: int | None = None,
 ) -> Tensor:
-    """Return log softmax(transform(hidden weight^T + bias)) at `targets`.
+    """Return log softmax(transform(hidden weight^T + bias)) at `targets`; see `target_and_squares`.
+
+    Returns:
+        (N,) natural-log probabilities, float32 (float64 for float64 input).
+    """
+    return target_and_squares(
+        hidden, weight, targets, bias=bias, transform=transform, rows=rows, squares=False
+    )[0]
+
+
+def target_and_squares(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    transform: LogitTransform | None,
+    rows: int | None,
+    squares: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return log-probs at `targets` and, with `squares`, log sum_v p(v)^2 there.
 
     Args:
         hidden: (N, D) floating; states that predict the targets.
@@ -164,7 +190,8 @@ def target_logprobs(
         rows: rows of a chunk; default: `chunk_rows`.
 
     Returns:
-        (N,) natural-log probabilities, float32 (float64 for float64 input).
+        (N,) natural-log probabilities, float32 (float64 for float64 input), and (N,) the logs of
+        the sums of squared probabilities without gradient, or None.
     """
     if hidden.ndim != 2 or targets.shape != hidden.shape[:1]:
         raise ValueError(
@@ -179,7 +206,7 @@ def target_logprobs(
     rows = rows or chunk_rows(len(weight), hidden.device, hidden.element_size())
     with torch.autocast(hidden.device.type, enabled=False):
         return _TargetLogProbs.apply(
-            hidden, weight, bias, targets, transform or LogitTransform(), rows
+            hidden, weight, bias, targets, transform or LogitTransform(), rows, squares
         )
 
 
@@ -195,22 +222,29 @@ class FusedHead(nn.Linear):
     """Rows of a chunk with and without gradients, each set in its first forward: the probe and the
     reference pass have more free memory than training."""
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Return logits (..., V) without `targets`, else log-probs (N,) of `targets` (N,)."""
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, *, squares: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Return logits (..., V) without `targets`, else log-probs (N,) of `targets` (N,).
+
+        With `squares` it is the pair of `target_and_squares`.
+        """
         if targets is None:
             return super().forward(hidden)
         training = torch.is_grad_enabled()
         if training not in self.rows:
             size = hidden.element_size()
             self.rows[training] = chunk_rows(len(self.weight), hidden.device, size)
-        return target_logprobs(
+        found = target_and_squares(
             hidden,
             self.weight,
             targets,
             bias=self.bias,
             transform=self.transform,
             rows=self.rows[training],
+            squares=squares,
         )
+        return found if squares else found[0]
 
 
 def fuse_head(head: nn.Module, transform: LogitTransform) -> bool:

@@ -29,6 +29,9 @@ class ScorerOutput(NamedTuple):
     """(N,) natural-log probabilities of the targets, float32 (float64 for a float64 model)."""
     aux_loss: Tensor | None
     """() load-balancing loss of the routers over the real tokens; None if the run has none."""
+    log_squares: Tensor | None = None
+    """(N,) log of the sum of squared probabilities where each target is predicted, without
+    gradient; None unless `TokenScorer.log_squares` is set."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class TokenScorer(nn.Module):
         self.model = model
         self.capabilities = capabilities
         self.merge_below = MERGE_BELOW
+        self.log_squares = False
+        """Whether a forward also returns `ScorerOutput.log_squares`, which WPO weighs pairs by."""
         self._router_loss = router_loss
         self._narrows = capabilities.fused and narrows(model)
 
@@ -120,7 +125,7 @@ class TokenScorer(nn.Module):
         """Run one forward per row, without padding."""
         width = ids.shape[1]
         sizes = real.sum(1).tolist()
-        order, logprobs, losses = [], [], []
+        order, logprobs, squares, losses = [], [], [], []
         for row, size in enumerate(sizes):
             here = (targets[0] // width == row).nonzero().flatten()
             sources, labels = targets[:, here].unbind(0)
@@ -129,12 +134,15 @@ class TokenScorer(nn.Module):
             output = self._forward_once(ids[one, :size], real[one, :size], part)
             order.append(here)
             logprobs.append(output.logprobs)
+            squares.append(output.log_squares)
             losses.append(output.aux_loss)
-        found = torch.cat(logprobs)[torch.cat(order).argsort()]
+        back = torch.cat(order).argsort()
+        found = torch.cat(logprobs)[back]
+        log_squares = torch.cat(squares)[back] if self.log_squares else None
         if self._router_loss is None:
-            return ScorerOutput(found, None)
+            return ScorerOutput(found, None, log_squares)
         weighted = [loss * size for loss, size in zip(losses, sizes, strict=True)]
-        return ScorerOutput(found, torch.stack(weighted).sum() / sum(sizes))
+        return ScorerOutput(found, torch.stack(weighted).sum() / sum(sizes), log_squares)
 
     def _forward_once(
         self, ids: Tensor, real: Tensor, targets: Tensor, **more: object
@@ -149,14 +157,18 @@ class TokenScorer(nn.Module):
         if self.capabilities.fused:
             outputs = self.model.base_model(**inputs)
             hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, sources)
-            logprobs = self.model.get_output_embeddings()(hidden, labels)
+            head = self.model.get_output_embeddings()
+            if self.log_squares:
+                logprobs, squares = head(hidden, labels, squares=True)
+            else:
+                logprobs, squares = head(hidden, labels), None
         else:
             outputs = self.model(**inputs)
-            logprobs = _plain_logprobs(outputs.logits, sources, labels)
+            logprobs, squares = _plain_logprobs(outputs.logits, sources, labels, self.log_squares)
         aux = None
         if self._router_loss is not None:
             aux = self._router_loss(outputs.router_logits, real)
-        return ScorerOutput(logprobs, aux)
+        return ScorerOutput(logprobs, aux, squares)
 
     def _masks(
         self, segments: Tensor, positions: Tensor, sources: Tensor
@@ -176,11 +188,15 @@ class TokenScorer(nn.Module):
         return Parts(known) if self.capabilities.backend == "blocks" else known
 
 
-def _plain_logprobs(logits: Tensor, sources: Tensor, labels: Tensor) -> Tensor:
-    """Return log-probs (N,) from full logits (R, L, V), for models whose head cannot be fused."""
+def _plain_logprobs(
+    logits: Tensor, sources: Tensor, labels: Tensor, squares: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return log-probs (N,) from full logits (R, L, V), for models whose head cannot be fused, and
+    with `squares` the logs of the sums of squared probabilities."""
     chosen = logits.flatten(0, 1).index_select(0, sources)
-    chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
-    return chosen.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32)).log_softmax(-1)
+    found = chosen.gather(-1, labels[:, None]).squeeze(-1)
+    return found, (2 * chosen.detach()).logsumexp(-1) if squares else None
 
 
 __all__ = ["Capabilities", "FusedHead", "ScorerOutput", "TokenScorer", "target_logprobs"]

@@ -1,14 +1,14 @@
 """Table of the preference losses: paper, inputs and options of each, without torch.
 
 A configuration can be checked, and `--help` printed, before torch is imported. A new loss is one
-row here and one function in `preference.py`, decorated with `@loss("its name")`.
+row here and one function in `losses.py`, decorated with `@loss("its name")`.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from types import MappingProxyType
@@ -51,8 +51,17 @@ INTERVALS: Mapping[str, Interval] = MappingProxyType(
         ),
         "simpo_gamma": Interval(0.0, math.inf, "it is the reward margin to reach"),
         "dpop_lambda": Interval(0.0, math.inf, "it weighs a penalty"),
+        "f_alpha": Interval(
+            0.0, 1.0, "at 0 it is the forward, at 1 the reverse KL divergence", high_open=False
+        ),
     }
 )
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+F_ALPHA = 0.5
+"""Default of `f_alpha`, the alpha of `alpha_divergence`."""
+NLL = "nll"
+"""Name of the term that `nll_coefficient` weighs, beside the names of the losses."""
 
 _EXO_SMOOTHING = Interval(
     0.0, 0.5, "the target is [1 - label_smoothing, label_smoothing] under a log", low_open=True
@@ -65,6 +74,8 @@ class LossRow:
 
     `reference`: uses the reference's log-probs. `lengths`: uses the numbers of target tokens.
     `across_pairs`: compares pairs, so that it needs all pairs of an optimizer step at once.
+    `mean_lengths`: its `lengths` are the means over the optimizer step. `divergence`: reads the
+    log-ratios by their difference alone, so that another f-divergence may replace the reverse KL.
     `options`: options besides beta and `COMMON_OPTIONS`, with defaults. `intervals`: ranges that
     differ from `INTERVALS`. `paper`: authors, arXiv number, and the equation if
     there is one.
@@ -75,6 +86,8 @@ class LossRow:
     reference: bool = True
     lengths: bool = False
     across_pairs: bool = False
+    mean_lengths: bool = False
+    divergence: bool = False
     options: Mapping[str, float] = field(default_factory=dict)
     intervals: Mapping[str, Interval] = field(default_factory=dict)
 
@@ -93,18 +106,23 @@ _ROWS = (
     LossRow(
         "sigmoid",
         "DPO, Rafailov et al. 2023, arXiv 2305.18290, eq. 7 (smoothed: cDPO, Mitchell 2023)",
+        divergence=True,
         options=_SMOOTHING,
     ),
     LossRow(
         "robust",
         "robust DPO, Chowdhury et al. 2024, arXiv 2403.00409",
+        divergence=True,
         options=_SMOOTHING,
     ),
-    LossRow("hinge", "RSO, Liu et al. 2023, arXiv 2309.06657 (SLiC, 2305.10425)"),
-    LossRow("ipo", "IPO, Azar et al. 2023, arXiv 2310.12036, eq. 17", lengths=True),
+    LossRow("hinge", "RSO, Liu et al. 2023, arXiv 2309.06657 (SLiC, 2305.10425)", divergence=True),
+    LossRow(
+        "ipo", "IPO, Azar et al. 2023, arXiv 2310.12036, eq. 17", lengths=True, divergence=True
+    ),
     LossRow(
         "exo_pair",
         "EXO, Ji et al. 2024, arXiv 2402.00856, eq. 16",
+        divergence=True,
         options={"label_smoothing": 1e-3},
         intervals={"label_smoothing": _EXO_SMOOTHING},
     ),
@@ -128,12 +146,14 @@ _ROWS = (
     LossRow(
         "discopop",
         "DiscoPOP, Lu et al. 2024, arXiv 2406.08414, eq. 5",
+        divergence=True,
         options={"discopop_tau": 0.05},
     ),
     LossRow(
         "sigmoid_norm",
         "length-normalised DPO, Lambert et al. 2024 (Tulu 3), arXiv 2411.15124, section 5",
         lengths=True,
+        divergence=True,
     ),
     LossRow(
         "simpo",
@@ -153,30 +173,124 @@ _ROWS = (
         "DPO-Positive, Pal et al. 2024 (Smaug), arXiv 2402.13228, eq. 3",
         options={"dpop_lambda": 50.0},
     ),
+    LossRow(
+        "sft",
+        "generation loss of MPO, Wang et al. 2024, arXiv 2411.10442; a mean over tokens",
+        reference=False,
+        lengths=True,
+        mean_lengths=True,
+    ),
 )
 
 LOSSES: Mapping[str, LossRow] = MappingProxyType({row.name: row for row in _ROWS})
 
 
-def check_options(loss_type: str, options: Mapping[str, object], *, beta: object) -> list[str]:
+def names_of(loss_type: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the names of one loss or of a list of losses."""
+    return tuple(loss_type) if isinstance(loss_type, (list, tuple)) else (loss_type,)
+
+
+def rows_of(loss_type: str | Sequence[str]) -> list[LossRow]:
+    """Return the rows of one loss or of a list of losses, unknown names left out."""
+    return [LOSSES[name] for name in names_of(loss_type) if name in LOSSES]
+
+
+def coefficients_of(
+    loss_type: str | Sequence[str],
+    loss_weights: Sequence[float] | None = None,
+    nll_coefficient: float = 0.0,
+) -> dict[str, float]:
+    """Return the coefficient of each term of the total loss: by default 1 for every loss."""
+    names = names_of(loss_type)
+    found = dict(zip(names, loss_weights or [1.0] * len(names), strict=True))
+    return found | ({NLL: nll_coefficient} if nll_coefficient > 0 else {})
+
+
+def check_options(
+    loss_type: str | Sequence[str],
+    options: Mapping[str, object],
+    *,
+    beta: object,
+    loss_weights: Sequence[object] | None = None,
+    f_divergence: str = DIVERGENCES[0],
+) -> list[str]:
     """Return all problems of these settings, one line each; an empty list means they are valid.
 
     `options` are all settings besides beta. None means not set, as does a `label_smoothing` of 0
-    for a loss that does not take it, because the configuration always has that field.
+    for a loss that does not take it, because the configuration always has that field. Of several
+    losses, each takes the options that it has.
     """
-    problems = _out_of_bounds("beta", beta, BETA, "any loss")
-    row = LOSSES.get(loss_type) if isinstance(loss_type, str) else None
-    if row is None:
-        return [_unknown_loss(loss_type), *problems]
+    names = names_of(loss_type)
+    rows = rows_of(names)
+    problems = [_unknown_loss(name) for name in names if name not in LOSSES]
+    problems += _list_problems(names, loss_weights)
+    problems += _out_of_bounds("beta", beta, BETA, "any loss")
+    if not rows or len(rows) < len(names):
+        return problems
+    problems += _divergence_problems(rows, f_divergence, options.get("f_alpha"))
     for option, value in options.items():
-        if value is None:
+        if value is None or option == "f_alpha":
             continue
-        if option in row.options or option in COMMON_OPTIONS:
-            problems += _out_of_bounds(
-                option, value, row.interval(option), f"loss_type={row.name!r}"
-            )
+        takers = [row for row in rows if option in row.options]
+        if takers or option in COMMON_OPTIONS:
+            for row in takers or rows[:1]:
+                place = f"loss_type={row.name!r}"
+                problems += _out_of_bounds(option, value, row.interval(option), place)
         elif option != "label_smoothing" or value != 0:
-            problems.append(_not_taken(option, value, row))
+            problems.append(_not_taken(option, value, rows))
+    return problems
+
+
+def _list_problems(names: tuple[str, ...], loss_weights: Sequence[object] | None) -> list[str]:
+    """Return what is wrong with a list of losses and their weights."""
+    problems = []
+    if not names:
+        problems.append(f"loss_type is empty: choose from {', '.join(LOSSES)}")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    problems += [f"loss_type names {name!r} twice: keep one" for name in twice]
+    if loss_weights is None:
+        return problems
+    if len(names) == 1:
+        problems.append("loss_weights has no effect with one loss: remove it")
+    elif len(loss_weights) != len(names):
+        problems.append(
+            f"loss_weights has {len(loss_weights)} numbers for {len(names)} losses: give one each"
+        )
+    interval = Interval(0.0, math.inf, "it weighs a loss", low_open=True)
+    for weight in loss_weights:
+        problems += _out_of_bounds("loss_weights", weight, interval, "any loss")
+    return problems
+
+
+def _divergence_problems(rows: list[LossRow], f_divergence: str, alpha: object) -> list[str]:
+    """Return what is wrong with an f-divergence for these losses."""
+    if f_divergence not in DIVERGENCES:
+        return [
+            f"f_divergence={f_divergence!r} is not a known divergence"
+            f"{_close(f_divergence, DIVERGENCES)}: choose one of {', '.join(DIVERGENCES)}"
+        ]
+    problems = []
+    if alpha is not None and f_divergence != "alpha_divergence":
+        problems.append(
+            f"f_alpha={alpha!r} would have no effect with f_divergence={f_divergence!r}: remove it"
+        )
+    elif alpha is not None:
+        problems += _out_of_bounds("f_alpha", alpha, INTERVALS["f_alpha"], "alpha_divergence")
+    if f_divergence == DIVERGENCES[0]:
+        return problems
+    # A loss of lengths alone (sft) has no log-ratio to transform.
+    refused = [row.name for row in rows if not row.divergence and not row.mean_lengths]
+    able = [row.name for row in LOSSES.values() if row.divergence]
+    problems += [
+        f"f_divergence={f_divergence!r} is not defined for loss_type={name!r}: remove it, or "
+        f"choose from {', '.join(able)}"
+        for name in refused
+    ]
+    if not refused and not any(row.divergence for row in rows):
+        problems.append(
+            f"f_divergence={f_divergence!r} would have no effect with loss_type={rows[0].name!r}: "
+            f"remove it, or choose from {', '.join(able)}"
+        )
     return problems
 
 
@@ -206,17 +320,18 @@ def _out_of_bounds(option: str, value: object, interval: Interval, place: str) -
     return []
 
 
-def _not_taken(option: str, value: object, row: LossRow) -> str:
+def _not_taken(option: str, value: object, rows: list[LossRow]) -> str:
     takers = [other.name for other in LOSSES.values() if option in other.options]
+    names = " + ".join(repr(row.name) for row in rows)
     if takers:
         return (
-            f"{option}={value!r} would have no effect with loss_type={row.name!r}: remove it, or "
+            f"{option}={value!r} would have no effect with loss_type={names}: remove it, or "
             f"choose a loss that takes it ({', '.join(takers)})"
         )
-    own = [*row.options, *COMMON_OPTIONS]
+    own = [*(option for row in rows for option in row.options), *COMMON_OPTIONS]
     return (
         f"{option}={value!r} is not an option of any loss{_close(option, INTERVALS)}: remove it; "
-        f"loss_type={row.name!r} takes {', '.join(own)}"
+        f"loss_type={names} takes {', '.join(own)}"
     )
 
 
@@ -227,6 +342,6 @@ def _unknown_loss(loss_type: object) -> str:
     )
 
 
-def _close(word: object, known: Mapping[str, object]) -> str:
+def _close(word: object, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

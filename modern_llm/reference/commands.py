@@ -73,7 +73,7 @@ def fill_reference(
     problems = []
     if not dpo_config.needs_reference:
         problems.append(
-            f"dpo.loss_type {dpo_config.loss_type} reads no reference: there is nothing to fill"
+            f"dpo.loss_type {dpo_config.loss_name} reads no reference: there is nothing to fill"
         )
     if dpo_config.reference != "cache":
         problems.append(

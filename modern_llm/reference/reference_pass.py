@@ -83,7 +83,7 @@ class ReferencePass:
         self._scorer: TokenScorer | None = None  # of the frozen module, while it is loaded
         if not dpo.needs_reference:
             if runtime.is_main:
-                log.info("reference: loss_type %s uses none", dpo.loss_type)
+                log.info("reference: loss_type %s uses none", dpo.loss_name)
             return
         if dpo.reference_checkpoint is not None:
             self.checkpoint = inspect_checkpoint(dpo.reference_checkpoint)

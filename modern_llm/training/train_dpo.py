@@ -118,6 +118,7 @@ def _task(
     resume too, so that the reference is never a trained policy.
     """
     values = reference.compute(scorer)
+    scorer.log_squares = dpo_config.use_weighting
     left_out = exclude_from_run(
         runtime,
         prepared,

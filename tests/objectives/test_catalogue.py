@@ -10,27 +10,27 @@ import sys
 
 import pytest
 
-from modern_llm.objectives import preference
+from modern_llm.objectives import losses
 from modern_llm.objectives.catalogue import LOSSES, check_options, resolve_options
 
 PROMISED = (
     "sigmoid robust hinge ipo exo_pair nca_pair bco_pair sppo_hard aot aot_unpaired apo_zero "
-    "apo_down discopop sigmoid_norm simpo orpo dpop"
+    "apo_down discopop sigmoid_norm simpo orpo dpop sft"
 ).split()
 
 
 def test_every_promised_loss_has_a_row_and_no_other():
     assert list(LOSSES) == PROMISED
     assert {row.name for row in LOSSES.values() if row.across_pairs} == {"aot", "aot_unpaired"}
-    assert {row.name for row in LOSSES.values() if not row.reference} == {"simpo", "orpo"}
+    assert {row.name for row in LOSSES.values() if not row.reference} == {"simpo", "orpo", "sft"}
     with_lengths = {row.name for row in LOSSES.values() if row.lengths}
-    assert with_lengths == {"ipo", "sigmoid_norm", "simpo", "orpo"}
+    assert with_lengths == {"ipo", "sigmoid_norm", "simpo", "orpo", "sft"}
 
 
 @pytest.mark.parametrize("name", PROMISED)
 def test_row_and_function_agree(name):
     row = LOSSES[name]
-    function = preference._FUNCTIONS[name]
+    function = losses.FUNCTIONS[name]
     taken = list(inspect.signature(function).parameters)
     tensors = ["policy"] + ["reference"] * row.reference + ["lengths"] * row.lengths
     assert taken[: len(tensors)] == tensors
@@ -40,7 +40,7 @@ def test_row_and_function_agree(name):
 
 
 def test_every_row_has_a_function_and_every_function_a_row():
-    assert set(preference._FUNCTIONS) == set(LOSSES)
+    assert set(losses.FUNCTIONS) == set(LOSSES)
 
 
 def test_a_row_cannot_be_changed():

@@ -98,6 +98,7 @@ def plain_loss(name, beta, o, policy, reference, lengths):
         "simpo": lambda: bt(beta * (pw / nw - pl / nl) - o["simpo_gamma"], e),
         "orpo": lambda: -pw / nw + beta * bt(math.log(odds_w / odds_l)),
         "dpop": lambda: bt(beta * (w - v - o["dpop_lambda"] * max(0.0, -w))),
+        "sft": lambda: -pw / (sum(w for w, _ in LENGTHS) / len(LENGTHS)),
     }[name]()
 
 
@@ -143,7 +144,7 @@ def test_equals_reference_vectors(shared):
         losses = loss_of(row["loss_type"], policy, reference, lengths, **settings)
         assert losses.mean().item() == pytest.approx(row["loss"], rel=1e-4), row
         seen.add(row["loss_type"])
-    assert seen == set(LOSSES) - {"simpo", "orpo", "dpop"}
+    assert seen == set(LOSSES) - {"simpo", "orpo", "dpop", "sft"}
 
 
 def test_equals_trl_if_it_is_installed():
@@ -202,7 +203,8 @@ def test_only_losses_across_pairs_depend_on_the_other_pairs(name):
     parts = torch.cat(
         [loss_of(name, policy[s], reference[s], lengths[s]) for s in (slice(0, 4), slice(4, 5))]
     )
-    assert torch.allclose(whole, parts) is not LOSSES[name].across_pairs
+    row = LOSSES[name]
+    assert torch.allclose(whole, parts) is not (row.across_pairs or row.mean_lengths)
 
 
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])

@@ -80,6 +80,9 @@ eval_steps: 50
 beta: 0.05
 loss_type: [sigmoid, sft]
 loss_weights: [2.0, 1.0]
+use_weighting: true
+f_divergence_type: alpha_divergence
+f_alpha_divergence_coef: 0.25
 max_length: 1536
 max_steps: 200
 warmup_steps: 0.05
@@ -167,7 +170,13 @@ def test_a_yaml_file_of_trl(migrated):
     result, run = migrated(TRL_YAML, "run.yaml", "--stage", "dpo")
     assert result["tool"] == "TRL"
     assert (run.data.dataset_name, run.data.eval_split) == ("some/pairs", "validation")
-    assert (run.dpo.beta, run.dpo.loss_type, run.dpo.nll_coefficient) == (0.05, "sigmoid", 0.5)
+    assert (run.dpo.beta, run.dpo.loss_type, run.dpo.nll_coefficient) == (
+        0.05,
+        ["sigmoid", "sft"],
+        0,
+    )
+    assert (run.dpo.loss_weights, run.dpo.use_weighting) == ([2.0, 1.0], True)
+    assert (run.dpo.f_divergence, run.dpo.f_alpha) == ("alpha_divergence", 0.25)
     assert (run.train.max_steps, run.train.epochs, run.train.warmup_ratio) == (200, None, 0.05)
     assert (run.train.schedule, run.train.min_learning_rate_ratio) == ("cosine", 0.1)
     assert (run.train.eval_every, run.train.trackers) == (50, ["wandb"])

@@ -71,7 +71,8 @@ ROWS = {
     "dpo_beta": Row("dpo.beta", "number"),
     "dpo_label_smoothing": Row("dpo.label_smoothing", "smoothing"),
     "dpo_loss_type": Row("dpo.loss_type", "loss_type"),
-    "dpo_loss_weights": Row("dpo.nll_coefficient", "loss_weights"),
+    "dpo_loss_weights": Row("dpo.loss_weights", "loss_weights"),
+    "dpo_use_weighting": Row("dpo.use_weighting", "flag"),
     "orpo_alpha": Row("dpo.beta", "number", "beta weighs the odds term of orpo"),
     "simpo_gamma": Row("dpo.simpo_gamma", "simpo"),
     "cpo_alpha": Row("dpo.nll_coefficient", "number"),
@@ -244,7 +245,6 @@ NO_EQUIVALENT = {
         "model_config overrides_of_model_config overrides_of_model_kwargs cls_model_config"
     ),
     "only text is read": "processor_type processor_kwargs image_size image_resize_algorithm",
-    "pairs have no weights": "dpo_use_weighting",
     "the loss takes no such term": "neftune_noise_alpha use_eaft eaft_alpha eaft_k",
     "the metrics of the stage are the only ones": (
         "do_causal_lm_eval eval_causal_lm_metrics eval_max_new_tokens do_bench_eval "

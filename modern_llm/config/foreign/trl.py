@@ -28,7 +28,10 @@ ROWS = {
     # DPOConfig
     "beta": Row("dpo.beta", "number"),
     "loss_type": Row("dpo.loss_type", "loss_type"),
-    "loss_weights": Row("dpo.nll_coefficient", "loss_weights"),
+    "loss_weights": Row("dpo.loss_weights", "loss_weights"),
+    "f_divergence_type": Row("dpo.f_divergence", "f_divergence"),
+    "f_alpha_divergence_coef": Row("dpo.f_alpha", "f_alpha"),
+    "use_weighting": Row("dpo.use_weighting", "flag"),
     "label_smoothing": Row("dpo.label_smoothing", "smoothing"),
     "ld_alpha": Row("dpo.ld_alpha", "ld_alpha"),
     "discopop_tau": Row("dpo.discopop_tau", "discopop"),
@@ -79,8 +82,6 @@ NO_EQUIVALENT = {
         "chat_template_path eos_token dataset_kwargs"
     ),
     "the reference is frozen": ("sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"),
-    "the reverse KL divergence is the only one": "f_divergence_type f_alpha_divergence_coef",
-    "pairs have no weights": "use_weighting",
     "dpo.loss_type simpo and orpo are the losses without a reference": "reference_free",
     "an over-long prompt loses its start, then the response its end": (
         "truncation_mode max_completion_length"

@@ -8,7 +8,7 @@ pair), M uses of target tokens: more than N where examples share an answer, whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -49,11 +49,14 @@ class MicroBatch:
     order."""
     reference: Tensor | None = None
     """(P, S) float32 log-prob sums of the reference policy, where the objective needs them."""
+    mean_length: float | None = None
+    """Mean number of targets of the chosen answers of the whole step, where the objective needs
+    it."""
     slope: Tensor | None = None
     """(P, S) derivative of the step's summed loss with respect to these sums, for a loss that looks
     across pairs and was therefore taken over the whole step first."""
-    step_loss: Tensor | None = None
-    """() this micro-batch's share of that summed loss."""
+    step_terms: Mapping[str, Tensor] | None = None
+    """Name -> () this micro-batch's share of that sum, by terms of the loss."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return the same with every tensor on `device`."""

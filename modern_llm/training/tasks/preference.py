@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +16,29 @@ from modern_llm.config.training import HIGHER_IS_BETTER
 from modern_llm.data.batch.collate import MicroBatch, wide_dtype
 from modern_llm.data.batch.micro_batches import BatchSource, Lazy
 from modern_llm.distributed.runtime import Runtime
-from modern_llm.objectives.preference import preference_loss, preference_statistics
+from modern_llm.objectives.catalogue import names_of
+from modern_llm.objectives.preference import (
+    preference_statistics,
+    preference_terms,
+    total_of,
+)
+from modern_llm.objectives.weighting import agreement_weights
 from modern_llm.training.task import StepSums
 from modern_llm.training.tasks.base import EVALUATION_GROUP, SHARED, SourceTask, shared_metrics
 
 # (P, 2) float32 sums of the reference for every pair of a table, or None for losses without one.
 Reference = NDArray[np.float32] | None
+
+
+class Scored(NamedTuple):
+    """Result of one forward of the policy on P pairs."""
+
+    policy: Tensor
+    """(P, 2) sums of log-probs."""
+    agreement: Tensor | None
+    """(P, 2) sums that WPO's weights are made of, None without `use_weighting`."""
+    aux: Tensor | None
+    """() the routers' loss."""
 
 
 class PreferenceTask(SourceTask):
@@ -57,8 +75,10 @@ class PreferenceTask(SourceTask):
         return self._source.order.digest
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
-        """Return this rank's micro-batches of `step` with their stored reference values."""
-        return [_fill(self._reference, batch) for batch in self._source.micro_batches(step)]
+        """Return this rank's micro-batches of `step` with the columns that are known before it."""
+        mean_length = self._mean_length(self._source, self._source.order.step(step))
+        batches = self._source.micro_batches(step)
+        return [_fill(batch, self._reference, mean_length) for batch in batches]
 
     def denominator(self, step: int) -> float:
         """Return the number of pairs in the whole step."""
@@ -73,8 +93,14 @@ class PreferenceTask(SourceTask):
         self._weigh_routers(model, step)
         if not self._config.looks_across_pairs:
             return micro_batches
+        return self._with_slopes(model, micro_batches)
+
+    def _with_slopes(
+        self, model: nn.Module, micro_batches: Sequence[MicroBatch]
+    ) -> Sequence[MicroBatch]:
+        """Score the step on all ranks, and add the derivative of its loss to the micro-batches."""
         with torch.no_grad():
-            policies = [self._score(model, batch)[0] for batch in micro_batches]
+            policies = [self._score(model, batch).policy for batch in micro_batches]
         mine = torch.cat(policies).detach()
         everyone = self._runtime.gather(
             (
@@ -84,40 +110,49 @@ class PreferenceTask(SourceTask):
             )
         )
         policy, reference, lengths = (torch.cat(column) for column in zip(*everyone, strict=True))
+        mean_length = micro_batches[0].mean_length
         with torch.enable_grad():
             policy.requires_grad_()
-            total = self._losses(policy, reference, lengths).sum()
+            terms = self._terms(policy, reference, lengths, mean_length)
+            total = total_of(terms, self._config.coefficients).sum()
             (slopes,) = torch.autograd.grad(total, policy)
         start = sum(len(part[0]) for part in everyone[: self._runtime.rank])
-        share = total.detach() / max(len(policy), 1)
+        shares = {name: term.detach().sum() / max(len(policy), 1) for name, term in terms.items()}
         prepared = []
         for batch in micro_batches:
-            size = len(batch.lengths)
-            slope = slopes[start : start + size].to(batch.ids.device)
-            prepared.append(
-                replace(batch, slope=slope, step_loss=(share * size).to(batch.ids.device))
-            )
+            size, device = len(batch.lengths), batch.ids.device
+            slope = slopes[start : start + size].to(device)
+            mine = {name: (share * size).to(device) for name, share in shares.items()}
+            prepared.append(replace(batch, slope=slope, step_terms=mine))
             start += size
         return prepared
 
     def run(self, model: nn.Module, micro_batch: MicroBatch) -> StepSums:
         """Return the summed loss of the pairs and their statistics."""
         batch = micro_batch
-        policy, aux = self._score(model, batch)
+        scored = self._score(model, batch)
+        coefficients = self._config.coefficients
         if batch.slope is None:
-            loss = self._losses(policy, batch.reference, batch.lengths).sum()
-            value = loss.detach()
+            terms = self._terms(scored.policy, batch.reference, batch.lengths, batch.mean_length)
+            if scored.agreement is not None:
+                weights = agreement_weights(scored.agreement, batch.lengths)
+                terms = {name: term * weights for name, term in terms.items()}
+            loss = total_of(terms, coefficients).sum()
+            sums, value = {name: term.detach().sum() for name, term in terms.items()}, loss.detach()
         else:
-            loss, value = (policy * batch.slope).sum(), batch.step_loss
+            loss, sums = (scored.policy * batch.slope).sum(), batch.step_terms
+            value = total_of(sums, coefficients)
         statistics = preference_statistics(
-            policy,
+            scored.policy,
             batch.reference,
             batch.lengths,
             beta=self._config.beta,
             loss_type=self._config.loss_type,
         )
+        if len(names_of(self._config.loss_type)) > 1:
+            statistics |= {f"loss/{name}": term for name, term in sums.items()}
         statistics |= {"loss": value, "pairs": torch.tensor(float(len(batch.examples)))}
-        return self._sums(loss, statistics, aux, batch)
+        return self._sums(loss, statistics, scored.aux, batch)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Return the means over the pairs, under the usual metric names."""
@@ -134,12 +169,23 @@ class PreferenceTask(SourceTask):
         batch_size = self._source.order.batch_size
         group = batch_size if self._config.looks_across_pairs else EVALUATION_GROUP
         parts: Iterator[Lazy] = self._evaluation.in_order(group)
-        return ([_fill(self._evaluation_reference, batch) for batch in part] for part in parts)
+        mean_length = self._mean_length(self._evaluation, self._evaluation.order.kept)
+        reference = self._evaluation_reference
+        return ([_fill(batch, reference, mean_length) for batch in part] for part in parts)
 
-    def _score(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
-        """Return the policy's log-prob sums (P, 2) and the routers' loss."""
+    def _mean_length(self, source: BatchSource, pairs: NDArray[np.int64]) -> float | None:
+        """Return the mean number of targets of the chosen answers, if the loss needs it."""
+        if not self._config.needs_mean_length:
+            return None
+        return float(source.examples.targets(pairs)[:, 0].mean())
+
+    def _score(self, model: nn.Module, batch: MicroBatch) -> Scored:
+        """Return the policy's sums of a micro-batch."""
         output = model(batch.ids, batch.positions, batch.segments, batch.targets)
-        return self._logprob_sums(output.logprobs, batch), output.aux_loss
+        agreement = None
+        if output.log_squares is not None:
+            agreement = batch.sums(output.logprobs.detach() - output.log_squares)
+        return Scored(self._logprob_sums(output.logprobs, batch), agreement, output.aux_loss)
 
     @torch.no_grad()
     def _reference_forward(self, live: nn.Module, batch: MicroBatch) -> MicroBatch:
@@ -169,19 +215,19 @@ class PreferenceTask(SourceTask):
         beyond = index >= shared[batch.slots]
         return torch.where(beyond, logprobs * self._config.ld_alpha, logprobs)
 
-    def _losses(self, policy: Tensor, reference: Tensor | None, lengths: Tensor) -> Tensor:
-        return preference_loss(
-            policy,
-            reference,
-            lengths,
-            loss_type=self._config.loss_type,
-            beta=self._config.beta,
-            **self._config.loss_options,
+    def _terms(
+        self, policy: Tensor, reference: Tensor | None, lengths: Tensor, mean_length: float | None
+    ) -> dict[str, Tensor]:
+        return preference_terms(
+            policy, reference, lengths, mean_length=mean_length, **self._config.objective
         )
 
 
-def _fill(reference: Reference, batch: MicroBatch) -> MicroBatch:
-    """Fill the column `reference` of a micro-batch from stored values."""
-    if reference is None:  # a loss without a reference, or a reference model that runs later
-        return batch
-    return replace(batch, reference=torch.from_numpy(reference[batch.examples]))
+def _fill(batch: MicroBatch, reference: Reference, mean_length: float | None) -> MicroBatch:
+    """Fill the columns of a micro-batch that are known before its step.
+
+    `reference` is None for a loss without one, or a reference model that runs later.
+    """
+    if reference is not None:
+        batch = replace(batch, reference=torch.from_numpy(reference[batch.examples]))
+    return batch if mean_length is None else replace(batch, mean_length=mean_length)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from modern_llm.config.dpo import DIVERGENCES
 from modern_llm.verbs.migration.request import (
     Found,
     NoEquivalent,
@@ -171,20 +172,34 @@ def loss_type(request: Request, name: str, value: Any, ours: str) -> Found:
         if words in (["nll"], ["chunked_nll"]):
             raise Off("the mean log-prob of the answer's tokens is the loss")
         raise NoEquivalent("SFT has one loss: the negative log-likelihood")
-    given = request.values.get("loss_weights") or request.values.get("dpo_loss_weights")
-    weights = dict(zip(words, given or [1.0] * len(words), strict=False))
-    others = [word for word in words if word != "sft"]
-    if len(others) != 1:
-        raise NoEquivalent("one loss of the family, with or without sft beside it")
-    values: dict[str, Any] = {ours: others[0]}
-    if "sft" in words:
-        values["dpo.nll_coefficient"] = weights["sft"] / weights[others[0]]
-    scaled = weights[others[0]] != 1
-    return Found(values, "the weights are relative to this loss" if scaled else "")
+    return Found({ours: words[0] if len(words) == 1 else words})
 
 
 def loss_weights(request: Request, name: str, value: Any, ours: str) -> Found:
-    raise Off("used with the losses")
+    weights = [as_number(weight) for weight in value] if isinstance(value, list) else []
+    if not weights:
+        raise Off("every loss has the weight 1")
+    if None in weights:
+        raise NoEquivalent("not a list of numbers")
+    if len(weights) == 1:
+        if weights[0] == 1:
+            raise Off("the weight of the only loss")
+        raise NoEquivalent("one loss has no weight: change train.learning_rate")
+    return Found({ours: weights})
+
+
+def f_divergence(request: Request, name: str, value: Any, ours: str) -> Found:
+    word = str(value).rpartition(".")[2].lower()
+    if word not in DIVERGENCES:
+        raise NoEquivalent(f"dpo.f_divergence is one of {', '.join(DIVERGENCES)}")
+    return Found({ours: word})
+
+
+def f_alpha(request: Request, name: str, value: Any, ours: str) -> Found:
+    kind = str(request.values.get("f_divergence_type", "")).rpartition(".")[2].lower()
+    if kind != "alpha_divergence":
+        raise Off("an option of f_divergence_type alpha_divergence alone")
+    return number(request, name, value, ours)
 
 
 def smoothing(request: Request, name: str, value: Any, ours: str) -> Found:

@@ -65,6 +65,8 @@ RULES: dict[str, Callable[[Request, str, Any, str], Found]] = {
     "axolotl_rl": model_rules.axolotl_rl,
     "loss_type": model_rules.loss_type,
     "loss_weights": model_rules.loss_weights,
+    "f_divergence": model_rules.f_divergence,
+    "f_alpha": model_rules.f_alpha,
     "smoothing": model_rules.smoothing,
     "ld_alpha": model_rules.ld_alpha,
     "discopop": model_rules.discopop,
