@@ -226,7 +226,10 @@ def probe(
         trial.share(tried or backends(model.device))
     model.train(training)
     for note in trial.notes:
-        log.info("%s: %s", type(model).__name__, note)
+        if trial.refused and note.endswith(trial.refused):
+            log.warning("warning: %s: %s", type(model).__name__, note)
+        else:
+            log.info("%s: %s", type(model).__name__, note)
     return replace(trial.capabilities, windows=subjects[0].windows, notes=tuple(trial.notes))
 
 
@@ -237,6 +240,8 @@ class _Trial:
         self.subjects = subjects
         self.capabilities = Capabilities(trees=False, fused=False)
         self.notes: list[str] = []
+        self.refused = ""
+        """Why the fastest backend of the tree attention is not used."""
         self._patched = False
 
     def _why_not(self, ask: Callable[[Subject], str]) -> str:
@@ -307,14 +312,16 @@ class _Trial:
             self.notes.append(f"separate rows: {why}")
 
     def _first_of(self, tried: tuple[Backend, ...]) -> str:
-        why = ""
+        why, self.refused = "", ""
         for backend in tried:
             capabilities = replace(self.capabilities, trees=True, padded=True, backend=backend)
             why = self._why_not(lambda subject, a=capabilities: subject.shares(a))
             if not why:
                 self.capabilities = capabilities
+                if self.refused:
+                    self.notes.append(f"attention {backend}, which is slower: {self.refused}")
                 return ""
-            log.debug("attention %s: %s", backend, why)
+            self.refused = self.refused or f"{backend} is refused, because {why}"
         for subject in self.subjects:
             subject.model.set_attn_implementation(subject.native)
         return why

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modern_llm.models.attention.cpu_blocks import MERGE_BELOW
+from modern_llm.models.attention.flex import SIDE
 from modern_llm.models.attention.prefix_tree import Backend, Parts, TreeMask, TreeMasks
 from modern_llm.models.cpu.last_layer import narrows, needed_of
 from modern_llm.models.head import FusedHead, target_logprobs
@@ -112,6 +114,8 @@ class TokenScorer(nn.Module):
                 f"ids and positions must be (R, L), segments (R, L, 2), got {tuple(ids.shape)}, "
                 f"{tuple(positions.shape)}, {tuple(segments.shape)}"
             )
+        if self.capabilities.trees and self.capabilities.backend == "flex":
+            ids, positions, segments, targets = _whole_blocks(ids, positions, segments, targets)
         real = segments[..., 0] >= 0
         if self.capabilities.trees:
             tree = self._masks(segments, positions, targets[0])
@@ -186,6 +190,26 @@ class TokenScorer(nn.Module):
             return masks
         known = {window: masks[window] for window in self.capabilities.windows}
         return Parts(known) if self.capabilities.backend == "blocks" else known
+
+
+def _whole_blocks(
+    ids: Tensor, positions: Tensor, segments: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pad rows to a multiple of FlexAttention's blocks: the kernels then need no bounds checks, and
+    there are few lengths. Batches for training are padded already; rows that callers make are not.
+    """
+    length = ids.shape[1]
+    short = -length % SIDE
+    if not short:
+        return ids, positions, segments, targets
+    sources, labels = targets.unbind(0)
+    sources = sources + sources // length * short
+    return (
+        F.pad(ids, (0, short)),
+        F.pad(positions, (0, short)),
+        F.pad(segments, (0, 0, 0, short), value=-1),
+        torch.stack([sources, labels]),
+    )
 
 
 def _plain_logprobs(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
+
+from modern_llm.models.attention.flex import set_up_compiler
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -77,6 +78,6 @@ def compile_layers(model: PreTrainedModel) -> None:
     Everything except lengths that changes between forwards must be hidden from the compiler
     (`attention.Parts`), or each forward is compiled again.
     """
+    set_up_compiler()
     for layer in decoder_layers(model):
         layer.compile(dynamic=True)
-    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)

@@ -7,6 +7,8 @@ import torch
 import transformers as tf
 
 from modern_llm.config.errors import UserError
+from modern_llm.models.attention import flex
+from modern_llm.models.capabilities import probe
 from modern_llm.models.load import make_scorer
 from modern_llm.models.twin import twin_of
 from tests.helpers.models import SHAPE, WITHOUT_HEAD_DIM, plain_sums, random_pairs, score
@@ -87,6 +89,22 @@ def test_a_cap_without_effect_on_new_weights_is_found_and_kept():
 def test_a_model_that_looks_ahead_is_refused():
     with pytest.raises(UserError, match="later tokens"):
         make_scorer(make(tf.BertConfig(**WITHOUT_HEAD_DIM)))
+
+
+def test_a_refused_backend_is_one_warning_with_its_reason(monkeypatch, caplog):
+    def broken(*_: object) -> None:
+        raise NotImplementedError("no kernel for 64 heads")
+
+    monkeypatch.setattr(flex, "attend", broken)
+    with caplog.at_level("INFO", logger="modern_llm"):
+        capabilities = probe(make(tf.LlamaConfig(**SHAPE)), tried=("flex", "mask"))
+    assert capabilities.trees and capabilities.backend == "mask"
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warnings == [
+        "warning: LlamaForCausalLM: attention mask, which is slower: flex is refused, because the "
+        "tree attention does not run in it (no kernel for 64 heads)"
+    ]
+    assert len([r for r in caplog.records if "no kernel" in r.getMessage()]) == 1
 
 
 def test_a_twin_is_small_and_keeps_one_layer_of_each_kind():

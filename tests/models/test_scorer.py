@@ -10,6 +10,7 @@ import torch
 from modern_llm.data.batch.collate import collate
 from modern_llm.data.batch.order import Sharing
 from modern_llm.data.batch.prefix_tree import Examples
+from modern_llm.models.attention.flex import SIDE
 from modern_llm.models.load import make_scorer
 from tests.helpers.models import (
     CONFIGS,
@@ -122,6 +123,21 @@ def test_any_grouping_into_forwards_gives_the_same_sums(unequal_pairs):
     whole, _ = score(scorer, unequal_pairs)
     parts = torch.cat([score(scorer, unequal_pairs, part)[0] for part in ([0, 1], [2], [3, 4])])
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_rows_for_flex_attention_are_whole_blocks(unequal_pairs):
+    """Rows of a caller have any length: a few pairs to score, one pair that is scored again."""
+    expected = plain_sums(make_model("llama"), unequal_pairs)
+    scorer = make_scorer(make_model("llama"), "flex").eval()
+    seen = []
+    scorer.model.base_model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: seen.append(inputs[0].shape[1])
+    )
+    for shared in (Sharing.ALONE, Sharing.LINE):
+        sums, _ = score(scorer, unequal_pairs, shared=shared)
+        torch.testing.assert_close(sums.double(), expected, rtol=0, atol=1e-3)
+    assert set(seen) == {SIDE}
 
 
 def test_an_empty_micro_batch_touches_every_parameter_with_zero():

@@ -8,6 +8,7 @@ Letters: R rows, L tokens of a row, H heads, E head width, B blocks of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -19,6 +20,19 @@ SIDE = 128
 """Side of a block in tokens. Rows are padded to a multiple, so that there are few lengths."""
 # Tree id of padding, larger than any other: padding sees only itself.
 NO_TREE = 1 << 30
+VARIANTS = 64
+"""Graphs of the attention in one process, at most."""
+KERNEL_OPTIONS: dict[str, bool] = {
+    # Rows below 128 tokens would take the kernel for decoding, which has no version for 8 and more
+    # query heads per key head, and no backward.
+    "FORCE_USE_FLEX_ATTENTION": True,
+}
+"""Options of the kernels, for every call; `attend` adds IS_DIVISIBLE.
+
+Not set: ROWS_GUARANTEED_SAFE, because a query may see nothing in the first block that it visits,
+which would give NaN; PRESCALE_QK, because it rounds; USE_TMA, BACKEND="FLASH" and the sizes of
+tiles, because only a measurement on a device justifies them.
+"""
 
 
 def block_mask(segments: Tensor, positions: Tensor, window: int | None) -> BlockMask:
@@ -32,10 +46,11 @@ def block_mask(segments: Tensor, positions: Tensor, window: int | None) -> Block
 
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         there, here = tree[row, key], branch[row, key]
+        # Out of place: inductor refuses a kernel whose mask function writes to a tensor.
         seen = (there == tree[row, query]) & (there < NO_TREE) & (key <= query)
-        seen &= (here == 0) | (here == branch[row, query])
+        seen = seen & ((here == 0) | (here == branch[row, query]))
         if window is not None:
-            seen &= positions[row, query] - positions[row, key] < window
+            seen = seen & (positions[row, query] - positions[row, key] < window)
         return seen | (query == key)
 
     some, whole = _blocks(tree, branch, positions, window)
@@ -98,10 +113,47 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return numbers.to(torch.int32)[:, None], indices.to(torch.int32).contiguous()[:, None]
 
 
+def set_up_compiler() -> None:
+    """Let torch's compiler make every variant of the attention, each with its own constants.
+
+    Variants differ in dtype, gradients, window, soft-cap and heads. Beyond torch's limit of 8 it
+    would compute whole rows of scores without a fused kernel. A number that is a variable of the
+    graph, such as a soft-cap, cannot be part of a score function.
+    """
+    settings = torch._dynamo.config
+    settings.recompile_limit = max(VARIANTS, settings.recompile_limit)
+    settings.specialize_float = True
+
+
 @lru_cache(maxsize=1)
-def _compiled():  # noqa: ANN202
-    # Dynamic: one graph for all lengths.
-    return torch.compile(flex_attention, dynamic=True)
+def _compiled() -> Callable[..., Tensor]:
+    set_up_compiler()
+    # Dynamic: one graph for all lengths. Full graph: beyond the limit of variants is an error.
+    return torch.compile(_fused, dynamic=True, fullgraph=True)
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    scaling: float | None,
+    softcap: float | None,
+    options: dict[str, bool],
+) -> Tensor:
+    def capped(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return flex_attention(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else capped,
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options=options,
+    )
 
 
 def attend(
@@ -118,27 +170,16 @@ def attend(
     Args:
         query: (R, H, L, E); key, value: (R, H / groups, L, E).
     """
-    grouped = query.shape[1] != key.shape[1]
     if dropout:
         # FlexAttention has no dropout. Models trained with it are small: a dense mask is enough.
         rows, _, length, _ = query.shape
         seen = create_mask(mask.mask_mod, rows, None, length, length, device=query.device)
         if softcap is not None:
             raise ValueError("attention dropout with a soft-cap: set attention_dropout to 0")
+        grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
             query, key, value, seen, dropout, scale=scaling, enable_gqa=grouped
         )
-
-    def capped(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
-
-    function = _compiled() if query.device.type == "cuda" else flex_attention
-    return function(
-        query,
-        key,
-        value,
-        score_mod=None if softcap is None else capped,
-        block_mask=mask,
-        scale=scaling,
-        enable_gqa=grouped,
-    )
+    options = KERNEL_OPTIONS | {"IS_DIVISIBLE": query.shape[2] % SIDE == 0}
+    function = _compiled() if query.device.type == "cuda" else _fused
+    return function(query, key, value, mask, scaling, softcap, options)
