@@ -19,6 +19,7 @@ from modern_llm.config import TrainingConfig
 from modern_llm.distributed import deepspeed_config, deepspeed_release
 
 REFERENCE_FILE = "reference_zero3.json"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def engine_config(policy: dict[str, Any], file: str, config: TrainingConfig) -> dict[str, Any]:
@@ -51,6 +52,13 @@ def freeze_parameters(module: nn.Module) -> nn.Module:
     """Switch dropout and gradients off."""
     module.requires_grad_(False)
     return module.eval()
+
+
+def round_parameters(module: nn.Module, precision: str) -> None:
+    """Convert the parameters to 16 bits; buffers, such as rotary tables, stay as they are."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(DTYPES[precision])
 
 
 def release_frozen(frozen: nn.Module) -> None:

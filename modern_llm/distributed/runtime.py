@@ -25,9 +25,11 @@ from accelerate.utils import (
     DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     DistributedType,
+    FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
 )
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError, PeerError
@@ -97,6 +99,8 @@ class Runtime(Peers):
                 if self.deepspeed_content[name]["enabled"]:
                     return f"{name}-weights"  # without autocast norms and residuals are rounded too
         precision = self.config.precision
+        if precision != "no" and self.accelerator.distributed_type == DistributedType.FSDP:
+            return f"{precision}-autocast-weights"  # both, see `_fsdp_plugin`
         return "float32" if precision == "no" else precision
 
     @property
@@ -116,6 +120,8 @@ class Runtime(Peers):
         forwards.
         """
         if self.stage is None:
+            if self.rounds_weights:  # FSDP's policy does it to the model that trains
+                frozen_engine.round_parameters(module, self.config.precision)
             return self._frozen(frozen_engine.freeze_parameters(module).to(self.device))
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         content = frozen_engine.engine_config(self.deepspeed_content, file, self.config)
@@ -274,8 +280,24 @@ def _accelerator(
             cpu=on_cpu and plugin is None,
             gradient_accumulation_steps=1,
             deepspeed_plugins=plugin,
+            fsdp_plugin=_fsdp_plugin(config) if launcher.asked("ACCELERATE_USE_FSDP") else None,
             kwargs_handlers=handlers if dist.is_initialized() else [],
         )
+
+
+def _fsdp_plugin(config: TrainingConfig) -> FullyShardedDataParallelPlugin:
+    """Return Accelerate's plugin with a precision of our own.
+
+    Accelerate's default reduces gradients in 16 bits and rounds the outputs of the model to them.
+    """
+    policy = None
+    if config.precision != "no":
+        policy = MixedPrecisionPolicy(
+            param_dtype=frozen_engine.DTYPES[config.precision],
+            reduce_dtype=torch.float32,
+            output_dtype=torch.float32,
+        )
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
 
 
 def _facts(record: dict[str, Any] | None) -> dict[str, Any]:

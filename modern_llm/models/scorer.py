@@ -20,6 +20,7 @@ from modern_llm.models.attention.cpu_blocks import MERGE_BELOW
 from modern_llm.models.attention.flex import SIDE
 from modern_llm.models.attention.prefix_tree import Backend, Parts, TreeMask, TreeMasks
 from modern_llm.models.cpu.last_layer import narrows, needed_of
+from modern_llm.models.exact_parts import join, split
 from modern_llm.models.head import FusedHead, target_logprobs
 from modern_llm.models.routers import RouterLoss, has_experts, without_router_loss
 
@@ -27,13 +28,18 @@ from modern_llm.models.routers import RouterLoss, has_experts, without_router_lo
 class ScorerOutput(NamedTuple):
     """Result of one forward."""
 
-    logprobs: Tensor
-    """(N,) natural-log probabilities of the targets, float32 (float64 for a float64 model)."""
+    parts: Tensor
+    """(3, N) log-probs of the targets in parts, which a wrapper may cast to bfloat16."""
     aux_loss: Tensor | None
     """() load-balancing loss of the routers over the real tokens; None if the run has none."""
     log_squares: Tensor | None = None
     """(N,) log of the sum of squared probabilities where each target is predicted, without
     gradient; None unless `TokenScorer.log_squares` is set."""
+
+    @property
+    def logprobs(self) -> Tensor:
+        """(N,) natural-log probabilities of the targets, float32 (float64 for a float64 model)."""
+        return join(self.parts)
 
 
 @dataclass(frozen=True)
@@ -144,9 +150,9 @@ class TokenScorer(nn.Module):
         found = torch.cat(logprobs)[back]
         log_squares = torch.cat(squares)[back] if self.log_squares else None
         if self._router_loss is None:
-            return ScorerOutput(found, None, log_squares)
+            return ScorerOutput(split(found), None, log_squares)
         weighted = [loss * size for loss, size in zip(losses, sizes, strict=True)]
-        return ScorerOutput(found, torch.stack(weighted).sum() / sum(sizes), log_squares)
+        return ScorerOutput(split(found), torch.stack(weighted).sum() / sum(sizes), log_squares)
 
     def _forward_once(
         self, ids: Tensor, real: Tensor, targets: Tensor, **more: object
@@ -172,7 +178,7 @@ class TokenScorer(nn.Module):
         aux = None
         if self._router_loss is not None:
             aux = self._router_loss(outputs.router_logits, real)
-        return ScorerOutput(logprobs, aux, squares)
+        return ScorerOutput(split(logprobs), aux, squares)
 
     def _masks(
         self, segments: Tensor, positions: Tensor, sources: Tensor

@@ -45,7 +45,7 @@ def scoring_recipe(config: PretrainedConfig, compute: str) -> str:
     Together with the weights and the ids they determine a log-prob.
 
     Args:
-        compute: dtype of the forward, "float32", "bf16" or "fp16".
+        compute: precision of the forward, as `Runtime.forward_dtype`.
     """
     fields = {k: v for k, v in config.to_dict().items() if k not in NOT_SCORED}
     architecture = hashlib.sha256(

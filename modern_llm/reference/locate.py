@@ -64,7 +64,7 @@ def store_of(
 
     Args:
         reference: Hub id, folder, `.pt` file or a run's checkpoint; only its weights are digested.
-        compute: dtype of the forward whose log-probs it holds, "float32", "bf16" or "fp16".
+        compute: precision of the forward whose log-probs it holds, as `Runtime.forward_dtype`.
         root: folder of the stores; by default `MODERN_LLM_CACHE` or a folder beside the Hub's.
 
     Raises:

@@ -228,8 +228,9 @@ class ReferencePass:
             log.info("reference: its weights are not available, so no stored value is scored again")
             yield None
             return
-        # DeepSpeed computes only in an engine: sharded, and in the precision of training.
-        if self._is_policy and policy is not None and self._runtime.stage is None:
+        # DeepSpeed and FSDP train in the precision of their engine, and the policy has none yet.
+        plain = self._runtime.stage is None and not self._runtime.rounds_weights
+        if self._is_policy and policy is not None and plain:
             scorer, module = policy, policy
         else:
             scorer = set_up_frozen(self._runtime, self.checkpoint, self._config)
