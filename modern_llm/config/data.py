@@ -224,10 +224,19 @@ class InstructionDatasetConfig(ConversationDatasetConfig):
 class PreferenceDatasetConfig(ConversationDatasetConfig):
     """Preference pairs; `DPOConfig` sets their lengths."""
 
+    values: ClassVar[dict[str, float]] = {"weight": 1.0, "margin": 0.0}
+    """Numbers that pairs may have, with that of a source without them."""
+
     read: ClassVar[tuple[str, ...]] = (
         "prompt", "chosen", "rejected", "conversations", "history", "human_ref_A", "human_ref_B",
-        "labels", "system", "tools",
+        "labels", "system", "tools", "weight", "margin",
     )  # fmt: skip
 
     format: Fixed[Literal["auto", "hh", "shp", "strings", "messages", "sharegpt"]] = "auto"
     """How rows are read; by default found by their columns."""
+    pair_values: SameContent[list[Literal["weight", "margin"]]] = Field(
+        default_factory=lambda: ["weight", "margin"]
+    )
+    """Columns of numbers that are read where rows have them. weight multiplies the pair's loss and
+    counts it so often in every mean; margin is subtracted in the loss (DPO with an offset, Amini et
+    al., 2024). `[]` reads neither."""

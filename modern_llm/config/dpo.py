@@ -14,8 +14,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from modern_llm.config.base import Fixed, Free, SameContent, section
+from modern_llm.config.errors import ConfigError
 from modern_llm.objectives.catalogue import (
     DIVERGENCES,
+    LOSSES,
     LossRow,
     check_options,
     coefficients_of,
@@ -199,6 +201,25 @@ class DPOConfig:
     def looks_across_pairs(self) -> bool:
         """Whether a loss must see all pairs of an optimizer step at once."""
         return any(row.across_pairs for row in self._rows)
+
+    def refuse_values(self, weights: bool, margins: bool) -> None:
+        """Raise ConfigError if no loss can use the weights or margins of the data."""
+        problems = []
+        cure = "leave it out of data.pair_values"
+        if (weights or margins) and self.looks_across_pairs:
+            name = "weight" if weights else "margin"
+            problems.append(
+                f"the data has a column {name}, and loss_type={self.loss_name!r} sorts the pairs, "
+                f"so that a {name} belongs to none of them: {cure}"
+            )
+        elif margins and not any(row.margin for row in self._rows):
+            takers = ", ".join(row.name for row in LOSSES.values() if row.margin)
+            problems.append(
+                f"the data has a column margin, which would have no effect with "
+                f"loss_type={self.loss_name!r}: {cure}, or choose from {takers}"
+            )
+        if problems:
+            raise ConfigError(problems)
 
     @property
     def needs_mean_length(self) -> bool:

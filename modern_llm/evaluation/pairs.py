@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from modern_llm.config import PreferenceDatasetConfig
 from modern_llm.config.errors import DataError
@@ -37,8 +38,9 @@ def evaluate_pairs(
         options: options of `score_pairs`.
 
     Returns:
-        The statistics of all pairs, their `calibration`, and the same statistics for `groups`: by
-        `by`, and by which answer is longer.
+        The statistics of all pairs (each counted by its `weight` where the data has one), the share
+        `margins_reached` where it has margins, `calibration`, and the same statistics for `groups`:
+        by `by`, and by which answer is longer.
 
     Raises:
         DataError: no row has the column `by`.
@@ -47,16 +49,30 @@ def evaluate_pairs(
         rewards = beta * scored.sums("policy")
         if reference is not None:
             rewards = rewards - beta * scored.sums("reference")
+        weights = scored.values("weight")
         groups = {by or "file": _groups(scored, data, by), "length": _by_length(scored)}
         return {
             "model": model,
             "reference": reference,
             "beta": beta,
             "dropped": scored.dropped,
-            **judge(rewards),
-            "calibration": calibration(rewards[:, 0] - rewards[:, 1]),
-            "groups": judge_groups(rewards, groups),
+            **judge(rewards, weights),
+            **_reached(rewards, scored.values("margin"), weights),
+            "calibration": calibration(rewards[:, 0] - rewards[:, 1], weights),
+            "groups": judge_groups(rewards, groups, weights),
         }
+
+
+def _reached(
+    rewards: NDArray[np.float64],
+    margins: NDArray[np.float64] | None,
+    weights: NDArray[np.float64] | None,
+) -> dict[str, float]:
+    """Return the share of pairs whose rewards differ by more than the margin of the data."""
+    if margins is None:
+        return {}
+    reached = rewards[:, 0] - rewards[:, 1] > margins
+    return {"margins_reached": float(np.average(reached, weights=weights))}
 
 
 def _by_length(scored: Scored) -> list[str]:

@@ -61,6 +61,11 @@ class Scored:
         """Return (P, 2) log-prob sums in nats."""
         return self.columns[name][0].double().numpy()
 
+    def values(self, name: str) -> NDArray[np.float64] | None:
+        """Return (P,) a number of the pairs, `weight` or `margin`, where the data has it."""
+        found = self.prepared.train.values(name)
+        return None if found is None else found[self.rows]
+
     @property
     def counts(self) -> NDArray[np.int64]:
         """(P, 2) numbers of target tokens."""
@@ -160,7 +165,7 @@ def score_pairs(
 
     Fields: `origin` (file and row), `policy_chosen policy_rejected [reference_chosen
     reference_rejected]`, log-prob sums in nats, and `chosen_tokens rejected_tokens`, numbers of
-    target tokens.
+    target tokens; `weight` and `margin` where the data has them.
 
     Args:
         options: options of `scored_pairs`: `tokenizer_name`, `max_length`, `max_prompt_length`,
@@ -220,4 +225,8 @@ def _rows(scored: Scored) -> list[dict[str, Any]]:
             row |= {f"{name}_chosen": chosen, f"{name}_rejected": rejected}
     for row, (chosen, rejected) in zip(rows, scored.counts.tolist(), strict=True):
         row |= {"chosen_tokens": chosen, "rejected_tokens": rejected}
+    for name in ("weight", "margin"):
+        if (values := scored.values(name)) is not None:
+            for row, value in zip(rows, values.tolist(), strict=True):
+                row[name] = value
     return rows

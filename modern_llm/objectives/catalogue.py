@@ -76,6 +76,7 @@ class LossRow:
     `across_pairs`: compares pairs, so that it needs all pairs of an optimizer step at once.
     `mean_lengths`: its `lengths` are the means over the optimizer step. `divergence`: reads the
     log-ratios by their difference alone, so that another f-divergence may replace the reverse KL.
+    `margin`: a function of beta times a difference, from which a pair's margin can be subtracted.
     `options`: options besides beta and `COMMON_OPTIONS`, with defaults. `intervals`: ranges that
     differ from `INTERVALS`. `paper`: authors, arXiv number, and the equation if
     there is one.
@@ -88,6 +89,7 @@ class LossRow:
     across_pairs: bool = False
     mean_lengths: bool = False
     divergence: bool = False
+    margin: bool = False
     options: Mapping[str, float] = field(default_factory=dict)
     intervals: Mapping[str, Interval] = field(default_factory=dict)
 
@@ -106,22 +108,30 @@ _ROWS = (
     LossRow(
         "sigmoid",
         "DPO, Rafailov et al. 2023, arXiv 2305.18290, eq. 7 (smoothed: cDPO, Mitchell 2023)",
+        margin=True,
         divergence=True,
         options=_SMOOTHING,
     ),
     LossRow(
         "robust",
         "robust DPO, Chowdhury et al. 2024, arXiv 2403.00409",
+        margin=True,
         divergence=True,
         options=_SMOOTHING,
     ),
-    LossRow("hinge", "RSO, Liu et al. 2023, arXiv 2309.06657 (SLiC, 2305.10425)", divergence=True),
+    LossRow(
+        "hinge",
+        "RSO, Liu et al. 2023, arXiv 2309.06657 (SLiC, 2305.10425)",
+        divergence=True,
+        margin=True,
+    ),
     LossRow(
         "ipo", "IPO, Azar et al. 2023, arXiv 2310.12036, eq. 17", lengths=True, divergence=True
     ),
     LossRow(
         "exo_pair",
         "EXO, Ji et al. 2024, arXiv 2402.00856, eq. 16",
+        margin=True,
         divergence=True,
         options={"label_smoothing": 1e-3},
         intervals={"label_smoothing": _EXO_SMOOTHING},
@@ -146,18 +156,21 @@ _ROWS = (
     LossRow(
         "discopop",
         "DiscoPOP, Lu et al. 2024, arXiv 2406.08414, eq. 5",
+        margin=True,
         divergence=True,
         options={"discopop_tau": 0.05},
     ),
     LossRow(
         "sigmoid_norm",
         "length-normalised DPO, Lambert et al. 2024 (Tulu 3), arXiv 2411.15124, section 5",
+        margin=True,
         lengths=True,
         divergence=True,
     ),
     LossRow(
         "simpo",
         "SimPO, Meng et al. 2024, arXiv 2405.14734, eq. 6",
+        margin=True,
         reference=False,
         lengths=True,
         options={"simpo_gamma": 0.5, **_SMOOTHING},
@@ -171,6 +184,7 @@ _ROWS = (
     LossRow(
         "dpop",
         "DPO-Positive, Pal et al. 2024 (Smaug), arXiv 2402.13228, eq. 3",
+        margin=True,
         options={"dpop_lambda": 50.0},
     ),
     LossRow(

@@ -70,6 +70,7 @@ def preference_terms(
     f_divergence: str = "reverse_kl",
     f_alpha: float | None = None,
     mean_length: float | None = None,
+    margins: Tensor | None = None,
     **options: float | None,
 ) -> dict[str, Tensor]:
     """Return each loss by its name, and the term `nll`, (P,) each, without their coefficients.
@@ -81,9 +82,9 @@ def preference_terms(
 
     An option that is None has the default of the loss. `nll_coefficient` weighs an added term, the
     chosen answer's NLL per token (Pang et al. 2024, arXiv 2404.19733). For `aot` and `aot_unpaired`
-    pass all pairs of the optimizer step; row i is then the term with pair i's policy ratio.
-    `mean_length` is the mean number of target tokens of the step's chosen answers, which `sft`
-    divides by; by default that of the given pairs.
+    pass all pairs of the step; row i is then the term with pair i's policy ratio. `mean_length`:
+    mean number of the step's chosen target tokens for `sft`, by default of the given pairs.
+    `margins` (P,): subtracted inside the link (DPO with an offset, arXiv 2402.10571, eq. 3).
 
     ValueError: wrong shape, type or device; unknown loss; option not taken or out of bounds.
     """
@@ -108,12 +109,21 @@ def preference_terms(
         inputs = [policy]
         if row.reference:
             inputs = [policy, reference] if scores is None else [scores, torch.zeros_like(scores)]
+        if row.margin and margins is not None:
+            inputs[0] = _with_margins(inputs[0], margins / beta, lengths if row.lengths else None)
         if row.lengths:
             inputs.append(_mean_length(lengths, mean_length) if row.mean_lengths else lengths)
         terms[row.name] = FUNCTIONS[row.name](*inputs, beta=beta, **values)
     if nll_coefficient > 0:
         terms[catalogue.NLL] = -policy[:, 0] / lengths[:, 0]
     return terms
+
+
+def _with_margins(policy: Tensor, margins: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return (P, 2) with the rejected side raised by (P,) margins, in units of the log-ratio; times
+    the length for a loss that divides by it. The chosen side stays: dpop looks at it alone."""
+    raised = margins.to(policy.dtype) * (1 if lengths is None else lengths[:, 1])
+    return torch.stack((policy[:, 0], policy[:, 1] + raised), 1)
 
 
 def _mean_length(lengths: Tensor, mean_length: float | None) -> Tensor:
@@ -130,6 +140,7 @@ def preference_statistics(
     *,
     beta: float,
     loss_type: str | Sequence[str] = "sigmoid",
+    weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return detached sums over the P pairs (0-dim tensors): rewards, accuracies, ties, log-probs.
 
@@ -138,7 +149,8 @@ def preference_statistics(
     reference need `lengths`:
     their reward is that of SimPO, beta * policy / lengths (arXiv 2405.14734, eq. 4). An accuracy
     is a strict chosen > rejected; equal rewards count as `ties`. `logps/*` are sums over tokens for
-    every loss. Shapes, types and errors as in `preference_loss`.
+    every loss. A pair of weight w counts as w pairs. Shapes, types and errors as in
+    `preference_loss`.
     """
     if problems := catalogue.check_options(loss_type, {}, beta=beta):
         raise ValueError("; ".join(problems))
@@ -149,15 +161,21 @@ def preference_statistics(
     )
     rewards = beta * (policy - reference if with_reference else policy / lengths)
     chosen, rejected = rewards.unbind(1)
-    return {
-        "rewards/chosen": chosen.sum(),
-        "rewards/rejected": rejected.sum(),
-        "rewards/accuracies": (chosen > rejected).sum().to(rewards.dtype),
-        "ties": (chosen == rejected).sum().to(rewards.dtype),
-        "rewards/margins": (chosen - rejected).sum(),
-        "logps/chosen": policy[:, 0].sum(),
-        "logps/rejected": policy[:, 1].sum(),
+    found = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).to(rewards.dtype),
+        "ties": (chosen == rejected).to(rewards.dtype),
+        "rewards/margins": chosen - rejected,
+        "logps/chosen": policy[:, 0],
+        "logps/rejected": policy[:, 1],
     }
+    return {name: weighted_sum(values, weights) for name, values in found.items()}
+
+
+def weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the sum () of values (P,), each times its weight."""
+    return values.sum() if weights is None else (values * weights.to(values.dtype)).sum()
 
 
 def _checked(

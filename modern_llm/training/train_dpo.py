@@ -51,8 +51,7 @@ def run_dpo(
 
     Args:
         sft_checkpoint: policy and, by default, reference: Hub id, path or `PreTrainedModel`.
-        train_config: `batch_size` counts pairs.
-        dpo_config: the loss and its options.
+        train_config, dpo_config: `batch_size` counts pairs; the loss and its options.
         preference_config: a `PreferenceDatasetConfig`, or the pairs: a name or rows.
         tokenizer_name: name or object; else the checkpoint's, else `train_config.tokenizer_name`.
         lora_config: if given, adapters are trained; the reference is the model without them.
@@ -87,6 +86,7 @@ def run_dpo(
         data = with_template_day(runtime, tokenizer, data, run.record, lambda: find().store)
         build = partial(prepare_tables, data, tokenizer, **_lengths(dpo_config))
         inputs = stage.build_tables(runtime, run, build, dry_run, callbacks)
+        _check_tables(dpo_config, inputs.tables)
         reference = find()
         tables.check_ids_fit(inputs.tables, tokenizer, checkpoint.vocabulary, reference.vocabulary)
         reference.look_up(inputs.tables)
@@ -101,6 +101,13 @@ def run_dpo(
 
 def _lengths(config: DPOConfig) -> dict[str, int | None]:
     return {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
+
+
+def _check_tables(config: DPOConfig, prepared: Prepared) -> None:
+    """Refuse weights and margins of pairs that the loss cannot use."""
+    found = [table for table in (prepared.train, prepared.evaluation) if table is not None]
+    has = {n: any(t.values(n) is not None for t in found) for n in ("weight", "margin")}
+    config.refuse_values(weights=has["weight"], margins=has["margin"])
 
 
 def _task(

@@ -70,15 +70,19 @@ def make_model(name: str, dtype: torch.dtype = torch.float32) -> tf.PreTrainedMo
 class Table:
     """A token table in memory: columns prompt, chosen, rejected (or as named)."""
 
-    def __init__(self, rows, columns=("prompt", "chosen", "rejected")):
+    def __init__(self, rows, columns=("prompt", "chosen", "rejected"), **numbers):
         import numpy as np
 
         self.columns = columns
+        self.numbers = {name: np.array(values) for name, values in numbers.items()}
         self.rows = [[np.array(ids, dtype=np.int32) for ids in row] for row in rows]
         self.lengths = np.array([[len(ids) for ids in row] for row in self.rows])
 
     def __len__(self):
         return len(self.rows)
+
+    def values(self, name):
+        return self.numbers.get(name)
 
     def ids(self, index, column):
         return self.rows[index][self.columns.index(column)]

@@ -111,6 +111,7 @@ FIELDS = {
         "on_bad_row": (FREE, "skip", {}),
         "max_dropped": (FREE, 0.5, {}),
         "max_examples": (FREE, 11, {}),
+        "pair_values": (FREE, [], {}),
         "format": (FREE, "hh", {}),
         "template": (KEY, "Q: {{prompt}}", {}),
         "template_date": (ELSEWHERE, None, {}),

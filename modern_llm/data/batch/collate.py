@@ -49,6 +49,10 @@ class MicroBatch:
     order."""
     reference: Tensor | None = None
     """(P, S) float32 log-prob sums of the reference policy, where the objective needs them."""
+    weights: Tensor | None = None
+    """(P,) float32 weights of the examples, where the data has them."""
+    margins: Tensor | None = None
+    """(P,) float32 margins of pairs, where the data has them."""
     mean_length: float | None = None
     """Mean number of targets of the chosen answers of the whole step, where the objective needs
     it."""

@@ -7,7 +7,7 @@ pretraining; `RowPacker` cuts documents into rows of one length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from modern_llm.config.data import (
     ConversationDatasetConfig,
     DatasetConfig,
     DocumentDatasetConfig,
+    PreferenceDatasetConfig,
 )
 from modern_llm.config.errors import UserError
 from modern_llm.data.encode.boundary import Boundary, Parts
@@ -40,6 +41,8 @@ class Item:
     texts: tuple[str, ...]
     origin: str
     chat: bool = False
+    numbers: Mapping[str, float] | None = None
+    """Numbers of the row beside its texts."""
 
 
 @dataclass
@@ -60,6 +63,7 @@ class Recipe:
         fell_back: whether messages are written by the fallback template.
         remarks: returns what a user should know of the rows since its last call.
         ends: ids that close an answer.
+        numbers: numbers that rows may have, with that of a source without them.
     """
 
     formats: Sequence[Format]
@@ -76,6 +80,7 @@ class Recipe:
     fell_back: bool = False
     remarks: Callable[[], list[str]] = list
     ends: frozenset[int] = frozenset()
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 def recipe_of(
@@ -132,7 +137,8 @@ def answers_recipe(
 
     def item(record: Record) -> Item:
         written = template.compose(record)
-        return Item(boundary.texts(written), record.origin, written.chat)
+        numbers = getattr(record, "numbers", None)
+        return Item(boundary.texts(written), record.origin, written.chat, numbers)
 
     def split(item: Item, ids: Sequence[Ids]) -> Parts:
         return boundary.split(item.texts, ids, chat=item.chat)
@@ -156,7 +162,14 @@ def answers_recipe(
         fell_back=template.fell_back,
         remarks=template.take_remarks,
         ends=frozenset(ends) - {None},  # type: ignore[arg-type]
+        numbers=_numbers(config),
     )
+
+
+def _numbers(config: ConversationDatasetConfig) -> dict[str, float]:
+    if not isinstance(config, PreferenceDatasetConfig):
+        return {}
+    return {name: default for name, default in config.values.items() if name in config.pair_values}
 
 
 def documents_recipe(
@@ -221,8 +234,10 @@ class RowPacker:
         """Ids that do not fill a row yet."""
         return self._filled
 
-    def add(self, cells: Sequence[Ids], origin: str) -> None:
-        """Append one document."""
+    def add(
+        self, cells: Sequence[Ids], origin: str, numbers: Mapping[str, float] | None = None
+    ) -> None:
+        """Append one document, which has no numbers."""
         ids = cells[0]
         while len(ids):
             if not self._filled:

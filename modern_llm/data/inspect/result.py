@@ -87,6 +87,7 @@ def _source(source: Examined) -> dict[str, Any]:
         "contradicting_rows": contradictions(source),
         "length_bias": length_bias(source),
         "prefix_sharing": prefix_saving(source),
+        "values": report.values,
         "notes": report.notes,
     }
 

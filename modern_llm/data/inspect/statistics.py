@@ -12,7 +12,7 @@ import hashlib
 import heapq
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from io import StringIO
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from modern_llm.config.data import DatasetConfig
 from modern_llm.data.encode.pipeline import Item, Recipe
 from modern_llm.data.encode.tokenizer import Ids
+from modern_llm.data.inspect.token_lines import Sink
 from modern_llm.data.read.formats import Format
 from modern_llm.data.read.readers import Row
 from modern_llm.data.read.records import Broken, ContentFault, Dropped, RowFault
@@ -92,7 +93,7 @@ def examine(
     recipe: Recipe,
     *,
     examples: int = 3,
-    sink: Callable[[Sequence[Ids], str], None] | None = None,
+    sink: Sink | None = None,
 ) -> list[Examined]:
     """Return the numbers of every training source, and of the evaluation source if there is one.
 
@@ -152,7 +153,7 @@ class _Tally:
         role: str,
         recipe: Recipe,
         examples: int,
-        sink: Callable[[Sequence[Ids], str], None] | None = None,
+        sink: Sink | None = None,
     ):
         self._sink = sink
         if part.format is not None:
@@ -209,8 +210,9 @@ class _Tally:
         self._digests["swapped"].append(_mixed([texts[0], *texts[:0:-1]]))
         held = fraction is not None and share_of(cells) < fraction
         self._held.append(held)
+        self._result.report.count(item.numbers)
         if self._sink is not None and not held:
-            self._sink(cells, item.origin)
+            self._sink(cells, item.origin, item.numbers)
         entry = (-pair, item.origin, [np.array(ids) for ids in cells])
         if len(self._examples) < self._wanted:
             heapq.heappush(self._examples, entry)
@@ -219,6 +221,7 @@ class _Tally:
 
     def _finish(self, rows: _Noting) -> None:
         result, report = self._result, self._result.report
+        report.note_values()
         assert rows.format is not None, "a source without a readable row was refused before"
         result.format = rows.format.name
         result.why = f"its rows have {', '.join(rows.found)}; wanted {rows.format.columns}"

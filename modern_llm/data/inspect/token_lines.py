@@ -1,15 +1,15 @@
 """The token ids that would be trained on, as JSON lines: `inspect --tokens OUT.jsonl`.
 
 One object for each kept training row: `origin`, the ids of each column as `<column>_ids` and,
-for a column of which not every id is a target, a mask of 0 and 1 as `<column>_targets`. The
-rows come from the same code as training's.
+for a column of which not every id is a target, a mask of 0 and 1 as `<column>_targets`; `weight`
+and `margin` of pairs that have them. The rows come from the same code as training's.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,7 +20,7 @@ from modern_llm.data.encode.tokenizer import Ids
 from modern_llm.data.table.token_table import STARTS
 from modern_llm.storage.fault_points import around
 
-Sink = Callable[[Sequence[Ids], str], None]
+Sink = Callable[[Sequence[Ids], str, Mapping[str, float] | None], None]
 
 
 @contextmanager
@@ -52,7 +52,9 @@ class _Writer:
     def __init__(self, out: TextIO, columns: Sequence[str]):
         self._out, self._columns = out, columns
 
-    def add(self, cells: Sequence[Ids], origin: str) -> None:
+    def add(
+        self, cells: Sequence[Ids], origin: str, numbers: Mapping[str, float] | None = None
+    ) -> None:
         """Write one row."""
         values = dict(zip(self._columns, cells, strict=True))
         starts = values.pop(STARTS, None)
@@ -67,5 +69,6 @@ class _Writer:
                 for place in first:
                     mask[int(place)] = 0
                 entry[f"{name}_targets"] = mask
+        entry |= numbers or {}
         with around("tokens.write"):
             self._out.write(json.dumps(entry) + "\n")

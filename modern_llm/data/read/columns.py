@@ -6,6 +6,7 @@ Every function takes texts as they are, and raises `RowFault` for broken structu
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,6 +65,19 @@ def _text_of(value: Any, place: str) -> str:
     if fault := bad_text(value):
         raise RowFault(f"{place} holds {fault}")
     return value
+
+
+def number_in(values: Values, name: str) -> float:
+    """Return a column that must be a number of at least 0; text of one, as CSV has it, counts."""
+    value = column(values, name)
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        shown = repr(value) if isinstance(value, (int, float, str)) else _kind(value)
+        raise RowFault(f"column {name!r} is {shown[:40]}, expected a number of at least 0")
+    return number
 
 
 def _kind(value: Any) -> str:

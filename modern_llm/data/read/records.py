@@ -10,6 +10,7 @@ user skips such rows), `ContentFault` is content that cannot be learnt from (dro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,8 @@ class PreferencePair:
     rejected: Response
     origin: str
     rejected_prompt: Prompt | None = None
+    numbers: Mapping[str, float] | None = None
+    """`weight` and `margin`, where the row has them."""
 
     @property
     def responses(self) -> tuple[Response, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -231,7 +231,9 @@ class _Build:
         with ExitStack() as stack:
             sinks = {
                 table: _Sink(
-                    stack.enter_context(TokenTableWriter(self._folder / table, recipe.columns)),
+                    stack.enter_context(
+                        TokenTableWriter(self._folder / table, recipe.columns, recipe.numbers)
+                    ),
                     recipe.row_length,
                 )
                 for table in ([name] if fraction is None else [name, "evaluation"])
@@ -249,13 +251,14 @@ class _Build:
         drops = Drops(self._out, report)
         before = {table: (sink.rows, sink.tokens) for table, sink in sinks.items()}
         self._recipe.cuts.clear()
-        for cells, origin in self._rows(part, drops):
+        for cells, origin, numbers in self._rows(part, drops):
+            report.count(numbers)
             fraction = config.eval_fraction
             if fraction is not None and share_of(cells) < fraction:
-                sinks["evaluation"].add(cells, origin)
+                sinks["evaluation"].add(cells, origin, numbers)
                 continue
             for _ in range(part.times(cells)):
-                sinks[name].add(cells, origin)
+                sinks[name].add(cells, origin, numbers)
         drops.settle(config.max_dropped)
         cuts = self._recipe.cuts
         report.prompts_cut, report.responses_cut = cuts.prompts, cuts.responses
@@ -269,12 +272,15 @@ class _Build:
         if len(sinks) > 1:
             report.evaluation_examples = gained["evaluation"][0]
         report.notes += getattr(part.source, "notes", ())
+        report.note_values()
         if part.weight != 1:
             report.notes.append(f"{part.source.name}: weight {part.weight:g}")
         return report
 
-    def _rows(self, part: WeightedSource, drops: Drops) -> Iterator[tuple[list[Ids], str]]:
-        """Cells and origin of every row that is kept, tokenised in batches."""
+    def _rows(
+        self, part: WeightedSource, drops: Drops
+    ) -> Iterator[tuple[list[Ids], str, Mapping[str, float] | None]]:
+        """Cells, origin and numbers of every row that is kept, tokenised in batches."""
         recipe = self._recipe
         if part.format is not None:
             recipe = replace(recipe, name=part.format)
@@ -285,7 +291,7 @@ class _Build:
             for item in batch:
                 mine = [next(ids) for _ in item.texts]
                 try:
-                    yield recipe.cells(recipe.split(item, mine)), item.origin
+                    yield recipe.cells(recipe.split(item, mine)), item.origin, item.numbers
                 except ContentFault as fault:
                     drops.add(Dropped(item.origin, str(fault), str(fault)))
 

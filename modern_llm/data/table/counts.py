@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TextIO
 
@@ -44,6 +45,7 @@ class DataReport:
             did not fill a last row.
         tokens: token ids in the tables.
         notes: what a user should know, a line each.
+        values: `weight` or `margin` -> rows, sum, smallest and largest, where rows have them.
     """
 
     source: str
@@ -58,6 +60,21 @@ class DataReport:
     tokens_cut: int = 0
     tokens: int = 0
     notes: list[str] = field(default_factory=list)
+    values: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def count(self, numbers: Mapping[str, float] | None) -> None:
+        """Count the numbers of one row."""
+        for name, value in (numbers or {}).items():
+            one = {"rows": 1, "sum": value, "min": value, "max": value}
+            known = self.values.get(name)
+            self.values[name] = _added(known, one) if known else one
+
+    def note_values(self) -> None:
+        """Add a note on each of the numbers."""
+        for name, found in self.values.items():
+            mean = found["sum"] / found["rows"]
+            text = f"{found['min']:g} to {found['max']:g}, mean {mean:.4g}"
+            self.notes.append(f"{self.source}: {name} of {found['rows']:,} rows: {text}")
 
     @property
     def dropped(self) -> int:
@@ -90,6 +107,9 @@ class DataReport:
             for total, counts in ((whole.drops, part.drops), (whole.formats, part.formats)):
                 for name, count in counts.items():
                     total[name] = total.get(name, 0) + count
+            for name, found in part.values.items():
+                known = whole.values.get(name)
+                whole.values[name] = _added(known, found) if known else dict(found)
             whole.notes += [note for note in part.notes if note not in whole.notes]
         return whole
 
@@ -108,6 +128,16 @@ class DataReport:
         held = f", {self.evaluation_examples:,} held out" if self.evaluation_examples else ""
         lines.append(f"{self.examples:,} examples{held}, {self.tokens:,} tokens")
         return lines + self.notes
+
+
+def _added(known: dict[str, float], more: dict[str, float]) -> dict[str, float]:
+    """Return the counts of two groups of numbers together."""
+    return {
+        "rows": known["rows"] + more["rows"],
+        "sum": known["sum"] + more["sum"],
+        "min": min(known["min"], more["min"]),
+        "max": max(known["max"], more["max"]),
+    }
 
 
 class Drops:

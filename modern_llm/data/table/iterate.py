@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from modern_llm.config.data import DatasetConfig, DocumentDatasetConfig
 from modern_llm.config.errors import DataError, UserError
 from modern_llm.data.encode.pipeline import Item, Recipe
 from modern_llm.data.encode.tokenizer import Ids
+from modern_llm.data.read.columns import number_in
 from modern_llm.data.read.formats import DOCUMENT, Format, Mode, Record, choose_format
 from modern_llm.data.read.readers import Row
 from modern_llm.data.read.records import Broken, ContentFault, Dropped, RowFault
@@ -144,7 +145,7 @@ class _RowReader:
 
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
-        self._records = RecordReader(recipe.formats, recipe.name, recipe.mode)
+        self._records = RecordReader(recipe.formats, recipe.name, recipe.mode, recipe.numbers)
         self.saw_chat = False
 
     @property
@@ -178,10 +179,21 @@ class RecordReader:
 
     A column that is null is read as an absent one, because Arrow has no absent columns. Where that
     gives no record the row is read with its nulls, so that a fault names them.
+
+    Args:
+        numbers: columns of numbers; a source has each in all of its rows or in none.
     """
 
-    def __init__(self, formats: Sequence[Format], name: str, mode: Mode = "convert"):
+    def __init__(
+        self,
+        formats: Sequence[Format],
+        name: str,
+        mode: Mode = "convert",
+        numbers: Sequence[str] = (),
+    ):
         self._formats, self._name, self._mode = formats, name, mode
+        self._numbers = tuple(numbers)
+        self._present: frozenset[str] | None = None
         self.format: Format | None = None
         self.unread: set[str] = set()
 
@@ -204,9 +216,26 @@ class RecordReader:
         if self.format is None:
             self.format = choose_format(self._formats, self._name, values)
         record = self.format.function(self._mode)(values, row.origin)
+        if self._numbers:
+            record = self._with_numbers(record, values)
         if len(self.unread) < _MOST_COLUMNS:
             self.unread |= values.unread()
         return record
+
+    def _with_numbers(self, record: Record, values: Columns) -> Record:
+        """Return the record with the numbers of its row; the first row decides which there are."""
+        wanted = self._present
+        if wanted is None:
+            wanted = frozenset(name for name in self._numbers if name in values)
+        found = {name: number_in(values, name) for name in self._numbers if name in wanted}
+        for name in self._numbers:
+            if name not in wanted and name in values and values[name] is not None:
+                raise RowFault(
+                    f"column {name!r} is missing in the rows before: give it in every row of the "
+                    "source or in none (data.pair_values: [] reads no such column)"
+                )
+        self._present = wanted
+        return replace(record, numbers=found) if found else record
 
 
 def in_batches(items: Iterator[Item]) -> Iterator[list[Item]]:

@@ -3,14 +3,15 @@
 A table is a folder of flat arrays that is written once, in order, and never changed:
 `ids.bin` (int32), `bounds.bin` (int64, where each cell begins), `origins.bin` with
 `origin_bounds.bin` and `origin_files.bin` (where each row came from), and `meta.json`, written
-last. It knows nothing of text or of tensors. Written by `prepare`, read by `rows` and the stages.
+last; and, where rows have numbers, `values.bin` (float64). It knows nothing of text or of tensors.
+Written by `prepare`, read by `rows` and the stages.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,8 @@ _FILES = {
     "origin_bounds": np.dtype("<i8"),
     "origin_files": np.dtype("<i4"),
 }
+_VALUES = {"values": np.dtype("<f8")}
+"""A file that only tables of rows with numbers have."""
 _CHUNK = 4096
 
 
@@ -70,7 +73,8 @@ class TokenTable:
             meta = json.loads(read_text(folder / "meta.json"))
             if meta["version"] != VERSION:
                 raise ValueError(f"version {meta['version']}, not {VERSION}")
-            arrays = {name: _map(folder, name, meta["sizes"][name]) for name in _FILES}
+            names = [*_FILES, *(name for name in _VALUES if name in meta["sizes"])]
+            arrays = {name: _map(folder, name, meta["sizes"][name]) for name in names}
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise StorageError(f"{folder}: no whole token table ({error}): remove it") from error
         return cls(folder, meta, arrays)
@@ -83,6 +87,14 @@ class TokenTable:
         cell = self._row(index) * len(self.columns) + self._column[column]
         start, end = self._arrays["bounds"][cell : cell + 2]
         return self._arrays["ids"][start:end]
+
+    def values(self, name: str) -> NDArray[np.float64] | None:
+        """Return a number of every row (rows,), such as `weight`; None where rows have none."""
+        names = self._meta.get("values", [])
+        if name not in names:
+            return None
+        found = self._arrays["values"].reshape(-1, len(names))[:, names.index(name)]
+        return found if self._rows is None else found[self._rows]
 
     def origin(self, index: int) -> str:
         """Return where the row came from: `file:line`."""
@@ -109,14 +121,21 @@ class TokenTable:
 
     @cached_property
     def digest(self) -> str:
-        """Digest of columns, lengths and ids of all rows in order: equal for equal content."""
+        """Digest of columns, lengths, ids and numbers of all rows in order: equal for equal
+        content."""
         if self._rows is None:
             return self._meta["digest"]
-        content = _Content(self.columns)
+        content = _Content(self.columns, self._meta.get("values", []))
         for start in range(0, len(self), _CHUNK):
             rows = range(start, min(start + _CHUNK, len(self)))
-            content.add(np.concatenate([self._cells(i) for i in rows]), self.lengths[rows])
+            cells = np.concatenate([self._cells(i) for i in rows])
+            content.add(cells, self.lengths[rows], self._numbers(rows))
         return content.hexdigest()
+
+    def _numbers(self, rows: range) -> NDArray[np.float64]:
+        """(n, values) numbers of some rows."""
+        found = [self.values(name)[rows] for name in self._meta.get("values", [])]
+        return np.stack(found, 1) if found else np.zeros((len(rows), 0))
 
     def _cells(self, index: int) -> Ids:
         """All ids of a row."""
@@ -154,20 +173,31 @@ class TokenTable:
 
     def first_difference(self, other: TokenTable) -> int | None:
         """Return the first row that is not the same in `other` (or there in one alone), if any."""
-        shared = min(len(self), len(other)) if self.columns == other.columns else 0
+        alike = self._named() == other._named()
+        shared = min(len(self), len(other)) if alike else 0
         for start in range(0, shared, _CHUNK):
             rows = range(start, min(start + _CHUNK, shared))
-            if not np.array_equal(self.lengths[rows], other.lengths[rows]) or not np.array_equal(
-                np.concatenate([self._cells(i) for i in rows]),
-                np.concatenate([other._cells(i) for i in rows]),
+            if (
+                not np.array_equal(self.lengths[rows], other.lengths[rows])
+                or not np.array_equal(self._numbers(rows), other._numbers(rows))
+                or not np.array_equal(
+                    np.concatenate([self._cells(i) for i in rows]),
+                    np.concatenate([other._cells(i) for i in rows]),
+                )
             ):
                 return next(i for i in rows if not self._same(i, other))
         return None if shared == len(self) == len(other) else shared
 
     def _same(self, index: int, other: TokenTable) -> bool:
-        return np.array_equal(self.lengths[index], other.lengths[index]) and np.array_equal(
-            self._cells(index), other._cells(index)
+        row = range(index, index + 1)
+        return (
+            np.array_equal(self.lengths[index], other.lengths[index])
+            and np.array_equal(self._numbers(row), other._numbers(row))
+            and np.array_equal(self._cells(index), other._cells(index))
         )
+
+    def _named(self) -> tuple[tuple[str, ...], list[str]]:
+        return self.columns, self._meta.get("values", [])
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker process maps the files again; pickling a map would send all of its bytes.
@@ -180,7 +210,7 @@ def _reopen(folder: Path, rows: NDArray[np.int64] | None) -> TokenTable:
 
 
 def _map(folder: Path, name: str, size: int) -> NDArray:
-    dtype, path = _FILES[name], folder / f"{name}.bin"
+    dtype, path = (_FILES | _VALUES)[name], folder / f"{name}.bin"
     found = path.stat().st_size
     if found != size * dtype.itemsize:
         raise ValueError(f"{path.name} has {found} bytes, not {size * dtype.itemsize}")
@@ -193,17 +223,21 @@ def _map(folder: Path, name: str, size: int) -> NDArray:
 class _Content:
     """The digest of rows, which does not depend on how they come in batches."""
 
-    def __init__(self, columns: Sequence[str]):
-        self._columns = columns
+    def __init__(self, columns: Sequence[str], values: Sequence[str]):
+        self._columns, self.values = columns, list(values)
         self._ids, self._lengths = hashlib.blake2b(), hashlib.blake2b()
+        self._numbers = hashlib.blake2b()
 
-    def add(self, ids: Ids, lengths: NDArray[np.int64]) -> None:
+    def add(self, ids: Ids, lengths: NDArray[np.int64], numbers: NDArray[np.float64]) -> None:
         self._ids.update(np.ascontiguousarray(ids, "<i4"))
         self._lengths.update(np.ascontiguousarray(lengths, "<i8"))
+        self._numbers.update(np.ascontiguousarray(numbers, "<f8"))
 
     def hexdigest(self) -> str:
         whole = hashlib.blake2b(json.dumps(list(self._columns)).encode(), digest_size=20)
         whole.update(self._lengths.digest() + self._ids.digest())
+        if self.values:  # tables without numbers have the digest of earlier versions
+            whole.update(json.dumps(self.values).encode() + self._numbers.digest())
         return whole.hexdigest()
 
 
@@ -215,18 +249,25 @@ class TokenTableWriter:
     Args:
         folder: its folder, new or empty and inside one that is not named yet (`new_folder`).
         columns: their names.
+        defaults: numbers that rows may have, with the value of a row without one. The table has
+            them all if one row has one, else none.
     """
 
-    def __init__(self, folder: Path, columns: Sequence[str]):
+    def __init__(
+        self, folder: Path, columns: Sequence[str], defaults: Mapping[str, float] | None = None
+    ):
         self._folder, self.columns = folder, tuple(columns)
+        self._defaults, self._has_numbers = dict(defaults or {}), False
+        self._numbers: list[list[float]] = []
+        self._file_types = _FILES | (_VALUES if self._defaults else {})
         self.rows = self.tokens = 0
-        self._content = _Content(self.columns)
+        self._content = _Content(self.columns, list(self._defaults))
         self._is_ids = [name != STARTS for name in self.columns]
         self._cells: list[Ids] = []
         self._tails: list[bytes] = []
         self._origin_files: list[int] = []
         self._files: dict[str, int] = {}
-        self._sizes = dict.fromkeys(_FILES, 0)
+        self._sizes = dict.fromkeys(self._file_types, 0)
         self._ends = {"bounds": 0, "origin_bounds": 0}
         self._max_id = -1
 
@@ -236,21 +277,26 @@ class TokenTableWriter:
                 self._folder.mkdir(exist_ok=True)
                 self._out = {
                     name: stack.enter_context((self._folder / f"{name}.bin").open("wb"))
-                    for name in _FILES
+                    for name in self._file_types
                 }
             for name in self._ends:
                 self._write(name, np.zeros(1))
             self._stack = stack.pop_all()
         return self
 
-    def add(self, cells: Sequence[Ids], origin: str) -> None:
-        """Append one row: the ids of each column, and `file:line`."""
+    def add(
+        self, cells: Sequence[Ids], origin: str, numbers: Mapping[str, float] | None = None
+    ) -> None:
+        """Append one row: the ids of each column, `file:line`, and its numbers."""
         assert len(cells) == len(self.columns), (len(cells), self.columns)
         # Of a million rows most come from a few files: only what follows the file is kept for each.
         file, mark, tail = origin.rpartition(":")
         self._origin_files.append(self._files.setdefault(file, len(self._files)))
         self._tails.append((mark + tail).encode())
         self._cells.extend(cells)
+        if self._defaults:
+            self._has_numbers |= bool(numbers)
+            self._numbers.append(list({**self._defaults, **(numbers or {})}.values()))
         self.rows += 1
         self.tokens += sum(
             len(cell) for cell, is_ids in zip(cells, self._is_ids, strict=True) if is_ids
@@ -265,13 +311,16 @@ class TokenTableWriter:
         sizes = np.array([len(cell) for cell in self._cells]).reshape(-1, len(self.columns))
         tokens = ids[np.repeat(np.tile(self._is_ids, len(sizes)), sizes.reshape(-1))]
         self._max_id = max(self._max_id, int(tokens.max(initial=-1)))
-        self._content.add(ids, sizes)
+        numbers = np.array(self._numbers, "<f8").reshape(len(sizes), -1)
+        self._content.add(ids, sizes, numbers)
+        if self._defaults:
+            self._write("values", numbers.reshape(-1))
         self._write("ids", ids)
         self._write_bounds("bounds", sizes.reshape(-1))
         self._write("origins", np.frombuffer(b"".join(self._tails), "u1"))
         self._write_bounds("origin_bounds", np.array([len(tail) for tail in self._tails]))
         self._write("origin_files", np.array(self._origin_files))
-        self._cells, self._tails, self._origin_files = [], [], []
+        self._cells, self._tails, self._origin_files, self._numbers = [], [], [], []
 
     def _write_bounds(self, name: str, sizes: NDArray[np.int64]) -> None:
         ends = self._ends[name] + np.cumsum(sizes)
@@ -280,7 +329,7 @@ class TokenTableWriter:
 
     def _write(self, name: str, values: NDArray) -> None:
         with around("table.write"):
-            self._out[name].write(np.ascontiguousarray(values, _FILES[name]))
+            self._out[name].write(np.ascontiguousarray(values, self._file_types[name]))
         self._sizes[name] += len(values)
 
     def __exit__(
@@ -297,6 +346,12 @@ class TokenTableWriter:
     def _finish(self) -> None:
         for file in self._out.values():
             file.close()
+        if self._has_numbers:
+            values = {"values": list(self._defaults)}
+        else:
+            values, self._content.values = {}, []
+            if self._sizes.pop("values", None) is not None:
+                (self._folder / "values.bin").unlink()
         meta = {
             "version": VERSION,
             "columns": self.columns,
@@ -305,6 +360,7 @@ class TokenTableWriter:
             "digest": self._content.hexdigest(),
             "files": list(self._files),
             "sizes": self._sizes,
+            **values,
         }
         with around("table.meta"):
             (self._folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")

@@ -15,12 +15,14 @@ from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.training import HIGHER_IS_BETTER
 from modern_llm.data.batch.collate import MicroBatch, wide_dtype
 from modern_llm.data.batch.micro_batches import BatchSource, Lazy
+from modern_llm.data.table.token_table import TokenTable
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.objectives.catalogue import names_of
 from modern_llm.objectives.preference import (
     preference_statistics,
     preference_terms,
     total_of,
+    weighted_sum,
 )
 from modern_llm.objectives.weighting import agreement_weights
 from modern_llm.training.task import StepSums
@@ -42,7 +44,7 @@ class Scored(NamedTuple):
 
 
 class PreferenceTask(SourceTask):
-    """A step's loss is the mean over its pairs on all ranks.
+    """A step's loss is the mean over its pairs on all ranks, by weight where they have one.
 
     A loss across pairs (aot) takes two passes. The first scores the whole step without gradient and
     differentiates the loss with respect to the sums of all ranks. The second backpropagates these
@@ -78,11 +80,16 @@ class PreferenceTask(SourceTask):
         """Return this rank's micro-batches of `step` with the columns that are known before it."""
         mean_length = self._mean_length(self._source, self._source.order.step(step))
         batches = self._source.micro_batches(step)
-        return [_fill(batch, self._reference, mean_length) for batch in batches]
+        table = self._source.examples.table
+        return [_fill(batch, table, self._reference, mean_length) for batch in batches]
 
     def denominator(self, step: int) -> float:
-        """Return the number of pairs in the whole step."""
-        return float(len(self._source.order.step(step)))
+        """Return the number of pairs in the whole step, each counted by its weight."""
+        pairs = self._source.order.step(step)
+        weights = self._source.examples.table.values("weight")
+        if weights is None:
+            return float(len(pairs))
+        return float(weights[pairs].sum()) or 1.0  # pairs of weight 0 alone: the loss is 0
 
     def prepare(
         self, model: nn.Module, step: int, micro_batches: Sequence[MicroBatch]
@@ -133,12 +140,17 @@ class PreferenceTask(SourceTask):
         scored = self._score(model, batch)
         coefficients = self._config.coefficients
         if batch.slope is None:
-            terms = self._terms(scored.policy, batch.reference, batch.lengths, batch.mean_length)
+            terms = self._terms(
+                scored.policy, batch.reference, batch.lengths, batch.mean_length, batch.margins
+            )
             if scored.agreement is not None:
                 weights = agreement_weights(scored.agreement, batch.lengths)
                 terms = {name: term * weights for name, term in terms.items()}
-            loss = total_of(terms, coefficients).sum()
-            sums, value = {name: term.detach().sum() for name, term in terms.items()}, loss.detach()
+            loss = weighted_sum(total_of(terms, coefficients), batch.weights)
+            value = loss.detach()
+            sums = {
+                name: weighted_sum(term.detach(), batch.weights) for name, term in terms.items()
+            }
         else:
             loss, sums = (scored.policy * batch.slope).sum(), batch.step_terms
             value = total_of(sums, coefficients)
@@ -148,10 +160,13 @@ class PreferenceTask(SourceTask):
             batch.lengths,
             beta=self._config.beta,
             loss_type=self._config.loss_type,
+            weights=batch.weights,
         )
         if len(names_of(self._config.loss_type)) > 1:
             statistics |= {f"loss/{name}": term for name, term in sums.items()}
-        statistics |= {"loss": value, "pairs": torch.tensor(float(len(batch.examples)))}
+        pairs = torch.tensor(float(len(batch.examples)))
+        pairs = pairs if batch.weights is None else batch.weights.sum()
+        statistics |= {"loss": value, "pairs": pairs}
         return self._sums(loss, statistics, scored.aux, batch)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
@@ -170,14 +185,18 @@ class PreferenceTask(SourceTask):
         group = batch_size if self._config.looks_across_pairs else EVALUATION_GROUP
         parts: Iterator[Lazy] = self._evaluation.in_order(group)
         mean_length = self._mean_length(self._evaluation, self._evaluation.order.kept)
-        reference = self._evaluation_reference
-        return ([_fill(batch, reference, mean_length) for batch in part] for part in parts)
+        table, reference = self._evaluation.examples.table, self._evaluation_reference
+        return ([_fill(batch, table, reference, mean_length) for batch in part] for part in parts)
 
     def _mean_length(self, source: BatchSource, pairs: NDArray[np.int64]) -> float | None:
         """Return the mean number of targets of the chosen answers, if the loss needs it."""
         if not self._config.needs_mean_length:
             return None
-        return float(source.examples.targets(pairs)[:, 0].mean())
+        targets = source.examples.targets(pairs)[:, 0]
+        weights = source.examples.table.values("weight")
+        if weights is None or not weights[pairs].sum():
+            return float(targets.mean())
+        return float(np.average(targets, weights=weights[pairs]))
 
     def _score(self, model: nn.Module, batch: MicroBatch) -> Scored:
         """Return the policy's sums of a micro-batch."""
@@ -216,18 +235,28 @@ class PreferenceTask(SourceTask):
         return torch.where(beyond, logprobs * self._config.ld_alpha, logprobs)
 
     def _terms(
-        self, policy: Tensor, reference: Tensor | None, lengths: Tensor, mean_length: float | None
+        self,
+        policy: Tensor,
+        reference: Tensor | None,
+        lengths: Tensor,
+        mean_length: float | None,
+        margins: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        return preference_terms(
-            policy, reference, lengths, mean_length=mean_length, **self._config.objective
-        )
+        more = {"mean_length": mean_length, "margins": margins}
+        return preference_terms(policy, reference, lengths, **more, **self._config.objective)
 
 
-def _fill(batch: MicroBatch, reference: Reference, mean_length: float | None) -> MicroBatch:
+def _fill(
+    batch: MicroBatch, table: TokenTable, reference: Reference, mean_length: float | None
+) -> MicroBatch:
     """Fill the columns of a micro-batch that are known before its step.
 
     `reference` is None for a loss without one, or a reference model that runs later.
     """
+    columns: dict[str, Tensor] = {}
     if reference is not None:
-        batch = replace(batch, reference=torch.from_numpy(reference[batch.examples]))
-    return batch if mean_length is None else replace(batch, mean_length=mean_length)
+        columns["reference"] = torch.from_numpy(reference[batch.examples])
+    for name in ("weight", "margin"):
+        if (values := table.values(name)) is not None:
+            columns[f"{name}s"] = torch.from_numpy(values[batch.examples].astype(np.float32))
+    return replace(batch, mean_length=mean_length, **columns)
