@@ -17,6 +17,7 @@ from torch import nn
 
 from modern_llm.config import TrainingConfig
 from modern_llm.distributed import deepspeed_config, deepspeed_release
+from modern_llm.distributed.sharded_start import shard_for_zero3
 
 REFERENCE_FILE = "reference_zero3.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,11 +39,12 @@ def engine_config(policy: dict[str, Any], file: str, config: TrainingConfig) -> 
     return deepspeed_config.reference_config(resolved)
 
 
-def shard(module: nn.Module, config: dict[str, Any]) -> nn.Module:
+def shard(module: nn.Module, config: dict[str, Any], device: torch.device) -> nn.Module:
     """Return `module` in a ZeRO-3 engine for forwards only, with sharded weights."""
     import deepspeed
 
     freeze_parameters(module)
+    shard_for_zero3(module, config, device)
     engine, *_ = deepspeed.initialize(model=module, config=config)
     engine.eval()
     return engine

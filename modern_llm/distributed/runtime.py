@@ -33,7 +33,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError, PeerError
-from modern_llm.distributed import deepspeed_config, deepspeed_release, frozen_engine, launcher
+from modern_llm.distributed import (
+    deepspeed_config,
+    deepspeed_release,
+    frozen_engine,
+    launcher,
+    sharded_start,
+)
 from modern_llm.distributed.collectives import MEETING_H, Peers
 from modern_llm.distributed.engine import DeepSpeedEngine, Engine
 from modern_llm.distributed.health import heartbeat
@@ -85,6 +91,9 @@ class Runtime(Peers):
         """Return an engine with `model` and its optimizer, under DDP, FSDP, DeepSpeed or none."""
         kind = Engine if self.stage is None else DeepSpeedEngine
         self._in_use[id(model)] = partial(deepspeed_release.forget, model)  # if it does not start
+        if self.stage == 3:
+            sharded_start.shard_for_zero3(model, self.deepspeed_content, self.device)
+        sharded_start.refuse_unread(model)
         with launcher.hidden():
             engine = kind(self.accelerator, model, optimizer)
         del self._in_use[id(model)]
@@ -120,13 +129,14 @@ class Runtime(Peers):
         forwards.
         """
         if self.stage is None:
+            sharded_start.refuse_unread(module)
             if self.rounds_weights:  # FSDP's policy does it to the model that trains
                 frozen_engine.round_parameters(module, self.config.precision)
             return self._frozen(frozen_engine.freeze_parameters(module).to(self.device))
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         content = frozen_engine.engine_config(self.deepspeed_content, file, self.config)
         self._in_use[id(module)] = partial(deepspeed_release.forget, module)
-        engine = frozen_engine.shard(module, content)
+        engine = frozen_engine.shard(module, content, self.device)
         del self._in_use[id(module)]
         return self._frozen(engine)
 

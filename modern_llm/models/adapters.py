@@ -20,6 +20,7 @@ from modern_llm.config.errors import ConfigError, UserError
 from modern_llm.config.lora import LoraConfig
 from modern_llm.config.printable import first_line
 from modern_llm.models.run_checkpoint import is_run_checkpoint, load_weights
+from modern_llm.models.unread import copy_reader
 from modern_llm.storage.atomic import verified_manifest
 from modern_llm.storage.untrusted import read_json
 
@@ -51,6 +52,11 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, place: str, *, seed
         torch.manual_seed(seed)
         model.requires_grad_(False)
         model.add_adapter(settings, NAME)
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        original = name.replace(f".modules_to_save.{NAME}.", ".original_module.")
+        if original != name:
+            copy_reader(parameters[original], parameter)
     model.peft_config[NAME].base_model_name_or_path = place
 
 

@@ -61,4 +61,9 @@ def build_model(config: ModernLLMConfig, *, seed: int) -> PreTrainedModel:
     """Return a float32 model on the CPU with weights drawn from `seed`, equal on all ranks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(to_transformers_config(config), dtype=torch.float32)
+        return from_transformers_config(to_transformers_config(config))
+
+
+def from_transformers_config(config: PretrainedConfig) -> PreTrainedModel:
+    """Return a float32 model with weights drawn from torch's generator."""
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

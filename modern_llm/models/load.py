@@ -33,6 +33,7 @@ from modern_llm.models.capabilities import probe
 from modern_llm.models.routers import router_loss_of
 from modern_llm.models.run_checkpoint import checkpoint_folder, is_run_checkpoint, load_weights
 from modern_llm.models.scorer import TokenScorer
+from modern_llm.models.unread import adopt
 from modern_llm.storage.atomic import verified_manifest
 from modern_llm.storage.regular_files import check_regular
 from modern_llm.storage.untrusted import read_json
@@ -243,10 +244,12 @@ def make_scorer(
     lean: bool = True,
     router_loss: float | None = 0.0,
     dropout: bool | None = None,
+    measured: PreTrainedModel | None = None,
 ) -> TokenScorer:
     """Probe `model` and wrap it.
 
     Args:
+        measured: the first layers of a `model` whose weights are not read yet; they are probed.
         attention: "auto" uses trees if they are exact, "tree" or the name of a backend requires
             them, "separate" does not use them.
         lean: see `probe`.
@@ -255,12 +258,16 @@ def make_scorer(
         dropout: whether the model trains with dropout; False switches it off, with everything else
             that differs in training mode. None is for a model that is only scored.
     """
-    # Before the probe: after it only `TokenScorer` may call the model.
-    routers = router_loss_of(model, router_loss)
     tried = None if attention in ("auto", "tree", "separate") else (attention,)
+    probed = measured or model
+    # Before the probe: after it only `TokenScorer` may call the model.
+    routers = router_loss_of(probed, router_loss)
     capabilities = probe(
-        model, trees=attention != "separate", tried=tried, lean=lean, dropout=dropout
+        probed, trees=attention != "separate", tried=tried, lean=lean, dropout=dropout
     )
+    if measured is not None:
+        adopt(model, measured, dropout=dropout)
+        measured.to("meta")  # free it now: the probe's functions are in reference cycles
     if attention not in ("auto", "separate") and not capabilities.trees:
         raise UserError(
             f"attention: {attention}: {type(model).__name__} cannot "

@@ -41,7 +41,7 @@ def settle(asked: list[tuple[PreTrainedModel, int, float]], *, dropout: bool) ->
     trials = [_Trial(*each) for each in asked]
     changing = _classes(trials, _Trial.changes_weights, training=False)
     if changing:
-        _hold(models, changing, training=True)
+        hold(models, changing, training=True)
         notes.append(
             f"{_names(changing)}: stays in training mode, because its evaluation mode changes "
             "weights in place"
@@ -57,7 +57,7 @@ def settle(asked: list[tuple[PreTrainedModel, int, float]], *, dropout: bool) ->
             "with dropout"
         )
     elif differing:
-        _hold(models, differing, training=False)
+        hold(models, differing, training=False)
         notes.append(
             f"{_names(differing)}: stays in evaluation mode, because it {_reason(differing)} in "
             "training mode"
@@ -143,10 +143,21 @@ def _classes(trials: list[_Trial], why, *, training: bool) -> dict[type, str]:  
     return found
 
 
-def _hold(models: list[PreTrainedModel], kinds: Iterable[type], *, training: bool) -> None:
+def hold(models: list[PreTrainedModel], kinds: Iterable[type], *, training: bool) -> None:
+    """Keep the modules of these classes in one mode."""
     for module in (m for model in models for m in model.modules() if type(m) in kinds):
         module.training = training
         module.train = MethodType(_train_children, module)
+
+
+def held(model: nn.Module, *, training: bool) -> set[type]:
+    """Return the classes of modules that `hold` keeps in this mode."""
+    return {
+        type(module)
+        for module in model.modules()
+        if getattr(vars(module).get("train"), "__func__", None) is _train_children
+        and module.training == training
+    }
 
 
 def _train_children(module: nn.Module, mode: bool = True) -> nn.Module:

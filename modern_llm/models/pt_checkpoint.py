@@ -37,9 +37,15 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def load_model(path: Path) -> PreTrainedModel:
     """Return the model of a `.pt` file in float32; names and shapes must match exactly."""
-    content = _read(path)
-    model = build_model(_model_config(path, content), seed=0)
-    state = _plain_names(content)
+    model = build_model(_model_config(path, _read(path)), seed=0)
+    model.load_state_dict(checked_state(path, model), strict=False)
+    model.tie_weights()
+    return model
+
+
+def checked_state(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return `read_state`, or raise `UserError` if names or shapes are not those of `model`."""
+    state = read_state(path)
     expected = model.state_dict()
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     problems = [f"{name} is missing" for name in expected if name not in state and name not in tied]
@@ -54,9 +60,7 @@ def load_model(path: Path) -> PreTrainedModel:
             f"checkpoint {path}: model_state does not fit its config: {'; '.join(problems[:5])}"
             f"{f' and {len(problems) - 5} more' if len(problems) > 5 else ''}"
         )
-    model.load_state_dict(state, strict=False)
-    model.tie_weights()
-    return model
+    return state
 
 
 def save_model(path: Path, config: ModernLLMConfig, model: PreTrainedModel) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,9 +69,13 @@ def load_weights(
         raise StorageError(
             f"{place}: holds other tensors than the model: {sorted(stored.names() ^ set(into))[:4]}"
         )
+    parameters = {n.removeprefix(prefix): p for n, p in model.named_parameters()}
     for name, tensor in into.items():
-        whole = stored.read(name, 0, tensor.numel(), whole_shape(tensor), tensor.dtype)
-        tensor.copy_(whole.view_as(tensor))
+        read = partial(stored.whole, name, whole_shape(tensor), tensor.dtype)
+        if hasattr(parameters.get(name), "unread"):  # a placeholder, see `unread`
+            parameters[name].unread = read
+        else:
+            tensor.copy_(read())
         tick()
 
 
@@ -190,6 +195,10 @@ class Shards:
         """Return a whole tensor, flattened, in the dtype of its file."""
         parts = sorted(self._parts[name], key=lambda part: part.start)
         return self._joined(name, parts, 0, max(part.stop for part in parts))
+
+    def whole(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return a whole tensor of this shape and dtype; see `read`."""
+        return self.read(name, 0, shape.numel(), shape, dtype).view(shape)
 
     def read(
         self, name: str, start: int, end: int, shape: torch.Size, dtype: torch.dtype

@@ -31,6 +31,7 @@ LONGEST = 256
 FIRST_LENGTH = 12
 MOST_PARAMETERS = 20_000_000
 VOCABULARY = 256
+FEW_LAYERS = 4
 # Standard deviation of the twin's logits. Those of a new model are near 0, where caps do nothing.
 LOGITS = 15.0
 # Fields for the width of a layer, with the twin's values.
@@ -171,6 +172,14 @@ def _fewer_layers(kind: type[PreTrainedModel], config: PretrainedConfig) -> Pret
         if built is not None and set(_kinds(built, fewer.get_text_config(), kept)) == set(kinds):
             return fewer
     return config
+
+
+def fewer_layers(kind: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig | None:
+    """Return the configuration of the first layers, one of each kind; None if that is every layer
+    of a model with more than `FEW_LAYERS`."""
+    fewer = _fewer_layers(kind, _plain_copy(config))
+    kept, count = (c.get_text_config().num_hidden_layers for c in (fewer, config))
+    return fewer if kept < count or count <= FEW_LAYERS else None
 
 
 def _kinds(model: PreTrainedModel, text: PretrainedConfig, count: int) -> list[str]:

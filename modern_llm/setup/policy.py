@@ -8,10 +8,10 @@ from modern_llm.config import LoraConfig, TrainingConfig
 from modern_llm.config.errors import ConfigError
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.adapters import add_adapters
-from modern_llm.models.load import Checkpoint, load_model
+from modern_llm.models.load import Checkpoint
 from modern_llm.models.scorer import TokenScorer
 from modern_llm.models.training_mode import disable_dropout
-from modern_llm.setup.scorers import set_up_scorer
+from modern_llm.setup.scorers import load_to_shard, set_up_scorer
 
 
 def check_lora(
@@ -61,11 +61,8 @@ def set_up_policy(
     dropout: bool,
 ) -> TokenScorer:
     """Load the model to train, with adapters where configured."""
-    model = load_model(
-        checkpoint,
-        lora.quantize if lora else None,
-        as_stored=runtime.stage == 3 and runtime.rounds_weights,
-    )
+    quantize = lora.quantize if lora else None
+    model = load_to_shard(runtime, checkpoint, quantize, sharded=runtime.stage == 3)
     scorer = set_up_scorer(runtime, model, config, dropout=dropout)
     if lora is not None:
         add_adapters(model, lora, checkpoint.place, seed=config.seed)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import UserError
 from modern_llm.config.printable import first_line
+from modern_llm.distributed.freed_memory import large_blocks_apart
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.load import Checkpoint, load_model, make_scorer
+from modern_llm.models.load_later import CannotWait, load_model_later
 from modern_llm.models.scorer import TokenScorer
 from modern_llm.models.training_mode import (
     compile_layers,
     disable_dropout,
     recompute_activations,
 )
+from modern_llm.models.unread import first_layers, has_unread
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,28 @@ def check_positions(length: int, checkpoint: Checkpoint, setting: str) -> None:
         )
 
 
+def load_to_shard(
+    runtime: Runtime, checkpoint: Checkpoint, quantize: str | None = None, *, sharded: bool
+) -> PreTrainedModel:
+    """Load a model; if its weights will be `sharded`, they are read then, one after another.
+
+    Args:
+        quantize: see `load_model`.
+    """
+    if sharded and quantize is None:
+        try:
+            return load_model_later(checkpoint)
+        except CannotWait as reason:
+            if runtime.is_main:
+                log.warning(
+                    "warning: checkpoint %s: every process reads the whole model before it is "
+                    "sharded, because %s",
+                    checkpoint.place,
+                    reason,
+                )
+    return load_model(checkpoint, quantize, as_stored=sharded and runtime.rounds_weights)
+
+
 def set_up_scorer(
     runtime: Runtime, model: PreTrainedModel, config: TrainingConfig, *, dropout: bool
 ) -> TokenScorer:
@@ -45,12 +71,8 @@ def set_up_scorer(
     if runtime.stage != 3:  # there no device ever holds the whole model
         model.to(runtime.device)
     _set_kernel(model, config)
-    scorer = make_scorer(
-        model,
-        _attention(runtime, model, config),
-        lean=_lean(runtime, config),
-        router_loss=config.router_loss_coefficient,
-        dropout=dropout,
+    scorer = _probed(
+        runtime, model, config, router_loss=config.router_loss_coefficient, dropout=dropout
     )
     _refuse_rows_alone(runtime, scorer)
     if runtime.is_main:
@@ -68,6 +90,17 @@ def set_up_scorer(
     if config.compile:
         compile_layers(model)
     return scorer
+
+
+def _probed(
+    runtime: Runtime, model: PreTrainedModel, config: TrainingConfig, **options: Any
+) -> TokenScorer:
+    """Probe and wrap a model, or its first layers if its weights are not read yet."""
+    attention, lean = _attention(runtime, model, config), _lean(runtime, config)
+    if not has_unread(model):
+        return make_scorer(model, attention, lean=lean, **options)
+    with large_blocks_apart():
+        return make_scorer(model, attention, lean=lean, measured=first_layers(model), **options)
 
 
 def _refuse_rows_alone(runtime: Runtime, scorer: TokenScorer) -> None:
@@ -114,11 +147,11 @@ def _attention(runtime: Runtime, model: PreTrainedModel, config: TrainingConfig)
 
 def set_up_frozen(runtime: Runtime, checkpoint: Checkpoint, config: TrainingConfig) -> TokenScorer:
     """Load and probe a frozen model."""
-    model = load_model(checkpoint, as_stored=runtime.rounds_weights)
+    model = load_to_shard(runtime, checkpoint, sharded=runtime.stage is not None)
     if runtime.stage is None:  # under DeepSpeed its engine places it, sharded
         model.to(runtime.device)
     disable_dropout(model)
     _set_kernel(model, config)
-    scorer = make_scorer(model, _attention(runtime, model, config), lean=_lean(runtime, config))
+    scorer = _probed(runtime, model, config)
     _refuse_rows_alone(runtime, scorer)
     return scorer.eval().requires_grad_(False)

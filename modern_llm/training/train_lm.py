@@ -11,6 +11,7 @@ from modern_llm.config import DocumentDatasetConfig, ModernLLMConfig, TrainingCo
 from modern_llm.data.table.build import prepare_tables
 from modern_llm.distributed.notebook import one_line_errors
 from modern_llm.models.build import build_model
+from modern_llm.models.build_later import build_model_later
 from modern_llm.setup import tables
 from modern_llm.setup.micro_batches import make_sources
 from modern_llm.setup.scorers import set_up_scorer
@@ -63,7 +64,8 @@ def run_training(
         build = partial(prepare_tables, data, tokenizer, max_length=model_config.max_seq_len)
         inputs = stage.build_tables(runtime, run, build, dry_run, callbacks)
         tables.check_ids_fit(inputs.tables, tokenizer, model_config.vocab_size)
-        model = build_model(model_config, seed=train_config.seed)
+        build_policy = build_model_later if runtime.stage == 3 else build_model
+        model = build_policy(model_config, seed=train_config.seed)
         scorer = set_up_scorer(runtime, model, train_config, dropout=True)
         source, evaluation = make_sources(runtime, train_config, inputs.tables, scorer)
         task = LanguageTask(source, evaluation, scorer.aux_coefficient)

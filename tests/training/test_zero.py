@@ -136,7 +136,7 @@ def test_resume_under_every_stage_and_across_stages_and_worlds(tmp_path, tiny_ch
         "2 to 3": Case(tmp_path / "2 to 3", stage(3), few),
         "3 to ddp": Case(tmp_path / "3 to ddp", None, few),
     }
-    found = run_cases(2, tiny_checkpoint, pairs, whole | first | again)
+    found = run_cases(2, tiny_checkpoint, pairs, whole | first | again, timeout=500)
     for name in kinds:
         assert found[name] == found[f"{name} whole"], f"{name}: not bitwise the same run"
         close(tmp_path / name, tmp_path / f"{name}-whole", 0.0)

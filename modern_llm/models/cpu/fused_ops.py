@@ -115,8 +115,13 @@ def patch_cpu_ops(model: nn.Module) -> dict[str, int]:
 def restore_ops(model: nn.Module) -> None:
     """Undo `patch_cpu_ops`."""
     for module in model.modules():
-        if getattr(module.__dict__.get("forward"), "patched", False):
+        if is_patched(module):
             del module.forward
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether `set_forward` has replaced the `forward` of this module."""
+    return getattr(module.__dict__.get("forward"), "patched", False)
 
 
 def set_forward(module: nn.Module, function: Callable) -> None:
