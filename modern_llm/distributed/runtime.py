@@ -113,6 +113,11 @@ class Runtime(Peers):
         return "float32" if precision == "no" else precision
 
     @property
+    def attention_dtype(self) -> torch.dtype:
+        """Dtype of queries, keys and values in a forward."""
+        return frozen_engine.DTYPES.get(self.config.precision, torch.float32)
+
+    @property
     def shards_weights(self) -> bool:
         """Whether a forward gathers weights from other processes (ZeRO-3, FSDP)."""
         return self.stage == 3 or self.accelerator.distributed_type == DistributedType.FSDP

@@ -18,10 +18,12 @@ from transformers import PreTrainedModel
 
 from modern_llm.config.errors import UserError
 from modern_llm.config.printable import first_line
+from modern_llm.models.attention import agreement
 from modern_llm.models.attention.cpu_blocks import MERGE_BELOW
 from modern_llm.models.attention.prefix_tree import (
     TREE_ATTENTION,
     Backend,
+    Call,
     backends,
     register_tree_attention,
 )
@@ -29,7 +31,7 @@ from modern_llm.models.cpu.fused_ops import patch_cpu_ops, restore_ops
 from modern_llm.models.cpu.last_layer import narrow_last_layer
 from modern_llm.models.logits import LastStates, bounds_of, fuse
 from modern_llm.models.modes import settle
-from modern_llm.models.routers import without_router_loss
+from modern_llm.models.probe_rows import plain, plain_all, random_pairs, rows
 from modern_llm.models.scorer import Capabilities, TokenScorer
 from modern_llm.models.twin import one_thread, twin_of
 
@@ -72,9 +74,10 @@ class Subject:
     ):
         self.model, self.tolerance, self.gradients = model, tolerance, gradients
         self.native = model.config._attn_implementation
-        self.pairs = _random_pairs(model, sizes)
-        self._expected = self._measured(lambda: _plain_all(model, self.pairs))
+        self.pairs = random_pairs(model, sizes)
+        self._expected = self._measured(lambda: plain_all(model, self.pairs))
         self.windows: tuple[int | None, ...] = ()
+        self.calls: set[Call] = set()
         (prompt, answer, _), _ = self.pairs
         self.last = LastStates(model, torch.cat([prompt, answer])[:ROW], tolerance)
 
@@ -85,19 +88,28 @@ class Subject:
                 return forward(), {}
         with torch.enable_grad(), one_thread():
             logprobs = forward()
-            logprobs.mul(torch.linspace(-1, 1, len(logprobs))).sum().backward()
+            weights = torch.linspace(-1, 1, len(logprobs), device=logprobs.device)
+            logprobs.mul(weights).sum().backward()
         found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         self.model.zero_grad(set_to_none=True)
         return logprobs.detach(), found
 
     def differs_plainly(self) -> str:
         """Return how the plain forward differs from its first results, or ""."""
-        return self._difference(lambda: _plain_all(self.model, self.pairs))
+        return self._difference(lambda: plain_all(self.model, self.pairs))
 
-    def shares(self, capabilities: Capabilities) -> str:
-        """Switch to the tree attention; return why the model does not support it, or ""."""
-        if self.gradients and capabilities.backend == "flex":
-            # FlexAttention has a backward only on a GPU: the twin tests the same mask, dense.
+    def shares(self, capabilities: Capabilities, device: torch.device) -> str:
+        """Switch to the tree attention; return why the model does not support it, or "".
+
+        Args:
+            device: of the run. Where the model is not on it, a dense mask stands in for the
+                kernels, and `agreement` compares these.
+        """
+        elsewhere = self.model.device.type != device.type
+        if capabilities.backend == "flex" and (
+            elsewhere or self.gradients and device.type == "cpu"
+        ):
+            # On a CPU FlexAttention has no backward.
             capabilities = replace(capabilities, backend="mask")
         try:
             self.model.set_attn_implementation(TREE_ATTENTION)
@@ -114,13 +126,13 @@ class Subject:
             scorer = TokenScorer(self.model, capabilities)
             # The probe's short trees must test the code paths of long and of short trees.
             scorer.merge_below = merge_below
-            rows = _rows(self.pairs, self.model.device, capabilities.trees)
-            why = self._difference(lambda s=scorer, r=rows: s(*r).logprobs)
+            inputs = rows(self.pairs, self.model.device, capabilities.trees)
+            why = self._difference(lambda s=scorer, r=inputs: s(*r).logprobs)
             why = why or (self._leak(scorer) if capabilities.trees else "")
             if why:
                 return why
         if capabilities.trees:
-            self.windows = tuple(scorer.asked)
+            self.windows, self.calls = tuple(scorer.asked), scorer.asked.calls
         return ""
 
     def pads(self, capabilities: Capabilities) -> str:
@@ -161,7 +173,7 @@ class Subject:
         (prompt, chosen, rejected), other = self.pairs
         changed = [[prompt, chosen.roll(1), rejected], other]
         before, after = (
-            scorer(*_rows(p, self.model.device, True)).logprobs[len(chosen) :]
+            scorer(*rows(p, self.model.device, True)).logprobs[len(chosen) :]
             for p in (self.pairs, changed)
         )
         limit = self.tolerance if scorer.has_experts else 0.0
@@ -172,7 +184,7 @@ class Subject:
         """Whether a token's log-prob depends on a later token."""
         (prompt, answer, _), _ = self.pairs
         other = torch.cat([answer[:-1], prompt[:1] if prompt[0] != answer[-1] else prompt[1:2]])
-        before, after = (_plain(self.model, prompt, a)[:-1] for a in (answer, other))
+        before, after = (plain(self.model, prompt, a)[:-1] for a in (answer, other))
         return float((before - after).abs().max()) > self.tolerance
 
 
@@ -185,6 +197,8 @@ def probe(
     tried: tuple[Backend, ...] | None = None,
     lean: bool = True,
     dropout: bool | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Capabilities:
     """Measure the capabilities of `model` and set it up to use them.
 
@@ -193,6 +207,8 @@ def probe(
         tried: backends of the tree attention; the first exact one is used. Default: by device.
         lean: on a CPU, use the functions of `cpu.fused_ops`.
         dropout: whether the model trains with dropout; None if it is only scored.
+        device, dtype: of the attention in the run; default: the model's. Sharded weights are probed
+            on the host before, and the kernels of the attention on the device.
 
     Side effects: sets the fused head and the tree attention in `model` where they are exact.
 
@@ -201,7 +217,8 @@ def probe(
     """
     training = model.training
     model.eval()
-    twin = twin_of(model)
+    device, dtype = device or model.device, dtype or model.dtype
+    twin = _on_device(twin_of(model), device)
     # Long rows of the model itself: on a GPU they are cheap, without a twin the only evidence.
     long = twin is None or model.device.type == "cuda"
     modes = []
@@ -223,7 +240,7 @@ def probe(
     trial.pad()
     trial.fuse()
     if trees:
-        trial.share(tried or backends(model.device))
+        trial.share(tried or backends(device), device, dtype)
     model.train(training)
     for note in trial.notes:
         if trial.refused and note.endswith(trial.refused):
@@ -231,6 +248,11 @@ def probe(
         else:
             log.info("%s: %s", type(model).__name__, note)
     return replace(trial.capabilities, windows=subjects[0].windows, notes=tuple(trial.notes))
+
+
+def _on_device(twin: PreTrainedModel | None, device: torch.device) -> PreTrainedModel | None:
+    """Return the twin on a GPU, where FlexAttention has a backward; a CPU's twin stays."""
+    return twin.to(device) if twin is not None and device.type == "cuda" else twin
 
 
 class _Trial:
@@ -297,25 +319,29 @@ class _Trial:
         why = why or self._why_not(lambda subject: subject.last.differs(fused))
         return why and f"the fused head {why}"
 
-    def share(self, tried: tuple[Backend, ...]) -> None:
+    def share(self, tried: tuple[Backend, ...], device: torch.device, dtype: torch.dtype) -> None:
         """Try trees, in which answers share their prompt, with the first exact backend."""
         register_tree_attention()
-        why = self._first_of(tried)
+        why = self._first_of(tried, device, dtype)
         if why and self._patched:
             kept = list(self.notes)
             self._restore_ops(f"with their version for a CPU {why}")
-            why = self._first_of(tried)
+            why = self._first_of(tried, device, dtype)
             if why:  # the CPU functions are not the reason: use them again
                 self.notes = kept
                 self.patch_cpu_ops(True)
         if why:
             self.notes.append(f"separate rows: {why}")
 
-    def _first_of(self, tried: tuple[Backend, ...]) -> str:
+    def _first_of(
+        self, tried: tuple[Backend, ...], device: torch.device, dtype: torch.dtype
+    ) -> str:
         why, self.refused = "", ""
         for backend in tried:
             capabilities = replace(self.capabilities, trees=True, padded=True, backend=backend)
-            why = self._why_not(lambda subject, a=capabilities: subject.shares(a))
+            why = self._why_not(lambda subject, a=capabilities: subject.shares(a, device))
+            if not why and backend == "flex" and device.type == "cuda":
+                why = agreement.why_not(backend, self.subjects[0].calls, device, dtype)
             if not why:
                 self.capabilities = capabilities
                 if self.refused:
@@ -334,66 +360,3 @@ def _distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     zero = torch.zeros(())
     off = sum(float((found.get(n, zero) - g).square().sum()) for n, g in expected.items())
     return (off / max(sum(float(g.square().sum()) for g in expected.values()), 1e-30)) ** 0.5
-
-
-def _random_pairs(model: PreTrainedModel, sizes: tuple[tuple[int, ...], ...]) -> list[list[Tensor]]:
-    """Return two trees [prompt, chosen, rejected] of unequal lengths, of random ids."""
-    generator = torch.Generator().manual_seed(0)
-    config = model.config.get_text_config()
-    rows = model.get_input_embeddings().weight.shape[0]
-    rows = min(rows, getattr(config, "vocab_size", None) or rows, 1000)
-    special = {getattr(config, "pad_token_id", None)}
-    usable = torch.tensor([i for i in range(rows) if i not in special])
-
-    def draw(length: int) -> Tensor:
-        return usable[torch.randint(len(usable), (length,), generator=generator)]
-
-    return [[draw(n) for n in lengths] for lengths in sizes]
-
-
-def _plain_all(model: PreTrainedModel, pairs: list[list[Tensor]]) -> Tensor:
-    """Return the log-probs of all answers, concatenated."""
-    parts = [_plain(model, prompt, answer) for prompt, *answers in pairs for answer in answers]
-    return torch.cat(parts)
-
-
-def _plain(model: PreTrainedModel, prompt: Tensor, answer: Tensor) -> Tensor:
-    """Return the log-probs of `answer` after `prompt`, by the model's own forward, unpadded."""
-    ids = torch.cat([prompt, answer]).to(model.device)[None]
-    logits = model(input_ids=ids, use_cache=False, **without_router_loss(model)).logits[0]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    states = logits[len(prompt) - 1 : -1].log_softmax(-1)
-    return states.gather(-1, answer.to(model.device)[:, None]).squeeze(-1)
-
-
-def _rows(pairs: list[list[Tensor]], device: torch.device, trees: bool) -> tuple[Tensor, ...]:
-    """Return the scorer's ids, positions, segments and targets: all trees in one row, or one padded
-    sequence per row."""
-    sequences = (
-        [[(p, 0, 0), (a, 1, len(p)), (b, 2, len(p))] for p, a, b in pairs]
-        if trees
-        else [[(p, 0, 0), (x, 0, len(p))] for p, a, b in pairs for x in (a, b)]
-    )
-    length = sum(len(t) for s in sequences for t, _, _ in s) + 2
-    if not trees:
-        length = max(sum(len(t) for t, _, _ in s) for s in sequences) + 1
-    count = 1 if trees else len(sequences)
-    ids = torch.zeros(count, length, dtype=torch.long)
-    positions = torch.zeros_like(ids)
-    segments = torch.full((count, length, 2), -1)
-    targets: list[tuple[int, int]] = []
-    at = 0
-    for index, sequence in enumerate(sequences):
-        row, at = (0, at) if trees else (index, 0)
-        prefix_end = at + len(sequence[0][0]) - 1
-        for part, (tokens, branch, start) in enumerate(sequence):
-            here = slice(at, at + len(tokens))
-            ids[row, here] = tokens
-            positions[row, here] = torch.arange(start, start + len(tokens))
-            segments[row, here] = torch.tensor([index, branch])
-            if part:
-                states = [prefix_end, *range(at, at + len(tokens) - 1)]
-                targets += [(row * length + s, int(t)) for s, t in zip(states, tokens, strict=True)]
-            at += len(tokens)
-    packed = (ids, positions, segments, torch.tensor(targets).t())
-    return tuple(tensor.to(device) for tensor in packed)

@@ -245,6 +245,8 @@ def make_scorer(
     router_loss: float | None = 0.0,
     dropout: bool | None = None,
     measured: PreTrainedModel | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> TokenScorer:
     """Probe `model` and wrap it.
 
@@ -257,13 +259,20 @@ def make_scorer(
             for a model that is only scored.
         dropout: whether the model trains with dropout; False switches it off, with everything else
             that differs in training mode. None is for a model that is only scored.
+        device, dtype: of the attention in the run, see `probe`.
     """
     tried = None if attention in ("auto", "tree", "separate") else (attention,)
     probed = measured or model
     # Before the probe: after it only `TokenScorer` may call the model.
     routers = router_loss_of(probed, router_loss)
     capabilities = probe(
-        probed, trees=attention != "separate", tried=tried, lean=lean, dropout=dropout
+        probed,
+        trees=attention != "separate",
+        tried=tried,
+        lean=lean,
+        dropout=dropout,
+        device=device,
+        dtype=dtype,
     )
     if measured is not None:
         adopt(model, measured, dropout=dropout)

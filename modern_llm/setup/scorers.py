@@ -96,11 +96,16 @@ def _probed(
     runtime: Runtime, model: PreTrainedModel, config: TrainingConfig, **options: Any
 ) -> TokenScorer:
     """Probe and wrap a model, or its first layers if its weights are not read yet."""
-    attention, lean = _attention(runtime, model, config), _lean(runtime, config)
+    options |= {
+        "attention": config.attention,
+        "lean": _lean(runtime, config),
+        "device": runtime.device,
+        "dtype": runtime.attention_dtype,
+    }
     if not has_unread(model):
-        return make_scorer(model, attention, lean=lean, **options)
+        return make_scorer(model, **options)
     with large_blocks_apart():
-        return make_scorer(model, attention, lean=lean, measured=first_layers(model), **options)
+        return make_scorer(model, measured=first_layers(model), **options)
 
 
 def _refuse_rows_alone(runtime: Runtime, scorer: TokenScorer) -> None:
@@ -136,13 +141,6 @@ def _set_kernel(model: PreTrainedModel, config: TrainingConfig) -> None:
 def _lean(runtime: Runtime, config: TrainingConfig) -> bool:
     # A compiler does the fusions of `lean` itself, best from the model's own code.
     return runtime.device.type == "cpu" and not config.compile
-
-
-def _attention(runtime: Runtime, model: PreTrainedModel, config: TrainingConfig) -> str:
-    """The configured attention; where the probe runs on another device than the training (ZeRO-3),
-    the one backend that is the same on every device."""
-    elsewhere = model.device.type != runtime.device.type
-    return "mask" if elsewhere and config.attention in ("auto", "tree") else config.attention
 
 
 def set_up_frozen(runtime: Runtime, checkpoint: Checkpoint, config: TrainingConfig) -> TokenScorer:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from modern_llm.config import TrainingConfig
@@ -66,3 +68,27 @@ def test_a_model_that_does_not_take_the_kernel_is_one_line(tmp_path, tiny_checkp
     model.config._attn_implementation = "sdpa"
     with pytest.raises(UserError, match=r"attn_implementation eager: .* \(.*not support it\): cho"):
         scorers._set_kernel(model, config(tmp_path, attn_implementation="eager"))
+
+
+@pytest.mark.parametrize("stage", [None, 2, 3])
+def test_a_frozen_model_is_probed_for_the_device_and_precision_of_the_run(
+    stage, tiny_checkpoint, tmp_path, monkeypatch
+):
+    """Under DeepSpeed its weights are still on the host; before, it always got the dense mask."""
+    asked = {}
+
+    def noted(model, **options):
+        asked.update(options)
+        raise StopIteration
+
+    monkeypatch.setattr(scorers, "make_scorer", noted)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *of: module)
+    runtime = SimpleNamespace(
+        stage=stage, device=torch.device("cuda", 0), attention_dtype=torch.bfloat16,
+        rounds_weights=False, is_main=True, shards_weights=stage == 3,
+    )  # fmt: skip
+    settings = TrainingConfig(run_name="t", output_dir=tmp_path)
+    with pytest.raises(StopIteration):
+        scorers.set_up_frozen(runtime, inspect_checkpoint(tiny_checkpoint), settings)
+    assert asked["attention"] == "auto"
+    assert asked["device"] == runtime.device and asked["dtype"] == torch.bfloat16

@@ -14,7 +14,7 @@ Letters: R rows, L tokens of a row, H heads, E head width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,18 @@ TREE_ATTENTION = "modern_llm_tree"
 Backend = Literal["blocks", "flex", "mask"]
 # Mask of one window by backend: parts of rows, a block mask, or a dense mask (R, 1, L, L).
 TreeMask = tuple[Block, ...] | flex.BlockMask | Tensor
+
+
+class Call(NamedTuple):
+    """What a layer passes to its attention, except the tensors."""
+
+    heads: int
+    key_heads: int
+    width: int
+    value_width: int
+    scaling: float | None
+    softcap: float | None
+    window: int | None
 
 
 def backends(device: torch.device) -> tuple[Backend, ...]:
@@ -84,6 +96,7 @@ class TreeMasks(dict[int | None, TreeMask]):
 
     Attributes:
         needed: states that the last layer must compute (`last_layer.Needed`); None is all.
+        calls: the calls of the layers so far.
     """
 
     needed: object = None
@@ -97,6 +110,7 @@ class TreeMasks(dict[int | None, TreeMask]):
         merge_below: int = MERGE_BELOW,
     ):
         super().__init__()
+        self.calls: set[Call] = set()
         self._where = segments, positions
         self._dtype, self._backend, self._merge_below = dtype, backend, merge_below
 
@@ -159,6 +173,11 @@ def tree_attention(
         )
     if kwargs.get("s_aux") is not None:
         raise ValueError("attention sinks are not part of the tree attention: use separate rows")
+    if isinstance(tree, TreeMasks):
+        heads, (_, key_heads, _, width) = query.shape[1], key.shape
+        tree.calls.add(
+            Call(heads, key_heads, width, value.shape[3], scaling, softcap, sliding_window)
+        )
     if isinstance(tree, Parts):
         return tree.attend(query, key, value, scaling, dropout, sliding_window, softcap)
     return _attend(query, key, value, tree, scaling, dropout, sliding_window, softcap)
