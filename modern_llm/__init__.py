@@ -33,8 +33,10 @@ if TYPE_CHECKING:
         StorageError,
         UserError,
     )
+    from modern_llm.data.read.own_formats import register_format
     from modern_llm.models.scorer import TokenScorer
     from modern_llm.objectives.preference import preference_loss
+    from modern_llm.objectives.register import register_loss
     from modern_llm.reference.store.store import ReferenceStore
     from modern_llm.setup.micro_batches import PairCollator
     from modern_llm.training.callbacks import Callback, Control, TrainState
@@ -50,7 +52,9 @@ _MODULES = {
     "modern_llm.config.errors": "ConfigError DataError NotFiniteError PeerError Stopped "
     "StorageError UserError",
     "modern_llm.models.scorer": "TokenScorer",
+    "modern_llm.data.read.own_formats": "register_format",
     "modern_llm.objectives.preference": "preference_loss",
+    "modern_llm.objectives.register": "register_loss",
     "modern_llm.reference.store.store": "ReferenceStore",
     "modern_llm.setup.micro_batches": "PairCollator",
     "modern_llm.training.callbacks": "Callback Control TrainState",
@@ -85,6 +89,8 @@ __all__ = [
     "dpo",
     "preference_loss",
     "pretrain",
+    "register_format",
+    "register_loss",
     "run_dpo",
     "run_sft",
     "run_training",

@@ -107,6 +107,13 @@ def prepare(page: str, place: Path, cache: Path) -> None:
         columns |= {new: [row[old] for row in rows] for new, old in
                     (("best", "chosen"), ("worst", "rejected"))}  # fmt: skip
         pyarrow.parquet.write_table(pyarrow.table(columns), place / "answers.parquet")
+    elif page == "own_loss.md":
+        text = (ROOT / "docs" / "howto" / page).read_text("utf-8")
+        for name in ("my_losses", "my_formats"):
+            (code,) = (c for c in text.split("```python\n")[1:] if c.startswith(f"# {name}.py"))
+            (place / f"{name}.py").write_text(code.partition("```")[0])
+        rows = [{"question": f"why {n}?", "votes": {" yes": n, " no": 9}} for n in range(200)]
+        write_jsonl(place / "votes.jsonl", rows)
     elif page == "watch.md":
         for beta in ("0.05", "0.1", "0.3"):
             words = ["--dpo.beta", beta, "--train.output_dir", f"runs/beta-{beta}"]

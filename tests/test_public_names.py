@@ -15,7 +15,8 @@ DOCUMENTED = """
     Callback ConfigError Control DPOConfig DataError DocumentDatasetConfig
     InstructionDatasetConfig LoraConfig MoEConfig ModernLLMConfig NotFiniteError PairCollator
     PeerError PreferenceDatasetConfig ReferenceStore Stopped StorageError TokenScorer TrainState
-    TrainingConfig UserError dpo preference_loss pretrain run_dpo run_sft run_training sft
+    TrainingConfig UserError dpo preference_loss pretrain register_format register_loss run_dpo
+    run_sft run_training sft
 """.split()
 
 

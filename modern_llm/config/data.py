@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from datetime import date
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from modern_llm.config.base import Accepted, Fixed, Free, SameContent, section
 
@@ -59,6 +59,8 @@ class DatasetConfig:
 
     read: ClassVar[tuple[str, ...]] = ()
     """Columns that the formats of this kind read."""
+    formats: ClassVar[list[str]] = ["auto"]
+    """Names of its formats; `register_format` adds to them."""
 
     dataset_name: SameContent[str | None] = None
     """Hub id, or a local .jsonl .json .csv .parquet .arrow (documents: .txt) file, or a folder of
@@ -93,6 +95,13 @@ class DatasetConfig:
     """Largest share of a source's rows that may be dropped for their content; more is an error."""
     max_examples: SameContent[Annotated[int, Field(gt=0)] | None] = None
     """Use only the first so many rows of each source."""
+
+    @field_validator("format", check_fields=False)
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        if value not in cls.formats:
+            raise ValueError(f"format {value!r} is none of {', '.join(map(repr, cls.formats))}")
+        return value
 
     @model_validator(mode="after")
     def _one_evaluation_source(self) -> DatasetConfig:
@@ -135,13 +144,11 @@ class DatasetConfig:
             problems.append(
                 "eval_split needs eval_dataset_name beside sources, which have splits of their own"
             )
-        fields: Any = getattr(type(self), "__pydantic_fields__", {})
-        known = get_args(fields["format"].annotation) if "format" in fields else ("auto",)
         problems += [
             f"sources: {source.dataset_name}: format {source.format!r} is none of "
-            f"{', '.join(known)}"
+            f"{', '.join(self.formats)}"
             for source in self.sources
-            if source.format not in known
+            if source.format not in self.formats
         ]
         return problems
 
@@ -201,8 +208,9 @@ class InstructionDatasetConfig(ConversationDatasetConfig):
         "conversations", "history", "system", "tools",
     )  # fmt: skip
 
-    format: Fixed[Literal["auto", "alpaca", "messages", "strings"]] = "auto"
-    """How rows are read; by default found by their columns."""
+    formats: ClassVar[list[str]] = ["auto", "alpaca", "messages", "strings"]
+    format: Fixed[str] = "auto"
+    """How rows are read: alpaca, messages or strings; by default found by their columns."""
     max_length: Fixed[Annotated[int, Field(ge=2)] | None] = None
     """Tokens of prompt and answer together; by default the model's positions, at most 1,024."""
     max_prompt_length: Fixed[Annotated[int, Field(ge=0)] | None] = None
@@ -232,8 +240,10 @@ class PreferenceDatasetConfig(ConversationDatasetConfig):
         "labels", "system", "tools", "weight", "margin",
     )  # fmt: skip
 
-    format: Fixed[Literal["auto", "hh", "shp", "strings", "messages", "sharegpt"]] = "auto"
-    """How rows are read; by default found by their columns."""
+    formats: ClassVar[list[str]] = ["auto", "hh", "shp", "strings", "messages", "sharegpt"]
+    format: Fixed[str] = "auto"
+    """How rows are read: hh, shp, strings, messages or sharegpt; by default found by their
+    columns."""
     pair_values: SameContent[list[Literal["weight", "margin"]]] = Field(
         default_factory=lambda: ["weight", "margin"]
     )

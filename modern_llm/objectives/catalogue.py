@@ -77,9 +77,9 @@ class LossRow:
     `mean_lengths`: its `lengths` are the means over the optimizer step. `divergence`: reads the
     log-ratios by their difference alone, so that another f-divergence may replace the reverse KL.
     `margin`: a function of beta times a difference, from which a pair's margin can be subtracted.
-    `options`: options besides beta and `COMMON_OPTIONS`, with defaults. `intervals`: ranges that
-    differ from `INTERVALS`. `paper`: authors, arXiv number, and the equation if
-    there is one.
+    `own`: registered by a user. `options`: options besides beta and `COMMON_OPTIONS`, with
+    defaults. `intervals`: ranges that differ from `INTERVALS`. `paper`: authors, arXiv number, and
+    the equation if there is one.
     """
 
     name: str
@@ -90,6 +90,7 @@ class LossRow:
     mean_lengths: bool = False
     divergence: bool = False
     margin: bool = False
+    own: bool = False
     options: Mapping[str, float] = field(default_factory=dict)
     intervals: Mapping[str, Interval] = field(default_factory=dict)
 
@@ -196,7 +197,13 @@ _ROWS = (
     ),
 )
 
-LOSSES: Mapping[str, LossRow] = MappingProxyType({row.name: row for row in _ROWS})
+_ALL = {row.name: row for row in _ROWS}
+LOSSES: Mapping[str, LossRow] = MappingProxyType(_ALL)
+
+
+def add_row(row: LossRow) -> None:
+    """Add the row of a user's loss, or replace an earlier one; see `register_loss`."""
+    _ALL[row.name] = row
 
 
 def names_of(loss_type: str | Sequence[str]) -> tuple[str, ...]:

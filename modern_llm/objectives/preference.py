@@ -113,10 +113,20 @@ def preference_terms(
             inputs[0] = _with_margins(inputs[0], margins / beta, lengths if row.lengths else None)
         if row.lengths:
             inputs.append(_mean_length(lengths, mean_length) if row.mean_lengths else lengths)
-        terms[row.name] = FUNCTIONS[row.name](*inputs, beta=beta, **values)
+        terms[row.name] = _per_pair(row, FUNCTIONS[row.name](*inputs, beta=beta, **values), policy)
     if nll_coefficient > 0:
         terms[catalogue.NLL] = -policy[:, 0] / lengths[:, 0]
     return terms
+
+
+def _per_pair(row: catalogue.LossRow, losses: Tensor, policy: Tensor) -> Tensor:
+    """Return the losses, which a user's function may have averaged or misshapen."""
+    if row.own and losses.shape != policy.shape[:1]:
+        raise ValueError(
+            f"loss_type={row.name!r} returned the shape {tuple(losses.shape)}: return one loss a "
+            f"pair, {tuple(policy.shape[:1])}"
+        )
+    return losses
 
 
 def _with_margins(policy: Tensor, margins: Tensor, lengths: Tensor | None) -> Tensor:

@@ -33,6 +33,9 @@ class InspectSettings(Settings):
     """Hub id or folder of the tokenizer, or of a checkpoint that has one."""
     kind: Literal["preferences", "instructions", "documents"] | None = None
     """What the rows are; preferences by default."""
+    plugins: list[str] = Field(default_factory=list)
+    """Modules to import first, on every process: package.module,package.other. They register losses
+    and formats of your own."""
     split: str | None = None
     """Split to train on."""
     columns: dict[str, str] | None = None

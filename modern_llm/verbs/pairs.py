@@ -27,6 +27,8 @@ class PairsSettings(Settings):
     """As in the data section of dpo."""
     tokenizer_name: str | None = None
     """Hub id or folder of the tokenizer; comes before the model's own."""
+    plugins: list[str] = Field(default_factory=list)
+    """Modules to import first, on every process; they register formats of your own."""
     max_length: Annotated[int, Field(ge=2)] = 512
     """Tokens of prompt and response together."""
     max_prompt_length: Annotated[int, Field(ge=0)] | None = None

@@ -43,6 +43,9 @@ class RunOfStore(Settings):
     data: PreferenceDatasetConfig = Field(default_factory=PreferenceDatasetConfig)
     tokenizer_name: str | None = None
     """Hub id or folder of the tokenizer, in place of the checkpoint's."""
+    plugins: list[str] = Field(default_factory=list)
+    """Modules to import first, on every process: package.module,package.other. They register losses
+    and formats of your own."""
 
 
 class VerifySettings(RunOfStore):

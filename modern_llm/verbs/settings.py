@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from modern_llm.config.errors import ConfigError, close_to
 from modern_llm.config.foreign import meaning_here
+from modern_llm.config.plugins import load_plugins
 from modern_llm.storage.regular_files import read_text
 from modern_llm.storage.untrusted import LARGEST_YAML, parse_yaml
 from modern_llm.verbs.command_line import read_words
@@ -80,7 +81,16 @@ def read_settings(schema: type[S], arguments: list[str], verb: str) -> S:
     if file is not None and not schema.config_is_of_a_stage:
         content, lines = _read_file(file)
         values = _merged(content, given)
+    if "plugins" in schema.model_fields:
+        load_plugins(_plugins_of(values.get("plugins")))
     return _checked(schema, values, given, file, lines)
+
+
+def _plugins_of(value: Any) -> list[Any]:
+    """Return the modules of the option `plugins`; a value of another type is refused later."""
+    if isinstance(value, str):
+        return value.split(",")
+    return value if isinstance(value, list) else []
 
 
 def check_values(schema: type[S], values: dict[str, Any]) -> S:

@@ -57,6 +57,9 @@ class TrainingSettings(Settings):
     data: DatasetConfig
     tokenizer_name: str | None = None
     """Hub id or folder of the tokenizer; comes before the checkpoint's own."""
+    plugins: list[str] = Field(default_factory=list)
+    """Modules to import first, on every process: package.module,package.other. They register losses
+    and formats of your own."""
     resume: bool = False
     """Resume the run in output_dir, and refuse to start where there is none; by default a run that
     is there is resumed. train.resume in a file: auto, must or never."""

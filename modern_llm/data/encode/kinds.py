@@ -19,6 +19,8 @@ from modern_llm.config.data import (
 from modern_llm.data.read.formats import (
     DOCUMENT,
     INSTRUCTIONS,
+    OWN_INSTRUCTIONS,
+    OWN_PREFERENCES,
     PREFERENCES,
     Format,
     document,
@@ -46,14 +48,14 @@ KINDS = (
     DataKind(
         name="preferences",
         config=PreferenceDatasetConfig,
-        formats=lambda section: PREFERENCES,
+        formats=lambda section: (*OWN_PREFERENCES, *PREFERENCES),
         columns=("prompt", "chosen", "rejected"),
         default_length=512,
     ),
     DataKind(
         name="instructions",
         config=InstructionDatasetConfig,
-        formats=lambda section: INSTRUCTIONS,
+        formats=lambda section: (*OWN_INSTRUCTIONS, *INSTRUCTIONS),
         columns=("prompt", "response"),
         default_length=1024,
     ),

@@ -60,7 +60,7 @@ class Format:
 
     `fits` looks at names and kinds of columns only (a null fits, so that it is reported as a null);
     `framed` takes the place of `convert` where the user gives no template, `talk` where a chat
-    template writes strings as turns.
+    template writes strings as turns. `version` is a digest of a user's own function.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Format:
     convert: Callable[[Values, str], Record]
     framed: Callable[[Values, str], Record] | None = None
     talk: Callable[[Values, str], Record] | None = None
+    version: str = ""
 
     def function(self, mode: Mode) -> Callable[[Values, str], Record]:
         """Return the function that reads rows in a mode."""
@@ -273,7 +274,12 @@ def document(name: str) -> Format:
 # Tables: a more specific format precedes one that would also fit.
 
 
-def _has(*names: str) -> Callable[[Values], bool]:
+OWN_PREFERENCES: list[Format] = []
+OWN_INSTRUCTIONS: list[Format] = []
+"""Formats that a user registered, tried before those below; see `own_formats`."""
+
+
+def has_columns(*names: str) -> Callable[[Values], bool]:
     return lambda values: all(name in values for name in names)
 
 
@@ -285,36 +291,38 @@ PREFERENCES = (
     Format(
         "shp",
         "history, human_ref_A, human_ref_B, labels",
-        _has("history", "human_ref_A", "human_ref_B", "labels"),
+        has_columns("history", "human_ref_A", "human_ref_B", "labels"),
         shp_pair,
     ),
     Format(
         "sharegpt",
         "conversations, chosen, rejected",
-        _has("conversations", "chosen", "rejected"),
+        has_columns("conversations", "chosen", "rejected"),
         sharegpt_pair,
     ),
     Format(
         "messages",
         "chosen and rejected as message lists, prompt optional",
-        lambda v: _has("chosen", "rejected")(v) and _has_list(v, "chosen", "rejected", "prompt"),
+        lambda v: (
+            has_columns("chosen", "rejected")(v) and _has_list(v, "chosen", "rejected", "prompt")
+        ),
         message_pair,
     ),
     Format(
         "strings",
         "prompt, chosen, rejected",
-        _has("prompt", "chosen", "rejected"),
+        has_columns("prompt", "chosen", "rejected"),
         string_pair,
         talk=string_pair_as_turns,
     ),
-    Format("hh", "chosen and rejected as transcripts", _has("chosen", "rejected"), hh_pair),
+    Format("hh", "chosen and rejected as transcripts", has_columns("chosen", "rejected"), hh_pair),
 )
 
 INSTRUCTIONS = (
     Format(
         "alpaca",
         "instruction, output, input optional",
-        _has("instruction", "output"),
+        has_columns("instruction", "output"),
         alpaca,
         framed=alpaca_framed,
         talk=alpaca_as_turns,

@@ -172,6 +172,8 @@ def _key(
             evaluation and evaluation.identity,
         ],
     }
+    if own := [[entry.name, entry.version] for entry in recipe.formats if entry.version]:
+        facts["own_formats"] = own
     text = json.dumps(facts, sort_keys=True)
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=20).hexdigest()
 

@@ -55,6 +55,8 @@ def class_of(name: str) -> OnResume:
     """Return the class of a dotted setting; an unknown one may not change."""
     if name in ARGUMENTS:
         return OnResume.CONTENT
+    if name == "plugins":  # what they register is named by other options
+        return OnResume.FREE
     section, _, field = name.rpartition(".")
     for schema in SECTIONS.get(section, ()):
         if field in schema.__pydantic_fields__:

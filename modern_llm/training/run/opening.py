@@ -9,6 +9,7 @@ from typing import Any
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import UserError
+from modern_llm.config.plugins import loaded_plugins
 from modern_llm.distributed import notebook
 from modern_llm.distributed.runtime import Runtime, start
 from modern_llm.training.monitoring.trackers import check_trackers
@@ -48,7 +49,7 @@ def open_run(
     if config.learning_rate is None:
         (rate,) = (rate for section, rate in RATES.items() if section in sections)
         config = dataclasses.replace(config, learning_rate=rate)
-    record = record_of(**sections, train=config)
+    record = record_of(**sections, plugins=loaded_plugins() or None, train=config)
     runtime = start(config, record)
     if config.batch_size < runtime.world:
         raise UserError(
