@@ -205,12 +205,13 @@ class InstructionDatasetConfig(ConversationDatasetConfig):
 
     read: ClassVar[tuple[str, ...]] = (
         "instruction", "input", "output", "prompt", "response", "completion", "messages",
-        "conversations", "history", "system", "tools",
+        "conversations", "conversation", "history", "system", "tools",
     )  # fmt: skip
 
-    formats: ClassVar[list[str]] = ["auto", "alpaca", "messages", "strings"]
+    formats: ClassVar[list[str]] = ["auto", "alpaca", "messages", "strings", "capybara"]
     format: Fixed[str] = "auto"
-    """How rows are read: alpaca, messages or strings; by default found by their columns."""
+    """How rows are read: alpaca, messages, strings or capybara; by default found by their
+    columns."""
     max_length: Fixed[Annotated[int, Field(ge=2)] | None] = None
     """Tokens of prompt and answer together; by default the model's positions, at most 1,024."""
     max_prompt_length: Fixed[Annotated[int, Field(ge=0)] | None] = None
@@ -237,13 +238,17 @@ class PreferenceDatasetConfig(ConversationDatasetConfig):
 
     read: ClassVar[tuple[str, ...]] = (
         "prompt", "chosen", "rejected", "conversations", "history", "human_ref_A", "human_ref_B",
-        "labels", "system", "tools", "weight", "margin",
+        "labels", "system", "tools", "weight", "margin", "question", "context", "response1",
+        "response2", "overall_preference", "instruction", "completions", "answers",
     )  # fmt: skip
 
-    formats: ClassVar[list[str]] = ["auto", "hh", "shp", "strings", "messages", "sharegpt"]
+    formats: ClassVar[list[str]] = [
+        "auto", "hh", "shp", "strings", "messages", "sharegpt", "orca", "helpsteer",
+        "ultrafeedback", "nectar",
+    ]  # fmt: skip
     format: Fixed[str] = "auto"
-    """How rows are read: hh, shp, strings, messages or sharegpt; by default found by their
-    columns."""
+    """How rows are read: hh, shp, strings, messages, sharegpt, orca, helpsteer, ultrafeedback or
+    nectar; by default found by their columns."""
     pair_values: SameContent[list[Literal["weight", "margin"]]] = Field(
         default_factory=lambda: ["weight", "margin"]
     )

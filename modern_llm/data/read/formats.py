@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from modern_llm.data.read.checked import checked_instruction, checked_pair
 from modern_llm.data.read.columns import (
     Values,
     answer_of,
     column,
     complete,
     earlier_turns,
-    is_empty,
     is_trained,
     messages_in,
     named,
@@ -28,13 +28,18 @@ from modern_llm.data.read.columns import (
     text_in,
     without_weight,
 )
+from modern_llm.data.read.published import (
+    capybara,
+    helpsteer_pair,
+    orca_pair,
+    ranked_pair,
+    scored_pair,
+)
 from modern_llm.data.read.records import (
     ContentFault,
     Document,
     Instruction,
     PreferencePair,
-    Prompt,
-    Response,
     RowFault,
 )
 
@@ -87,26 +92,26 @@ def choose_format(formats: Sequence[Format], name: str, values: Values) -> Forma
             return entry
     wanted = ", ".join(f"{entry.name} ({entry.columns})" for entry in formats)
     raise RowFault(
-        f"no format for the columns {named(values)}: known are {wanted}; columns maps other names"
+        f"no format for the columns {named(values)}: known are {wanted}; "
+        f"{_other_kind(formats, values)}data.columns maps other names"
     )
 
 
+def _other_kind(formats: Sequence[Format], values: Values) -> str:
+    """Return a hint at the kind of data that the columns of a row belong to, or nothing."""
+    kinds = {"preferences": PREFERENCES, "instructions": INSTRUCTIONS}
+    for kind, table in kinds.items():
+        if formats[-1] in table or values is None:
+            continue
+        if found := next((entry.name for entry in table if entry.fits(values)), None):
+            verb = "dpo" if kind == "preferences" else "sft"
+            return f"as {kind} they are {found} (--kind {kind}, or the verb {verb}); "
+    if formats[-1].name != DOCUMENT and isinstance(values.get("text"), str):
+        return "as documents they are text (--kind documents, or the verb pretrain); "
+    return ""
+
+
 # Preferences
-
-
-def _pair(
-    prompt: Prompt,
-    chosen: Response,
-    rejected: Response,
-    origin: str,
-    rejected_prompt: Prompt | None = None,
-) -> PreferencePair:
-    # Of white space alone there is nothing to prefer: HH-RLHF has answers of one space.
-    if is_empty(chosen) or is_empty(rejected):
-        raise ContentFault("empty response")
-    if chosen == rejected:
-        raise ContentFault("equal responses")
-    return PreferencePair(prompt, chosen, rejected, origin, rejected_prompt)
 
 
 def hh_pair(values: Values, origin: str) -> PreferencePair:
@@ -118,7 +123,7 @@ def hh_pair(values: Values, origin: str) -> PreferencePair:
     prompt = chosen[: ends[0]]
     if prompt != rejected[: ends[1]]:
         raise ContentFault("transcripts differ before the last turn")
-    return _pair(prompt, chosen[ends[0] :], rejected[ends[1] :], origin)
+    return checked_pair(prompt, chosen[ends[0] :], rejected[ends[1] :], origin)
 
 
 def shp_pair(values: Values, origin: str) -> PreferencePair:
@@ -128,13 +133,13 @@ def shp_pair(values: Values, origin: str) -> PreferencePair:
         raise RowFault(f"column 'labels' is {label!r}, expected 1 (A preferred) or 0 (B preferred)")
     answers = [text_in(values, "human_ref_A"), text_in(values, "human_ref_B")]
     chosen, rejected = answers if int(label) else answers[::-1]
-    return _pair(text_in(values, "history"), chosen, rejected, origin)
+    return checked_pair(text_in(values, "history"), chosen, rejected, origin)
 
 
 def string_pair(values: Values, origin: str) -> PreferencePair:
     """`prompt`, `chosen` and `rejected`, literally."""
     prompt, chosen, rejected = (text_in(values, name) for name in ("prompt", "chosen", "rejected"))
-    return _pair(prompt, chosen, rejected, origin)
+    return checked_pair(prompt, chosen, rejected, origin)
 
 
 def string_pair_as_turns(values: Values, origin: str) -> PreferencePair:
@@ -152,7 +157,7 @@ def message_pair(values: Values, origin: str) -> PreferencePair:
     prompt = complete(values, prompt_before(values, lead))
     # Messages of the same words may differ in keys that the template writes.
     second = None if lead == other else complete(values, prompt_before(values, other))
-    return _pair(prompt, chosen, rejected, origin, second)
+    return checked_pair(prompt, chosen, rejected, origin, second)
 
 
 def sharegpt_pair(values: Values, origin: str) -> PreferencePair:
@@ -164,23 +169,17 @@ def sharegpt_pair(values: Values, origin: str) -> PreferencePair:
         if lead:
             raise RowFault(f"column {name!r} has {len(lead) + 1} turns, expected one answer")
         answers.append(answer)
-    return _pair(prompt, *answers, origin)
+    return checked_pair(prompt, *answers, origin)
 
 
 # Instructions
-
-
-def _instruction(prompt: Prompt, response: Response, origin: str) -> Instruction:
-    if is_empty(response):
-        raise ContentFault("empty response")
-    return Instruction(prompt, response, origin)
 
 
 def alpaca(values: Values, origin: str) -> Instruction:
     """The instruction and, where there is one, its input after an empty line."""
     instruction, given = _alpaca_fields(values)
     prompt = f"{instruction}\n\n{given}" if given else instruction
-    return _instruction(prompt, text_in(values, "output"), origin)
+    return checked_instruction(prompt, text_in(values, "output"), origin)
 
 
 def alpaca_as_turns(values: Values, origin: str) -> Instruction:
@@ -213,7 +212,7 @@ def alpaca_framed(values: Values, origin: str) -> Instruction:
     head, after = fields.split("{instruction}")
     head = f"{system_words(values) or task}\n\n{before}{head}"
     prompt = head + instruction + after.replace("{input}", given)
-    return _instruction(prompt, text_in(values, "output"), origin)
+    return checked_instruction(prompt, text_in(values, "output"), origin)
 
 
 def _alpaca_fields(values: Values) -> tuple[str, str]:
@@ -237,13 +236,13 @@ def message_instruction(values: Values, origin: str) -> Instruction:
     if trained[-1] == 0:
         raise ContentFault("no turn before the answer")
     *prompt, answer = (without_weight(message) for message in turns[: trained[-1] + 1])
-    return _instruction(complete(values, prompt), answer, origin)
+    return checked_instruction(complete(values, prompt), answer, origin)
 
 
 def string_instruction(values: Values, origin: str) -> Instruction:
     """`prompt` and `response` (or `completion`), literally."""
     response = text_in(values, _response_column(values))
-    return _instruction(text_in(values, "prompt"), response, origin)
+    return checked_instruction(text_in(values, "prompt"), response, origin)
 
 
 def string_instruction_as_turns(values: Values, origin: str) -> Instruction:
@@ -301,6 +300,24 @@ PREFERENCES = (
         sharegpt_pair,
     ),
     Format(
+        "helpsteer",
+        "context, response1, response2, overall_preference",
+        has_columns("context", "response1", "response2", "overall_preference"),
+        helpsteer_pair,
+    ),
+    Format(
+        "ultrafeedback",
+        "instruction, completions",
+        lambda v: has_columns("instruction", "completions")(v) and _has_list(v, "completions"),
+        scored_pair,
+    ),
+    Format(
+        "nectar",
+        "prompt, answers",
+        lambda v: has_columns("prompt", "answers")(v) and _has_list(v, "answers"),
+        ranked_pair,
+    ),
+    Format(
         "messages",
         "chosen and rejected as message lists, prompt optional",
         lambda v: (
@@ -315,10 +332,22 @@ PREFERENCES = (
         string_pair,
         talk=string_pair_as_turns,
     ),
+    Format(
+        "orca",
+        "question, chosen, rejected, system optional",
+        has_columns("question", "chosen", "rejected"),
+        orca_pair,
+    ),
     Format("hh", "chosen and rejected as transcripts", has_columns("chosen", "rejected"), hh_pair),
 )
 
 INSTRUCTIONS = (
+    Format(
+        "capybara",
+        "conversation",
+        lambda v: _has_list(v, "conversation"),
+        capybara,
+    ),
     Format(
         "alpaca",
         "instruction, output, input optional",
