@@ -51,6 +51,22 @@ def test_help_imports_nothing_heavy_and_explains(verb):
     assert len(done.stdout.splitlines()) > 8
 
 
+@pytest.mark.parametrize(("given", "seen"), [(None, "passive"), ("active", "active")])
+def test_threads_do_not_spin_unless_the_user_says_so(given, seen):
+    code = (
+        "import os, sys; from modern_llm import cli; sys.argv[1:] = ['version']\n"
+        "try: cli.run()\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules  # it reads the variable when it is imported\n"
+        "print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    env |= {"OMP_WAIT_POLICY": given} if given else {}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env
+    )
+    assert done.stdout.splitlines()[-1] == seen, done.stderr
+
+
 def test_help_takes_under_a_second_of_processor_time():
     import resource
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from modern_llm.config.errors import UserError
@@ -24,7 +26,7 @@ from modern_llm.training.callbacks import Callbacks
 from modern_llm.training.checkpointing.saver import digest_of
 from modern_llm.training.context import Resume
 from modern_llm.training.loop import train
-from modern_llm.training.monitoring.diagnostics import learning_rate_warning
+from modern_llm.training.monitoring.diagnostics import learning_rate_warning, spinning_threads
 from modern_llm.training.monitoring.samples import make_sampler, prompt_rows
 from modern_llm.training.run.data_changes import check_data, find_checkpoint
 from modern_llm.training.run.dry_run import DryRun
@@ -109,6 +111,8 @@ def train_and_export(
         new = "model" in run.record
         if warning := learning_rate_warning(config, full=full, new=new, parameters=size):
             log.warning("warning: %s", warning)
+        if hint := spinning_threads(runtime.device.type, torch.get_num_threads(), os.environ):
+            log.info(hint)
     prompts = prompt_rows(data.tables)
     sample = make_sampler(runtime, scorer.model, tokenizer, config, run, prompts, ends)
     shape = {k: v for k, v in scorer.model.config.to_diff_dict().items() if k[0] != "_"}
@@ -117,9 +121,9 @@ def train_and_export(
     resume.fingerprints["tokenizer"] = tokenizer_identity(tokenizer)
     if runtime.is_main:
         resume.model_files = model_files(scorer.model, tokenizer, ends)
-    peak, origin = peak_flops(runtime.device, config.precision)
-    if runtime.is_main:
-        log.info("mfu: of %.4g operations a second and process (%s)", peak, origin)
+    peak, device = peak_flops(runtime.device, config.precision)
+    if runtime.is_main and peak:
+        log.info("mfu: of %.4g operations a second and process (%s)", peak, device)
     engine = train(runtime, scorer, task, run, resume, sample, peak, data.callbacks)
     runtime.on_main(run.lock.check)
     heartbeat.enter("writing the final model")

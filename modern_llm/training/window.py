@@ -86,7 +86,8 @@ class Window:
 
         Returns:
             The sums over all ranks for the task's metrics: of the steps that were applied, or of
-            the last one if none was. And `tokens_per_second` and `mfu`.
+            the last one if none was. And `tokens_per_second` and, where the device's peak is known,
+            `mfu`.
         """
         _, last = self.last
         self._keep_last()
@@ -95,10 +96,9 @@ class Window:
         self.totals, self.seconds = {}, 0.0
         tokens, flops = (totals.pop(f"{_OF_ALL}{name}") for name in SPEED)
         most = self.peak * runtime.world
-        speed = {
-            "tokens_per_second": tokens / seconds,
-            "mfu": flops / seconds / most if most else 0.0,
-        }
+        speed = {"tokens_per_second": tokens / seconds}
+        if most:
+            speed["mfu"] = flops / seconds / most
         return totals or over_ranks(runtime, last), speed
 
     def elapsed(self) -> float:

@@ -208,6 +208,20 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def matrix_rate(clock: Callable[[], float]) -> float:
+    """Return operations per second of a large float32 product, the best of a few on this clock."""
+    import torch
+
+    side = torch.ones(1024, 1024)
+    out = torch.mm(side, side)
+    best = float("inf")
+    for _ in range(8):
+        began = clock()
+        torch.mm(side, side, out=out)
+        best = min(best, clock() - began)
+    return 2 * 1024**3 / best
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a .jsonl file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -283,10 +297,13 @@ def train_ours(
 
     from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
     from modern_llm.reference import reference_pass
+    from modern_llm.training import stage
     from modern_llm.training.train_dpo import DPOConfig, run_dpo
 
     torch.set_num_threads(threads)
     reference, fill = Timer(), reference_pass.fill
+    if not torch.cuda.is_available():  # a run on a CPU has no `mfu`
+        stage.peak_flops = lambda *_: (matrix_rate(time.perf_counter), "the benchmark")
     reference_pass.fill = lambda *args, **options: reference.time(fill, *args, **options)
     settings = {
         "run_name": "bench",

@@ -107,10 +107,8 @@ def test_frozen_weights_need_no_gradient_of_their_own():
     assert 2 * forward <= frozen < everything
 
 
-def test_peaks_are_measured_looked_up_or_zero():
-    peak, origin = peak_flops(torch.device("cpu"), "no")
-    assert 1e9 < peak < 1e14
-    assert "measured" in origin
+def test_peaks_are_looked_up_or_zero():
+    assert peak_flops(torch.device("cpu"), "no") == (0.0, "cpu")
     assert looked_up("NVIDIA H100 80GB HBM3", "bf16") == 989e12
     assert looked_up("NVIDIA H100 PCIe", "bf16") == 756e12
     assert looked_up("NVIDIA L4", "bf16") == 121e12

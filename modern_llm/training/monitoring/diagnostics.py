@@ -23,6 +23,19 @@ FALL, GROWTH = 0.05, 0.1
 LENGTH_RATIO = 1.5
 
 
+def spinning_threads(device: str, threads: int, environment: Mapping[str, str]) -> str | None:
+    """Return a hint if the threads of a CPU run spin while they wait for each other.
+
+    OpenMP reads the variable when torch is imported: the command line sets it, a script must.
+    """
+    if device != "cpu" or threads < 2 or {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(environment):
+        return None
+    return (
+        f"{threads} threads spin while they wait for each other, which is slow beside other work; "
+        "set OMP_WAIT_POLICY=passive before Python starts"
+    )
+
+
 def learning_rate_warning(
     config: TrainingConfig, *, full: bool, new: bool, parameters: int | None = None
 ) -> str | None:

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from modern_llm.config import TrainingConfig
-from modern_llm.training.monitoring.diagnostics import Diagnostics, learning_rate_warning
+from modern_llm.training.monitoring.diagnostics import (
+    Diagnostics,
+    learning_rate_warning,
+    spinning_threads,
+)
 
 
 def healthy(step: int, total: int) -> dict[str, float]:
@@ -105,3 +109,11 @@ def test_a_long_run_keeps_few_records():
         teacher.look(healthy(step, 10**6))
     assert len(teacher._records) < 20
     assert json.dumps(teacher._records[0]) == json.dumps(healthy(1, 10**6))
+
+
+def test_a_script_is_told_of_threads_that_spin():
+    assert "OMP_WAIT_POLICY=passive" in spinning_threads("cpu", 2, {})
+    assert spinning_threads("cpu", 1, {}) is None
+    assert spinning_threads("cuda", 8, {}) is None
+    assert spinning_threads("cpu", 2, {"OMP_WAIT_POLICY": "active"}) is None
+    assert spinning_threads("cpu", 2, {"GOMP_SPINCOUNT": "100"}) is None
