@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -181,6 +182,35 @@ def has_kernel() -> bool:
     ops = torch.ops.aten
     name = "_scaled_dot_product_flash_attention_for_cpu"
     return hasattr(ops, name) and hasattr(ops, f"{name}_backward")
+
+
+@lru_cache(maxsize=1)
+def takes_groups() -> bool:
+    """Whether the kernel reads keys and values of fewer heads than queries, as a trial shows.
+
+    Repeating them for every head costs a copy of each, of their gradients, and memory.
+    """
+    draw = torch.Generator().manual_seed(0)
+    query, grad = (torch.randn(1, 4, 8, 8, generator=draw) for _ in range(2))
+    few = [torch.randn(1, 2, 8, 8, generator=draw) for _ in range(2)]
+    blocks = (Block(0, 0, 8, 0, 0, 0, None),)
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+        with torch.enable_grad():
+            out = BlockAttention.apply(*leaves, blocks, None)
+            return [out, *torch.autograd.grad(out, leaves, grad)]
+
+    try:
+        found = run(query, *few)
+    except RuntimeError:
+        return False
+    out, by_query, *wide = run(query, *(tensor.repeat_interleave(2, dim=1) for tensor in few))
+    expected = [out, by_query, *(grad.unflatten(1, (2, 2)).sum(2) for grad in wide)]
+    return all(
+        a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5)
+        for a, b in zip(found, expected, strict=True)
+    )
 
 
 class BlockAttention(torch.autograd.Function):

@@ -30,6 +30,7 @@ from modern_llm.models.attention.cpu_blocks import (
     blockwise,
     find_blocks,
     has_kernel,
+    takes_groups,
 )
 
 TREE_ATTENTION = "modern_llm_tree"
@@ -203,7 +204,8 @@ def _attend(
         out = flex.attend(query, key, value, mask, scaling, softcap, dropout)
         return out.transpose(1, 2).contiguous(), None
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
+    in_parts = not isinstance(mask, Tensor) and softcap is None and not dropout
+    if groups > 1 and not (in_parts and takes_groups()):
         key = key.repeat_interleave(groups, dim=1)
         value = value.repeat_interleave(groups, dim=1)
 
@@ -215,12 +217,12 @@ def _attend(
             query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
         )
 
-    if isinstance(mask, Tensor):
-        out = dense(query, key, value, mask)
-    elif softcap is not None or dropout:
-        out = blockwise(query, key, value, mask, dense)
-    else:
+    if in_parts:
         out = BlockAttention.apply(query, key, value, mask, scaling)
+    elif isinstance(mask, Tensor):
+        out = dense(query, key, value, mask)
+    else:
+        out = blockwise(query, key, value, mask, dense)
     return out.transpose(1, 2).contiguous(), None
 
 

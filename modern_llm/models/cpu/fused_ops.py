@@ -63,6 +63,31 @@ class _SiluProduct(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
+class _DownProduct(torch.autograd.Function):
+    """(silu(gate) * up) W^T + b; the backward recomputes the product instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx, gate, up, weight, bias):  # noqa: ANN001
+        ctx.save_for_backward(gate, up, weight)
+        return F.linear(F.silu(gate).mul_(up), weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # noqa: ANN001
+        gate, up, weight = ctx.saved_tensors
+        silu = F.silu(gate)
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_weight = grad_bias = None
+        if ctx.needs_input_grad[2]:
+            grad_weight = rows.t().mm((silu * up).reshape(len(rows), -1))
+        if ctx.needs_input_grad[3]:
+            grad_bias = rows.sum(0)
+        grad_product = rows.mm(weight).view_as(gate)
+        grad_up = silu.mul_(grad_product)
+        grad_gate = torch.ops.aten.silu_backward(grad_product.mul_(up), gate)
+        return grad_gate, grad_up, grad_weight, grad_bias
+
+
 class _Rotary(torch.autograd.Function):
     """Rotate the halves of each head by its position's angle; the backward rotates back."""
 
@@ -163,6 +188,8 @@ def _patch_product(module: nn.Module) -> bool:
         gate, up = self.gate_proj(x), self.up_proj(x)
         if gate.dtype != torch.float32:
             return self.down_proj(F.silu(gate) * up)
+        if _is_bare(self.down_proj):
+            return _DownProduct.apply(gate, up, self.down_proj.weight, self.down_proj.bias)
         return self.down_proj(_SiluProduct.apply(gate, up))
 
     x = numbers(3, module.gate_proj.in_features)
@@ -170,6 +197,12 @@ def _patch_product(module: nn.Module) -> bool:
         return False
     set_forward(module, forward)
     return True
+
+
+def _is_bare(linear: nn.Module) -> bool:
+    """Whether a layer is its weight and nothing else: no adapter, and no hook as under ZeRO-3."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks
+    return type(linear) is nn.Linear and not (hooks or linear._backward_pre_hooks)
 
 
 def _patch_rotary(module: nn.Module, fits: dict[Callable, bool]) -> bool:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modern_llm.models.attention import cpu_blocks, prefix_tree
 from modern_llm.models.attention import flex as attention_flex
 from modern_llm.models.attention.cpu_blocks import find_blocks
 from modern_llm.models.attention.prefix_tree import TreeMasks, backends, tree_attention, visible
@@ -232,3 +233,19 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_input_dtype
     torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.03)
     out.float().sum().backward()
     assert {t.grad.dtype for t in (query, key, value)} == {torch.float32}
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_keys_and_values_are_repeated_only_for_a_kernel_that_needs_it(able, monkeypatch):
+    assert cpu_blocks.takes_groups(), "torch no longer reads grouped heads: memory grows"
+    monkeypatch.setattr(prefix_tree, "takes_groups", lambda: able)
+    segments, positions = layout([[(40, 30, 20)]], 0)
+    tensors = inputs(segments, 3)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.shape[1]) or tensor, lambda tensor: tensor
+    ):
+        attend("blocks", tensors, segments, positions, None, None, 96)
+    query, key, value, out, *_ = kept
+    assert (query, out) == (6, 6)
+    assert (key, value) == ((2, 2) if able else (6, 6))

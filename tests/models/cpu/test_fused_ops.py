@@ -67,6 +67,12 @@ def test_functions_equal_their_definitions_by_gradcheck():
             lambda x, w, offset=offset: fused_ops._RMSNorm.apply(x, w, 1e-5, offset), (x, weight)
         )
     assert torch.autograd.gradcheck(fused_ops._SiluProduct.apply, (gate, up))
+    down, bias = (
+        torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True)
+        for shape in ((5, 6), (5,))
+    )
+    assert torch.autograd.gradcheck(fused_ops._DownProduct.apply, (gate, up, down, bias))
+    assert torch.autograd.gradcheck(fused_ops._DownProduct.apply, (gate, up, down.detach(), None))
     query, key = (
         torch.randn(2, h, 5, 4, generator=g, dtype=torch.float64, requires_grad=True)
         for h in (3, 1)
@@ -89,6 +95,24 @@ def test_a_module_that_only_looks_similar_is_not_patched():
     module = torch.nn.Sequential(OddRMSNorm())
     assert fused_ops.patch_cpu_ops(module)["norms"] == 0
     assert "forward" not in module[0].__dict__
+
+
+def test_a_projection_with_a_hook_is_called_as_a_module():
+    """ZeRO-3 gathers a weight in the hooks of its module; an adapter is a module of its own."""
+    model, calls = make_model("llama"), []
+    expected = torch.autograd.grad(_loss(model), list(model.parameters()))
+    fused_ops.patch_cpu_ops(model)
+    down = model.model.layers[0].mlp.down_proj
+    down.register_forward_pre_hook(lambda module, given: calls.append(module))
+    found = torch.autograd.grad(_loss(model), list(model.parameters()))
+    assert calls == [down]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def _loss(model):
+    logits = model(input_ids=torch.arange(3, 20)[None], use_cache=False).logits
+    return logits.logsumexp(-1).sum()
 
 
 def test_other_dtypes_use_the_models_own_functions():
