@@ -78,6 +78,14 @@ def resolve(content: dict[str, Any], config: TrainingConfig, place: str) -> dict
     for name in ("bf16", "fp16"):
         enabled = config.precision == name and stage > 0 and not _autocast(result)
         result[name] = {**result.get(name, {}), "enabled": enabled}
+    if stage in (2, 3):
+        zero = result["zero_optimization"]
+        # Reduce gradients while the backward computes; DeepSpeed's default at stage 2 is off.
+        zero.setdefault("overlap_comm", True)
+        if result["bf16"]["enabled"]:
+            # Else micro-batches are summed in bfloat16, which loses small gradients. Stage 1 sums
+            # in the gradients themselves: there DeepSpeed would take another optimizer class.
+            result["data_types"] = {"grad_accum_dtype": "fp32", **result.get("data_types", {})}
     # The default. Without it a non-finite gradient would be applied in bfloat16.
     result["bf16"]["check_grad_overflow"] = True
     if config.precision == "bf16" and stage == 0:
@@ -208,6 +216,11 @@ def _impossible(content: dict[str, Any], config: TrainingConfig) -> Iterator[str
             )
         elif device != "none" and stage < needed:
             yield (f"zero_optimization.{name}: needs stage {needed} or above, and stage is {stage}")
+    if stage == 1 and value_at(content, "data_types.grad_accum_dtype") == "fp32":
+        yield (
+            "data_types.grad_accum_dtype fp32 at stage 1: DeepSpeed then takes another optimizer, "
+            "which this engine does not know; remove it, or use stage 2, where it is the default"
+        )
     if stage == 3 and config.compile:
         yield (
             "zero_optimization.stage 3 gathers weights in hooks that a compiled layer does not "

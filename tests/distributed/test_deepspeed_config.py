@@ -144,3 +144,22 @@ def test_every_file_that_is_shipped_fits_every_run(precision):
         content = json.loads(file.read_text())
         found = resolve(content, config(mixed_precision=precision), file.name)
         assert found["zero_optimization"]["stage"] in (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_are_summed_in_float32_and_reduced_during_the_backward(stage, precision):
+    found = resolve(zero(stage), config(mixed_precision=precision), "ds.json")
+    low = precision == "bf16" and stage in (2, 3)
+    assert found.get("data_types") == ({"grad_accum_dtype": "fp32"} if low else None)
+    assert found["zero_optimization"].get("overlap_comm") is (True if stage in (2, 3) else None)
+    off = zero(stage, overlap_comm=False) | {"data_types": {"grad_accum_dtype": "bf16"}}
+    kept = resolve(off, config(mixed_precision=precision), "ds.json")
+    assert kept["zero_optimization"]["overlap_comm"] is False
+    assert kept["data_types"] == {"grad_accum_dtype": "bf16"}
+
+
+def test_another_optimizer_of_deepspeed_is_refused():
+    content = zero(1) | {"data_types": {"grad_accum_dtype": "fp32"}}
+    with pytest.raises(ConfigError, match="grad_accum_dtype fp32 at stage 1"):
+        resolve(content, config(mixed_precision="bf16"), "ds.json")
