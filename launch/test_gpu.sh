@@ -3,7 +3,7 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-bash "$root/launch/setup.sh" test,deepspeed,lora
+bash "$root/launch/setup.sh" test,deepspeed,lora,qlora
 cd "$root"
 export HF_HUB_OFFLINE=1
 python=$root/.venv/bin/python

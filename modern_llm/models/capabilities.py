@@ -32,12 +32,14 @@ from modern_llm.models.cpu.last_layer import narrow_last_layer
 from modern_llm.models.logits import LastStates, bounds_of, fuse
 from modern_llm.models.modes import settle
 from modern_llm.models.probe_rows import plain, plain_all, random_pairs, rows
+from modern_llm.models.quantized import has_int8, product_dtype
 from modern_llm.models.scorer import Capabilities, TokenScorer
 from modern_llm.models.twin import one_thread, twin_of
 
 log = logging.getLogger(__name__)
 
-# Largest difference of a token's log-prob that comes from the order of sums, by weight dtype.
+# Largest difference of a token's log-prob that comes from the order of sums, by the dtype of
+# products.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 # The twin's logits, and so their rounding, are about ten times as large as a model's.
 TWIN_TOLERANCE = 1e-2
@@ -168,7 +170,8 @@ class Subject:
         or the second tree, else "".
 
         Same shapes, same kernels: without experts no bit may change, in any dtype. Experts compute
-        their tokens in groups, so other tokens change the rounding.
+        their tokens in groups, and layers of eight bits depend on the batch: there other tokens
+        change the rounding.
         """
         (prompt, chosen, rejected), other = self.pairs
         changed = [[prompt, chosen.roll(1), rejected], other]
@@ -176,7 +179,8 @@ class Subject:
             scorer(*rows(p, self.model.device, True)).logprobs[len(chosen) :]
             for p in (self.pairs, changed)
         )
-        limit = self.tolerance if scorer.has_experts else 0.0
+        grouped = scorer.has_experts or has_int8(self.model)
+        limit = self.tolerance if grouped else 0.0
         return "lets a token see across branches" if (before - after).abs().max() > limit else ""
 
     @torch.no_grad()
@@ -221,12 +225,13 @@ def probe(
     twin = _on_device(twin_of(model), device)
     # Long rows of the model itself: on a GPU they are cheap, without a twin the only evidence.
     long = twin is None or model.device.type == "cuda"
+    tolerance = TOLERANCE[product_dtype(model, model.dtype)]
     modes = []
     if dropout is not None:
-        asked = [(model, 2 * ROW, TOLERANCE[model.dtype])]
+        asked = [(model, 2 * ROW, tolerance)]
         asked += [] if twin is None else [(twin, sum(LONG[0][:2]), TWIN_TOLERANCE)]
         modes = settle(asked, dropout=dropout)
-    subjects = [Subject(model, LONG if long else SHORT, TOLERANCE[model.dtype])]
+    subjects = [Subject(model, LONG if long else SHORT, tolerance)]
     if subjects[0].looks_ahead():
         raise UserError(
             f"{type(model).__name__}: a token's log-prob depends on later tokens (an encoder, or a "

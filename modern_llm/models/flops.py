@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from modern_llm.models.quantized import elements
 from modern_llm.models.shapes import attention_widths
 from modern_llm.models.training_mode import decoder_layers
 
@@ -53,12 +54,12 @@ class IdealFlops:
         used = trained = 0.0
         for name, parameter in layers.named_parameters():
             if parameter.ndim >= 2:
-                size = parameter.numel() * _share_of_experts(config, name, parameter)
+                size = elements(parameter) * _share_of_experts(config, name, parameter)
                 used += size
                 trained += size if parameter.requires_grad else 0
         head = model.get_output_embeddings()
         rows = head.weight if head is not None else model.get_input_embeddings().weight
-        self._token, self._target = used, float(rows.numel())
+        self._token, self._target = used, float(elements(rows))
         self._trained = trained
         self._trained_target = self._target if rows.requires_grad else 0.0
         # Per visible pair: scores and weighted sum, each a multiplication and an addition.
