@@ -12,6 +12,7 @@ Letters: N target positions, D hidden width, V vocabulary, C rows of one chunk.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 # Logits of one chunk, in bytes. 4 MiB stays near the caches of a CPU; a GPU needs larger chunks to
 # be busy with one matrix product.
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+# Rows with which a matrix product keeps a GPU busy at a vocabulary of 128,000, and the rows of one
+# tile of its kernels: a chunk of 523 rows costs as much as one of 640.
+FULL_ROWS, TILE = 1024, 128
 # With fewer rows, a CPU spends its time reading the weight of a large vocabulary: with 49,152 x 576
 # the four products of 128 rows took 0.88 of the time of twice 64.
 LEAST_ROWS = {"cpu": 128}
@@ -59,15 +63,19 @@ class LogitTransform:
 def chunk_rows(vocabulary: int, device: torch.device, itemsize: int) -> int:
     """Return the rows of one chunk.
 
-    On CUDA a chunk is a share of the free memory, rounded to a power of two of bytes between
-    `LEAST_CHUNK` and `CHUNK_BYTES`, so that small differences of free memory do not matter. Call it
-    once per run: the head's gradient is summed by chunk, so another size rounds differently.
+    On CUDA a chunk has `CHUNK_BYTES` or `FULL_ROWS`, but at most a share of the free memory,
+    rounded to a power of two of bytes, so that small differences of free memory do not matter. Its
+    rows are a multiple of `TILE`. Call it once per run: the head's gradient is summed by chunk, so
+    another size rounds differently.
     """
     size = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
+    row = vocabulary * max(itemsize, 4)
     if device.type == "cuda":
         share = int(SHARE_OF_FREE * free_memory(device))
-        size = max(LEAST_CHUNK, min(size, 1 << max(share.bit_length() - 1, 0)))
-    return max(LEAST_ROWS.get(device.type, 1), size // (vocabulary * max(itemsize, 4)))
+        wanted = max(size, FULL_ROWS * row)
+        size = max(LEAST_CHUNK, min(wanted, 1 << max(share.bit_length() - 1, 0)))
+    rows = max(LEAST_ROWS.get(device.type, 1), size // row)
+    return rows if device.type == "cpu" or rows < TILE else rows // TILE * TILE
 
 
 def free_memory(device: torch.device) -> int:
@@ -79,17 +87,20 @@ def free_memory(device: torch.device) -> int:
 class _TargetLogProbs(torch.autograd.Function):
     """log softmax(transform(h W^T + b))[target] by row.
 
-    The backward recomputes the logits, unless the states alone have a gradient.
+    The backward recomputes the logits, unless the states alone have a gradient. `master` is the
+    weight that gets the gradient, in its own dtype; `weight` is its copy in the dtype of the
+    products, without gradient.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, transform, rows, squares):  # noqa: ANN001
+    def forward(ctx, hidden, master, weight, bias, targets, transform, rows, squares):  # noqa: ANN001
         # At least float32: sums over a vocabulary in bfloat16 are visibly wrong.
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = hidden.new_empty(len(hidden), dtype=dtype)
         normalisers = torch.empty_like(logprobs)
         log_squares = torch.empty_like(logprobs) if squares else None
-        once = tuple(ctx.needs_input_grad[:3]) == (True, False, False)
+        needs = ctx.needs_input_grad
+        once = needs[0] and not needs[1] and not needs[3]
         slopes = torch.empty_like(hidden) if once else None
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
@@ -109,7 +120,7 @@ class _TargetLogProbs(torch.autograd.Function):
             ctx.save_for_backward(slopes)
         else:
             ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
-        ctx.transform, ctx.rows, ctx.once = transform, rows, once
+        ctx.transform, ctx.rows, ctx.once, ctx.dtype = transform, rows, once, master.dtype
         if log_squares is not None:
             ctx.mark_non_differentiable(log_squares)
         return logprobs, log_squares
@@ -119,9 +130,9 @@ class _TargetLogProbs(torch.autograd.Function):
     def backward(ctx, grad, _):  # noqa: ANN001
         if ctx.once:
             (slopes,) = ctx.saved_tensors
-            return (grad[:, None] * slopes).to(slopes.dtype), *(None,) * 6
+            return (grad[:, None] * slopes).to(slopes.dtype), *(None,) * 7
         hidden, weight, bias, targets, normalisers = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         # Sums over chunks: in bfloat16 small contributions would be lost.
         grad_weight = torch.zeros_like(weight, dtype=normalisers.dtype) if needs_weight else None
@@ -145,7 +156,8 @@ class _TargetLogProbs(torch.autograd.Function):
                 _add_outer_(grad_weight, slope, hidden[part])
         return (
             grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_weight is None else grad_weight.to(ctx.dtype),
+            None,
             None if grad_bias is None else grad_bias.to(bias.dtype),
             None,
             None,
@@ -165,12 +177,31 @@ def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _add_outer_(total: Tensor, slope: Tensor, hidden: Tensor) -> None:
-    """total (V, D) += slope^T (V, C) hidden (C, D), without a (V, D) temporary where dtypes
-    agree."""
+    """total (V, D) += slope^T (V, C) hidden (C, D), without a (V, D) temporary where dtypes agree,
+    or where one product has operands of 16 bits and a sum in float32."""
     if total.dtype == slope.dtype:
         total.addmm_(slope.t(), hidden)
+    elif sums_in_float32(slope.device, slope.dtype):
+        torch.ops.aten.addmm.dtype_out(total, slope.t(), hidden, total.dtype, out=total)
     else:
         total += torch.mm(slope.t(), hidden)
+
+
+@lru_cache
+def sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a product of 16-bit operands may be added to a float32 tensor in one operation.
+
+    Measured once: only some versions and devices have it.
+    """
+    with torch.no_grad():
+        left, right = (torch.full((16, 16), 1 / 3, device=device).to(dtype) for _ in range(2))
+        total = torch.full((16, 16), 100.0, device=device)
+        expected = total + left.float() @ right.float()
+        try:
+            torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, out=total)
+        except (AttributeError, NotImplementedError, RuntimeError):
+            return False
+        return bool(torch.allclose(total, expected, rtol=1e-6, atol=1e-5))
 
 
 def target_logprobs(
@@ -206,7 +237,7 @@ def target_and_squares(
 
     Args:
         hidden: (N, D) floating; states that predict the targets.
-        weight: (V, D), the dtype of `hidden`.
+        weight: (V, D); its gradient is summed in float32 and returned in its dtype.
         targets: (N,) int64, each in [0, V).
         bias: (V,) or None.
         rows: rows of a chunk; default: `chunk_rows`.
@@ -219,6 +250,7 @@ def target_and_squares(
         raise ValueError(
             f"hidden must be (N, D) and targets (N,), got {hidden.shape} and {targets.shape}"
         )
+    master, weight = weight, weight.detach()
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -228,7 +260,7 @@ def target_and_squares(
     rows = rows or chunk_rows(len(weight), hidden.device, hidden.element_size())
     with torch.autocast(hidden.device.type, enabled=False):
         return _TargetLogProbs.apply(
-            hidden, weight, bias, targets, transform or LogitTransform(), rows, squares
+            hidden, master, weight, bias, targets, transform or LogitTransform(), rows, squares
         )
 
 

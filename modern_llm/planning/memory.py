@@ -15,10 +15,14 @@ from math import prod
 
 FLOAT32 = 4
 ITEM = {"no": 4, "fp32": 4, "bf16": 2, "fp16": 2}
+NORMS = {(4, 4): 24, (4, 2): 26, (2, 2): 16}
+"""Bytes per element of the hidden width that the two norms of a layer keep, by the bytes of a
+weight and of an operand of a product: their inputs, normalised inputs and outputs. Norms compute in
+float32."""
 # Under stages 1 and 2 a flat buffer of parameters is padded to this many elements times W.
 ALIGNMENT = 2
-HEAD_CHUNK = 256 << 20
-"""Bytes of logits that the fused head makes at once on a GPU."""
+HEAD_CHUNK, HEAD_ROWS = 256 << 20, 1024
+"""Bytes of logits, or rows if they are more, that the fused head makes at once on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,10 @@ def weight_bytes(parameters: Sequence[Parameter], setting: ParallelLayout) -> in
 
 
 def gradient_bytes(parameters: Sequence[Parameter], setting: ParallelLayout) -> int:
-    """Bytes of the reduced gradients before a step, float32 where they are offloaded."""
-    item = FLOAT32 if setting.offload_optimizer else setting.item
+    """Bytes of the reduced gradients before a step: float32 where they are offloaded, and at stages
+    2 and 3 in bf16 (`grad_accum_dtype`)."""
+    summed = setting.stage in (2, 3) and setting.precision == "bf16"
+    item = FLOAT32 if setting.offload_optimizer or summed else setting.item
     if setting.stage == 3:
         return item * sum(
             _ceil(p.numel, setting.world) for group in _groups(parameters) for p in group
@@ -153,25 +159,27 @@ def optimizer_bytes(parameters: Sequence[Parameter], setting: ParallelLayout) ->
 def activation_bytes(sizes: Sizes, setting: ParallelLayout) -> int:
     """Bytes kept for the backward pass of one forward: an estimate.
 
-    A decoder layer with a gated MLP keeps for each token its two norm inputs and outputs (4h), the
-    queries and the attention's result (2 heads x head_dim), keys and values, and four products of
-    the MLP (4f). With `checkpointing` one layer of that, and each layer's input (h).
+    A decoder layer with a gated MLP keeps for each token `NORMS`, the queries and the attention's
+    result (2 heads x head_dim), keys and values, and four products of the MLP (4f). With
+    `checkpointing` one layer of that, and each layer's input, in the dtype of the weights.
     """
     width = sizes.heads * sizes.head_dim
-    item = ITEM[setting.precision]
-    layer = 4 * sizes.hidden + 2 * width + 2 * sizes.kv_heads * sizes.head_dim + 4 * sizes.mlp
+    products = 2 * width + 2 * sizes.kv_heads * sizes.head_dim + 4 * sizes.mlp
     if setting.row is not None:
-        layer += 2 * sizes.heads * setting.row
+        products += 2 * sizes.heads * setting.row
+    norms = NORMS[setting.item, ITEM[setting.precision]]
+    layer = ITEM[setting.precision] * products + norms * sizes.hidden
     if setting.checkpointing:
-        return setting.tokens * item * (layer + sizes.layers * sizes.hidden)
-    return setting.tokens * item * layer * sizes.layers
+        return setting.tokens * (layer + sizes.layers * setting.item * sizes.hidden)
+    return setting.tokens * layer * sizes.layers
 
 
 def head_bytes(sizes: Sizes, setting: ParallelLayout) -> int:
     """Bytes of the fused head at its peak: three chunks of logits, the hidden states of
     the targets and their gradients, and the float32 gradient of the weight."""
     targets = setting.tokens if setting.targets is None else setting.targets
-    logits = min(HEAD_CHUNK, targets * sizes.vocabulary * FLOAT32)
+    row = sizes.vocabulary * FLOAT32
+    logits = min(max(HEAD_CHUNK, HEAD_ROWS * row), targets * row)
     states = 2 * targets * sizes.hidden * ITEM[setting.precision]
     return 3 * logits + states + sizes.vocabulary * sizes.hidden * FLOAT32
 
@@ -190,10 +198,13 @@ def _sharded(parameters: Sequence[Parameter], setting: ParallelLayout) -> int:
 
 
 def _buffer_bytes(parameters: Sequence[Parameter], sizes: Sizes, setting: ParallelLayout) -> int:
-    """Return the bytes of gradients under reduction and, with ZeRO-3, of gathered weights."""
-    if setting.stage in (None, 0):
-        return 0
+    """Return the bytes of gradients under reduction, of the 16-bit copies that autocast makes of
+    float32 weights and, with ZeRO-3, of gathered weights."""
     total = sum(p.numel for p in parameters if p.trained)
+    if setting.stage in (None, 0):
+        # DDP's buckets: gradients that accumulate over forwards without a reduction are apart.
+        buckets = FLOAT32 * total if setting.world > 1 and setting.stage is None else 0
+        return buckets + _cast_bytes(parameters, sizes, setting)
     bucket = setting.item * min(setting.bucket, total)
     if setting.stage < 3:
         # Stage 1 and 2 hold a whole gradient only until its bucket is full.
@@ -202,6 +213,16 @@ def _buffer_bytes(parameters: Sequence[Parameter], sizes: Sizes, setting: Parall
     a_layer = sum(p.numel for p in parameters) - 2 * sizes.vocabulary * sizes.hidden
     live = max(largest, 2 * max(0, a_layer) // max(sizes.layers, 1))
     return bucket + setting.item * live
+
+
+def _cast_bytes(parameters: Sequence[Parameter], sizes: Sizes, setting: ParallelLayout) -> int:
+    """Return the bytes of the matrices as autocast casts them: all but the embedding's table."""
+    if setting.item == ITEM[setting.precision]:
+        return 0
+    tables = [p for p in parameters if p.shape == (sizes.vocabulary, sizes.hidden)]
+    matrices = sum(p.numel for p in parameters if len(p.shape) >= 2)
+    embedding = tables[0].numel if len(tables) > 1 else 0  # a tied one is the head's matrix too
+    return ITEM[setting.precision] * (matrices - embedding)
 
 
 def _saving_bytes(parameters: Sequence[Parameter], setting: ParallelLayout) -> int:

@@ -197,10 +197,48 @@ def test_a_chunk_on_cuda_is_a_share_of_the_free_memory(free, expected, monkeypat
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: free - free // 4 + 5)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5)
     assert free_memory(device) == free
-    assert chunk_rows(32_000, device, 2) == expected // (32_000 * 4)
+    found = expected // (32_000 * 4)
+    assert chunk_rows(32_000, device, 2) == (found // 128 * 128 if found >= 128 else found)
+    whole_tiles = {140 << 30: 1024, 3 << 30: 256, 1 << 30: 128, 100 << 20: 32, 0: 32}
+    assert chunk_rows(128_256, device, 2) == whole_tiles[free]
     assert chunk_rows(1 << 40, device, 2) == 1, "at least one row"
     assert chunk_rows(4096, torch.device("cpu"), 4) == CHUNK_BYTES["cpu"] // (4096 * 4)
     assert chunk_rows(32_000, torch.device("cpu"), 4) == LEAST_ROWS["cpu"]
+
+
+def test_the_gradient_of_a_float32_weight_is_not_rounded_under_autocast(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(300, 16, generator=generator)
+    weight = torch.randn(50, 16, generator=generator, requires_grad=True)
+    targets = torch.randint(50, (300,), generator=generator)
+    found = []
+    for fused in (False, True):
+        # CPUs have no such operation: the test gives its result.
+        monkeypatch.setattr(head_module, "sums_in_float32", lambda *of, f=fused: f)
+        calls = []
+
+        def addmm(total, left, right, dtype, *, out, calls=calls):
+            calls.append(dtype)
+            out.copy_(total + left.float() @ right.float())
+
+        monkeypatch.setattr(torch.ops.aten.addmm, "dtype_out", addmm)
+        with torch.autocast("cpu", torch.bfloat16):
+            logprobs = target_logprobs(hidden, weight, targets, rows=64)
+        (grad,) = torch.autograd.grad(logprobs.sum(), weight)
+        assert grad.dtype == torch.float32
+        assert calls == [torch.float32] * (5 if fused else 0)
+        found.append(grad)
+    assert not torch.equal(found[1], found[1].bfloat16().float())
+    exact = (hidden.bfloat16().float(), weight.detach().bfloat16().float().requires_grad_())
+    expected = (exact[0] @ exact[1].t()).log_softmax(-1).gather(-1, targets[:, None]).sum()
+    (wanted,) = torch.autograd.grad(expected, exact[1])
+    for grad in found:
+        torch.testing.assert_close(grad, wanted, rtol=0, atol=0.1)
+    assert (found[1] - wanted).norm() <= (found[0] - wanted).norm()
+
+
+def test_a_sum_in_float32_is_measured():
+    assert not head_module.sums_in_float32(torch.device("cpu"), torch.bfloat16)
 
 
 def test_a_head_keeps_the_chunk_size_of_its_first_forward(monkeypatch):

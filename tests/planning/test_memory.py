@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from modern_llm.models.load import make_scorer
 from modern_llm.models.shapes import decoder_sizes, parameter_shapes
+from modern_llm.models.training_mode import recompute_activations
 from modern_llm.planning.memory import (
     ParallelLayout,
     Parameter,
     Sizes,
+    activation_bytes,
     gradient_bytes,
     optimizer_bytes,
     plan_memory,
@@ -109,6 +113,72 @@ def test_bytes_equal_what_two_processes_hold(tmp_path):
 
 def sizes(**changes) -> Sizes:
     return Sizes(**decoder_sizes(LlamaConfig(**(ODD | changes))))
+
+
+def kept_by(layers: int, mode: str, checkpointing: bool) -> tuple[int, int]:
+    """Bytes that a forward of 256 tokens keeps for its backward, and the casts of weights in it."""
+    config = LlamaConfig(**WIDE | {"num_hidden_layers": layers})
+    scorer = make_scorer(AutoModelForCausalLM.from_config(config), "blocks", lean=False).train()
+    if mode == "weights":
+        scorer.to(torch.bfloat16)
+    if checkpointing:
+        recompute_activations(scorer.model)
+    parameters = {p.untyped_storage().data_ptr() for p in scorer.parameters()}
+    casts = {2 * p.numel() for p in scorer.parameters() if p.ndim == 2}
+    kept = {}
+
+    def keep(tensor):
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in parameters and tensor.numel() >= 256:
+            kept[memory.data_ptr()] = memory
+        return tensor
+
+    ids = torch.randint(0, 61, (1, 256))
+    inputs = ids, torch.arange(256)[None], torch.zeros(1, 256, 2, dtype=torch.long)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"),
+    ):
+        scorer(*inputs, torch.tensor([[0], [1]]))
+    found = [memory.nbytes() for memory in kept.values()]
+    return sum(n for n in found if n not in casts), sum(n for n in found if n in casts)
+
+
+WIDE = {
+    "vocab_size": 61, "hidden_size": 136, "intermediate_size": 280, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "head_dim": 34, "tie_word_embeddings": False,
+}  # fmt: skip
+MODES = {
+    "float32": ParallelLayout(tokens=256),
+    "autocast": ParallelLayout(tokens=256, precision="bf16"),
+    "weights": ParallelLayout(tokens=256, precision="bf16", stage=2),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_kept_activations_are_what_autograd_keeps(mode, checkpointing):
+    setting = replace(MODES[mode], checkpointing=checkpointing)
+    wide = [Sizes(**decoder_sizes(LlamaConfig(**WIDE | {"num_hidden_layers": n}))) for n in (2, 4)]
+    planned = activation_bytes(wide[1], setting) - activation_bytes(wide[0], setting)
+    measured = kept_by(4, mode, checkpointing)[0] - kept_by(2, mode, checkpointing)[0]
+    assert planned == pytest.approx(measured, rel=0.02)
+
+
+def test_casts_of_weights_under_autocast_are_counted():
+    config = LlamaConfig(**WIDE | {"num_hidden_layers": 2})
+    parameters = [Parameter(shape) for shape in parameter_shapes(config).values()]
+    wide = Sizes(**decoder_sizes(config))
+    for mode, setting in MODES.items():
+        planned = plan_memory(parameters, wide, setting).device["buffers"]
+        if setting.stage is None:
+            assert planned == kept_by(2, mode, False)[1], mode
+    trained = sum(p.numel for p in parameters)
+    alone, two = (
+        plan_memory(parameters, wide, ParallelLayout(world=world)).device["buffers"]
+        for world in (1, 2)
+    )
+    assert alone == 0 and two == 4 * trained
 
 
 def test_parts_move_as_they_must():
