@@ -37,18 +37,37 @@ def shell(*words: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_imports_nothing_heavy_and_explains(verb):
-    code = (
-        f"import sys; from modern_llm.cli import main\n"
-        f"try: main([*'{verb}'.split(), '--help'])\nexcept SystemExit as e: assert e.code == 0\n"
-        "heavy = {'torch', 'transformers', 'accelerate', 'datasets'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+HELP_OF_ALL = """
+import contextlib, io, json, sys
+from modern_llm.cli import VERBS, main
+
+for verb in VERBS:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            status = main([*verb.split(), "--help"])
+        except SystemExit as end:
+            status = end.code
+    heavy = sorted({"torch", "transformers", "accelerate", "datasets"} & set(sys.modules))
+    print(json.dumps([verb, status, heavy, out.getvalue()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """(status, heavy modules, text) of each verb's help; one process, as a start takes a second."""
+    done = subprocess.run(
+        [sys.executable, "-c", HELP_OF_ALL], capture_output=True, text=True, cwd=ROOT
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert f"modern-llm {verb}" in done.stdout
-    assert len(done.stdout.splitlines()) > 8
+    return {verb: rest for verb, *rest in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_imports_nothing_heavy_and_explains(verb, helps):
+    status, heavy, text = helps[verb]
+    assert not status and not heavy
+    assert f"modern-llm {verb}" in text
+    assert len(text.splitlines()) > 8
 
 
 @pytest.mark.parametrize(("given", "seen"), [(None, "passive"), ("active", "active")])

@@ -67,6 +67,24 @@ def test_a_benchmark_runs_and_prints_its_requirements(script, transcripts):
     assert all(line.endswith(("reached", "MISSED")) for line in told)
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_a_real_model_runs(transcripts, tiny_checkpoint):
+    words = ["--only_ours", "--steps=2", "--batch=4", "--repeats=1", "--threads=1"]
+    done = subprocess.run(
+        [
+            sys.executable, FOLDER / "bench_real.py", f"--data={transcripts}",
+            f"--model={tiny_checkpoint}", "--max_length=256", *words,
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("(required ") == 2
+    assert "8 pairs of" in done.stdout
+
+
 @pytest.mark.parametrize("script", RUNS)
 def test_a_benchmark_writes_the_inputs_of_its_sides(script, transcripts, tmp_path):
     module = importlib.import_module(script.removesuffix(".py"))
