@@ -1,7 +1,7 @@
-"""Frozen models beside the policy: whole on each device, or sharded by their own ZeRO-3 engine.
+"""Frozen models beside the policy: whole on each device, or sharded by ZeRO-3 or FSDP2.
 
-The engine is used under DeepSpeed at every stage of the policy. It has no optimizer and no
-gradients, and every process holds its share of each weight. All processes must do the same number
+ZeRO-3 shards them under DeepSpeed at every stage of the policy. There is no optimizer and no
+gradient, and every process holds its share of each weight. All processes must do the same number
 of forwards.
 """
 
@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
 from modern_llm.config import TrainingConfig
 from modern_llm.distributed import deepspeed_config, deepspeed_release
-from modern_llm.distributed.sharded_start import shard_for_zero3
+from modern_llm.distributed.sharded_start import fill, shard_for_zero3, take_readers
 
 REFERENCE_FILE = "reference_zero3.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,6 +50,21 @@ def shard(module: nn.Module, config: dict[str, Any], device: torch.device) -> nn
     engine, *_ = deepspeed.initialize(model=module, config=config)
     engine.eval()
     return engine
+
+
+def shard_by_fsdp(accelerator: Accelerator, module: nn.Module, precision: str) -> nn.Module:
+    """Return `module` sharded by FSDP2 as Accelerate shards the policy, for forwards only.
+
+    Args:
+        precision: of the run; 16-bit weights are sharded in 16 bits.
+    """
+    freeze_parameters(module)
+    readers = take_readers(module, DTYPES.get(precision))
+    if precision in DTYPES:
+        round_parameters(module, precision)
+    fsdp2_prepare_model(accelerator, module)
+    fill(module, readers)
+    return module
 
 
 def freeze_parameters(module: nn.Module) -> nn.Module:

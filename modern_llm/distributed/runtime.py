@@ -93,9 +93,11 @@ class Runtime(Peers):
         self._in_use[id(model)] = partial(deepspeed_release.forget, model)  # if it does not start
         if self.stage == 3:
             sharded_start.shard_for_zero3(model, self.deepspeed_content, self.device)
+        readers = sharded_start.take_readers(model) if self.shards_weights else {}
         sharded_start.refuse_unread(model)
         with launcher.hidden():
             engine = kind(self.accelerator, model, optimizer)
+        sharded_start.fill(model, readers)
         del self._in_use[id(model)]
         self._in_use[id(engine)] = engine.release
         return engine
@@ -123,6 +125,11 @@ class Runtime(Peers):
         return self.stage == 3 or self.accelerator.distributed_type == DistributedType.FSDP
 
     @property
+    def shards_frozen(self) -> bool:
+        """Whether a frozen model is sharded: under DeepSpeed at every stage, and under FSDP."""
+        return self.stage is not None or (self.shards_weights and self.world > 1)
+
+    @property
     def rounds_weights(self) -> bool:
         """Whether the engine converts the weights of forwards to 16 bits."""
         return self.forward_dtype.endswith("-weights")
@@ -130,9 +137,12 @@ class Runtime(Peers):
     def freeze(self, module: nn.Module) -> nn.Module:
         """Return a frozen module, ready for forwards on this device.
 
-        Under DeepSpeed it is sharded by its own engine, so every rank must do the same number of
-        forwards.
+        Under DeepSpeed and FSDP it is sharded by its own engine, so every rank must do the same
+        number of forwards.
         """
+        if self.stage is None and self.shards_frozen:
+            precision = self.config.precision
+            return self._frozen(frozen_engine.shard_by_fsdp(self.accelerator, module, precision))
         if self.stage is None:
             sharded_start.refuse_unread(module)
             if self.rounds_weights:  # FSDP's policy does it to the model that trains

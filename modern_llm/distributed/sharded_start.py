@@ -7,14 +7,17 @@ all of it. Here rank 0 reads and the others receive, one parameter at a time.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import distribute_tensor
 
 from modern_llm.distributed.freed_memory import large_blocks_apart
 from modern_llm.distributed.health import heartbeat
+from modern_llm.distributed.health.heartbeat import waiting
 
 
 @large_blocks_apart()
@@ -34,12 +37,13 @@ def shard_for_zero3(module: nn.Module, config: dict[str, Any], device: torch.dev
     for parameter in list(module.parameters()):
         heartbeat.tick()
         parameter.data = _whole(parameter, dtype, device)
-        if first is None:
-            holder = nn.Module()
-            holder.weight = first = parameter
-            deepspeed.zero.Init(module=holder, config_dict_or_path=config)
-        else:  # a method that `Init` has put on the first one
-            first.convert_to_zero_parameters(param_list=[parameter])
+        with waiting():
+            if first is None:
+                holder = nn.Module()
+                holder.weight = first = parameter
+                deepspeed.zero.Init(module=holder, config_dict_or_path=config)
+            else:  # a method that `Init` has put on the first one
+                first.convert_to_zero_parameters(param_list=[parameter])
     for buffer in module.buffers():
         buffer.data = buffer.data.to(device)
 
@@ -61,6 +65,40 @@ def _whole(parameter: nn.Parameter, dtype: torch.dtype, device: torch.device) ->
         return torch.empty(parameter.shape, dtype=kind, device=device)
     # Always a copy: mapped pages that a collective writes to would stay in memory with the file.
     return (parameter.data if read is None else read()).to(device, kind, copy=True).contiguous()
+
+
+@torch.no_grad()
+def take_readers(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Callable]:
+    """Return what reads each parameter by name, and let FSDP2 shard uninitialised ones meanwhile.
+
+    Args:
+        dtype: of the parameters; default: unchanged.
+    """
+    readers = {}
+    for name, parameter in module.named_parameters():
+        if read := vars(parameter).pop("unread", None):
+            readers[name] = read
+            # Contiguous, as FSDP2 demands. Its pages are never written, so it takes no memory.
+            parameter.data = torch.empty(parameter.shape, dtype=dtype or parameter.dtype)
+    return readers
+
+
+@large_blocks_apart()
+@torch.no_grad()
+def fill(module: nn.Module, readers: dict[str, Callable]) -> None:
+    """Fill the parameters that FSDP2 has sharded, one after another; a collective."""
+    parameters = dict(module.named_parameters())
+    for name, read in readers.items():
+        heartbeat.tick()
+        parameter = parameters[name]
+        mesh = parameter.device_mesh
+        if dist.get_rank() == 0:
+            whole = read().to(mesh.device_type, parameter.dtype).contiguous()
+        else:
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=mesh.device_type)
+        with waiting():
+            part = distribute_tensor(whole, mesh, parameter.placements)  # rank 0 scatters
+        parameter.to_local().copy_(part.to_local())
 
 
 def refuse_unread(module: nn.Module) -> None:

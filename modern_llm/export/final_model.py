@@ -1,11 +1,13 @@
 """Export of the trained model to a folder that plain `transformers` loads.
 
-Sharded parameters are gathered one at a time; only rank 0 keeps them all, in host memory.
+Sharded parameters are gathered one at a time. Rank 0 writes each to a file of its own, which it
+maps: no process ever holds the whole model.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modern_llm.distributed.engine import Engine
 from modern_llm.distributed.health import heartbeat
-from modern_llm.distributed.optimizer_shards import full_parameters
+from modern_llm.distributed.optimizer_shards import full_parameters, replicated
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.inference.generate import end_ids
 from modern_llm.models.adapters import has_adapters, write_adapter_config, write_adapters
+from modern_llm.storage.atomic import TEMPORARY
 from modern_llm.storage.fault_points import around
 from modern_llm.storage.regular_files import read_bytes
+
+LARGE = 1 << 16
+"""Elements of a gathered parameter that is kept in a file."""
 
 
 def export(
@@ -37,13 +43,11 @@ def export(
     Args:
         ends: ids that end an answer besides the tokenizer's end token.
     """
-    state: dict[str, Tensor] = {}
     adapted = has_adapters(engine.inner)
-    for name, tensor in full_parameters(engine, trained=adapted):
-        heartbeat.tick()
-        if runtime.is_main:
-            state[name] = tensor.to("cpu", copy=tensor.device.type == "cpu")
+    state, failure = _gathered(runtime, engine, folder.parent, adapted=adapted)
     with runtime.committed_folder(folder, {}) as temporary:
+        if failure is not None:
+            raise failure
         if runtime.is_main and adapted:
             name_special_ids(engine.inner, tokenizer, ends)
             with around("export.write"):
@@ -51,6 +55,43 @@ def export(
                 tokenizer.save_pretrained(temporary)
         elif runtime.is_main:
             write_model(engine.inner, state, tokenizer, temporary, ends)
+
+
+def _gathered(
+    runtime: Runtime, engine: Engine, disk: Path, *, adapted: bool
+) -> tuple[dict[str, Tensor], OSError | None]:
+    """Return the parameters on rank 0, and an error of its disk; a collective.
+
+    The error is raised later: other ranks would wait in the next collective.
+    """
+    state: dict[str, Tensor] = {}
+    failure: OSError | None = None
+    sharded = not replicated(engine)
+    for name, tensor in full_parameters(engine, trained=adapted):
+        heartbeat.tick()
+        if not runtime.is_main or failure is not None:
+            continue
+        try:
+            if sharded and tensor.numel() >= LARGE:
+                state[name] = _mapped(tensor, disk)
+            else:
+                state[name] = tensor.to("cpu", copy=tensor.device.type == "cpu")
+        except OSError as error:
+            failure = error
+    return state, failure
+
+
+def _mapped(tensor: Tensor, disk: Path) -> Tensor:
+    """Return a copy of `tensor` that is mapped from a file in the folder `disk`."""
+    whole = tensor.detach().cpu().contiguous()
+    path = disk / f"{TEMPORARY}gathered-{os.getpid()}"
+    try:
+        with around("gathered.write"), path.open("wb") as file:
+            file.write(memoryview(whole.view(-1).view(torch.uint8).numpy()))
+        mapped = torch.from_file(str(path), shared=False, size=whole.numel(), dtype=whole.dtype)
+    finally:
+        path.unlink(missing_ok=True)  # a mapping keeps the data
+    return mapped.view(whole.shape)
 
 
 def write_model(

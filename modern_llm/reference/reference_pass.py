@@ -229,7 +229,7 @@ class ReferencePass:
             yield None
             return
         # DeepSpeed and FSDP train in the precision of their engine, and the policy has none yet.
-        plain = self._runtime.stage is None and not self._runtime.rounds_weights
+        plain = not self._runtime.shards_frozen and not self._runtime.rounds_weights
         if self._is_policy and policy is not None and plain:
             scorer, module = policy, policy
         else:

@@ -11,6 +11,7 @@ from modern_llm.models.adapters import add_adapters
 from modern_llm.models.load import Checkpoint
 from modern_llm.models.scorer import TokenScorer
 from modern_llm.models.training_mode import disable_dropout
+from modern_llm.models.unread import has_unread
 from modern_llm.setup.scorers import load_to_shard, set_up_scorer
 
 
@@ -42,16 +43,6 @@ def check_lora(
             "accelerate_configs/zero2.yaml or ddp.yaml",
         ),
         (
-            bool(lora.target_parameters) and runtime.stage == 3,
-            "lora.target_parameters: ZeRO-3 shards the parameters that the adapters change; use "
-            "accelerate_configs/zero2.yaml or ddp.yaml",
-        ),
-        (
-            lora.dora and runtime.stage == 3,
-            "lora.dora: ZeRO-3 shards the weights whose rows it measures; use "
-            "accelerate_configs/zero2.yaml or ddp.yaml",
-        ),
-        (
             few and config.precision == "no",
             f"lora.quantize {lora.quantize}: the forward runs in 16 bits; set "
             "train.mixed_precision to bf16 or fp16",
@@ -72,11 +63,11 @@ def set_up_policy(
 ) -> TokenScorer:
     """Load the model to train, with adapters where configured."""
     quantize = lora.quantize if lora else None
-    model = load_to_shard(runtime, checkpoint, quantize, sharded=runtime.stage == 3)
+    model = load_to_shard(runtime, checkpoint, quantize, sharded=runtime.shards_weights)
     scorer = set_up_scorer(runtime, model, config, dropout=dropout)
     if lora is not None:
         add_adapters(model, lora, checkpoint.place, seed=config.seed)
-        if runtime.stage != 3:
+        if runtime.stage != 3 and not has_unread(model):
             model.to(runtime.device)
         if not dropout:
             disable_dropout(model)

@@ -68,7 +68,7 @@ def set_up_scorer(
     runtime: Runtime, model: PreTrainedModel, config: TrainingConfig, *, dropout: bool
 ) -> TokenScorer:
     """Probe, wrap and place the model; apply dropout, recomputation and compilation settings."""
-    if runtime.stage != 3:  # there no device ever holds the whole model
+    if runtime.stage != 3 and not has_unread(model):
         model.to(runtime.device)
     _set_kernel(model, config)
     scorer = _probed(
@@ -145,8 +145,8 @@ def _lean(runtime: Runtime, config: TrainingConfig) -> bool:
 
 def set_up_frozen(runtime: Runtime, checkpoint: Checkpoint, config: TrainingConfig) -> TokenScorer:
     """Load and probe a frozen model."""
-    model = load_to_shard(runtime, checkpoint, sharded=runtime.stage is not None)
-    if runtime.stage is None:  # under DeepSpeed its engine places it, sharded
+    model = load_to_shard(runtime, checkpoint, sharded=runtime.shards_frozen)
+    if not runtime.shards_frozen:  # else its engine places it
         model.to(runtime.device)
     disable_dropout(model)
     _set_kernel(model, config)

@@ -64,7 +64,7 @@ def run_training(
         build = partial(prepare_tables, data, tokenizer, max_length=model_config.max_seq_len)
         inputs = stage.build_tables(runtime, run, build, dry_run, callbacks)
         tables.check_ids_fit(inputs.tables, tokenizer, model_config.vocab_size)
-        build_policy = build_model_later if runtime.stage == 3 else build_model
+        build_policy = build_model_later if runtime.shards_weights else build_model
         model = build_policy(model_config, seed=train_config.seed)
         scorer = set_up_scorer(runtime, model, train_config, dropout=True)
         source, evaluation = make_sources(runtime, train_config, inputs.tables, scorer)

@@ -19,6 +19,7 @@ from typing import Any
 from modern_llm.config.errors import NotFiniteError, StorageError
 from modern_llm.distributed.collectives import Peers, own_group
 from modern_llm.distributed.health import heartbeat
+from modern_llm.distributed.optimizer_shards import replicated
 from modern_llm.models.run_checkpoint import BEST
 from modern_llm.storage.atomic import TEMPORARY, free_bytes, refusals
 from modern_llm.storage.fault_points import around
@@ -231,7 +232,9 @@ class Saver:
         # While the newest is written there is one more than is kept; the final model comes last.
         existing = len(list(folder.glob("step-*")))
         most = min(saves + self._run.config.keep_best, kept + 1)
-        need = int(1.1 * (max(1, most - existing) * one + one / 3))
+        # Gathered weights are on the disk too while the final model is written.
+        finals = 1 if replicated(self._engine) else 2
+        need = int(1.1 * (max(1, most - existing) * one + finals * one / 3))
         free = free_bytes(folder)
         if free < need:
             raise StorageError(
