@@ -43,8 +43,12 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, place: str, *, seed
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=config.targets,
+        target_modules=_targets(model, config),
         modules_to_save=config.modules_to_save or None,
+        use_dora=config.dora,
+        use_rslora=config.rslora,
+        layers_to_transform=config.layers,
+        target_parameters=config.target_parameters or None,
         task_type="CAUSAL_LM",
         base_model_name_or_path=place,
     )
@@ -58,6 +62,15 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, place: str, *, seed
         if original != name:
             copy_reader(parameters[original], parameter)
     model.peft_config[NAME].base_model_name_or_path = place
+
+
+def _targets(model: PreTrainedModel, config: LoraConfig) -> str | list[str]:
+    """Return the layers' names as peft takes them: it chooses layers only among listed ones."""
+    if config.targets != "all-linear" or config.layers is None:
+        return config.targets
+    head = model.get_output_embeddings()
+    linear = (n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head)
+    return sorted({name.rpartition(".")[2] for name in linear})
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -144,6 +157,18 @@ def _refuse_unknown(model: PreTrainedModel, config: LoraConfig) -> None:
         for option, names in asked
         for name in names
         if name.rpartition(".")[2] not in ends
+    ]
+    parameters = [name for name, _ in model.named_parameters()]
+    problems += [
+        f"lora.target_parameters: no parameter of this model ends with {name!r}"
+        for name in config.target_parameters
+        if not any(f".{known}".endswith(f".{name}") for known in parameters)
+    ]
+    layers = model.config.get_text_config().num_hidden_layers
+    problems += [
+        f"lora.layers: {number} is no layer of this model: 0 to {layers - 1}"
+        for number in config.layers or ()
+        if number >= layers
     ]
     if problems:
         raise ConfigError(problems)

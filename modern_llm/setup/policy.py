@@ -43,6 +43,16 @@ def check_lora(
             "accelerate_configs/zero2.yaml or ddp.yaml",
         ),
         (
+            bool(lora.target_parameters) and runtime.stage == 3,
+            "lora.target_parameters: ZeRO-3 shards the parameters that the adapters change; use "
+            "accelerate_configs/zero2.yaml or ddp.yaml",
+        ),
+        (
+            lora.dora and runtime.stage == 3,
+            "lora.dora: ZeRO-3 shards the weights whose rows it measures; use "
+            "accelerate_configs/zero2.yaml or ddp.yaml",
+        ),
+        (
             few and config.precision == "no",
             f"lora.quantize {lora.quantize}: the forward runs in 16 bits; set "
             "train.mixed_precision to bf16 or fp16",

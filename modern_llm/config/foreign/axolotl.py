@@ -83,6 +83,10 @@ ROWS = {
     "lora_dropout": Row("lora.dropout", "lora_dropout", FIXED_DROPOUT),
     "lora_target_modules": Row("lora.targets", "lora_targets"),
     "lora_target_linear": Row("lora.targets", "lora_all_linear"),
+    "peft_use_dora": Row("lora.dora", "lora_flag"),
+    "peft_use_rslora": Row("lora.rslora", "lora_flag"),
+    "peft_layers_to_transform": Row("lora.layers", "lora_layers"),
+    "lora_target_parameters": Row("lora.target_parameters", "lora_list"),
     "lora_modules_to_save": Row("lora.modules_to_save", "lora_list"),
     "load_in_4bit": Row("lora.quantize", "nf4"),
     "load_in_8bit": Row("lora.quantize", "int8"),
@@ -200,8 +204,7 @@ NO_EQUIVALENT = {
     ),
     "the prompt is never trained on": "train_on_inputs",
     "adapters are plain LoRA on a whole model: merge others first (modern-llm export --merge)": (
-        "lora_model_dir lora_fan_in_fan_out lora_target_parameters lora_rank_pattern "
-        "lora_alpha_pattern peft peft_use_dora peft_use_rslora peft_layers_to_transform "
+        "lora_model_dir lora_fan_in_fan_out lora_rank_pattern lora_alpha_pattern peft "
         "peft_layers_pattern peft_layer_replication peft_init_lora_weights "
         "peft_trainable_token_indices peft_ensure_weight_tying peft_autocast_adapter_dtype "
         "loraplus_lr_ratio loraplus_lr_embedding loftq_config lora_on_cpu bnb_config_kwargs "

@@ -13,6 +13,8 @@ ROWS = {
     "lora_alpha": Row("lora.alpha", "lora"),
     "lora_dropout": Row("lora.dropout", "lora_dropout", FIXED_DROPOUT),
     "lora_target": Row("lora.targets", "lora_targets"),
+    "use_rslora": Row("lora.rslora", "lora_flag"),
+    "use_dora": Row("lora.dora", "lora_flag"),
     "additional_target": Row("lora.modules_to_save", "lora_list"),
     "quantization_bit": Row("lora.quantize", "bits"),
     "dataset": Row(
@@ -103,7 +105,7 @@ NO_EQUIVALENT = {
         "new_special_tokens_config init_special_tokens"
     ),
     "adapters are plain LoRA on a whole model: merge others first (modern-llm export --merge)": (
-        "adapter_name_or_path adapter_folder use_rslora use_dora pissa_init pissa_iter "
+        "adapter_name_or_path adapter_folder pissa_init pissa_iter "
         "pissa_convert loraplus_lr_ratio loraplus_lr_embedding double_quantization "
         "quantization_method quantization_type oft_rank oft_block_size oft_target module_dropout "
         "ref_model_adapters ref_model_quantization_bit"

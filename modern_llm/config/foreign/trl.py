@@ -15,6 +15,9 @@ ROWS = {
     "lora_dropout": Row("lora.dropout", "lora_dropout", FIXED_DROPOUT),
     "lora_target_modules": Row("lora.targets", "lora_targets"),
     "lora_modules_to_save": Row("lora.modules_to_save", "lora_list"),
+    "use_rslora": Row("lora.rslora", "lora_flag"),
+    "use_dora": Row("lora.dora", "lora_flag"),
+    "lora_target_parameters": Row("lora.target_parameters", "lora_list"),
     "load_in_4bit": Row("lora.quantize", "nf4"),
     "load_in_8bit": Row("lora.quantize", "int8"),
     "bnb_4bit_quant_type": Row("lora.quantize", "nf4_type"),
@@ -86,9 +89,8 @@ NO_EQUIVALENT = {
     "an over-long prompt loses its start, then the response its end": (
         "truncation_mode max_completion_length"
     ),
-    "adapters are plain LoRA": (
-        "use_rslora use_dora lora_target_parameters use_bnb_nested_quant model_adapter_name "
-        "ref_adapter_name"
+    "one set of adapters on a whole model": (
+        "use_bnb_nested_quant model_adapter_name ref_adapter_name"
     ),
     "data is tokenised once into a table on disk": "dataset_streaming streaming",
     "activations stay on the device; train.gradient_checkpointing saves memory": (

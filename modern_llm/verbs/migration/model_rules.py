@@ -74,6 +74,21 @@ def lora_all_linear(request: Request, name: str, value: Any, ours: str) -> Found
 
 
 @with_adapters
+def lora_flag(request: Request, name: str, value: Any, ours: str) -> Found:
+    if not truth(value):
+        raise Off("off")
+    return Found({ours: True})
+
+
+@with_adapters
+def lora_layers(request: Request, name: str, value: Any, ours: str) -> Found:
+    numbers = [as_number(item) for item in (value if isinstance(value, list) else [value])]
+    if not numbers or not all(isinstance(number, int) for number in numbers):
+        raise NoEquivalent("a list of the numbers of layers")
+    return Found({ours: numbers})
+
+
+@with_adapters
 def lora_list(request: Request, name: str, value: Any, ours: str) -> Found:
     words = value if isinstance(value, list) else [w.strip() for w in str(value).split(",")]
     if not [word for word in words if word]:

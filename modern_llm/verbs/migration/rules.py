@@ -49,6 +49,8 @@ RULES: dict[str, Callable[[Request, str, Any, str], Found]] = {
     "lora_dropout": model_rules.lora_dropout,
     "lora_targets": model_rules.lora_targets,
     "lora_all_linear": model_rules.lora_all_linear,
+    "lora_flag": model_rules.lora_flag,
+    "lora_layers": model_rules.lora_layers,
     "lora_list": model_rules.lora_list,
     "nf4": model_rules.nf4,
     "int8": model_rules.int8,
