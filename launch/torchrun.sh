@@ -10,7 +10,8 @@
 # ACCELERATE_CONFIG       a file of accelerate_configs/; torchrun and DDP without it
 # PYTHON                  the interpreter                                     (.venv beside this folder, else python3)
 #
-# Without GPUs on several machines set GLOO_SOCKET_IFNAME too, the network interface to use.
+# On several machines GLOO_SOCKET_IFNAME names the network interface by which ranks agree, with GPUs
+# too; it is needed where the name of a machine leads to itself (/etc/hosts), and the start says so.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)

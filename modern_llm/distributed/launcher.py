@@ -44,6 +44,16 @@ NOTHING = ("", "no", "none", "auto", "false")
 STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
+def grow_segments() -> None:
+    """Let PyTorch's allocator on CUDA grow its segments, unless the user has set it up.
+
+    Rows of many lengths otherwise leave free memory in pieces that fit no tensor. It is read when
+    the device is first used.
+    """
+    if not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def missing_processes(world: int) -> str:
     """Return a warning if the launcher was told to start more processes than arrived, or nothing.
 

@@ -47,6 +47,7 @@ from modern_llm.distributed.health.heartbeat import waiting
 from modern_llm.distributed.health.termination import within
 from modern_llm.distributed.rendezvous.handshake import differences, join, whereabouts
 from modern_llm.distributed.rendezvous.input_files import named_in
+from modern_llm.distributed.rendezvous.interfaces import check_interface
 from modern_llm.distributed.shutdown import process_exit
 from modern_llm.storage.fault_points import around
 
@@ -227,11 +228,14 @@ def start(config: TrainingConfig, record: dict[str, Any] | None = None) -> Runti
     on_cpu = not torch.cuda.is_available()
     if on_cpu:  # else DeepSpeed warns, which Accelerate imports at export even if it is not used
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    else:
+        launcher.grow_segments()
     deepspeed = launcher.asked("ACCELERATE_USE_DEEPSPEED")
     announced = int(os.environ.get("WORLD_SIZE", "1"))
     launcher.refuse_contradictions(config, on_cpu=on_cpu, world=announced)
     plugin = _deepspeed_plugin(config) if deepspeed else None
     if (announced > 1 or deepspeed) and not dist.is_initialized():
+        check_interface()
         if not on_cpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         join("gloo" if on_cpu else "nccl", _facts(record), timedelta(hours=MEETING_H))
@@ -350,10 +354,13 @@ def _compare_inputs(runtime: Runtime, record: dict[str, Any]) -> None:
 
 
 def _own_buffers() -> DistributedDataParallelKwargs:
-    """Do not broadcast buffers: they are constants, and every forward would wait for all ranks."""
+    """Do not broadcast buffers: they are constants, and every forward would wait for all ranks.
+
+    Gradients are views of the buckets in which they are reduced, so that they exist once.
+    """
     # Accelerate has no other name for the option yet.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-    return DistributedDataParallelKwargs(broadcast_buffers=False)
+    return DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def _deepspeed_plugin(config: TrainingConfig) -> DeepSpeedPlugin:

@@ -61,8 +61,11 @@ def recompute_activations(model: PreTrainedModel, *, selective: bool = False) ->
     (new or model.gradient_checkpointing_enable)(options)
 
 
-# By name, because some exist only on some devices, and FlexAttention is not an aten operator.
-_COSTLY = frozenset({"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "flex_attention"})
+# By name, because some exist only on some devices, and FlexAttention is not an aten operator: in a
+# plain layer it is a compiled region, in a compiled layer an operator of its own.
+_COSTLY = frozenset(
+    "mm addmm bmm baddbmm _grouped_mm flex_attention inductor_compiled_code".split()
+)
 
 
 def _kept(context: object, operator: Any, *of: object, **more: object) -> CheckpointPolicy:

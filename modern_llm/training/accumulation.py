@@ -93,8 +93,7 @@ def _attempt(
         with heartbeat.quick("loading the batch", step + 1), around("loader"):
             batches = [batch.to(runtime.device) for batch in task.micro_batches(step)]
         busy = time.perf_counter() - began
-        compiles = heartbeat.COMPILE_S if config.compile else 0.0
-        with heartbeat.quick("forward and backward", step + 1, compiles):
+        with heartbeat.quick("forward and backward", step + 1, context.compile_s):
             batches = task.prepare(engine.model, step, batches)
             prepared = True
             # DDP and ZeRO average gradients over ranks; the factor `world` undoes that.

@@ -9,6 +9,7 @@ from typing import Any
 
 from modern_llm.config import TrainingConfig
 from modern_llm.distributed.engine import Engine
+from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.training.best import Best
 from modern_llm.training.guards.state import GuardState
@@ -59,6 +60,13 @@ class TrainingContext:
 
     def __post_init__(self) -> None:
         self.end = self.total
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds that the watchdog allows a forward for compilation: of the layers, or of a new
+        variant of the attention on a GPU."""
+        compiles = self.run.config.compile or self.runtime.device.type == "cuda"
+        return heartbeat.COMPILE_S if compiles else 0.0
 
     def end_at(self, step: int, reason: str) -> None:
         """End the run after `step`; called on all ranks."""

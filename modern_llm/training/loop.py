@@ -297,7 +297,7 @@ def _evaluate(context: TrainingContext, monitor: Monitor, step: int) -> dict[str
     model.eval()
     sums: dict[str, Tensor] = {}
     for group in groups:
-        with heartbeat.quick("evaluation", step):
+        with heartbeat.quick("evaluation", step, context.compile_s):
             batches = task.prepare(model, step, [batch.to(runtime.device) for batch in group])
             for batch in batches:
                 check(runtime, "during an evaluation")

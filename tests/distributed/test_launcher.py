@@ -243,3 +243,15 @@ def test_the_number_on_accelerates_command_line_is_found(line, found, monkeypatc
     words = "\0".join(line.split()).encode()
     monkeypatch.setattr(launcher, "read_bytes", lambda path: words)
     assert launcher._told_to_accelerate() == found
+
+
+@pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_grows_segments_unless_the_user_has_set_it_up(name, monkeypatch):
+    for known in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(known, raising=False)
+    if name is not None:
+        monkeypatch.setenv(name, "max_split_size_mb:128")
+    launcher.grow_segments()
+    expected = "expandable_segments:True" if name is None else None
+    assert (os.environ.get("PYTORCH_ALLOC_CONF") == expected) == (name != "PYTORCH_ALLOC_CONF")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)

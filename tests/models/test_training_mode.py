@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +13,18 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from modern_llm.config import TrainingConfig
 from modern_llm.data.batch.collate import collate
 from modern_llm.data.batch.order import Sharing
 from modern_llm.data.batch.prefix_tree import Examples
+from modern_llm.models import training_mode
+from modern_llm.models.attention import flex
 from modern_llm.models.attention.flex import SIDE
 from modern_llm.models.load import make_scorer
 from modern_llm.models.training_mode import compile_layers, decoder_layers, recompute_activations
@@ -108,6 +116,28 @@ def test_recomputing_selectively_repeats_no_product_and_keeps_less():
     plain, whole, selective = work(None), work(False), work(True)
     assert whole[0] > plain[0] == selective[0], "products"
     assert whole[1] < selective[1] < 0.85 * plain[1], "bytes between forward and backward"
+
+
+@pytest.mark.slow
+def test_results_of_compiled_attention_are_kept_by_selective_recomputation():
+    """On a GPU the attention of a plain layer is a compiled region, which hides its operators."""
+    asked = []
+
+    def policy(context, operator, *of, **more):
+        kept = training_mode._kept(context, operator, *of, **more)
+        asked.append((context.is_recompute, str(operator), kept))
+        return kept
+
+    region = torch.compile(lambda x: x.sin().exp(), options=flex.COMPILER_OPTIONS)
+    states = torch.randn(64, requires_grad=True)
+    (expected,) = torch.autograd.grad(states.sin().exp().cos().sum(), states)
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    out = checkpoint(lambda x: region(x).cos(), states, use_reentrant=False, context_fn=contexts)
+    out.sum().backward()
+    found = {(again, kept) for again, name, kept in asked if "inductor_compiled_code" in name}
+    assert (False, CheckpointPolicy.MUST_SAVE) in found
+    assert {kept for _, kept in found} == {CheckpointPolicy.MUST_SAVE}
+    torch.testing.assert_close(states.grad, expected)
 
 
 BACKENDS = {"blocks": Sharing.LINE, "mask": Sharing.ROWS, "flex": Sharing.LINE}

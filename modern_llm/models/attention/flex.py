@@ -20,6 +20,9 @@ SIDE = 128
 """Side of a block in tokens. Rows are padded to a multiple, so that there are few lengths."""
 # Tree id of padding, larger than any other: padding sees only itself.
 NO_TREE = 1 << 30
+COMPILER_OPTIONS = {"wrap_inductor_compiled_regions": True}
+"""Show compiled code to `training_mode.recompute_activations`, which keeps the attention's results:
+else it would be computed again in the backward."""
 VARIANTS = 64
 """Graphs of the attention in one process, at most."""
 KERNEL_OPTIONS: dict[str, bool] = {
@@ -127,9 +130,13 @@ def set_up_compiler() -> None:
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[..., Tensor]:
+    from torch._inductor import config  # slow to import, and a CPU does not need it
+
     set_up_compiler()
     # Dynamic: one graph for all lengths. Full graph: beyond the limit of variants is an error.
-    return torch.compile(_fused, dynamic=True, fullgraph=True)
+    known = config.get_config_copy()  # some versions of torch lack the option
+    options = {name: value for name, value in COMPILER_OPTIONS.items() if name in known}
+    return torch.compile(_fused, dynamic=True, fullgraph=True, options=options or None)
 
 
 def _fused(

@@ -13,11 +13,17 @@ from modern_llm.config.errors import StorageError, UserError
 from modern_llm.distributed.engine import Engine
 from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.runtime import Runtime
+from modern_llm.models.head import set_training_rows
 from modern_llm.models.run_checkpoint import BEST, load_weights
 from modern_llm.storage.fault_points import around
 from modern_llm.training.best import best_of
 from modern_llm.training.checkpointing import format
-from modern_llm.training.checkpointing.saver import ENDED, PENDING_EVALUATION, WINDOW
+from modern_llm.training.checkpointing.saver import (
+    ENDED,
+    HEAD_ROWS,
+    PENDING_EVALUATION,
+    WINDOW,
+)
 from modern_llm.training.context import Resume, TrainingContext
 from modern_llm.training.guards.state import GuardState, no_spikes
 from modern_llm.training.optim import make_optimizer
@@ -89,6 +95,10 @@ def _restore(context: TrainingContext, folder: Path, manifest: dict[str, Any], s
         context.window.load(manifest.get(WINDOW) or {})
         if context.best is not None:
             context.best.load(manifest.get(BEST) or {})
+        rows = manifest.get(HEAD_ROWS) or []  # absent: an earlier version wrote the checkpoint
+        runtime = context.runtime
+        if len(rows) == runtime.world and rows[runtime.rank] is not None:
+            set_training_rows(context.engine.inner, max(1, int(rows[runtime.rank])))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         reason = type(error).__name__
         raise StorageError(f"{folder}: its manifest cannot be read ({reason})") from error

@@ -20,6 +20,7 @@ from modern_llm.config.errors import NotFiniteError, StorageError
 from modern_llm.distributed.collectives import Peers, own_group
 from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.optimizer_shards import replicated
+from modern_llm.models.head import training_rows
 from modern_llm.models.run_checkpoint import BEST
 from modern_llm.storage.atomic import TEMPORARY, free_bytes, refusals
 from modern_llm.storage.fault_points import around
@@ -35,7 +36,7 @@ GRACE_S = 30.0
 """Seconds that torchrun leaves a worker between SIGTERM and SIGKILL."""
 PENDING_EVALUATION = "owed"
 """Manifest flag: rerun the evaluation of this step on resume."""
-WINDOW, ENDED = "since_line", "ended"
+WINDOW, ENDED, HEAD_ROWS = "since_line", "ended", "head_rows"
 """Manifest entries: sums since the last logged line; why the run ended."""
 PARTING_S = 5.0
 """Seconds that a background save gets to finish after an error."""
@@ -108,6 +109,8 @@ class Saver:
         self._runtime.on_main(self._run.lock.check)
         context = self._context
         facts = {**self._facts, "examples": examples, WINDOW: context.window.saved(self._runtime)}
+        # Each rank has its own, by its free memory.
+        facts[HEAD_ROWS] = self._runtime.gather(training_rows(self._engine.inner))
         if context.best is not None:
             facts[BEST] = context.best.saved()
         if context.ended:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import Stopped, StorageError, UserError
 from modern_llm.data.preference_datasets import PreferenceDatasetConfig
+from modern_llm.models import head
 from modern_llm.storage import atomic
 from modern_llm.training import loop
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
@@ -51,6 +52,21 @@ def same(a: Path, b: Path) -> bool:
 def undisturbed(tmp_path_factory, tiny_checkpoint, tiny_pairs):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     return folder, call(folder, tiny_checkpoint, tiny_pairs)
+
+
+def test_a_resumed_run_keeps_the_chunks_of_the_head(
+    tmp_path, tiny_checkpoint, tiny_pairs, monkeypatch
+):
+    """On a GPU their size follows free memory, which may differ when the run is resumed."""
+    monkeypatch.setattr(head, "chunk_rows", lambda *of: 7)
+    whole = call(tmp_path / "whole", tiny_checkpoint, tiny_pairs, max_steps=5)
+    with broken_at(4), pytest.raises(KeyboardInterrupt):
+        call(tmp_path / "run", tiny_checkpoint, tiny_pairs, max_steps=5)
+    monkeypatch.setattr(head, "chunk_rows", lambda *of: 3)
+    final = call(tmp_path / "run", tiny_checkpoint, tiny_pairs, max_steps=5)
+    manifest = tmp_path / "run" / "checkpoints" / "step-00000004" / "MANIFEST.json"
+    assert json.loads(manifest.read_text())["facts"]["head_rows"] == [7]
+    assert same(final, whole) and numbers(tmp_path / "run") == numbers(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("stop_after", [1, 4, 5])
