@@ -25,11 +25,9 @@ from accelerate.utils import (
     DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     DistributedType,
-    FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
 )
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import ConfigError, PeerError
@@ -37,6 +35,7 @@ from modern_llm.distributed import (
     deepspeed_config,
     deepspeed_release,
     frozen_engine,
+    fsdp,
     launcher,
     sharded_start,
 )
@@ -112,7 +111,7 @@ class Runtime(Peers):
                     return f"{name}-weights"  # without autocast norms and residuals are rounded too
         precision = self.config.precision
         if precision != "no" and self.accelerator.distributed_type == DistributedType.FSDP:
-            return f"{precision}-autocast-weights"  # both, see `_fsdp_plugin`
+            return f"{precision}-autocast-weights"  # both, see `fsdp.plugin`
         return "float32" if precision == "no" else precision
 
     @property
@@ -309,24 +308,9 @@ def _accelerator(
             cpu=on_cpu and plugin is None,
             gradient_accumulation_steps=1,
             deepspeed_plugins=plugin,
-            fsdp_plugin=_fsdp_plugin(config) if launcher.asked("ACCELERATE_USE_FSDP") else None,
+            fsdp_plugin=fsdp.plugin(config) if launcher.asked("ACCELERATE_USE_FSDP") else None,
             kwargs_handlers=handlers if dist.is_initialized() else [],
         )
-
-
-def _fsdp_plugin(config: TrainingConfig) -> FullyShardedDataParallelPlugin:
-    """Return Accelerate's plugin with a precision of our own.
-
-    Accelerate's default reduces gradients in 16 bits and rounds the outputs of the model to them.
-    """
-    policy = None
-    if config.precision != "no":
-        policy = MixedPrecisionPolicy(
-            param_dtype=frozen_engine.DTYPES[config.precision],
-            reduce_dtype=torch.float32,
-            output_dtype=torch.float32,
-        )
-    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
 
 
 def _facts(record: dict[str, Any] | None) -> dict[str, Any]:

@@ -308,21 +308,3 @@ def fuse_head(head: nn.Module, transform: LogitTransform) -> bool:
     head.__class__ = FusedHead
     head.transform, head.rows = transform, {}
     return True
-
-
-def training_rows(model: nn.Module) -> int | None:
-    """Return the rows of a chunk with gradients; None before the first forward, or without a fused
-    head."""
-    head = _head_of(model)
-    return None if head is None else head.rows.get(True)
-
-
-def set_training_rows(model: nn.Module, rows: int) -> None:
-    """Use the chunks of an earlier process: of another size they would round differently."""
-    head = _head_of(model)
-    if head is not None:
-        head.rows[True] = rows
-
-
-def _head_of(model: nn.Module) -> FusedHead | None:
-    return next((m for m in model.modules() if isinstance(m, FusedHead)), None)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from modern_llm.config.errors import StorageError, UserError
+from modern_llm.models.head import FusedHead
 from modern_llm.storage.atomic import MANIFEST, verified_manifest
 from modern_llm.storage.regular_files import check_regular
 from modern_llm.storage.safetensors_writer import NAMES
@@ -255,3 +256,21 @@ class Shards:
         if len(part.get_shape()) == 1:
             return part[start:stop]
         return file.get_tensor(name).view(-1)[start:stop]
+
+
+def training_rows(model: nn.Module) -> int | None:
+    """Return the rows of a chunk with gradients; None before the first forward, or without a fused
+    head."""
+    head = _head_of(model)
+    return None if head is None else head.rows.get(True)
+
+
+def set_training_rows(model: nn.Module, rows: int) -> None:
+    """Use the chunks of an earlier process: of another size they would round differently."""
+    head = _head_of(model)
+    if head is not None:
+        head.rows[True] = rows
+
+
+def _head_of(model: nn.Module) -> FusedHead | None:
+    return next((m for m in model.modules() if isinstance(m, FusedHead)), None)

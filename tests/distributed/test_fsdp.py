@@ -11,8 +11,8 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import fully_shard
 
 from modern_llm.config import TrainingConfig
-from modern_llm.distributed import frozen_engine
-from modern_llm.distributed.runtime import Runtime, _fsdp_plugin
+from modern_llm.distributed import frozen_engine, fsdp
+from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.load import make_scorer
 from modern_llm.models.training_mode import decoder_layers
 from tests.helpers.models import make_model, random_pairs, score
@@ -29,7 +29,7 @@ def sharded(shard: bool) -> tuple:
 
     os.environ |= {"FSDP_VERSION": "2", "ACCELERATE_USE_FSDP": "true"}
     torch.distributed.init_process_group("gloo")
-    policy = _fsdp_plugin(config("bf16")).mixed_precision_policy
+    policy = fsdp.plugin(config("bf16")).mixed_precision_policy
     scorer = make_scorer(make_model("llama"), lean=False)
     if shard:
         for layer in decoder_layers(scorer.model):

@@ -13,8 +13,7 @@ from modern_llm.config.errors import StorageError, UserError
 from modern_llm.distributed.engine import Engine
 from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.runtime import Runtime
-from modern_llm.models.head import set_training_rows
-from modern_llm.models.run_checkpoint import BEST, load_weights
+from modern_llm.models.run_checkpoint import BEST, load_weights, set_training_rows
 from modern_llm.storage.fault_points import around
 from modern_llm.training.best import best_of
 from modern_llm.training.checkpointing import format

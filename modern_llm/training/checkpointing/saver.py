@@ -20,8 +20,7 @@ from modern_llm.config.errors import NotFiniteError, StorageError
 from modern_llm.distributed.collectives import Peers, own_group
 from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.optimizer_shards import replicated
-from modern_llm.models.head import training_rows
-from modern_llm.models.run_checkpoint import BEST
+from modern_llm.models.run_checkpoint import BEST, training_rows
 from modern_llm.storage.atomic import TEMPORARY, free_bytes, refusals
 from modern_llm.storage.fault_points import around
 from modern_llm.training.checkpointing import format
