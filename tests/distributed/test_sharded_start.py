@@ -248,14 +248,13 @@ def fsdp_start(place: Path, precision: str, frozen: bool) -> dict[str, Any]:
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from torch.distributed.tensor import DTensor
 
-    from modern_llm.distributed import frozen_engine
-    from modern_llm.distributed.runtime import _fsdp_plugin
+    from modern_llm.distributed import frozen_engine, fsdp
     from modern_llm.models.load_later import load_model_later
     from modern_llm.models.unread import first_layers
 
     config = TrainingConfig(run_name="x", output_dir=place, mixed_precision=precision)
     accelerator = SimpleNamespace(
-        state=SimpleNamespace(fsdp_plugin=_fsdp_plugin(config)), mixed_precision=precision,
+        state=SimpleNamespace(fsdp_plugin=fsdp.plugin(config)), mixed_precision=precision,
         torch_device_mesh=None, device=torch.device("cpu"), is_main_process=False,
     )  # fmt: skip
     gc.collect()
