@@ -73,7 +73,9 @@ def set_up_policy(
 ) -> TokenScorer:
     """Load the model to train, with adapters where configured."""
     quantize = lora.quantize if lora else None
-    model = load_to_shard(runtime, checkpoint, quantize, sharded=runtime.shards_weights)
+    # DoRA measures the weights when its adapters are made.
+    later = runtime.shards_weights and not (lora and lora.dora)
+    model = load_to_shard(runtime, checkpoint, quantize, sharded=later)
     scorer = set_up_scorer(runtime, model, config, dropout=dropout)
     if lora is not None:
         add_adapters(model, lora, checkpoint.place, seed=config.seed)

@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 
-from modern_llm.config import TrainingConfig
+from modern_llm.config import LoraConfig, TrainingConfig
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.errors import UserError
 from modern_llm.data.preference_datasets import PreferenceDatasetConfig
 from modern_llm.models.load import inspect_checkpoint, load_model
-from modern_llm.setup import scorers
+from modern_llm.setup import policy, scorers
 from modern_llm.training.train_dpo import run_dpo
 
 
@@ -93,3 +93,24 @@ def test_a_frozen_model_is_probed_for_the_device_and_precision_of_the_run(
         scorers.set_up_frozen(runtime, inspect_checkpoint(tiny_checkpoint), settings)
     assert asked["attention"] == "auto"
     assert asked["device"] == runtime.device and asked["dtype"] == torch.bfloat16
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_weights_are_read_before_adapters_that_measure_them(
+    monkeypatch, tmp_path, tiny_checkpoint, dora
+):
+    asked = {}
+
+    def noted(*of, **options):
+        asked.update(options)
+        raise StopIteration
+
+    monkeypatch.setattr(policy, "load_to_shard", noted)
+    runtime = SimpleNamespace(stage=None, shards_weights=True, shards_frozen=True)
+    settings = TrainingConfig(run_name="t", output_dir=tmp_path)
+    with pytest.raises(StopIteration):
+        policy.set_up_policy(
+            runtime, inspect_checkpoint(tiny_checkpoint), settings, LoraConfig(dora=dora),
+            dropout=False,
+        )  # fmt: skip
+    assert asked["sharded"] is not dora
