@@ -195,6 +195,9 @@ class ConversationDatasetConfig(DatasetConfig):
     """Day (YYYY-MM-DD) that a chat template reads as today's date. By default the day of the run's
     start: it is recorded in config.yaml and kept on resume; where the reference's stored values
     were made with another day, that day."""
+    order: Fixed[Annotated[str, Field(min_length=1)]] = "random"
+    """Order of the examples, a function of (seed, epoch, step): random; length, which puts examples
+    of similar length into a step; or a column of numbers, from the lowest up."""
     append_end_token: Fixed[bool] = True
     """Append the end token to a response that lacks it (never to one that truncation cut)."""
 

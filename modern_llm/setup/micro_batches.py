@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import UserError
 from modern_llm.data.batch.collate import MicroBatch, collate
 from modern_llm.data.batch.micro_batches import BatchSource, largest_example
-from modern_llm.data.batch.order import Budget, Order, Sharing
+from modern_llm.data.batch.order import RANDOM, Budget, Order, Sharing
 from modern_llm.data.batch.prefix_tree import Examples
 from modern_llm.data.table.build import Prepared
 from modern_llm.data.table.token_table import TokenTable
@@ -73,6 +74,8 @@ def make_sources(
         prepared.history,
         group_by_prompt=group_by_prompt,
         left_out=left_out[0],
+        by=prepared.order,
+        keys=prepared.order_keys(),
     )
     if prepared.evaluation is None:
         return train_source, None
@@ -90,11 +93,14 @@ def make_source(
     *,
     group_by_prompt: bool = False,
     left_out: tuple[int, ...] = (),
+    by: str = RANDOM,
+    keys: Any = None,
 ) -> BatchSource:
     """Return this rank's source of micro-batches over `table`.
 
     Args:
         history: (epoch, rows) from which there were so many; all from the start by default.
+        by, keys: name of the order and the numbers to sort by, as `Order` has them.
 
     Raises:
         UserError: one example alone is above `tokens_per_micro_batch`.
@@ -104,7 +110,7 @@ def make_source(
     budget = token_budget(runtime, config, examples, shared=shared)
     groups = examples.prompt_numbers() if group_by_prompt else None
     (_, rows), *grown = history or ((0, len(table)),)
-    order = Order(rows, config.batch_size, config.seed, tuple(grown), groups, left_out)
+    order = Order(rows, config.batch_size, config.seed, tuple(grown), groups, left_out, by, keys)
     return BatchSource(
         examples,
         order,

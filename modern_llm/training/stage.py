@@ -68,6 +68,7 @@ def build_tables(
     config, own = run.config, Callbacks(callbacks)
     checkpoint = None if dry_run else find_checkpoint(runtime, run)
     prepared = read_tables(runtime, run.data, build)
+    prepared.order_keys()  # refuses a column that no row has
     if len(prepared.train) < config.batch_size:
         raise UserError(
             f"{len(prepared.train)} examples are left to train on, fewer than one batch of "

@@ -12,6 +12,7 @@ from typing import Any
 
 from modern_llm.config import LoraConfig, PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.dpo import DPOConfig
+from modern_llm.config.errors import ConfigError
 from modern_llm.data.table.build import Prepared, prepare_tables
 from modern_llm.distributed.notebook import one_line_errors
 from modern_llm.distributed.runtime import Runtime
@@ -104,7 +105,11 @@ def _lengths(config: DPOConfig) -> dict[str, int | None]:
 
 
 def _check_tables(config: DPOConfig, prepared: Prepared) -> None:
-    """Refuse weights and margins of pairs that the loss cannot use."""
+    """Refuse weights and margins that the loss cannot use, and two orders of the pairs."""
+    if config.group_by_prompt and prepared.order != "random":
+        raise ConfigError(
+            [f"dpo.group_by_prompt and data.order {prepared.order}: both order the pairs: keep one"]
+        )
     found = [table for table in (prepared.train, prepared.evaluation) if table is not None]
     has = {n: any(t.values(n) is not None for t in found) for n in ("weight", "margin")}
     config.refuse_values(weights=has["weight"], margins=has["margin"])

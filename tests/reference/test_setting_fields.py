@@ -112,6 +112,7 @@ FIELDS = {
         "max_dropped": (FREE, 0.5, {}),
         "max_examples": (FREE, 11, {}),
         "pair_values": (FREE, [], {}),
+        "order": (FREE, "length", {}),
         "format": (FREE, "hh", {}),
         "template": (KEY, "Q: {{prompt}}", {}),
         "template_date": (ELSEWHERE, None, {}),

@@ -12,12 +12,16 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from operator import is_
 
 import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
 Sizes = tuple[int, ...]
+
+
+RANDOM, LENGTH = "random", "length"
 
 
 class Sharing(IntEnum):
@@ -45,6 +49,8 @@ class Order:
         left_out: ascending indices to exclude; the others keep their numbers.
         groups: (examples,) numbers; examples of one number are put into one step where it has room
             for them. None leaves every example to itself.
+        by: `random`, `length`, or the name of the column that `keys` holds.
+        keys: (examples,) numbers to sort by, ascending; with `length` the steps are then shuffled.
     """
 
     examples: int
@@ -53,6 +59,8 @@ class Order:
     grown: tuple[tuple[int, int], ...] = ()
     groups: Indices | None = field(default=None, compare=False)
     left_out: tuple[int, ...] = ()
+    by: str = RANDOM
+    keys: NDArray | None = field(default=None, compare=False)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -136,27 +144,42 @@ class Order:
         # Appended rows are excluded: the check of the data covers them on resume.
         if missing := [row for row in self.left_out if row < self.examples]:
             facts += f" without {missing}"
+        if self.by != RANDOM:
+            facts += f" by {self.by}"
         return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
 
     def _epoch(self, epoch: int, size: int) -> Indices:
-        # Philox is counter-based: the same stream for a key on every machine. Kept for the epoch at
-        # hand, because a permutation of ten million takes a second.
+        # Philox is counter-based: the same stream for a key on every machine. Kept, because a
+        # permutation of ten million takes a second.
         cached = _PERMUTATIONS.get(self)
-        if cached is None or cached[0] != epoch or cached[1] is not self.groups:
+        own = (self.groups, self.keys)
+        if cached is None or cached[0] != epoch or not all(map(is_, cached[1], own)):
             key = np.array([self.seed, epoch], dtype=np.uint64)
-            permutation = np.random.Generator(np.random.Philox(key=key)).permutation(size)
+            generator = np.random.Generator(np.random.Philox(key=key))
+            permutation = generator.permutation(size)
             if self.left_out:
                 permutation = self.kept[permutation]
+            if self.keys is not None:
+                permutation = permutation[np.argsort(self.keys[permutation], kind="stable")]
+            if self.by == LENGTH:
+                permutation = _shuffled_steps(permutation, self.batch_size, generator)
             if self.groups is not None:
                 permutation = _grouped(permutation, self.groups, self.batch_size)
             _PERMUTATIONS.clear()
-            _PERMUTATIONS[self] = cached = (epoch, self.groups, permutation)
+            _PERMUTATIONS[self] = cached = (epoch, own, permutation)
         return cached[2]
 
 
-_PERMUTATIONS: dict[Order, tuple[int, Indices | None, Indices]] = {}
+_PERMUTATIONS: dict[Order, tuple[int, tuple[Indices | None, NDArray | None], Indices]] = {}
 # Groups that wait for a step with room for them; more would only cost time.
 LOOK_AHEAD = 256
+
+
+def _shuffled_steps(order: Indices, size: int, generator: np.random.Generator) -> Indices:
+    """Put whole steps of `size` into random order; a short one stays last."""
+    whole = len(order) // size * size
+    steps = generator.permutation(order[:whole].reshape(-1, size))
+    return np.concatenate([steps.ravel(), order[whole:]])
 
 
 def _grouped(permutation: Indices, groups: Indices, batch_size: int) -> Indices:

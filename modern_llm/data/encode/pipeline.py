@@ -7,6 +7,7 @@ pretraining; `RowPacker` cuts documents into rows of one length.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -167,9 +168,13 @@ def answers_recipe(
 
 
 def _numbers(config: ConversationDatasetConfig) -> dict[str, float]:
-    if not isinstance(config, PreferenceDatasetConfig):
-        return {}
-    return {name: default for name, default in config.values.items() if name in config.pair_values}
+    """Return the columns of numbers to read; NaN marks one that every source must have."""
+    found: dict[str, float] = {}
+    if isinstance(config, PreferenceDatasetConfig):
+        found = {n: default for n, default in config.values.items() if n in config.pair_values}
+    if config.order not in ("random", "length"):
+        found.setdefault(config.order, math.nan)
+    return found
 
 
 def documents_recipe(

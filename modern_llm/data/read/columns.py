@@ -67,16 +67,21 @@ def _text_of(value: Any, place: str) -> str:
     return value
 
 
-def number_in(values: Values, name: str) -> float:
-    """Return a column that must be a number of at least 0; text of one, as CSV has it, counts."""
+def number_in(values: Values, name: str, *, negative: bool = False) -> float:
+    """Return a column that must be a number; text of one, as CSV has it, counts.
+
+    Args:
+        negative: whether it may be below 0.
+    """
     value = column(values, name)
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not 0 <= number < math.inf:
+    if not math.isfinite(number) or (number < 0 and not negative):
         shown = repr(value) if isinstance(value, (int, float, str)) else _kind(value)
-        raise RowFault(f"column {name!r} is {shown[:40]}, expected a number of at least 0")
+        least = "" if negative else " of at least 0"
+        raise RowFault(f"column {name!r} is {shown[:40]}, expected a number{least}")
     return number
 
 

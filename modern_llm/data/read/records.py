@@ -69,6 +69,8 @@ class Instruction:
     prompt: Prompt
     response: Response
     origin: str
+    numbers: Mapping[str, float] | None = None
+    """The number that `data.order` sorts by, where it names a column."""
 
     @property
     def responses(self) -> tuple[Response, ...]:

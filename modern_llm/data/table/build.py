@@ -16,6 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from numpy.typing import NDArray
+
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.errors import DataError, StorageError
 from modern_llm.data.encode.chat_template import Tokenizer
@@ -63,6 +65,26 @@ class Prepared:
     parts: tuple[DataReport, ...] = ()
     history: tuple[tuple[int, int], ...] | None = None
     """(epoch, rows) from which there were so many, where a run has gone on with appended rows."""
+    order: str = "random"
+    """Order of the training rows, as `data.order` names it."""
+
+    def order_keys(self) -> NDArray[Any] | None:
+        """Return the numbers (rows,) that the training rows are sorted by, None for `random`.
+
+        Raises:
+            DataError: no row has the column.
+        """
+        if self.order == "random":
+            return None
+        if self.order == "length":
+            return self.train.lengths.sum(axis=1)
+        keys = self.train.values(self.order)
+        if keys is None:
+            raise DataError(
+                f"{self.report.source}: data.order {self.order!r}: no row has that column of "
+                "numbers; name one that has, or use random or length"
+            )
+        return keys
 
     def lines(self) -> list[str]:
         """Return a report to print: every source, and the sum of several."""
@@ -102,8 +124,9 @@ def prepare_tables(
     recipe = recipe_of(config, tokenizer, length, max_prompt_length)
     parts, evaluation = training_sources(config), evaluation_source(config)
     key = _key(config, tokenizer, recipe, parts, evaluation)
+    order = getattr(config, "order", "random")
     if (found := _reuse(folder, key)) is not None:
-        return found
+        return replace(found, order=order)
     with new_folder(folder) as new:
         dropped = new / "dropped_rows.jsonl"
         with around("dropped.make"), dropped.open("w", encoding="utf-8") as out:
@@ -125,7 +148,7 @@ def prepare_tables(
         raise StorageError(
             f"{folder}: another process keeps writing other data here: give each its own"
         )
-    return found
+    return replace(found, order=order)
 
 
 def sample_texts(config: DatasetConfig, count: int = 64) -> list[str]:

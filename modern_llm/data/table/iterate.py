@@ -6,9 +6,10 @@ The common part of `prepare`, which writes tables, and `examine`, which measures
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from math import isnan
 
 from modern_llm.config.data import DatasetConfig, DocumentDatasetConfig
 from modern_llm.config.errors import DataError, UserError
@@ -181,7 +182,8 @@ class RecordReader:
     gives no record the row is read with its nulls, so that a fault names them.
 
     Args:
-        numbers: columns of numbers; a source has each in all of its rows or in none.
+        numbers: column of numbers -> value of a source without it, NaN where every source must have
+            it; a source has each in all of its rows or in none.
     """
 
     def __init__(
@@ -189,10 +191,10 @@ class RecordReader:
         formats: Sequence[Format],
         name: str,
         mode: Mode = "convert",
-        numbers: Sequence[str] = (),
+        numbers: Mapping[str, float] | None = None,
     ):
         self._formats, self._name, self._mode = formats, name, mode
-        self._numbers = tuple(numbers)
+        self._numbers = dict(numbers or {})
         self._present: frozenset[str] | None = None
         self.format: Format | None = None
         self.unread: set[str] = set()
@@ -226,8 +228,12 @@ class RecordReader:
         """Return the record with the numbers of its row; the first row decides which there are."""
         wanted = self._present
         if wanted is None:
-            wanted = frozenset(name for name in self._numbers if name in values)
-        found = {name: number_in(values, name) for name in self._numbers if name in wanted}
+            wanted = frozenset(n for n, d in self._numbers.items() if n in values or isnan(d))
+        found = {
+            name: number_in(values, name, negative=isnan(default))
+            for name, default in self._numbers.items()
+            if name in wanted
+        }
         for name in self._numbers:
             if name not in wanted and name in values and values[name] is not None:
                 raise RowFault(

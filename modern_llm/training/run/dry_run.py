@@ -82,7 +82,14 @@ class DryRun:
             "evaluation_examples": len(prepared.evaluation or ()),
         }
         self._steps = Order(len(table), config.batch_size, config.seed).steps_per_epoch
-        rows = Order(len(table), config.batch_size, config.seed).step(0)
+        order = Order(
+            len(table),
+            config.batch_size,
+            config.seed,
+            by=prepared.order,
+            keys=prepared.order_keys(),
+        )
+        rows = order.step(0)
         self.result["first_example"] = table.origin(int(rows[0]))
         return dataclasses.replace(prepared, train=table.select(rows), evaluation=None)
 
