@@ -147,7 +147,7 @@ def test_a_store_that_lacks_something_is_refused_before_a_model_is_loaded(
 ):
     fill_reference(**arguments(tmp_path / "x", tiny_checkpoint, tiny_pairs, {}))
     more = write_jsonl(tmp_path / "more.jsonl", transcripts(30) + transcripts(2, seed=77))
-    monkeypatch.setattr("modern_llm.setup.policy.load_model", None)
+    monkeypatch.setattr("modern_llm.setup.policy.load_to_shard", None)
     with pytest.raises(StorageError, match=r"lacks 4 of .* the first at .*more.jsonl:31; fill it"):
         run(tmp_path / "run", tiny_checkpoint, more, {"reference": "store"})
     assert not (tmp_path / "run").exists()
@@ -158,7 +158,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_a_model_is_loaded(
 ):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr("modern_llm.setup.policy.load_model", None)
+    monkeypatch.setattr("modern_llm.setup.policy.load_to_shard", None)
     with pytest.raises(StorageError, match="reference store .* cannot write"):
         run(tmp_path / "run", tiny_checkpoint, tiny_pairs, {})
 

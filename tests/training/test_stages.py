@@ -240,7 +240,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_before_the_weights_are_read(
     tmp_path, tiny_tokenizer, tiny_pairs, monkeypatch
 ):
     checkpoint = make_checkpoint(tmp_path / "small", tiny_tokenizer, vocab_size=200)
-    monkeypatch.setattr("modern_llm.setup.policy.load_model", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("modern_llm.setup.policy.load_to_shard", lambda *_: pytest.fail("read"))
     with pytest.raises(UserError, match=r"jsonl:1: token id 2\d\d .*embedding has 200 rows"):
         run_dpo(
             checkpoint,
