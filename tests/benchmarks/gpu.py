@@ -175,7 +175,7 @@ def _ours(options: argparse.Namespace, out: Path) -> Measured:
     return {
         "pairs_per_s": steps * options.pairs / (timed[-1]["elapsed_s"] - timed[0]["elapsed_s"]),
         "peak_gb": peak_gb(),
-        "mfu": statistics.median(record["mfu"] for record in timed[1:]),
+        "mfu": statistics.median(record.get("mfu", 0.0) for record in timed[1:]),
         "padding": timed[-1]["padding"],
         "prefix_saving": timed[-1]["prefix_saving"],
         "losses": {record["step"]: record["loss"] for record in records},
