@@ -166,6 +166,7 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 150
 
 
+@pytest.mark.slow
 def test_pages_and_api_reference_build_without_a_warning(tmp_path):
     pytest.importorskip("sphinx", reason="the extra `docs` is not installed")
     pytest.importorskip("myst_parser", reason="the extra `docs` is not installed")

@@ -11,8 +11,8 @@ TRL is timed first with batches of 1, 2, 4 and 8 pairs (its `padding_free` is sw
 1.16 itself); the fastest for training and for the reference pass are compared with. Rows longer
 than `--max_length` are left out: the sides truncate differently.
 
-Timed: (reference) scoring all pairs; (training) all steps but the first. Beside the clock stands
-the process's CPU time, which other work on the machine changes less. Memory is the peak of the
+Timed: (reference) scoring all pairs; (training) all steps but the first. The process's
+CPU time is shown too, which other work on the machine changes less. Memory is the peak of the
 process. The share of the matrix peak divides the operations that the training needs by its CPU
 time and by the rate of one large product, measured in the same process before and after.
 """

@@ -108,6 +108,7 @@ def asked_on_two(folder: Path, model: Path, pairs: tuple[str, str]) -> list[tupl
     return noting.calls
 
 
+@pytest.mark.slow
 def test_one_ranks_requests_are_followed_by_all_at_the_same_step(tmp_path, tiny_checkpoint, pairs):
     one, two = run_ranks(asked_on_two, 2, tmp_path, tiny_checkpoint, pairs, timeout=200)
     assert one == two

@@ -150,7 +150,7 @@ def assert_same(ours, plain):
         assert (tensor - expected[name]).abs().max() < 1e-4, name
 
 
-@pytest.mark.parametrize("source", ["own", "real"])
+@pytest.mark.parametrize("source", ["own", pytest.param("real", marks=pytest.mark.slow)])
 def test_a_run_equals_a_plain_loop_on_one_and_two_processes(source, request, tmp_path):
     case = request.getfixturevalue(source)
     plain = plain_loop(case)

@@ -93,6 +93,7 @@ def on_two(folder: Path, checkpoint: Path, pairs: Path) -> dict[int, dict[str, f
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_average_over_the_examples_of_both(tmp_path, tiny_checkpoint, tiny_pairs):
     alone = lines(tmp_path / "one", tiny_checkpoint, tiny_pairs)
     both = run_ranks(on_two, 2, tmp_path / "two", tiny_checkpoint, tiny_pairs, timeout=200)[0]

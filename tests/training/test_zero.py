@@ -57,6 +57,7 @@ def test_own_text(tmp_path, tiny_checkpoint, pairs):
     matrix(tiny_checkpoint, pairs, tmp_path)
 
 
+@pytest.mark.slow
 def test_real_pairs(tmp_path, shared):
     matrix(
         shared / "golden" / "llama" / "policy",

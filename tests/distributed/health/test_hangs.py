@@ -199,6 +199,7 @@ def test_a_single_process_gets_a_warning_with_stacks_and_is_never_ended(
     assert 1 <= len(lines) <= 4, lines
 
 
+@pytest.mark.slow
 def test_a_slow_process_is_named(forks, tmp_path, tiny_checkpoint):
     run = Run(forks, tmp_path, tiny_checkpoint, trick="slow:0.3")
     deadline = time.monotonic() + 90

@@ -142,6 +142,7 @@ def meeting(
     return [(process.returncode, text) for process, text in zip(processes, errors, strict=True)]
 
 
+@pytest.mark.slow
 def test_a_file_that_differs_is_named_on_every_node(tmp_path):
     configs = []
     for node in ("a", "b"):
@@ -168,6 +169,7 @@ def test_a_port_in_use_is_one_line(capsys):
     assert f"port {at} is in use on this machine" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_local_inputs_that_differ_are_named_on_every_node(tmp_path):
     configs = []
     for node in ("a", "b"):

@@ -56,6 +56,7 @@ def refused(folder: Path, file: Path, content: bytes) -> None:
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_every_changed_byte_and_every_length_is_refused(checkpoints):
     place = checkpoints / "step-00000002"
     facts = verified_manifest(place)

@@ -70,6 +70,7 @@ def logged(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_update_of_a_spike_is_not_applied_and_a_restart_decides_the_same(
     tmp_path, forks, caplog
 ):
