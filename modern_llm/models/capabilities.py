@@ -104,8 +104,8 @@ class Subject:
         """Switch to the tree attention; return why the model does not support it, or "".
 
         Args:
-            device: of the run. Where the model is not on it, a dense mask stands in for the
-                kernels, and `agreement` compares these.
+            device: of the run. Where the model is not on it, a dense mask is measured in
+                place of the kernels, and `agreement` compares these.
         """
         elsewhere = self.model.device.type != device.type
         if capabilities.backend == "flex" and (
