@@ -285,6 +285,7 @@ def test_a_place_that_cannot_be_written_is_one_line_and_status_3(tmp_path, capsy
     assert capsys.readouterr().err.startswith("modern-llm: error: ")
 
 
+@pytest.mark.slow
 def test_a_data_error_names_file_and_line_and_leaves_nothing(place, tmp_path):
     broken = tmp_path / "broken.jsonl"
     lines = (place / "pairs.jsonl").read_text().splitlines()

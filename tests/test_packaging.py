@@ -70,6 +70,7 @@ def test_the_sdist_has_everything_to_build_test_and_read(built):
     assert not any(name.startswith((".git/", ".venv", "experiments")) for name in names)
 
 
+@pytest.mark.slow
 def test_a_wheel_alone_runs_the_command_line(built, tmp_path):
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -47,6 +47,7 @@ def on_a_rank(folder: Path) -> dict:
     return seen
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     for rank, seen in enumerate(run_ranks(on_a_rank, 2, tmp_path)):
         assert seen["world"] == 2

@@ -21,6 +21,7 @@ def in_place_of_dpo(monkeypatch, run):
     monkeypatch.setitem(VERBS, "dpo", (dpo.settings, stand_in.verb))
 
 
+@pytest.mark.slow
 def test_every_value_runs_over_one_store_and_one_report_shows_all(
     run_file, tmp_path, capsys, caplog, monkeypatch
 ):

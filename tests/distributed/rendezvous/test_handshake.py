@@ -186,6 +186,7 @@ def test_512_ranks_need_a_few_requests_each():
     assert sum(keys) < 512 * 40  # quadratic traffic would be 262,144
 
 
+@pytest.mark.slow
 def test_one_of_512_ranks_that_differs_or_is_missing_is_named_on_all():
     results, stores = many(512, rank300={"seed": 1})
     assert len(set(results)) == 1 and "rank 300 (node 0" in results[0]

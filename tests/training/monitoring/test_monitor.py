@@ -251,6 +251,7 @@ def test_a_profile_traces_the_requested_steps_and_names_the_slowest_operations(
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_profile_of_more_steps_than_there_are_ends_with_the_run(
     tmp_path, tiny_checkpoint, tiny_pairs, capfd
 ):

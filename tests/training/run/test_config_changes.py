@@ -163,6 +163,7 @@ def test_accept_change_is_valid_for_one_start(tmp_path):
     assert written["train"]["accept_change"] is False
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_another_rate_and_more_steps(tmp_path, tiny_checkpoint, tiny_pairs):
     folder = tmp_path / "run"
     call(folder, tiny_checkpoint, tiny_pairs, max_steps=5)

@@ -239,6 +239,7 @@ def slow_steps(folder: str) -> None:
     small.child(folder, "", None, "", {"max_steps": 5000, "save_every": 4000})
 
 
+@pytest.mark.slow
 def test_a_suspended_process_that_lost_its_lock_ends_with_3_and_writes_nothing(tmp_path):
     folder = tmp_path / "run"
     with fork_server(tmp_path, *small.MODULES, __name__) as forks:
