@@ -9,6 +9,9 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from modern_llm.config.base import Accepted, Fixed, Free, SameContent, section
 
+RANDOM, LENGTH = "random", "length"
+"""Values of `order` that are no column."""
+
 
 def known_template(template: str | None) -> str | None:
     """Return `template` if it is one of the three kinds, else raise ValueError."""
@@ -195,7 +198,7 @@ class ConversationDatasetConfig(DatasetConfig):
     """Day (YYYY-MM-DD) that a chat template reads as today's date. By default the day of the run's
     start: it is recorded in config.yaml and kept on resume; where the reference's stored values
     were made with another day, that day."""
-    order: Fixed[Annotated[str, Field(min_length=1)]] = "random"
+    order: Fixed[Annotated[str, Field(min_length=1)]] = RANDOM
     """Order of the examples, a function of (seed, epoch, step): random; length, which puts examples
     of similar length into a step; or a column of numbers, from the lowest up."""
     append_end_token: Fixed[bool] = True

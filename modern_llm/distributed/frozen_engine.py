@@ -19,10 +19,14 @@ from torch import nn
 
 from modern_llm.config import TrainingConfig
 from modern_llm.distributed import deepspeed_config, deepspeed_release
-from modern_llm.distributed.sharded_start import fill, shard_for_zero3, take_readers
+from modern_llm.distributed.sharded_start import (
+    DTYPES,
+    fill,
+    shard_for_zero3,
+    take_readers,
+)
 
 REFERENCE_FILE = "reference_zero3.json"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def engine_config(policy: dict[str, Any], file: str, config: TrainingConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from modern_llm.config import TrainingConfig
-from modern_llm.distributed.frozen_engine import DTYPES
+from modern_llm.distributed.sharded_start import DTYPES
 
 
 def plugin(config: TrainingConfig) -> FullyShardedDataParallelPlugin:

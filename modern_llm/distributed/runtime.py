@@ -117,7 +117,7 @@ class Runtime(Peers):
     @property
     def attention_dtype(self) -> torch.dtype:
         """Dtype of queries, keys and values in a forward."""
-        return frozen_engine.DTYPES.get(self.config.precision, torch.float32)
+        return sharded_start.DTYPES.get(self.config.precision, torch.float32)
 
     @property
     def shards_weights(self) -> bool:

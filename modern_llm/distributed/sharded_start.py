@@ -19,6 +19,8 @@ from modern_llm.distributed.freed_memory import large_blocks_apart
 from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.health.heartbeat import waiting
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @large_blocks_apart()
 @torch.no_grad()
@@ -50,7 +52,7 @@ def shard_for_zero3(module: nn.Module, config: dict[str, Any], device: torch.dev
 
 def forward_dtype(config: dict[str, Any]) -> torch.dtype:
     """Return the dtype of the weights of forwards under a DeepSpeed configuration."""
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+    for name, dtype in DTYPES.items():
         if config.get(name, {}).get("enabled"):
             return dtype
     return torch.float32

@@ -16,7 +16,7 @@ from modern_llm.config.errors import DataError
 from modern_llm.data.read.readers import Row
 from modern_llm.data.table.iterate import training_sources
 from modern_llm.evaluation.score import Scored, scored_pairs
-from modern_llm.evaluation.statistics import calibration, judge, judge_groups
+from modern_llm.evaluation.statistics import calibration, judge, judge_groups, mean
 
 
 def evaluate_pairs(
@@ -72,7 +72,8 @@ def _reached(
     if margins is None:
         return {}
     reached = rewards[:, 0] - rewards[:, 1] > margins
-    return {"margins_reached": float(np.average(reached, weights=weights))}
+    w = np.ones(len(reached)) if weights is None else weights
+    return {"margins_reached": mean(reached, w)}
 
 
 def _by_length(scored: Scored) -> list[str]:

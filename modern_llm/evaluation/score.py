@@ -225,7 +225,7 @@ def _rows(scored: Scored) -> list[dict[str, Any]]:
             row |= {f"{name}_chosen": chosen, f"{name}_rejected": rejected}
     for row, (chosen, rejected) in zip(rows, scored.counts.tolist(), strict=True):
         row |= {"chosen_tokens": chosen, "rejected_tokens": rejected}
-    for name in ("weight", "margin"):
+    for name in PreferenceDatasetConfig.values:
         if (values := scored.values(name)) is not None:
             for row, value in zip(rows, values.tolist(), strict=True):
                 row[name] = value

@@ -38,7 +38,7 @@ def bootstrap_mean(
     rng = np.random.Generator(np.random.Philox(seed))
     # One resample at a time: the index matrix of all, for a million pairs, would take 16 GB.
     drawn = (rng.integers(0, len(values), len(values)) for _ in range(RESAMPLES))
-    means = np.array([(values[at] * w[at]).sum() / max(w[at].sum(), 1e-300) for at in drawn])
+    means = np.array([mean(values[at], w[at]) for at in drawn])
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
@@ -72,22 +72,22 @@ def calibration(
                     "from": 0.5 + number / (2 * BINS),
                     "to": 0.5 + (number + 1) / (2 * BINS),
                     "pairs": int(inside.sum()),
-                    "confidence": _mean(confidence[inside], w[inside]),
-                    "accuracy": _mean(right[inside], w[inside]),
+                    "confidence": mean(confidence[inside], w[inside]),
+                    "accuracy": mean(right[inside], w[inside]),
                 }
             )
             shares.append(w[inside].sum())
     gaps = [abs(b["confidence"] - b["accuracy"]) for b in bins]
     error = sum(s * gap for s, gap in zip(shares, gaps, strict=True)) / max(w.sum(), 1e-300)
     return {
-        "log_loss": _mean(np.logaddexp(0, -margins), w),
-        "brier": _mean((1 - probability) ** 2, w),
+        "log_loss": mean(np.logaddexp(0, -margins), w),
+        "brier": mean((1 - probability) ** 2, w),
         "expected_error": float(error),
         "bins": bins,
     }
 
 
-def _mean(values: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
+def mean(values: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
     """Return a weighted mean; 0 where all weights are 0."""
     return float((values * weights).sum() / max(weights.sum(), 1e-300))
 
@@ -105,17 +105,17 @@ def judge(
     assert rewards.ndim == 2 and rewards.shape[1] == 2, rewards.shape
     margins = rewards[:, 0] - rewards[:, 1]
     w = np.ones(len(margins)) if weights is None else weights
-    accuracy = _mean(margins > 0, w)
+    accuracy = mean(margins > 0, w)
     effective = float(w.sum() ** 2 / max((w**2).sum(), 1e-300))
     found = {
         "pairs": len(margins),
         "accuracy": accuracy,
         "accuracy_interval": wilson(accuracy * effective, effective),
-        "ties": _mean(margins == 0, w),
-        "margin": _mean(margins, w),
+        "ties": mean(margins == 0, w),
+        "margin": mean(margins, w),
         "margin_interval": bootstrap_mean(margins, weights=weights),
-        "reward_chosen": _mean(rewards[:, 0], w),
-        "reward_rejected": _mean(rewards[:, 1], w),
+        "reward_chosen": mean(rewards[:, 0], w),
+        "reward_rejected": mean(rewards[:, 1], w),
     }
     return found if weights is None else found | {"weight": float(w.sum())}
 

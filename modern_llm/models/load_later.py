@@ -162,12 +162,16 @@ def _stored(path: Path) -> dict[str, Read]:
         if path.suffix != ".bin":
             file = safe_open(path, framework="pt")
             return {key: partial(file.get_tensor, key) for key in file.keys()}  # noqa: SIM118
-        if not zipfile.is_zipfile(path):
-            raise CannotWait(f"{path.name} has the format of torch before 1.6, which is read whole")
+        _check_mappable(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CannotWait(f"{path.name}: {first_line(error)}") from error
     return {key: partial(_same, tensor) for key, tensor in state.items()}
+
+
+def _check_mappable(path: Path) -> None:
+    if not zipfile.is_zipfile(path):
+        raise CannotWait(f"{path.name} has the format of torch before 1.6, which is read whole")
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -175,8 +179,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _pt_readers(path: Path, model: PreTrainedModel) -> dict[str, Read]:
-    if not zipfile.is_zipfile(path):
-        raise CannotWait(f"{path.name} has the format of torch before 1.6, which is read whole")
+    _check_mappable(path)
     state = pt_checkpoint.checked_state(path, model)
     return {name: partial(_same, tensor) for name, tensor in state.items()}
 

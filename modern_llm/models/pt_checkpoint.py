@@ -37,15 +37,19 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def load_model(path: Path) -> PreTrainedModel:
     """Return the model of a `.pt` file in float32; names and shapes must match exactly."""
-    model = build_model(_model_config(path, _read(path)), seed=0)
-    model.load_state_dict(checked_state(path, model), strict=False)
+    content = _read(path)
+    model = build_model(_model_config(path, content), seed=0)
+    model.load_state_dict(_checked(path, _plain_names(content), model), strict=False)
     model.tie_weights()
     return model
 
 
 def checked_state(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
     """Return `read_state`, or raise `UserError` if names or shapes are not those of `model`."""
-    state = read_state(path)
+    return _checked(path, read_state(path), model)
+
+
+def _checked(path: Path, state: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
     expected = model.state_dict()
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     problems = [f"{name} is missing" for name in expected if name not in state and name not in tied]

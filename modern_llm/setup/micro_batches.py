@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any
 
 from modern_llm.config import TrainingConfig
+from modern_llm.config.data import RANDOM
 from modern_llm.config.errors import UserError
 from modern_llm.data.batch.collate import MicroBatch, collate
 from modern_llm.data.batch.micro_batches import BatchSource, largest_example
-from modern_llm.data.batch.order import RANDOM, Budget, Order, Sharing
+from modern_llm.data.batch.order import Budget, Order, Sharing
 from modern_llm.data.batch.prefix_tree import Examples
 from modern_llm.data.table.build import Prepared
 from modern_llm.data.table.token_table import TokenTable

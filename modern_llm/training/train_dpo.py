@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from modern_llm.config import LoraConfig, PreferenceDatasetConfig, TrainingConfig
+from modern_llm.config.data import RANDOM
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.errors import ConfigError
 from modern_llm.data.table.build import Prepared, prepare_tables
@@ -106,7 +107,7 @@ def _lengths(config: DPOConfig) -> dict[str, int | None]:
 
 def _check_tables(config: DPOConfig, prepared: Prepared) -> None:
     """Refuse weights and margins that the loss cannot use, and two orders of the pairs."""
-    if config.group_by_prompt and prepared.order != "random":
+    if config.group_by_prompt and prepared.order != RANDOM:
         raise ConfigError(
             [f"dpo.group_by_prompt and data.order {prepared.order}: both order the pairs: keep one"]
         )

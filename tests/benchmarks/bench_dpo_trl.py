@@ -19,7 +19,6 @@ TRL is not a dependency: without it the script prints how to install it and ends
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import random
 import sys
@@ -39,6 +38,8 @@ from measuring import (
     Timer,
     alternating,
     apart,
+    best_sizes,
+    lacks_trl,
     longest,
     median,
     parsed,
@@ -47,9 +48,9 @@ from measuring import (
     place,
     read_lines,
     read_transcripts,
-    say,
     spread,
     train_ours,
+    tried_sizes,
     verdicts,
     write_lines,
     write_model,
@@ -173,14 +174,11 @@ def measure(side: str, options: argparse.Namespace, **changed: int) -> dict[str,
 
 def tune_trl(options: argparse.Namespace) -> dict[str, int]:
     """Try TRL's batch sizes and return the fastest for each phase."""
-    found = {}
-    for size in MICRO_BATCHES:
-        found[size] = measure("trl", options, micro_batch=size, reference_batch=size)
-        say(f"TRL with micro-batches of {size}", found[size])
-    best = {
-        "micro_batch": max(found, key=lambda size: found[size]["training_pairs_per_s"]),
-        "reference_batch": max(found, key=lambda size: found[size]["reference_pairs_per_s"]),
-    }
+    found = tried_sizes(
+        MICRO_BATCHES,
+        lambda size: measure("trl", options, micro_batch=size, reference_batch=size),
+    )
+    best = best_sizes(found)
     default = found[8]["peak_gb"]
     print(
         f"fastest for TRL here: {best}; its default is 8 for both, with a peak of {default:.3f} GB"
@@ -209,12 +207,7 @@ def main() -> int:
     if options.side:
         print(json.dumps(SIDES[options.side](options)))
         return 0
-    if not options.only_ours and importlib.util.find_spec("trl") is None:
-        print(
-            "bench: error: TRL is not installed, which this compares with; install it with\n"
-            "  pip install trl==1.16.0 -c constraints.txt",
-            file=sys.stderr,
-        )
+    if not options.only_ours and lacks_trl():
         return 2
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         options.folder = Path(folder)

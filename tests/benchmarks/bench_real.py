@@ -20,7 +20,6 @@ time and by the rate of one large product, measured in the same process before a
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import random
 import subprocess
@@ -37,6 +36,8 @@ from measuring import (
     Figure,
     alternating,
     apart,
+    best_sizes,
+    lacks_trl,
     matrix_rate,
     median,
     parsed,
@@ -44,8 +45,8 @@ from measuring import (
     peak_bytes,
     place,
     read_lines,
-    say,
     spread,
+    tried_sizes,
     verdicts,
     write_lines,
 )
@@ -293,14 +294,12 @@ def measure(side: str, options: argparse.Namespace, **changed: int) -> dict[str,
 
 def tune_trl(options: argparse.Namespace) -> dict[str, int]:
     """Try TRL's batch sizes and return the fastest for each phase."""
-    found = {}
-    for size in (size for size in BATCHES if size <= options.batch):
-        found[size] = measure("trl", options, micro_batch=size, reference_batch=size)
-        say(f"TRL with batches of {size}", found[size])
-    return {
-        "micro_batch": max(found, key=lambda size: found[size]["training_pairs_per_s"]),
-        "reference_batch": max(found, key=lambda size: found[size]["reference_pairs_per_s"]),
-    }
+    sizes = [size for size in BATCHES if size <= options.batch]
+    return best_sizes(
+        tried_sizes(
+            sizes, lambda size: measure("trl", options, micro_batch=size, reference_batch=size)
+        )
+    )
 
 
 def table(ours: list[dict[str, Any]], trl: list[dict[str, Any]]) -> None:
@@ -338,12 +337,7 @@ def main() -> int:
     if options.side:
         print(json.dumps(SIDES[options.side](options)))
         return 0
-    if not options.only_ours and importlib.util.find_spec("trl") is None:
-        print(
-            "bench: error: TRL is not installed, which this compares with; install it with\n"
-            "  pip install trl==1.16.0 -c constraints.txt",
-            file=sys.stderr,
-        )
+    if not options.only_ours and lacks_trl():
         return 2
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         options.folder = Path(folder)

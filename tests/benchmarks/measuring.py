@@ -6,6 +6,7 @@ and the small Llama, tokenizer and pairs of all scripts. The scripts are run as 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -134,6 +135,36 @@ def alternating(
             found[name].append(measure())
             say(f"{name} {repeat}", found[name][-1])
     return found
+
+
+def lacks_trl() -> bool:
+    """Return whether TRL is missing, after telling how to install it."""
+    if importlib.util.find_spec("trl") is not None:
+        return False
+    print(
+        "bench: error: TRL is not installed, which this compares with; install it with\n"
+        "  pip install trl==1.16.0 -c constraints.txt",
+        file=sys.stderr,
+    )
+    return True
+
+
+def tried_sizes(sizes: Iterable[int], measure: Callable[[int], Measured]) -> dict[int, Measured]:
+    """Measure TRL with each batch size, and print it."""
+    found = {}
+    for size in sizes:
+        found[size] = measure(size)
+        say(f"TRL with batches of {size}", found[size])
+    return found
+
+
+def best_sizes(found: Mapping[int, Measured]) -> dict[str, int]:
+    """Return the batch sizes that are fastest in training and in the reference pass."""
+    phases = {"micro_batch": "training", "reference_batch": "reference"}
+    return {
+        name: max(found, key=lambda size: found[size][f"{phase}_pairs_per_s"])
+        for name, phase in phases.items()
+    }
 
 
 def say(what: str, measured: Measured) -> None:

@@ -61,27 +61,26 @@ def scorer(request, golden):
     return make_scorer(load_model(inspect_checkpoint(golden[0])), request.param)
 
 
-def step(scorer, golden, world, budget, options):
-    """Return the metrics of one step over all ranks, and the gradient's norm."""
-    _, rows, reference = golden
-    examples = Examples(Table(rows), trees=scorer.capabilities.trees)
-    config = DPOConfig(beta=BETA, **options)
+def step(scorer, table, reference, world, budget, options):
+    """Return the metrics of one step over all ranks, and its gradient."""
+    examples = Examples(table, trees=scorer.capabilities.trees)
+    config = DPOConfig(**options)
     scorer.log_squares = config.use_weighting
     scorer.zero_grad()
     sums: dict[str, float] = {}
     sharing = Sharing.ROWS if scorer.capabilities.trees else Sharing.ALONE
     for rank in range(world):
-        source = BatchSource(
-            examples, Order(PAIRS, PAIRS, seed=0), budget, rank=rank, world=world, shared=sharing
-        )
+        order = Order(len(table), len(table), seed=0)
+        source = BatchSource(examples, order, budget, rank=rank, world=world, shared=sharing)
+        reference = reference if config.needs_reference else None
         task = PreferenceTask(Gathered(rank, world), config, source, reference, None, None, 0.0)
         for batch in task.prepare(scorer, 0, task.micro_batches(0)):
             result = task.run(scorer, batch)
             (result.loss / task.denominator(0)).backward()
             for name, value in result.statistics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in scorer.parameters()])
-    return task.metrics(sums), float(norm)
+    gradient = torch.cat([p.grad.flatten() for p in scorer.parameters()])
+    return task.metrics(sums), gradient.clone()
 
 
 def plain(golden, options):
@@ -139,16 +138,19 @@ def test_loss_parts_and_gradient_equal_full_logits(scorer, golden, expected, nam
     world, budget = SPLITS[split]
     if name == "across pairs" and world > 1:
         pytest.skip("the ranks of a loss across pairs wait for each other")
-    metrics, norm = step(scorer, golden, world, budget, CONFIGS[name])
+    _, rows, reference = golden
+    metrics, gradient = step(scorer, Table(rows), reference, world, budget, CONFIGS[name])
     loss, expected_norm, parts = expected[name]
     assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
-    assert norm == pytest.approx(expected_norm, rel=1e-3)
+    assert float(gradient.norm()) == pytest.approx(expected_norm, rel=1e-3)
     found = {key: value for key, value in metrics.items() if key.startswith("loss/")}
     assert found == pytest.approx(parts, rel=1e-4)
 
 
 def test_a_single_loss_logs_no_parts(scorer, golden):
-    metrics, _ = step(scorer, golden, 1, Budget(tokens=4096), {"nll_coefficient": 0.5})
+    _, rows, reference = golden
+    options = {"nll_coefficient": 0.5}
+    metrics, _ = step(scorer, Table(rows), reference, 1, Budget(tokens=4096), options)
     assert not [name for name in metrics if name.startswith("loss/")]
     assert math.isfinite(metrics["loss"])
 

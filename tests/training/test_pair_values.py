@@ -11,16 +11,13 @@ import torch
 from modern_llm.cli import main
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.errors import ConfigError
-from modern_llm.data.batch.micro_batches import BatchSource
-from modern_llm.data.batch.order import Budget, Order, Sharing
-from modern_llm.data.batch.prefix_tree import Examples
+from modern_llm.data.batch.order import Budget
 from modern_llm.evaluation.statistics import calibration, judge
 from modern_llm.objectives.catalogue import LOSSES
 from modern_llm.objectives.preference import preference_loss, preference_terms
-from modern_llm.training.tasks.preference import PreferenceTask
 from tests.helpers.models import Table
 from tests.objectives.test_preference import LENGTHS, OPTIONS, POLICY, REFERENCE, plain_loss
-from tests.training.test_loss_lists import PAIRS, SPLITS, Gathered, golden, scorer  # noqa: F401
+from tests.training.test_loss_lists import PAIRS, SPLITS, golden, scorer, step  # noqa: F401
 
 MARGINS = [0.0, 0.3, 1.0, 2.5, 0.1]
 WITH_MARGIN = [row.name for row in LOSSES.values() if row.margin]
@@ -81,28 +78,6 @@ def test_losses_without_a_margin_in_a_list_are_as_before():
     assert torch.equal(with_it["bco_pair"], without["bco_pair"])
     assert torch.equal(with_it["sft"], without["sft"])
     assert not torch.allclose(with_it["sigmoid"], without["sigmoid"])
-
-
-def step(scorer, table, reference, world, budget, options):  # noqa: F811
-    """Return the metrics of one step over all ranks, and its gradient."""
-    examples = Examples(table, trees=scorer.capabilities.trees)
-    config = DPOConfig(**options)
-    scorer.log_squares = config.use_weighting
-    scorer.zero_grad()
-    sums: dict[str, float] = {}
-    sharing = Sharing.ROWS if scorer.capabilities.trees else Sharing.ALONE
-    for rank in range(world):
-        order = Order(len(table), len(table), seed=0)
-        source = BatchSource(examples, order, budget, rank=rank, world=world, shared=sharing)
-        reference = reference if config.needs_reference else None
-        task = PreferenceTask(Gathered(rank, world), config, source, reference, None, None, 0.0)
-        for batch in task.prepare(scorer, 0, task.micro_batches(0)):
-            result = task.run(scorer, batch)
-            (result.loss / task.denominator(0)).backward()
-            for name, value in result.statistics.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-    gradient = torch.cat([p.grad.flatten() for p in scorer.parameters()])
-    return task.metrics(sums), gradient.clone()
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -17,11 +17,10 @@ from operator import is_
 import numpy as np
 from numpy.typing import NDArray
 
+from modern_llm.config.data import LENGTH, RANDOM
+
 Indices = NDArray[np.int64]
 Sizes = tuple[int, ...]
-
-
-RANDOM, LENGTH = "random", "length"
 
 
 class Sharing(IntEnum):

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from modern_llm.config.data import (
+    LENGTH,
+    RANDOM,
     ConversationDatasetConfig,
     DatasetConfig,
     DocumentDatasetConfig,
@@ -172,7 +174,7 @@ def _numbers(config: ConversationDatasetConfig) -> dict[str, float]:
     found: dict[str, float] = {}
     if isinstance(config, PreferenceDatasetConfig):
         found = {n: default for n, default in config.values.items() if n in config.pair_values}
-    if config.order not in ("random", "length"):
+    if config.order not in (RANDOM, LENGTH):
         found.setdefault(config.order, math.nan)
     return found
 

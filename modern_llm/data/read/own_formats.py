@@ -6,7 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from modern_llm.config.data import InstructionDatasetConfig, PreferenceDatasetConfig
 from modern_llm.data.read import formats
@@ -48,16 +48,14 @@ def register_format(
         raise ValueError(
             f"register_format: {name} needs a function, and columns=[...] that rows have"
         )
-    read = {mode: partial(_read, name, function, known, mode) for mode in ("convert", "framed")}
+    read = {mode: partial(_read, name, function, known, mode) for mode in get_args(Mode)}
     own[:] = [entry for entry in own if entry.name != name]
     own.append(
         Format(
             name,
             ", ".join(columns),
             formats.has_columns(*columns),
-            read["convert"],
-            framed=read["framed"],
-            talk=partial(_read, name, function, known, "talk"),
+            **read,
             version=_version(function),
         )
     )

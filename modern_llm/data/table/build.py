@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from numpy.typing import NDArray
 
-from modern_llm.config.data import DatasetConfig
+from modern_llm.config.data import LENGTH, RANDOM, DatasetConfig
 from modern_llm.config.errors import DataError, StorageError
 from modern_llm.data.encode.chat_template import Tokenizer
 from modern_llm.data.encode.kinds import format_name, kind_of
@@ -65,7 +65,7 @@ class Prepared:
     parts: tuple[DataReport, ...] = ()
     history: tuple[tuple[int, int], ...] | None = None
     """(epoch, rows) from which there were so many, where a run has gone on with appended rows."""
-    order: str = "random"
+    order: str = RANDOM
     """Order of the training rows, as `data.order` names it."""
 
     def order_keys(self) -> NDArray[Any] | None:
@@ -74,9 +74,9 @@ class Prepared:
         Raises:
             DataError: no row has the column.
         """
-        if self.order == "random":
+        if self.order == RANDOM:
             return None
-        if self.order == "length":
+        if self.order == LENGTH:
             return self.train.lengths.sum(axis=1)
         keys = self.train.values(self.order)
         if keys is None:
@@ -124,7 +124,7 @@ def prepare_tables(
     recipe = recipe_of(config, tokenizer, length, max_prompt_length)
     parts, evaluation = training_sources(config), evaluation_source(config)
     key = _key(config, tokenizer, recipe, parts, evaluation)
-    order = getattr(config, "order", "random")
+    order = getattr(config, "order", RANDOM)
     if (found := _reuse(folder, key)) is not None:
         return replace(found, order=order)
     with new_folder(folder) as new:

@@ -36,7 +36,8 @@ GRACE_S = 30.0
 PENDING_EVALUATION = "owed"
 """Manifest flag: rerun the evaluation of this step on resume."""
 WINDOW, ENDED, HEAD_ROWS = "since_line", "ended", "head_rows"
-"""Manifest entries: sums since the last logged line; why the run ended."""
+"""Manifest entries: sums since the last logged line; why the run ended; rows of a chunk of the
+head, by rank."""
 PARTING_S = 5.0
 """Seconds that a background save gets to finish after an error."""
 _PROBE = 16 << 20

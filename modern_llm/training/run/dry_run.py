@@ -81,7 +81,6 @@ class DryRun:
             "examples": len(table),
             "evaluation_examples": len(prepared.evaluation or ()),
         }
-        self._steps = Order(len(table), config.batch_size, config.seed).steps_per_epoch
         order = Order(
             len(table),
             config.batch_size,
@@ -89,6 +88,7 @@ class DryRun:
             by=prepared.order,
             keys=prepared.order_keys(),
         )
+        self._steps = order.steps_per_epoch
         rows = order.step(0)
         self.result["first_example"] = table.origin(int(rows[0]))
         return dataclasses.replace(prepared, train=table.select(rows), evaluation=None)
