@@ -211,13 +211,16 @@ class InstructionDatasetConfig(ConversationDatasetConfig):
 
     read: ClassVar[tuple[str, ...]] = (
         "instruction", "input", "output", "prompt", "response", "completion", "messages",
-        "conversations", "conversation", "history", "system", "tools",
+        "conversations", "conversation", "history", "system", "tools", "prompt_ids",
+        "response_ids", "response_targets", "completion_ids", "completion_targets",
     )  # fmt: skip
 
-    formats: ClassVar[list[str]] = ["auto", "alpaca", "messages", "strings", "capybara"]
+    formats: ClassVar[list[str]] = [
+        "auto", "alpaca", "messages", "strings", "capybara", "token_ids",
+    ]  # fmt: skip
     format: Fixed[str] = "auto"
-    """How rows are read: alpaca, messages, strings or capybara; by default found by their
-    columns."""
+    """How rows are read: alpaca, messages, strings, capybara or token_ids; by default found by
+    their columns."""
     max_length: Fixed[Annotated[int, Field(ge=2)] | None] = None
     """Tokens of prompt and answer together; by default the model's positions, at most 1,024."""
     max_prompt_length: Fixed[Annotated[int, Field(ge=0)] | None] = None
@@ -246,15 +249,16 @@ class PreferenceDatasetConfig(ConversationDatasetConfig):
         "prompt", "chosen", "rejected", "conversations", "history", "human_ref_A", "human_ref_B",
         "labels", "system", "tools", "weight", "margin", "question", "context", "response1",
         "response2", "overall_preference", "instruction", "completions", "answers",
+        "prompt_ids", "chosen_ids", "chosen_targets", "rejected_ids", "rejected_targets",
     )  # fmt: skip
 
     formats: ClassVar[list[str]] = [
         "auto", "hh", "shp", "strings", "messages", "sharegpt", "orca", "helpsteer",
-        "ultrafeedback", "nectar",
+        "ultrafeedback", "nectar", "token_ids",
     ]  # fmt: skip
     format: Fixed[str] = "auto"
-    """How rows are read: hh, shp, strings, messages, sharegpt, orca, helpsteer, ultrafeedback or
-    nectar; by default found by their columns."""
+    """How rows are read: hh, shp, strings, messages, sharegpt, orca, helpsteer, ultrafeedback,
+    nectar or token_ids; by default found by their columns."""
     pair_values: SameContent[list[Literal["weight", "margin"]]] = Field(
         default_factory=lambda: ["weight", "margin"]
     )

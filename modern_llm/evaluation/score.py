@@ -104,7 +104,7 @@ def scored_pairs(
         then = "nothing was written: run the same command again"
         with runtime, Watchdog(runtime, nowhere, hang_timeout, then=lambda: then):
             policy = inspect_checkpoint(model)
-            tokenizer, _ = choose_tokenizer(tokenizer_name, policy, config)
+            tokenizer, _ = choose_tokenizer(tokenizer_name, policy, config, data)
             check_positions(max_length, policy, "max_length")
             lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
             prepared = _read(runtime, data, tokenizer, folder / "data", lengths)
@@ -118,7 +118,7 @@ def scored_pairs(
 def _read(
     runtime: distributed.Runtime,
     data: PreferenceDatasetConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     lengths: dict[str, int | None],
 ) -> Prepared:

@@ -33,7 +33,7 @@ LARGE = 1 << 16
 def export(
     runtime: Runtime,
     engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     ends: tuple[int | None, ...] = (),
 ) -> None:
@@ -52,7 +52,8 @@ def export(
             name_special_ids(engine.inner, tokenizer, ends)
             with around("export.write"):
                 write_adapters(engine.inner, state, temporary)
-                tokenizer.save_pretrained(temporary)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(temporary)
         elif runtime.is_main:
             write_model(engine.inner, state, tokenizer, temporary, ends)
 
@@ -97,7 +98,7 @@ def _mapped(tensor: Tensor, disk: Path) -> Tensor:
 def write_model(
     model: PreTrainedModel,
     state: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     ends: tuple[int | None, ...] = (),
 ) -> None:
@@ -105,12 +106,13 @@ def write_model(
     shape = _shape_of(model, tokenizer, ends)
     with around("export.write"):
         shape.save_pretrained(folder, state_dict=_with_ties_and_buffers(model, state))
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
 def model_files(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     ends: tuple[int | None, ...] = (),
 ) -> dict[str, bytes]:
     """Return path and content of the files that a folder of weights needs to be a model.
@@ -127,13 +129,14 @@ def model_files(
                 shape.config.architectures = [type(model).__name__]
                 shape.config.save_pretrained(folder)
                 shape.generation_config.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return {str(path.relative_to(folder)): read_bytes(path) for path in files}
 
 
 def _shape_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: tuple[int | None, ...]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, ends: tuple[int | None, ...]
 ) -> PreTrainedModel:
     """Return a float32 model on the meta device with the configurations to write.
 
@@ -147,13 +150,13 @@ def _shape_of(
 
 
 def name_special_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: tuple[int | None, ...]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, ends: tuple[int | None, ...]
 ) -> None:
     """Set special ids that a model's configurations lack from the tokenizer."""
     generation = model.generation_config
     vocabulary = model.config.get_text_config().vocab_size
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        own = getattr(tokenizer, name)
+        own = getattr(tokenizer, name, None)
         if own is None or own >= vocabulary:
             continue  # a padding token outside the embedding: no model loads with such an id
         if getattr(model.config, name, None) is None:

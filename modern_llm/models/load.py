@@ -348,7 +348,9 @@ def outside_note(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> str | N
     )
 
 
-def check_id(highest: int, vocabulary: int, tokenizer: PreTrainedTokenizerBase, place: str) -> None:
+def check_id(
+    highest: int, vocabulary: int, tokenizer: PreTrainedTokenizerBase | None, place: str
+) -> None:
     """Refuse a token id outside an embedding of `vocabulary` rows.
 
     Args:
@@ -356,8 +358,9 @@ def check_id(highest: int, vocabulary: int, tokenizer: PreTrainedTokenizerBase, 
         place: the row, as `file:line`.
     """
     if highest >= vocabulary:
-        token = tokenizer.convert_ids_to_tokens(highest)
+        token = tokenizer and tokenizer.convert_ids_to_tokens(highest)
+        shown = f" ({token!r})" if token else ""
         raise UserError(
-            f"{place}: token id {highest} ({token!r}) but embedding has {vocabulary} rows; use the "
+            f"{place}: token id {highest}{shown} but embedding has {vocabulary} rows; use the "
             "tokenizer that the model was trained with, or remove such rows"
         )

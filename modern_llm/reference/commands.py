@@ -147,7 +147,8 @@ def _opened(
     data = tables.with_dataset_name(request.data, request.train)
     runtime = start(request.train)
     checkpoint = inspect_checkpoint(request.sft_checkpoint)
-    tokenizer, others = choose_tokenizer(request.tokenizer_name, checkpoint, request.train)
+    name = request.tokenizer_name
+    tokenizer, others = choose_tokenizer(name, checkpoint, request.train, data)
     check_positions(request.dpo.max_length, checkpoint, "dpo.max_length")
     check_agreement(tokenizer, others, data)
     then = "committed values are stored: the same command scores only what is missing"

@@ -38,7 +38,7 @@ Section = TypeVar("Section", InstructionDatasetConfig, PreferenceDatasetConfig)
 
 def with_template_day(
     runtime: Runtime,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     data: Section,
     record: dict[str, Any] | None = None,
     store: Callable[[], ReferenceStore | None] | None = None,
@@ -54,7 +54,7 @@ def with_template_day(
     Raises:
         ConfigError: a day is set, but the template reads none.
     """
-    template = template_source(tokenizer, data.template)
+    template = "" if tokenizer is None else template_source(tokenizer, data.template)
     if not reads_date(template):
         if data.template_date is not None:
             raise ConfigError(
@@ -103,12 +103,12 @@ def _choose(
 
 
 def remember_day(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     data: PreferenceDatasetConfig,
     store: ReferenceStore | None,
 ) -> None:
     """Record the day of a store's pairs, unless it has one; rank 0 only."""
-    if store is None or data.template_date is None:
+    if tokenizer is None or store is None or data.template_date is None:
         return
     days = _days(store.folder)
     template = _name(template_source(tokenizer, data.template))

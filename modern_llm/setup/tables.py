@@ -89,7 +89,7 @@ def read_tables(runtime: Runtime, folder: Path, build: Callable[..., Prepared]) 
 
 
 def check_ids_fit(
-    prepared: Prepared, tokenizer: PreTrainedTokenizerBase, *vocabularies: int | None
+    prepared: Prepared, tokenizer: PreTrainedTokenizerBase | None, *vocabularies: int | None
 ) -> None:
     """Refuse token ids outside embeddings with these numbers of rows; None is not checked."""
     least = min((rows for rows in vocabularies if rows is not None), default=None)

@@ -90,7 +90,7 @@ def train_and_export(
     scorer: TokenScorer,
     task: Task,
     run: RunFolder,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     data: StageData,
     ends: tuple[int | None, ...] = (),
 ) -> Path:

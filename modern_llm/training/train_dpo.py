@@ -80,7 +80,7 @@ def run_dpo(
     if run.finished():
         return run.final
     checkpoint = inspect_checkpoint(start)
-    tokenizer, others = choose_tokenizer(tokenizer_name, checkpoint, train_config)
+    tokenizer, others = choose_tokenizer(tokenizer_name, checkpoint, train_config, data)
     check_positions(dpo_config.max_length, checkpoint, "dpo.max_length")
     check_agreement(tokenizer, others, data)
     with outcome_recorded(runtime, run):

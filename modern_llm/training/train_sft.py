@@ -65,7 +65,7 @@ def run_sft(
     if run.finished():
         return run.final
     checkpoint = inspect_checkpoint(start)
-    tokenizer, others = choose_tokenizer(tokenizer_name, checkpoint, train_config)
+    tokenizer, others = choose_tokenizer(tokenizer_name, checkpoint, train_config, data)
     default = kind_of(data).default_length
     max_length = data.max_length or min(default, checkpoint.positions or default)
     check_positions(max_length, checkpoint, "data.max_length")

@@ -30,7 +30,8 @@ class InspectSettings(Settings):
     data: str | None = None
     """Hub id, file or folder; or give --config with the run whose data is meant."""
     tokenizer: str | None = None
-    """Hub id or folder of the tokenizer, or of a checkpoint that has one."""
+    """Hub id or folder of the tokenizer, or of a checkpoint that has one; rows of token ids need
+    none."""
     kind: Literal["preferences", "instructions", "documents"] | None = None
     """What the rows are; preferences by default."""
     plugins: list[str] = Field(default_factory=list)
@@ -71,7 +72,7 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
     from modern_llm.verbs.terminal import show_inspection
 
     section, setup, place, prompt = _request(settings)
-    tokenizer = load_tokenizer(place)
+    tokenizer = load_tokenizer(place) if place else None
     recipe = recipe_of(section, tokenizer, setup.max_length, prompt)
     with token_lines(settings.tokens, recipe) if settings.tokens else nullcontext() as sink:
         sources = examine(section, recipe, examples=settings.examples, sink=sink)
@@ -84,13 +85,16 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
     return result
 
 
-def _request(settings: InspectSettings) -> tuple[DatasetConfig, Setup, str, int | None]:
+def _request(settings: InspectSettings) -> tuple[DatasetConfig, Setup, str | None, int | None]:
     """Return the data section, the run around it, the tokenizer's name and `max_prompt_length`.
+
+    Rows of token ids need no tokenizer.
 
     The command line comes before the configuration file, and that before the kind's defaults.
     """
     from modern_llm.data.encode.kinds import kind_named, kind_of
     from modern_llm.data.inspect.warnings import Setup
+    from modern_llm.data.table.build import holds_ids
 
     section = place = None
     batch, length, prompt = 32, None, None
@@ -104,7 +108,8 @@ def _request(settings: InspectSettings) -> tuple[DatasetConfig, Setup, str, int 
     section = _with_options(
         section or kind_named(settings.kind or "preferences").config(), settings
     )
-    if not (place := settings.tokenizer or place):
+    place = settings.tokenizer or place
+    if not place and not holds_ids(section):
         raise ConfigError(["tokenizer: none is named; give --tokenizer (a Hub id or folder)"])
     kind = kind_of(section)
     setup = Setup(

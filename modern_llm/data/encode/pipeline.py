@@ -34,6 +34,7 @@ from modern_llm.data.encode.tokenizer import (
     default_limits,
 )
 from modern_llm.data.read.formats import Format, Mode, Record
+from modern_llm.data.read.records import RowFault, TokenIds
 from modern_llm.data.table.token_table import TokenTableWriter
 
 
@@ -46,6 +47,8 @@ class Item:
     chat: bool = False
     numbers: Mapping[str, float] | None = None
     """Numbers of the row beside its texts."""
+    parts: Parts | None = None
+    """The ids, where the row holds them in place of texts."""
 
 
 @dataclass
@@ -73,7 +76,7 @@ class Recipe:
     name: str
     mode: Mode
     columns: tuple[str, ...]
-    encoder: Encoder
+    encoder: Callable[[Sequence[str]], list[Ids]]
     item: Callable[[Record], Item]
     split: Callable[[Item, Sequence[Ids]], Parts]
     cells: Callable[[Parts], list[Ids]]
@@ -88,13 +91,14 @@ class Recipe:
 
 def recipe_of(
     section: DatasetConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     length: int,
     max_prompt_length: int | None = None,
 ) -> Recipe:
     """Return the recipe of any kind of section.
 
     Args:
+        tokenizer: None where every row holds token ids.
         length: most tokens of a prompt with one response, or the length of a row of documents.
         max_prompt_length: tokens of the prompt's end that are kept at least; by default half of
             `length`.
@@ -102,11 +106,13 @@ def recipe_of(
     Raises:
         UserError: `max_prompt_length` beside documents, and what the recipes below raise.
     """
+    if isinstance(section, ConversationDatasetConfig) and tokenizer is None:
+        return ids_recipe(section, max_length=length, max_prompt_length=max_prompt_length)
     if isinstance(section, ConversationDatasetConfig):
         return answers_recipe(
             section, tokenizer, max_length=length, max_prompt_length=max_prompt_length
         )
-    assert isinstance(section, DocumentDatasetConfig), type(section)
+    assert isinstance(section, DocumentDatasetConfig) and tokenizer is not None, type(section)
     if max_prompt_length is not None:
         raise UserError("max_prompt_length has no effect on documents: leave it out")
     return documents_recipe(section, tokenizer, length)
@@ -139,12 +145,14 @@ def answers_recipe(
     boundary = Boundary(encoder, tokenizer, ends, config.append_end_token)
 
     def item(record: Record) -> Item:
+        if isinstance(record.prompt, TokenIds):
+            return _item_of_ids(record, config)
         written = template.compose(record)
         numbers = getattr(record, "numbers", None)
         return Item(boundary.texts(written), record.origin, written.chat, numbers)
 
     def split(item: Item, ids: Sequence[Ids]) -> Parts:
-        return boundary.split(item.texts, ids, chat=item.chat)
+        return item.parts or boundary.split(item.texts, ids, chat=item.chat)
 
     def cells(parts: Parts) -> list[Ids]:
         prompt, *answers = parts.columns
@@ -167,6 +175,52 @@ def answers_recipe(
         ends=frozenset(ends) - {None},  # type: ignore[arg-type]
         numbers=_numbers(config),
     )
+
+
+def ids_recipe(
+    config: ConversationDatasetConfig, *, max_length: int, max_prompt_length: int | None
+) -> Recipe:
+    """Return the recipe of rows that all hold token ids, without a tokenizer."""
+    limits = default_limits(max_length, max_prompt_length, 0)
+    cuts = TruncationCounts()
+    plain = Truncation(limits, None, False, cuts)
+
+    def item(record: Record) -> Item:
+        if not isinstance(record.prompt, TokenIds):
+            raise RowFault(
+                "the row holds text, and there is no tokenizer: name one (tokenizer_name)"
+            )
+        return _item_of_ids(record, config)
+
+    def cells(parts: Parts) -> list[Ids]:
+        prompt, *answers = parts.columns
+        return plain(prompt, answers, has_lead=True)
+
+    kind = kind_of(config)
+    return Recipe(
+        formats=kind.formats(config),
+        name=format_name(config),
+        mode="convert",
+        columns=kind.columns,
+        encoder=lambda texts: [],
+        item=item,
+        split=lambda item, ids: item.parts,
+        cells=cells,
+        settings={"max_length": limits.total, "max_prompt_length": limits.prompt},
+        cuts=cuts,
+        numbers=_numbers(config),
+    )
+
+
+def _item_of_ids(record: Record, config: ConversationDatasetConfig) -> Item:
+    """Return the item of a row of ids: they are trained on as they are, without an end token."""
+    if config.template is not None:
+        raise RowFault("data.template has no effect on token ids: remove it")
+    if any(response.trained is not None for response in record.responses):
+        raise RowFault("a mask that leaves out tokens inside a response is not supported")
+    columns = [record.prompt.ids, *(response.ids for response in record.responses)]
+    parts = Parts(columns, (None,) * len(record.responses))
+    return Item((), record.origin, numbers=record.numbers, parts=parts)
 
 
 def _numbers(config: ConversationDatasetConfig) -> dict[str, float]:

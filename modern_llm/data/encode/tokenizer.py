@@ -185,8 +185,10 @@ class Truncation:
         self.cuts.tokens += len(prompt) - len(kept) + sum(lost)
 
 
-def tokenizer_identity(tokenizer: Tokenizer) -> str:
+def tokenizer_identity(tokenizer: Tokenizer | None) -> str:
     """Return a digest of what the tokenizer does to texts, whatever its path."""
+    if tokenizer is None:
+        return "none"
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()

@@ -22,11 +22,13 @@ from modern_llm.data.inspect.warnings import (
 )
 
 
-def inspection(sources: Sequence[Examined], setup: Setup, tokenizer: Tokenizer) -> dict[str, Any]:
+def inspection(
+    sources: Sequence[Examined], setup: Setup, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
     """Return the whole result of an inspection.
 
     Args:
-        tokenizer: decodes the examples.
+        tokenizer: decodes the examples; without one they are shown as ids.
     """
     train = [source for source in sources if source.role == "train"]
     formats: dict[str, int] = {}
@@ -92,7 +94,9 @@ def _source(source: Examined) -> dict[str, Any]:
     }
 
 
-def _example(source: Examined, entry: tuple[str, list[Ids]], tokenizer: Tokenizer) -> dict:
+def _example(
+    source: Examined, entry: tuple[str, list[Ids]], tokenizer: Tokenizer | None
+) -> dict[str, Any]:
     """Return one example token by token, with the targets marked, as training lays it out."""
     origin, cells = entry
     if len(cells) == 1:
@@ -104,19 +108,22 @@ def _example(source: Examined, entry: tuple[str, list[Ids]], tokenizer: Tokenize
     for at, (name, ids) in enumerate(zip(source.columns, cells, strict=True)):
         slot = at - (len(cells) > 1)
         targets = int((sequence.slots == slot).sum())  # the last ones: none is left out inside
+        pieces = _pieces(ids, tokenizer)
         columns.append(
             {
                 "column": name,
-                "text": tokenizer.decode(ids.tolist()),
-                "tokens": _pieces(ids, tokenizer),
+                "text": "".join(pieces) if tokenizer is None else tokenizer.decode(ids.tolist()),
+                "tokens": pieces,
                 "target": [place >= len(ids) - targets for place in range(len(ids))],
             }
         )
     return {"origin": origin, "source": source.name, "columns": columns}
 
 
-def _pieces(ids: Ids, tokenizer: Tokenizer) -> list[str]:
+def _pieces(ids: Ids, tokenizer: Tokenizer | None) -> list[str]:
     """Return the text of each token; a character of several tokens belongs to the last one."""
+    if tokenizer is None:
+        return [f"{number} " for number in ids.tolist()]
     pieces, waiting = [], []
     for number in ids.tolist():
         waiting.append(number)

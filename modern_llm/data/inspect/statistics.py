@@ -202,7 +202,8 @@ class _Tally:
                 # An answer of exactly the room there is loses its end token alone.
                 lost = at > 0 and closing[at] is not None and not ended
                 self._cut[name] += lost or len(cells[at]) < len(whole[at])
-                self._unended[name] += at > 0 and not ended
+                known = bool(self._recipe.ends)  # without a tokenizer no token is an end token
+                self._unended[name] += at > 0 and known and not ended
         texts = [_digest(ids) for ids in whole]
         pair = _mixed(texts)
         self._digests["prompts"].append(texts[0])

@@ -42,6 +42,7 @@ from modern_llm.data.read.records import (
     PreferencePair,
     RowFault,
 )
+from modern_llm.data.read.token_ids import instruction_of_ids, pair_of_ids
 
 Record = PreferencePair | Instruction | Document
 Mode = Literal["convert", "framed", "talk"]
@@ -339,6 +340,12 @@ PREFERENCES = (
         orca_pair,
     ),
     Format("hh", "chosen and rejected as transcripts", has_columns("chosen", "rejected"), hh_pair),
+    Format(
+        "token_ids",
+        "prompt_ids, chosen_ids, rejected_ids",
+        has_columns("prompt_ids", "chosen_ids", "rejected_ids"),
+        pair_of_ids,
+    ),
 )
 
 INSTRUCTIONS = (
@@ -368,5 +375,11 @@ INSTRUCTIONS = (
         lambda v: "prompt" in v and ("response" in v or "completion" in v),
         string_instruction,
         talk=string_instruction_as_turns,
+    ),
+    Format(
+        "token_ids",
+        "prompt_ids, response_ids or completion_ids",
+        lambda v: "prompt_ids" in v and ("response_ids" in v or "completion_ids" in v),
+        instruction_of_ids,
     ),
 )

@@ -2,7 +2,7 @@
 
 Texts are literal: nothing is stripped, joined or trimmed. A prompt is a string or a list of
 messages `{"role": ..., "content": ...}`; a response is a string or one message, with every key that
-a chat template may write (reasoning, tool calls). The two
+a chat template may write (reasoning, tool calls). Both may be token ids. The two
 faults say what a format function found wrong: `RowFault` is broken structure (an error unless the
 user skips such rows), `ContentFault` is content that cannot be learnt from (dropped and counted).
 `formats` makes these; `tokenize` and `prepare` consume them.
@@ -14,9 +14,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 Message = dict[str, Any]
-Prompt = str | list[Message]
-Response = str | Message
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenIds:
+    """Token ids in place of a text; `trained` marks the ones that are targets, None for all."""
+
+    ids: NDArray[np.int32]
+    trained: NDArray[np.bool_] | None = None
+
+
+Prompt = str | list[Message] | TokenIds
+Response = str | Message | TokenIds
 
 
 class Conversation(list[Message]):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -24,8 +24,9 @@ from modern_llm.data.encode.chat_template import Tokenizer
 from modern_llm.data.encode.kinds import format_name, kind_of
 from modern_llm.data.encode.pipeline import Recipe, RowPacker, recipe_of
 from modern_llm.data.encode.tokenizer import Ids, tokenizer_identity
+from modern_llm.data.read.formats import Record
 from modern_llm.data.read.readers import Row
-from modern_llm.data.read.records import ContentFault, Document, Dropped, RowFault
+from modern_llm.data.read.records import ContentFault, Document, Dropped, RowFault, TokenIds
 from modern_llm.data.read.sources import Source
 from modern_llm.data.table.counts import DataReport, Drops
 from modern_llm.data.table.iterate import (
@@ -44,7 +45,7 @@ from modern_llm.storage.fault_points import around
 from modern_llm.storage.regular_files import read_text
 from modern_llm.storage.untrusted import parse_json
 
-__all__ = ["FELL_BACK", "Prepared", "prepare_tables", "sample_texts"]
+__all__ = ["FELL_BACK", "Prepared", "holds_ids", "prepare_tables", "sample_texts"]
 
 VERSION = 4
 
@@ -94,7 +95,7 @@ class Prepared:
 
 def prepare_tables(
     config: DatasetConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     folder: Path,
     *,
     max_length: int | None = None,
@@ -106,6 +107,7 @@ def prepare_tables(
     Their columns are those of the section's `DataKind`.
 
     Args:
+        tokenizer: None where every row holds token ids.
         max_length: most tokens of a prompt with one response, or the length of the rows that
             documents are cut into; by default the section's, else its kind's. The caller must keep
             it within the model's positions.
@@ -156,22 +158,34 @@ def sample_texts(config: DatasetConfig, count: int = 64) -> list[str]:
     tokenizers on."""
     texts: list[str] = []
     for part in training_sources(config):
-        record_of = RecordReader(
-            kind_of(config).formats(config), part.format or format_name(config)
-        )
-        for row in islice(part.source, count):
-            try:
-                if isinstance(row, Row):
-                    texts += _texts(record_of(row))
-            except (RowFault, ContentFault):
-                continue
+        for record in _first_records(part, config, count):
+            texts += _texts(record)
     return texts
+
+
+def holds_ids(config: DatasetConfig) -> bool:
+    """Whether the first good row of every source holds token ids: they need no tokenizer."""
+    other = evaluation_source(config)
+    sources = [*training_sources(config), *([WeightedSource(other)] if other else [])]
+    first = [next(_first_records(part, config, 64), None) for part in sources]
+    return all(isinstance(getattr(record, "prompt", None), TokenIds) for record in first)
+
+
+def _first_records(part: WeightedSource, config: DatasetConfig, count: int) -> Iterator[Record]:
+    """Yield the good ones of the first `count` rows of a source."""
+    record_of = RecordReader(kind_of(config).formats(config), part.format or format_name(config))
+    for row in islice(part.source, count):
+        with suppress(RowFault, ContentFault):
+            if isinstance(row, Row):
+                yield record_of(row)
 
 
 def _texts(record: Any) -> list[str]:
     if isinstance(record, Document):
         return [record.text]
     prompt = record.prompt
+    if isinstance(prompt, TokenIds):
+        return []
     turns = [prompt] if isinstance(prompt, str) else prompt
     texts = (t if isinstance(t, str) else t.get("content") for t in (*turns, *record.responses))
     return [text for text in texts if isinstance(text, str)]
@@ -179,7 +193,7 @@ def _texts(record: Any) -> list[str]:
 
 def _key(
     config: DatasetConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     recipe: Recipe,
     parts: Sequence[WeightedSource],
     evaluation: Source | None,

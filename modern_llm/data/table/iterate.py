@@ -250,7 +250,7 @@ def in_batches(items: Iterator[Item]) -> Iterator[list[Item]]:
     characters = 0
     for item in items:
         batch.append(item)
-        characters += sum(map(len, item.texts))
+        characters += sum(map(len, item.parts.columns if item.parts else item.texts))
         if len(batch) >= _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

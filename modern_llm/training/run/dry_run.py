@@ -21,7 +21,7 @@ from modern_llm.config import TrainingConfig
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.errors import ConfigError, UserError
 from modern_llm.data.batch.order import Order
-from modern_llm.data.table.build import Prepared
+from modern_llm.data.table.build import Prepared, holds_ids
 from modern_llm.data.table.iterate import evaluation_source, training_sources
 from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.runtime import Runtime
@@ -180,16 +180,21 @@ def contradictions(
     own = found.place if found is not None and found.has_tokenizer else None
     for name in dict.fromkeys(filter(None, (tokenizer, own, config.tokenizer_name))):
         collect(lambda name=name: load_tokenizer(name))
+    named = None
+    if data.names or config.dataset_name:
+        named = data if data.names else dataclasses.replace(data, dataset_name=config.dataset_name)
     if not (tokenizer or own or config.tokenizer_name) and (found or not checkpoint):
-        problems.append("train.tokenizer_name: no tokenizer is named and the checkpoint has none")
+        if named is None or not collect(lambda: holds_ids(named)):
+            problems.append(
+                "train.tokenizer_name: no tokenizer is named and the checkpoint has none"
+            )
     if found is not None and max_length and found.positions and max_length > found.positions:
         problems.append(
             f"max_length {max_length} is above the {found.positions} positions of {checkpoint}"
         )
-    if data.names or config.dataset_name:
-        named = data if data.names else dataclasses.replace(data, dataset_name=config.dataset_name)
+    if named is not None:
         collect(lambda: training_sources(named))
         collect(lambda: evaluation_source(named))
     else:
         problems.append("data.dataset_name: no data set is named; give a Hub id, a file or folder")
-    return problems
+    return list(dict.fromkeys(problems))
