@@ -50,7 +50,7 @@ TABLE = {
     ),
     # A computed name: a user's own modules (`--plugins`).
     "config": row(
-        "objectives.catalogue",
+        "objectives.catalogue objectives.labelled_catalogue",
         "pydantic",
         only_in={"(a computed name)": frozenset({"config.plugins"})},
     ),

@@ -3,6 +3,7 @@
 from modern_llm.config.data import (
     DocumentDatasetConfig,
     InstructionDatasetConfig,
+    LabelledDatasetConfig,
     PreferenceDatasetConfig,
 )
 from modern_llm.config.lora import LoraConfig
@@ -12,6 +13,7 @@ from modern_llm.config.training import TrainingConfig
 __all__ = [
     "DocumentDatasetConfig",
     "InstructionDatasetConfig",
+    "LabelledDatasetConfig",
     "LoraConfig",
     "ModernLLMConfig",
     "MoEConfig",

@@ -265,3 +265,21 @@ class PreferenceDatasetConfig(ConversationDatasetConfig):
     """Columns of numbers that are read where rows have them. weight multiplies the pair's loss and
     counts it so often in every mean; margin is subtracted in the loss (DPO with an offset, Amini et
     al., 2024). `[]` reads neither."""
+
+
+@section
+class LabelledDatasetConfig(ConversationDatasetConfig):
+    """Responses that are labelled desirable or not, or preference pairs; `KTOConfig` sets their
+    lengths."""
+
+    read: ClassVar[tuple[str, ...]] = (
+        "completion", "response", "label", "messages",
+        *(n for n in PreferenceDatasetConfig.read if n not in PreferenceDatasetConfig.values),
+    )  # fmt: skip
+
+    formats: ClassVar[list[str]] = [
+        "auto", "labelled", "labelled_messages", *PreferenceDatasetConfig.formats[1:],
+    ]  # fmt: skip
+    format: Fixed[str] = "auto"
+    """How rows are read: labelled, labelled_messages, or a format of pairs as in the section of
+    dpo, whose chosen response is desirable; by default found by their columns."""

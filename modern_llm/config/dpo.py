@@ -1,20 +1,18 @@
 """`DPOConfig`: which preference loss, with what options, against which reference.
 
 Its options are judged by the catalogue of losses: one that a loss does not take is refused here,
-when
-the section is built, and not ignored later.
+when the section is built, and not ignored later.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from modern_llm.config.base import Fixed, Free, SameContent, section
+from modern_llm.config.base import Fixed, section
 from modern_llm.config.errors import ConfigError
+from modern_llm.config.reference import ReferenceConfig
 from modern_llm.objectives.catalogue import (
     DIVERGENCES,
     LOSSES,
@@ -25,31 +23,22 @@ from modern_llm.objectives.catalogue import (
     rows_of,
 )
 
-# Options about the reference; those in the second row are about stored values.
-REFERENCE = (
-    "reference", "reference_checkpoint", "reference_digest", "reference_store",
-    "keep_token_logprobs", "flush_every", "self_check_pairs",
-)  # fmt: skip
-NOT_LIVE = ("keep_token_logprobs", "flush_every", "self_check_pairs")
 # The losses' own options; None means the default of the loss's row.
 OPTIONS = ("discopop_tau", "simpo_gamma", "dpop_lambda", "f_alpha")
 
 
 @section
-class DPOConfig:
+class DPOConfig(ReferenceConfig):
     """The preference objective."""
+
+    section_name: ClassVar[str] = "dpo"
 
     beta: Fixed[float] = 0.1
     """Strength of the pull to the reference (Rafailov et al., 2023); the weight of the odds term
     in orpo."""
-    max_length: Fixed[Annotated[int, Field(ge=2)]] = 512
-    """Tokens of prompt and response together."""
     label_smoothing: Fixed[float] = 0.0
     """Share of pairs assumed to be labelled the wrong way round. exo_pair needs a positive value:
     with it, 0 means its default of 0.001."""
-    max_prompt_length: Fixed[Annotated[int, Field(ge=0)] | None] = None
-    """Tokens of the prompt's end that are kept at least when both are too long; by default half of
-    max_length."""
     loss_type: Fixed[str | list[str]] = "sigmoid"
     """sigmoid, robust, hinge, ipo, exo_pair, nca_pair, bco_pair, sppo_hard, aot, aot_unpaired,
     apo_zero, apo_down, discopop, sigmoid_norm, simpo, orpo, dpop or sft; a list of them is added up
@@ -78,25 +67,6 @@ class DPOConfig:
     ld_alpha: Fixed[Annotated[float, Field(ge=0, lt=1)] | None] = None
     """Weight of the longer answer's tokens beyond the length of the shorter one (LD-DPO, Liu et al.
     2024); by default all tokens count fully."""
-    reference: Free[Literal["cache", "store", "model"]] = "cache"
-    """cache: score with the reference what the store lacks, then train without it. store: never
-    score; the values must be there, the reference's weights need not. model: no store, a frozen
-    model beside the policy."""
-    reference_checkpoint: SameContent[str | None] = None
-    """Hub id, transformers folder, .pt file or run checkpoint of the reference; by default the
-    policy's start."""
-    reference_digest: Free[Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")] | None] = None
-    """With reference: store, the digest that the reference's weights should have (hex, at least
-    the first 16 digits), where the weights themselves are not available."""
-    reference_store: Free[Path | None] = None
-    """With reference: store, the folder of the store; by default one under MODERN_LLM_CACHE."""
-    keep_token_logprobs: Free[bool] = False
-    """Also keep the log-prob of every token in the store; ld_alpha needs it and does so by
-    itself."""
-    flush_every: Free[Annotated[int, Field(gt=0)]] = 2048
-    """Pairs between two shards of the reference pass: what a killed pass scores again at most."""
-    self_check_pairs: Free[Annotated[int, Field(gt=0)] | None] = None
-    """Pairs whose stored reference values are scored again before step 1 (default 16)."""
 
     @model_validator(mode="after")
     def _check(self) -> DPOConfig:
@@ -107,14 +77,9 @@ class DPOConfig:
             loss_weights=self.loss_weights,
             f_divergence=self.f_divergence,
         )
-        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
-            problems.append(
-                f"max_prompt_length {self.max_prompt_length} leaves no room for a response in "
-                "max_length "
-                f"{self.max_length}: lower it"
-            )
+        problems += self.length_problems()
         if len(self._rows) == len(names_of(self.loss_type)):
-            problems += [*self._combination_problems(), *self._reference_problems()]
+            problems += [*self._combination_problems(), *self.reference_problems()]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -135,34 +100,10 @@ class DPOConfig:
                 )
         return problems
 
-    def _reference_problems(self) -> list[str]:
-        """Return reference options that have no effect or contradict each other."""
-        default = {f.name: f.default for f in dataclasses.fields(self) if f.name in REFERENCE}
-        said = [name for name, value in default.items() if getattr(self, name) != value]
-        if not self.needs_reference:
-            return [
-                f"{name} has no effect with loss_type={self.loss_name!r}, which reads no "
-                "reference: remove it"
-                for name in said
-            ]
-        problems = []
-        for name in said:
-            if name in ("reference_digest", "reference_store") and self.reference != "store":
-                problems.append(f"{name} has an effect with reference: store alone: remove it")
-            if name in NOT_LIVE and self.reference == "model":
-                problems.append(f"{name} has no effect with reference: model: remove it")
-            if name == "flush_every" and self.reference == "store":
-                problems.append("flush_every has no effect with reference: store: remove it")
-        if self.reference_digest and self.reference_checkpoint:
-            problems.append(
-                "reference_digest and reference_checkpoint both name the reference: keep one"
-            )
-        return problems
-
     @property
-    def per_token(self) -> bool:
-        """Whether the reference's log-prob of every token is needed."""
-        return self.keep_token_logprobs or self.ld_alpha is not None
+    def tail_weight(self) -> float | None:
+        """`ld_alpha`."""
+        return self.ld_alpha
 
     @property
     def loss_options(self) -> dict[str, float | None]:

@@ -7,8 +7,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.errors import StorageError
+from modern_llm.config.reference import ReferenceConfig
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.checkpoint_tensors import stored_tensors, weight_files
 from modern_llm.models.load import Checkpoint, inspect_checkpoint
@@ -23,14 +23,14 @@ log = logging.getLogger(__name__)
 
 
 def find_store(
-    runtime: Runtime, checkpoint: Checkpoint, dpo: DPOConfig
+    runtime: Runtime, checkpoint: Checkpoint, dpo: ReferenceConfig
 ) -> tuple[str, ReferenceStore | None]:
     """Return the digest of the reference, and its store (None for `reference: model`).
 
     The store need not exist yet, unless a digest or folder is given.
 
     Args:
-        checkpoint: of the reference; its weights are not read if `dpo.reference_digest` is set.
+        checkpoint: of the reference; its weights are not read if `reference_digest` is set.
 
     Raises:
         StorageError: the given folder has other values, or no single store has the given digest.
@@ -47,7 +47,7 @@ def find_store(
     else:
         folder = dpo.reference_store
         store = _open(runtime, lambda: folder)
-        _check_identity(store, identity)
+        _check_identity(store, identity, dpo.section_name)
     if runtime.is_main:
         log.info("reference: store %s", store.folder)
         if not store.shards:
@@ -133,9 +133,9 @@ def _log_similar_stores(identity: Identity) -> None:
             )
 
 
-def _folder_of_digest(compute: str, dpo: DPOConfig) -> Path:
-    """Return the folder of the store with `dpo.reference_digest`; rank 0 only."""
-    digest = dpo.reference_digest or ""
+def _folder_of_digest(compute: str, dpo: ReferenceConfig) -> Path:
+    """Return the folder of the store with `reference_digest`; rank 0 only."""
+    digest, place = dpo.reference_digest or "", dpo.section_name
     candidates = stores_in(cache_root())
     if dpo.reference_store is not None:
         candidates = [dpo.reference_store]
@@ -155,26 +155,30 @@ def _folder_of_digest(compute: str, dpo: DPOConfig) -> Path:
         return fitting[0]
     if fitting:
         raise StorageError(
-            f"dpo.reference_digest {digest[:16]}: several stores have it "
-            f"({', '.join(map(str, fitting))}); name one with dpo.reference_store"
+            f"{place}.reference_digest {digest[:16]}: several stores have it "
+            f"({', '.join(map(str, fitting))}); name one with {place}.reference_store"
         )
     raise StorageError(
-        f"dpo.reference_digest {digest[:16]}: no store holds values of these weights in {compute}"
-        f"{'; ' + '; '.join(others[:3]) if others else ''}; name its folder with "
-        "dpo.reference_store, or look at the digest (`modern-llm reference info`)"
+        f"{place}.reference_digest {digest[:16]}: no store holds values of these weights in "
+        f"{compute}{'; ' + '; '.join(others[:3]) if others else ''}; name its folder with "
+        f"{place}.reference_store, or look at the digest (`modern-llm reference info`)"
     )
 
 
-def _check_identity(store: ReferenceStore, identity: Identity) -> None:
-    """Raise `StorageError` if a store holds values of other weights or of another recipe."""
+def _check_identity(store: ReferenceStore, identity: Identity, place: str) -> None:
+    """Raise `StorageError` if a store holds values of other weights or of another recipe.
+
+    Args:
+        place: section of the configuration, for the message.
+    """
     if store.identity.reference != identity.reference:
         raise StorageError(
-            f"dpo.reference_store {store.folder}: holds values of other weights "
+            f"{place}.reference_store {store.folder}: holds values of other weights "
             f"({store.identity.reference[:16]}, the reference is {identity.reference[:16]}); name "
             "the right folder or checkpoint"
         )
     if store.identity.recipe != identity.recipe:
         raise StorageError(
-            f"dpo.reference_store {store.folder}: has the recipe {store.identity.recipe}, this "
+            f"{place}.reference_store {store.folder}: has the recipe {store.identity.recipe}, this "
             f"run needs {identity.recipe}; train with the same mixed_precision, or fill it again"
         )

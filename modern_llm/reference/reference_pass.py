@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from modern_llm.config import TrainingConfig
-from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.errors import StorageError
+from modern_llm.config.reference import ReferenceConfig
 from modern_llm.data.table.build import Prepared
 from modern_llm.data.table.token_table import TokenTable
 from modern_llm.distributed.freed_memory import release_freed_memory
@@ -70,7 +70,7 @@ class ReferencePass:
         runtime: Runtime,
         policy: Checkpoint,
         config: TrainingConfig,
-        dpo: DPOConfig,
+        dpo: ReferenceConfig,
         *,
         part: tuple[int, int] = (1, 1),
     ):
@@ -131,11 +131,12 @@ class ReferencePass:
             if self._dpo.reference == "store" and missing.any():
                 first = answers.origin(answers.earliest(np.flatnonzero(missing)))
                 kind = " with per-token values" if tokens else ""
+                option = f"{self._dpo.section_name}.reference"
                 raise StorageError(
-                    f"dpo.reference: store: {self.store.folder} lacks {int(missing.sum())} of "
+                    f"{option}: store: {self.store.folder} lacks {int(missing.sum())} of "
                     f"{len(answers)} answers of the {pending.what}{kind}, the first at {first}; "
                     "fill it with `modern-llm reference fill` (same tokenizer, template and "
-                    "lengths), or use dpo.reference: cache"
+                    f"lengths), or use {option}: cache"
                 )
         if rows:
             self.store.check_space(rows, targets, tokens=tokens)
@@ -254,7 +255,7 @@ class ReferencePass:
     def _values(self, pending: PendingTable) -> Values:
         """Return the values (P, 2) of every pair of a table."""
         assert self.store is not None
-        answers, alpha = pending.answers, self._dpo.ld_alpha
+        answers, alpha = pending.answers, self._dpo.tail_weight
         found = values_of(self._runtime, answers.keys, self.store, tokens=alpha is not None)
         sums = found.sums[answers.of_pairs]
         if alpha is None:

@@ -110,7 +110,7 @@ class Scoring:
         if len(group) < 2:
             origin = trees.answers.origin(int(trees.entries(group)[0])) if len(group) else "nothing"
             raise UserError(
-                f"{origin}: its forward alone does not fit into memory; lower dpo.max_length"
+                f"{origin}: its forward alone does not fit into memory; lower max_length"
             ) from error
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

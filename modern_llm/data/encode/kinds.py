@@ -14,6 +14,7 @@ from modern_llm.config.data import (
     DatasetConfig,
     DocumentDatasetConfig,
     InstructionDatasetConfig,
+    LabelledDatasetConfig,
     PreferenceDatasetConfig,
 )
 from modern_llm.data.read.formats import (
@@ -23,8 +24,10 @@ from modern_llm.data.read.formats import (
     OWN_PREFERENCES,
     PREFERENCES,
     Format,
+    Record,
     document,
 )
+from modern_llm.data.read.labelled import LABELLED, labelled_responses
 from modern_llm.data.table.token_table import STARTS
 
 
@@ -42,6 +45,12 @@ class DataKind:
     """Columns of its token table: a prompt and its responses, or a text and its document starts."""
     default_length: int
     """Tokens of prompt and response, or of a row of documents, where nothing else sets them."""
+    records: Callable[[Record], Sequence[Record]] = lambda record: (record,)
+    """Record of a row -> the records that become examples."""
+    values: tuple[str, ...] = ()
+    """Numbers that every example has from its format."""
+    held_out_by: int | None = None
+    """First columns, whose content decides what `eval_fraction` holds out; None for all."""
 
 
 KINDS = (
@@ -51,6 +60,16 @@ KINDS = (
         formats=lambda section: (*OWN_PREFERENCES, *PREFERENCES),
         columns=("prompt", "chosen", "rejected"),
         default_length=512,
+    ),
+    DataKind(
+        name="labelled",
+        config=LabelledDatasetConfig,
+        formats=lambda section: (*LABELLED, *OWN_PREFERENCES, *PREFERENCES),
+        columns=("prompt", "response"),
+        default_length=512,
+        records=labelled_responses,
+        values=("label",),
+        held_out_by=1,  # both responses of a pair on one side
     ),
     DataKind(
         name="instructions",

@@ -70,6 +70,9 @@ class Recipe:
         remarks: returns what a user should know of the rows since its last call.
         ends: ids that close an answer.
         numbers: numbers that rows may have, with that of a source without them.
+        values: numbers that every row has from its format.
+        records: record of a row -> the records that become examples.
+        held_out_by: first cells whose content decides which examples are held out; None for all.
     """
 
     formats: Sequence[Format]
@@ -87,6 +90,14 @@ class Recipe:
     remarks: Callable[[], list[str]] = list
     ends: frozenset[int] = frozenset()
     numbers: Mapping[str, float] = field(default_factory=dict)
+    values: tuple[str, ...] = ()
+    records: Callable[[Record], Sequence[Record]] = lambda record: (record,)
+    held_out_by: int | None = None
+
+    @property
+    def stored(self) -> dict[str, float]:
+        """Numbers of a row of the table, with that of a row without them."""
+        return dict.fromkeys(self.values, math.nan) | dict(self.numbers)
 
 
 def recipe_of(
@@ -174,6 +185,9 @@ def answers_recipe(
         remarks=template.take_remarks,
         ends=frozenset(ends) - {None},  # type: ignore[arg-type]
         numbers=_numbers(config),
+        values=kind.values,
+        records=kind.records,
+        held_out_by=kind.held_out_by,
     )
 
 

@@ -209,7 +209,7 @@ class _Tally:
         self._digests["prompts"].append(texts[0])
         self._digests["pairs"].append(pair)
         self._digests["swapped"].append(_mixed([texts[0], *texts[:0:-1]]))
-        held = fraction is not None and share_of(cells) < fraction
+        held = fraction is not None and share_of(cells[: self._recipe.held_out_by]) < fraction
         self._held.append(held)
         self._result.report.count(item.numbers)
         if self._sink is not None and not held:

@@ -39,12 +39,13 @@ from modern_llm.data.read.records import (
     ContentFault,
     Document,
     Instruction,
+    LabelledResponse,
     PreferencePair,
     RowFault,
 )
 from modern_llm.data.read.token_ids import instruction_of_ids, pair_of_ids
 
-Record = PreferencePair | Instruction | Document
+Record = PreferencePair | Instruction | LabelledResponse | Document
 Mode = Literal["convert", "framed", "talk"]
 
 DOCUMENT = "text"  # name of the one format of documents
@@ -106,6 +107,8 @@ def _other_kind(formats: Sequence[Format], values: Values) -> str:
             continue
         if found := next((entry.name for entry in table if entry.fits(values)), None):
             verb = "dpo" if kind == "preferences" else "sft"
+            if kind == "instructions" and "label" in values:
+                kind, verb = "labelled", "kto"
             return f"as {kind} they are {found} (--kind {kind}, or the verb {verb}); "
     if formats[-1].name != DOCUMENT and isinstance(values.get("text"), str):
         return "as documents they are text (--kind documents, or the verb pretrain); "

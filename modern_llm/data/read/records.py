@@ -1,4 +1,4 @@
-"""Records made from rows before tokenisation: pairs, instructions, documents, dropped rows.
+"""Records made from rows before tokenisation: pairs, instructions, labelled responses, documents.
 
 Texts are literal: nothing is stripped, joined or trimmed. A prompt is a string or a list of
 messages `{"role": ..., "content": ...}`; a response is a string or one message, with every key that
@@ -88,6 +88,29 @@ class Instruction:
     @property
     def responses(self) -> tuple[Response, ...]:
         """(response,): the order of the columns of a table of instructions."""
+        return (self.response,)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledResponse:
+    """One prompt with a response and whether it is desirable."""
+
+    prompt: Prompt
+    response: Response
+    origin: str
+    numbers: Mapping[str, float] | None = None
+    """`label`, 1 where desirable and 0 where not, and the number that `data.order` sorts by."""
+
+    @classmethod
+    def of(
+        cls, prompt: Prompt, response: Response, origin: str, *, desirable: bool
+    ) -> LabelledResponse:
+        """Return the record with its label as a number."""
+        return cls(prompt, response, origin, {"label": float(desirable)})
+
+    @property
+    def responses(self) -> tuple[Response, ...]:
+        """(response,): the order of the columns of a table of labelled responses."""
         return (self.response,)
 
 

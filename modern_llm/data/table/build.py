@@ -271,7 +271,7 @@ class _Build:
             sinks = {
                 table: _Sink(
                     stack.enter_context(
-                        TokenTableWriter(self._folder / table, recipe.columns, recipe.numbers)
+                        TokenTableWriter(self._folder / table, recipe.columns, recipe.stored)
                     ),
                     recipe.row_length,
                 )
@@ -290,10 +290,11 @@ class _Build:
         drops = Drops(self._out, report)
         before = {table: (sink.rows, sink.tokens) for table, sink in sinks.items()}
         self._recipe.cuts.clear()
+        held = self._recipe.held_out_by
         for cells, origin, numbers in self._rows(part, drops):
             report.count(numbers)
             fraction = config.eval_fraction
-            if fraction is not None and share_of(cells) < fraction:
+            if fraction is not None and share_of(cells[:held]) < fraction:
                 sinks["evaluation"].add(cells, origin, numbers)
                 continue
             for _ in range(part.times(cells)):

@@ -45,7 +45,7 @@ class DataReport:
             did not fill a last row.
         tokens: token ids in the tables.
         notes: what a user should know, a line each.
-        values: `weight` or `margin` -> rows, sum, smallest and largest, where rows have them.
+        values: `weight`, `margin` or `label` -> rows, sum, smallest and largest, where there are.
     """
 
     source: str
@@ -72,6 +72,11 @@ class DataReport:
     def note_values(self) -> None:
         """Add a note on each of the numbers."""
         for name, found in self.values.items():
+            if name == "label":
+                good = int(found["sum"])
+                bad = int(found["rows"]) - good
+                self.notes.append(f"{self.source}: {good:,} desirable, {bad:,} undesirable rows")
+                continue
             mean = found["sum"] / found["rows"]
             text = f"{found['min']:g} to {found['max']:g}, mean {mean:.4g}"
             self.notes.append(f"{self.source}: {name} of {found['rows']:,} rows: {text}")

@@ -126,7 +126,8 @@ def read_items(
         elif isinstance(outcome, Dropped):
             drops.add(outcome)
         elif first is None:
-            yield outcome
+            report.rows += len(outcome) - 1  # a pair may become two examples
+            yield from outcome
         if report.rows == stop:
             break
     if first is not None:
@@ -159,17 +160,18 @@ class _RowReader:
         """The format of the rows, once one fitted."""
         return self._records.format
 
-    def __call__(self, row: Row | Broken) -> Item | Broken | Dropped:
+    def __call__(self, row: Row | Broken) -> list[Item] | Broken | Dropped:
         if isinstance(row, Broken):
             return row
         try:
-            item = self._recipe.item(self._records(row))
+            records = self._recipe.records(self._records(row))
+            items = [self._recipe.item(record) for record in records]
         except RowFault as fault:
             return Broken(row.origin, str(fault))
         except ContentFault as fault:
             return Dropped(row.origin, str(fault), str(fault))
-        self.saw_chat = self.saw_chat or item.chat
-        return item
+        self.saw_chat = self.saw_chat or any(item.chat for item in items)
+        return items
 
 
 class RecordReader:
@@ -241,7 +243,8 @@ class RecordReader:
                     "source or in none (data.pair_values: [] reads no such column)"
                 )
         self._present = wanted
-        return replace(record, numbers=found) if found else record
+        known = getattr(record, "numbers", None) or {}
+        return replace(record, numbers={**known, **found}) if found else record
 
 
 def in_batches(items: Iterator[Item]) -> Iterator[list[Item]]:
