@@ -51,6 +51,7 @@ VERBS: dict[str, tuple[type[Settings], Callable[[Any], dict[str, Any]]]] = {
     "doctor": (doctor.DoctorSettings, doctor.doctor),
     "report": (report.ReportSettings, report.report),
     "reference fill": (reference.FillSettings, reference.fill),
+    "reference export": (reference.ExportSettings, reference.export),
     "reference verify": (reference.VerifySettings, reference.verify),
     "reference info": (reference.InfoSettings, reference.info),
     "reference merge": (reference.MergeSettings, reference.merge),
@@ -63,7 +64,7 @@ VERBS: dict[str, tuple[type[Settings], Callable[[Any], dict[str, Any]]]] = {
 
 # Verbs that stop where nothing is lost (status 75); a signal ends the others at once.
 STOPPED_BY_SIGNALS = {
-    "demo", "reference fill", "reference verify", "score", "evaluate",
+    "demo", "reference fill", "reference export", "reference verify", "score", "evaluate",
     *(stage.name for stage in STAGES),
 }  # fmt: skip
 

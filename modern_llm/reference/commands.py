@@ -83,7 +83,7 @@ def fill_reference(
         problems.append(f"part {part[0]}/{part[1]}: the first number must be in 1..{part[1]}")
     if problems:
         raise ConfigError(problems)
-    with _opened(request, part) as (runtime, references, prepared, remember):
+    with opened(request, part) as (runtime, references, prepared, remember):
         runtime.on_main(references.check_store)
         reports = references.fill_all()
         runtime.on_main(remember)
@@ -110,7 +110,7 @@ def verify_reference(request: Request, sample: int) -> dict[str, Any]:
     Raises:
         StorageError: a file is damaged, or a value is not what the reference's weights give.
     """
-    with _opened(request) as (runtime, references, *_):
+    with opened(request) as (runtime, references, *_):
         store = _store_of(references)
         shards, problems = runtime.on_main(store.verify)
         if problems:
@@ -128,7 +128,7 @@ def verify_reference(request: Request, sample: int) -> dict[str, Any]:
 
 def keep_needed(request: Request) -> dict[str, Any]:
     """Remove every entry of the store that the training and evaluation pairs do not use."""
-    with _opened(request) as (runtime, references, *_):
+    with opened(request) as (runtime, references, *_):
         store = _store_of(references)
         keys = np.unique(np.concatenate([table.answers.keys for table in references.pending]))
         kept = runtime.on_main(lambda: store.keep_only(keys))
@@ -136,7 +136,7 @@ def keep_needed(request: Request) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(
+def opened(
     request: Request, part: tuple[int, int] = (1, 1)
 ) -> Iterator[tuple[Runtime, ReferencePass, Prepared, Callable[[], None]]]:
     """Read the data and find the store as a run does, without a run folder.

@@ -150,12 +150,13 @@ class ReferencePass:
             for pending in self.pending
         ]
 
-    def compute(self, policy: TokenScorer) -> dict[str, Values | None]:
+    def compute(self, policy: TokenScorer | None) -> dict[str, Values | None]:
         """Score what is missing, check a sample, and return the values of every table by its name.
 
         Args:
             policy: with the weights that the run starts from, which are the reference by default.
-                After a resume too: the loop loads the weights of a checkpoint later.
+                After a resume too: the loop loads the weights of a checkpoint later. None without
+                a policy: the reference is then loaded.
 
         Returns:
             (P, 2) sums per table; NaN if one of the pair's sums is not finite.

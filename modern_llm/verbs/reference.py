@@ -1,10 +1,10 @@
-"""The verbs `reference fill`, `verify`, `info`, `merge` and `prune`."""
+"""The verbs `reference fill`, `export`, `verify`, `info`, `merge` and `prune`."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
@@ -29,6 +29,19 @@ class FillSettings(DpoSettings):
 
     part: Annotated[str, StringConstraints(pattern=r"^[1-9]\d*/[1-9]\d*$")] = "1/1"
     """Part of the data that this job fills, such as 3/8; merge the stores of all parts after."""
+
+
+class ExportSettings(DpoSettings):
+    """Write a run's pairs with the reference's log-probs, for a trainer that has no store."""
+
+    example: ClassVar[str] = "modern-llm reference export run.yaml --output pairs.parquet"
+
+    output: Path
+    """The .parquet or .jsonl file to write; held-out pairs go to NAME.evaluation.parquet."""
+    format: Literal["trl"] = "trl"
+    """Whose columns are written: those of TRL 1.16."""
+    force: bool = False
+    """Overwrite the file that --output names."""
 
 
 class RunOfStore(Settings):
@@ -88,6 +101,43 @@ def fill(settings: FillSettings) -> dict[str, Any]:
     """Fill the store; return needed, found, scored, store and reference."""
     from modern_llm.reference.commands import fill_reference
 
+    _refuse_without_effect(settings)
+    first, count = map(int, settings.part.split("/"))
+    return fill_reference(
+        settings.sft_checkpoint,
+        training_config(settings),
+        settings.dpo,
+        settings.data,
+        settings.tokenizer_name,
+        part=(first, count),
+    )
+
+
+def export(settings: ExportSettings) -> dict[str, Any]:
+    """Fill the store and write the pairs with its values; return how many, and the file."""
+    from modern_llm.data.table.pair_files import SUFFIXES
+    from modern_llm.reference.commands import Request
+    from modern_llm.reference.exported import export_reference
+
+    _refuse_without_effect(settings)
+    output = settings.output
+    if output.suffix not in SUFFIXES:
+        raise ConfigError([f"output {output}: name a file that ends with {' or '.join(SUFFIXES)}"])
+    if not output.parent.is_dir():
+        raise ConfigError([f"output {output}: {output.parent} is not a folder; create it"])
+    if output.exists() and not settings.force:
+        raise ConfigError([f"output {output}: exists; name another, or add --force"])
+    request = Request(
+        settings.sft_checkpoint,
+        training_config(settings),
+        settings.dpo,
+        settings.data,
+        settings.tokenizer_name,
+    )
+    return export_reference(request, output)
+
+
+def _refuse_without_effect(settings: FillSettings | ExportSettings) -> None:
     without_effect = {
         "resume": "a store is always continued",
         "dry_run": "nothing is trained",
@@ -100,15 +150,6 @@ def fill(settings: FillSettings) -> dict[str, Any]:
         if getattr(settings, name)
     ]:
         raise ConfigError(problems)
-    first, count = map(int, settings.part.split("/"))
-    return fill_reference(
-        settings.sft_checkpoint,
-        training_config(settings),
-        settings.dpo,
-        settings.data,
-        settings.tokenizer_name,
-        part=(first, count),
-    )
 
 
 def verify(settings: VerifySettings) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def given(request: Request) -> dict:
 def lacking(request: Request) -> tuple[int, int]:
     """How many answers would be scored, of how many."""
     missing = needed = 0
-    with commands._opened(request, (1, 1)) as (_, references, *_):
+    with commands.opened(request, (1, 1)) as (_, references, *_):
         for wanted in references.pending:
             found = references.store.find(wanted.answers.keys, tokens=request.dpo.per_token)
             needed += len(wanted.answers)
@@ -247,7 +247,7 @@ def test_a_shorter_max_length_misses_where_prompts_are_long(place, filled, tmp_p
     """The named fault elsewhere: cut prompts served with the values of whole ones."""
     monkeypatch.setenv("MODERN_LLM_CACHE", str(filled[0]))
     short = request(place, dpo={"max_length": 60})
-    with commands._opened(request(place), (1, 1)) as (_, whole, *_):
+    with commands.opened(request(place), (1, 1)) as (_, whole, *_):
         lengths = whole.pending[0].answers
         longer = int((lengths.prompt_lengths + lengths.lengths > 60).sum())
     missing, needed = lacking(short)
