@@ -67,6 +67,13 @@ class DPOConfig(ReferenceConfig):
     ld_alpha: Fixed[Annotated[float, Field(ge=0, lt=1)] | None] = None
     """Weight of the longer answer's tokens beyond the length of the shorter one (LD-DPO, Liu et al.
     2024); by default all tokens count fully."""
+    reference_sync_every: Fixed[Annotated[int, Field(gt=0)] | None] = None
+    """Optimizer steps after which the reference moves towards the policy (TR-DPO, Gorbatovski et
+    al., 2024): a copy of the trained weights on the host is mixed, and the pairs of the next steps
+    are scored with it. By default the reference never moves. Evaluations keep the first one."""
+    reference_mixup: Fixed[Annotated[float, Field(gt=0, le=1)] | None] = None
+    """Weight of the policy in a moved reference (default 0.6, the rest is the old reference); 1
+    copies the policy."""
 
     @model_validator(mode="after")
     def _check(self) -> DPOConfig:
@@ -80,6 +87,8 @@ class DPOConfig(ReferenceConfig):
         problems += self.length_problems()
         if len(self._rows) == len(names_of(self.loss_type)):
             problems += [*self._combination_problems(), *self.reference_problems()]
+        if self.needs_reference:
+            problems += self._moving_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -99,6 +108,29 @@ class DPOConfig(ReferenceConfig):
                     "the pairs, so that a weight belongs to none of them: remove one"
                 )
         return problems
+
+    def _moving_problems(self) -> list[str]:
+        """Return what contradicts a reference that moves."""
+        if self.reference_sync_every is None:
+            without = "reference_mixup has no effect without reference_sync_every: remove it"
+            return [without] if self.reference_mixup is not None else []
+        problems = []
+        if self.reference != "cache":
+            problems.append(
+                f"reference_sync_every cannot be combined with reference: {self.reference}: a "
+                "reference that moves is scored during the run; use reference: cache"
+            )
+        if self.reference_checkpoint is not None:
+            problems.append(
+                "reference_sync_every moves a copy of the policy's start: remove "
+                "reference_checkpoint"
+            )
+        return problems
+
+    @property
+    def reference_alpha(self) -> float:
+        """Weight of the policy when the reference moves; that of TRL by default."""
+        return 0.6 if self.reference_mixup is None else self.reference_mixup
 
     @property
     def tail_weight(self) -> float | None:

@@ -10,9 +10,10 @@ from pydantic import Field
 
 from modern_llm.config.base import Fixed, Free, SameContent, section
 
-# Options about the reference; those in the second row are about stored values.
+# Options about the reference; some are of one stage alone, the last row is about stored values.
 REFERENCE = (
     "reference", "reference_checkpoint", "reference_digest", "reference_store",
+    "reference_sync_every", "reference_mixup",
     "keep_token_logprobs", "flush_every", "self_check_pairs",
 )  # fmt: skip
 NOT_LIVE = ("keep_token_logprobs", "flush_every", "self_check_pairs")

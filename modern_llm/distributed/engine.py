@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from modern_llm.distributed import deepspeed_release
 from modern_llm.distributed.health.heartbeat import waiting
@@ -118,6 +119,18 @@ class Engine:
         scaler = self.accelerator.scaler
         (loss if scaler is None else scaler.scale(loss)).backward()
 
+    def use_written_weights(self) -> None:
+        """Let forwards use weights that were written into `optimizer_shards.pieces`; a collective.
+
+        Here forwards read them directly.
+        """
+
+    def reshard(self) -> None:
+        """Drop whole weights, which FSDP2 may keep after a forward that no backward followed."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def release(self) -> None:
         """Free references that keep the weights in memory; the engine cannot train afterwards."""
 
@@ -178,6 +191,17 @@ class DeepSpeedEngine(Engine):
         self.stage = int(self.model.zero_optimization_stage())
         # Accelerate's wrapper hides the groups of the partitioned optimizer.
         self.optimizer = self.model.optimizer
+
+    def use_written_weights(self) -> None:
+        """Convert the float32 weights to those of forwards, on all ranks."""
+        with around("collective.weights"), waiting():
+            if self.stage in (1, 2):
+                self.optimizer.update_lp_params()
+            elif self.stage == 3:
+                self.optimizer.checkpoint_event_prologue()  # partitions what is gathered
+                for group in range(len(self.optimizer.fp16_groups)):
+                    self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+                self.optimizer.checkpoint_event_epilogue()
 
     def release(self) -> None:
         """Remove DeepSpeed's hooks and tables, which would keep the model in memory."""

@@ -66,6 +66,7 @@ def pieces(engine: Engine) -> list[Piece]:
         return list(_stage_3(engine))
     if isinstance(engine, DeepSpeedEngine) and engine.stage > 0:
         return list(_stage_1_and_2(engine))
+    engine.reshard()
     return [
         Piece(name, _first_element(parameter), _local(parameter).view(-1), parameter, 0)
         for name, parameter in engine.inner.named_parameters()
@@ -77,6 +78,7 @@ def replicated(engine: Engine) -> bool:
     """Whether every rank holds all pieces, so that one rank can write them."""
     if isinstance(engine, DeepSpeedEngine):
         return engine.stage == 0
+    engine.reshard()
     return not any(hasattr(parameter, "to_local") for parameter in engine.inner.parameters())
 
 

@@ -87,6 +87,9 @@ def train(
     saver = Saver(context, resume, start)
     saver.check_room((total - 1) // run.config.save_every - start // run.config.save_every)
     check(runtime, f"after step {start}" if start else "before the first step")
+    if task.between is not None:
+        folder = resume.checkpoint[0] if resume.checkpoint else None
+        task.between.begin(context.engine, start, context.end, folder)
     if sample is not None:
         sample.start(start)
     callbacks = (callbacks or Callbacks()).begin(context, start)
@@ -138,6 +141,8 @@ def _step(
         evaluated, interrupted = {}, True  # rerun on resume
     if step == context.end and not record:  # ended by a callback or an evaluation
         record = _log_if_due(context, monitor, callbacks, grad_norm, step)
+    if context.task.between is not None:
+        context.task.between.after_step(context.engine, step, context.end)
     if record := record | evaluated:
         monitor.record(step, _position(context, step) | record)
     _save_or_stop(context, saver, callbacks, step, interrupted)

@@ -7,10 +7,12 @@ loop divides once, by `denominator(step)`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from modern_llm.distributed.engine import Engine
 from modern_llm.training.guards.memory import TokenBudget
 
 
@@ -23,6 +25,24 @@ class StepSums(NamedTuple):
     """() detached sums, the same names in every micro-batch and on every rank."""
 
 
+class BetweenSteps(Protocol):
+    """Work of a task between optimizer steps that reads or writes the trained weights."""
+
+    def begin(self, engine: Engine, step: int, end: int, checkpoint: Path | None) -> None:
+        """Prepare for the steps from `step` (counted from 0) to `end`; a collective.
+
+        Args:
+            checkpoint: what the run resumes from, None for a run from the beginning.
+        """
+
+    def after_step(self, engine: Engine, step: int, end: int) -> None:
+        """Work after `step` steps, before they are saved; a collective."""
+
+    def saved(self) -> dict[str, dict[str, Tensor]]:
+        """Return what a checkpoint keeps of it: kind of file -> parameter -> this rank's piece, as
+        in `optimizer_shards`; on the host, and never changed in place."""
+
+
 class Task(Protocol):
     """Methods that the loop calls, in the order of the calls."""
 
@@ -31,6 +51,9 @@ class Task(Protocol):
 
     judged_by: frozenset[str]
     """Names of the metrics by which one evaluation is better than another."""
+
+    between: BetweenSteps | None
+    """Work between optimizer steps, if the task has some."""
 
     def steps_in(self, epochs: float) -> int:
         """Return the number of optimizer steps in `epochs` epochs."""

@@ -37,6 +37,7 @@ class Fit:
     """A task: make the outputs of random rows small; the rows are a function of (step, rank)."""
 
     judged_by = frozenset({"loss"})
+    between = None
 
     def __init__(self, rank: int, world: int, width: int, loud: tuple[int, ...] = ()):
         from modern_llm.training.guards.memory import TokenBudget

@@ -83,6 +83,8 @@ loss_weights: [2.0, 1.0]
 use_weighting: true
 f_divergence_type: alpha_divergence
 f_alpha_divergence_coef: 0.25
+sync_ref_model: true
+ref_model_mixup_alpha: 0.5
 max_length: 1536
 max_steps: 200
 warmup_steps: 0.05
@@ -177,6 +179,7 @@ def test_a_yaml_file_of_trl(migrated):
     )
     assert (run.dpo.loss_weights, run.dpo.use_weighting) == ([2.0, 1.0], True)
     assert (run.dpo.f_divergence, run.dpo.f_alpha) == ("alpha_divergence", 0.25)
+    assert (run.dpo.reference_sync_every, run.dpo.reference_mixup) == (512, 0.5)
     assert (run.train.max_steps, run.train.epochs, run.train.warmup_ratio) == (200, None, 0.05)
     assert (run.train.schedule, run.train.min_learning_rate_ratio) == ("cosine", 0.1)
     assert (run.train.eval_every, run.train.trackers) == (50, ["wandb"])

@@ -35,6 +35,9 @@ ROWS = {
     "f_divergence_type": Row("dpo.f_divergence", "f_divergence"),
     "f_alpha_divergence_coef": Row("dpo.f_alpha", "f_alpha"),
     "use_weighting": Row("dpo.use_weighting", "flag"),
+    "sync_ref_model": Row("dpo.reference_sync_every", "sync_reference"),
+    "ref_model_sync_steps": Row("dpo.reference_sync_every", "sync_option"),
+    "ref_model_mixup_alpha": Row("dpo.reference_mixup", "sync_option"),
     "label_smoothing": Row("dpo.label_smoothing", "smoothing"),
     "ld_alpha": Row("dpo.ld_alpha", "ld_alpha"),
     "discopop_tau": Row("dpo.discopop_tau", "discopop"),
@@ -84,7 +87,6 @@ NO_EQUIVALENT = {
     "the tokenizer's template and end token are used; data.template takes a template's text": (
         "chat_template_path eos_token dataset_kwargs"
     ),
-    "the reference is frozen": ("sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"),
     "dpo.loss_type simpo and orpo are the losses without a reference": "reference_free",
     "an over-long prompt loses its start, then the response its end": (
         "truncation_mode max_completion_length"
@@ -106,6 +108,7 @@ DEFAULTS = {
     "gradient_checkpointing": True,
     "bf16": True,
     "max_length": 1024,
+    "ref_model_sync_steps": 512,
 }
 
 STAGE_DEFAULTS = {"dpo": {"learning_rate": 1e-6}, "sft": {"learning_rate": 2e-5}}

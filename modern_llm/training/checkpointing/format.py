@@ -11,9 +11,10 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from modern_llm.training.guards.state import GuardState
 log = logging.getLogger(__name__)
 
 OPTIMIZER = "optimizer"
+NOTHING: Mapping[str, Mapping[str, Tensor]] = {}
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,17 @@ def save(
     guards: GuardState,
     facts: dict[str, Any],
     files: dict[str, bytes],
+    more: Mapping[str, Mapping[str, Tensor]] = NOTHING,
 ) -> None:
     """Commit `folder/step-XXXXXXXX` with the state after optimizer step `step`; a collective.
 
     Args:
         facts: written into the manifest.
         files: path -> content of what makes the folder a model: configuration and tokenizer.
+        more: see `snapshot`.
     """
-    commit(runtime, folder, step, lambda: snapshot(runtime, step, engine, guards), facts, files)
+    taken = partial(snapshot, runtime, step, engine, guards, more)
+    commit(runtime, folder, step, taken, facts, files)
 
 
 def commit(
@@ -100,11 +105,18 @@ def commit(
 
 
 def snapshot(
-    runtime: Runtime, step: int, engine: Engine, guards: GuardState, *, copied: bool = False
+    runtime: Runtime,
+    step: int,
+    engine: Engine,
+    guards: GuardState,
+    more: Mapping[str, Mapping[str, Tensor]] = NOTHING,
+    *,
+    copied: bool = False,
 ) -> Snapshot:
     """Return this rank's share of the state after optimizer step `step`.
 
     Args:
+        more: kind of file -> parameter -> piece, on the host and never changed in place.
         copied: copy to host memory, so that training can continue; else the snapshot may share
             tensors that the next step changes.
     """
@@ -138,6 +150,10 @@ def snapshot(
         state = {"step": step, "scaler": engine.scaler_state(), **guards.saved()}
     ending = ".safetensors" if whole else f"-{runtime.rank:05d}.safetensors"
     files = {f"{WEIGHTS}{ending}": weights, f"{OPTIMIZER}{ending}": moments}
+    for kind, tensors in more.items():
+        files[f"{kind}{ending}"] = {
+            n: t.view(shapes[n]) if whole else t for n, t in tensors.items()
+        }
     return Snapshot(files, {piece.name: piece.start for piece in mine}, state)
 
 

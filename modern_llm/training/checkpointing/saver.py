@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from modern_llm.config.errors import NotFiniteError, StorageError
 from modern_llm.distributed.collectives import Peers, own_group
 from modern_llm.distributed.health import heartbeat
@@ -122,13 +124,28 @@ class Saver:
             self._start(step, facts)
             return
         try:
-            format.save(self._runtime, folder, step, self._engine, self._guards, facts, self._files)
+            format.save(
+                self._runtime,
+                folder,
+                step,
+                self._engine,
+                self._guards,
+                facts,
+                self._files,
+                self._more,
+            )
             self._saved(step)
             self._completed.append(step)
         except StorageError as error:
             self._count_failure(step, error, must=must)
         else:
             self._failures = 0
+
+    @property
+    def _more(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors that the task adds."""
+        between = self._context.task.between
+        return {} if between is None else between.saved()
 
     @property
     def _allowance(self) -> float:
@@ -150,7 +167,9 @@ class Saver:
         peers = Peers(runtime.rank, runtime.world, group)
         peers.may_write = runtime.may_write
         with runtime.failing_together():
-            taken = format.snapshot(runtime, step, self._engine, self._guards, copied=True)
+            taken = format.snapshot(
+                runtime, step, self._engine, self._guards, self._more, copied=True
+            )
 
         def work() -> None:
             format.commit(peers, self._run.checkpoints, step, lambda: taken, facts, self._files)
@@ -258,9 +277,11 @@ class Saver:
         return seconds
 
     def _bytes(self) -> int:
-        """Return the size of a checkpoint: float32 weights and two moments of what is trained."""
+        """Return the size of a checkpoint: float32 weights, two moments of what is trained, and
+        what the task adds."""
         trained = (p for p in self._engine.inner.parameters() if p.requires_grad)
-        return sum(12 * getattr(p, "ds_numel", p.numel()) for p in trained) + 4096
+        each = 12 + 4 * len(self._more)
+        return sum(each * getattr(p, "ds_numel", p.numel()) for p in trained) + 4096
 
     def _rate(self, size: int) -> float:
         """Return the bytes per second that this disk writes, measured on a small file."""

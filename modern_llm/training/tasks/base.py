@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from modern_llm.data.batch.collate import MicroBatch
 from modern_llm.data.batch.micro_batches import BatchSource
 from modern_llm.training.guards.memory import TokenBudget
-from modern_llm.training.task import StepSums
+from modern_llm.training.task import BetweenSteps, StepSums
 
 USAGE = ("tokens", "area", "separate", "flops")
 SHARED = ("aux", *USAGE)
@@ -29,6 +29,8 @@ class SourceTask(ABC):
         aux_coefficient: weight of the routers' load-balancing loss in the gradient; 0 for none.
             That loss is a mean over the real tokens of each micro-batch, weighted by their number.
     """
+
+    between: BetweenSteps | None = None
 
     def __init__(self, source: BatchSource, evaluation: BatchSource | None, aux_coefficient: float):
         self._source, self._evaluation = source, evaluation

@@ -27,6 +27,7 @@ from modern_llm.objectives.preference import (
 from modern_llm.objectives.weighting import agreement_weights
 from modern_llm.training.task import StepSums
 from modern_llm.training.tasks.base import EVALUATION_GROUP, SHARED, SourceTask, shared_metrics
+from modern_llm.training.tasks.moving_reference import MovingReference
 
 # (P, 2) float32 sums of the reference for every pair of a table, or None for losses without one.
 Reference = NDArray[np.float32] | None
@@ -51,6 +52,7 @@ class PreferenceTask(SourceTask):
     slopes micro-batch by micro-batch. So the loss does not depend on micro-batching.
     """
 
+    between: MovingReference | None = None
     judged_by = frozenset(("loss", *HIGHER_IS_BETTER))
 
     def __init__(
@@ -70,6 +72,17 @@ class PreferenceTask(SourceTask):
         self._live = live
         self._runtime, self._config = runtime, config
         self._reference, self._evaluation_reference = reference, evaluation_reference
+        if config.reference_sync_every is not None:
+            assert reference is not None
+            self._reference = None  # the prefetch would read a value before it is scored
+            self.between = MovingReference(
+                runtime,
+                source,
+                reference,
+                every=config.reference_sync_every,
+                alpha=config.reference_alpha,
+                score=self._reference_sums,
+            )
 
     @property
     def plan(self) -> str:
@@ -96,7 +109,13 @@ class PreferenceTask(SourceTask):
     ) -> Sequence[MicroBatch]:
         """Run the reference model if there is one; for a loss across pairs, add the slopes."""
         if self._live is not None:
-            micro_batches = [self._reference_forward(self._live, batch) for batch in micro_batches]
+            micro_batches = [
+                replace(batch, reference=self._reference_sums(self._live, batch))
+                for batch in micro_batches
+            ]
+        if self.between is not None and model.training:
+            # Evaluations keep the first reference, so that they compare with each other.
+            micro_batches = [self.between.fill(batch) for batch in micro_batches]
         self._weigh_routers(model, step)
         if not self._config.looks_across_pairs:
             return micro_batches
@@ -207,11 +226,11 @@ class PreferenceTask(SourceTask):
         return Scored(self._logprob_sums(output.logprobs, batch), agreement, output.aux_loss)
 
     @torch.no_grad()
-    def _reference_forward(self, live: nn.Module, batch: MicroBatch) -> MicroBatch:
-        """Fill the column `reference` by a forward of the frozen model."""
+    def _reference_sums(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        """Return the sums (P, 2) of a micro-batch by a forward of the reference."""
         with self._runtime.accelerator.autocast():
-            output = live(batch.ids, batch.positions, batch.segments, batch.targets)
-        return replace(batch, reference=self._logprob_sums(output.logprobs, batch).float())
+            output = model(batch.ids, batch.positions, batch.segments, batch.targets)
+        return self._logprob_sums(output.logprobs, batch).float()
 
     def _logprob_sums(self, logprobs: Tensor, batch: MicroBatch) -> Tensor:
         """Sum targets (N,) to (P, 2) in their dtype; see `_weighted`."""

@@ -217,6 +217,16 @@ def f_alpha(request: Request, name: str, value: Any, ours: str) -> Found:
     return number(request, name, value, ours)
 
 
+def sync_reference(request: Request, name: str, value: Any, ours: str) -> Found:
+    return sync_option(request, name, request.values.get("ref_model_sync_steps"), ours)
+
+
+def sync_option(request: Request, name: str, value: Any, ours: str) -> Found:
+    if not truth(request.values.get("sync_ref_model")):
+        raise Off("the reference does not move")
+    return number(request, name, value, ours)
+
+
 def smoothing(request: Request, name: str, value: Any, ours: str) -> Found:
     if not as_number(value):
         raise Off("no smoothing")

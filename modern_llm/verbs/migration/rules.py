@@ -69,6 +69,8 @@ RULES: dict[str, Callable[[Request, str, Any, str], Found]] = {
     "loss_weights": model_rules.loss_weights,
     "f_divergence": model_rules.f_divergence,
     "f_alpha": model_rules.f_alpha,
+    "sync_reference": model_rules.sync_reference,
+    "sync_option": model_rules.sync_option,
     "smoothing": model_rules.smoothing,
     "ld_alpha": model_rules.ld_alpha,
     "discopop": model_rules.discopop,
