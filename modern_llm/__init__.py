@@ -13,10 +13,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from modern_llm.api import dpo, pretrain, sft
+    from modern_llm.api import dpo, kto, pretrain, sft
     from modern_llm.config import (
         DocumentDatasetConfig,
         InstructionDatasetConfig,
+        LabelledDatasetConfig,
         LoraConfig,
         ModernLLMConfig,
         MoEConfig,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         StorageError,
         UserError,
     )
+    from modern_llm.config.kto import KTOConfig
     from modern_llm.data.read.own_formats import register_format
     from modern_llm.models.scorer import TokenScorer
     from modern_llm.objectives.preference import preference_loss
@@ -41,16 +43,18 @@ if TYPE_CHECKING:
     from modern_llm.setup.micro_batches import PairCollator
     from modern_llm.training.callbacks import Callback, Control, TrainState
     from modern_llm.training.train_dpo import run_dpo
+    from modern_llm.training.train_kto import run_kto
     from modern_llm.training.train_lm import run_training
     from modern_llm.training.train_sft import run_sft
 
 _MODULES = {
-    "modern_llm.api": "dpo pretrain sft",
-    "modern_llm.config": "DocumentDatasetConfig InstructionDatasetConfig LoraConfig "
-    "ModernLLMConfig MoEConfig PreferenceDatasetConfig TrainingConfig",
+    "modern_llm.api": "dpo kto pretrain sft",
+    "modern_llm.config": "DocumentDatasetConfig InstructionDatasetConfig LabelledDatasetConfig "
+    "LoraConfig ModernLLMConfig MoEConfig PreferenceDatasetConfig TrainingConfig",
     "modern_llm.config.dpo": "DPOConfig",
     "modern_llm.config.errors": "ConfigError DataError NotFiniteError PeerError Stopped "
     "StorageError UserError",
+    "modern_llm.config.kto": "KTOConfig",
     "modern_llm.models.scorer": "TokenScorer",
     "modern_llm.data.read.own_formats": "register_format",
     "modern_llm.objectives.preference": "preference_loss",
@@ -59,6 +63,7 @@ _MODULES = {
     "modern_llm.setup.micro_batches": "PairCollator",
     "modern_llm.training.callbacks": "Callback Control TrainState",
     "modern_llm.training.train_dpo": "run_dpo",
+    "modern_llm.training.train_kto": "run_kto",
     "modern_llm.training.train_lm": "run_training",
     "modern_llm.training.train_sft": "run_sft",
 }
@@ -72,6 +77,8 @@ __all__ = [
     "DataError",
     "DocumentDatasetConfig",
     "InstructionDatasetConfig",
+    "KTOConfig",
+    "LabelledDatasetConfig",
     "LoraConfig",
     "MoEConfig",
     "ModernLLMConfig",
@@ -87,11 +94,13 @@ __all__ = [
     "TrainingConfig",
     "UserError",
     "dpo",
+    "kto",
     "preference_loss",
     "pretrain",
     "register_format",
     "register_loss",
     "run_dpo",
+    "run_kto",
     "run_sft",
     "run_training",
     "sft",

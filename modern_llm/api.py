@@ -1,4 +1,4 @@
-"""`dpo`, `sft` and `pretrain`: a stage in one call, with every option as a keyword.
+"""`dpo`, `kto`, `sft` and `pretrain`: a stage in one call, with every option as a keyword.
 
     import modern_llm as ml
     ml.dpo("my/chat-model", rows, output_dir="runs/dpo", beta=0.1, learning_rate=5e-6)
@@ -18,6 +18,7 @@ from typing import Any
 from modern_llm.config import (
     DocumentDatasetConfig,
     InstructionDatasetConfig,
+    LabelledDatasetConfig,
     LoraConfig,
     ModernLLMConfig,
     PreferenceDatasetConfig,
@@ -26,6 +27,7 @@ from modern_llm.config import (
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.errors import ConfigError, close_to
 from modern_llm.config.foreign import meaning_here
+from modern_llm.config.kto import KTOConfig
 from modern_llm.distributed.notebook import one_line_errors
 
 BY_ARGUMENT = {
@@ -70,6 +72,33 @@ def dpo(
     schemas = (TrainingConfig, DPOConfig, PreferenceDatasetConfig)
     train, loss, section = _sections("dpo", schemas, output_dir, data, eval_data, options)
     return run_dpo(
+        model, train, loss, section, tokenizer, lora_config=_lora(lora), callbacks=callbacks
+    )
+
+
+@one_line_errors()
+def kto(
+    model: Any,
+    data: Any,
+    *,
+    output_dir: str | Path,
+    tokenizer: Any = None,
+    eval_data: Any = None,
+    lora: LoraConfig | dict[str, Any] | bool = False,
+    callbacks: Sequence[Any] = (),
+    **options: Any,
+) -> Path:
+    """Train a model with KTO on responses labelled desirable or not; return its final folder.
+
+    Args:
+        options: any option of `TrainingConfig`, `KTOConfig` and `LabelledDatasetConfig`; the other
+            arguments and errors are those of `dpo`.
+    """
+    from modern_llm.training.train_kto import run_kto
+
+    schemas = (TrainingConfig, KTOConfig, LabelledDatasetConfig)
+    train, loss, section = _sections("kto", schemas, output_dir, data, eval_data, options)
+    return run_kto(
         model, train, loss, section, tokenizer, lora_config=_lora(lora), callbacks=callbacks
     )
 

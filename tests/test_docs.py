@@ -20,6 +20,7 @@ import yaml
 from modern_llm.cli import VERBS, _split
 from modern_llm.config import DocumentDatasetConfig, PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.dpo import DPOConfig
+from modern_llm.config.kto import KTOConfig
 from modern_llm.objectives.catalogue import LOSSES
 from modern_llm.verbs.command_line import read_words
 from modern_llm.verbs.stages import read_stage
@@ -81,6 +82,7 @@ def test_every_configuration_loads(page, text, tmp_path):
         "data": (PreferenceDatasetConfig, DocumentDatasetConfig),
         "train": (TrainingConfig,),
         "dpo": (DPOConfig,),
+        "kto": (KTOConfig,),
     }
     for name, section in values.items():
         if name == "train":
@@ -127,10 +129,13 @@ def test_options_named_in_tables_exist():
         | DocumentDatasetConfig.__pydantic_fields__,
     }
     sections["dpo"] = DPOConfig.__pydantic_fields__
+    sections["kto"] = KTOConfig.__pydantic_fields__
     wrong = [
         (page.name, f"{section}.{name}")
         for page in PAGES
-        for section, name in re.findall(r"`(train|data|dpo)\.([a-z_]+)", page.read_text("utf-8"))
+        for section, name in re.findall(
+            r"`(train|data|dpo|kto)\.([a-z_]+)", page.read_text("utf-8")
+        )
         if name not in sections[section]
     ]
     assert not wrong

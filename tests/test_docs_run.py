@@ -61,6 +61,12 @@ def world(tmp_path_factory) -> Path:
     for name in ("train", "test"):
         (place / "Anthropic" / "hh-rlhf").mkdir(parents=True, exist_ok=True)
         write_jsonl(place / "Anthropic" / "hh-rlhf" / f"{name}.jsonl", rows)
+    labels = [
+        {"prompt": row["chosen"].rpartition("Assistant:")[0], "completion": row["rejected"][-20:],
+         "label": i % 2 == 0}
+        for i, row in enumerate(rows)
+    ]  # fmt: skip
+    write_jsonl(place / "responses.jsonl", labels)
     write_jsonl(place / "prompts.jsonl", [{"prompt": "why?"}, {"prompt": "how?"}])
     (run,) = (text for _, text in blocks("yaml") if text.startswith("# run.yaml"))
     (place / "run.yaml").write_text(run)

@@ -13,10 +13,10 @@ import modern_llm
 # Written down here, so that a name cannot vanish: scripts import them.
 DOCUMENTED = """
     Callback ConfigError Control DPOConfig DataError DocumentDatasetConfig
-    InstructionDatasetConfig LoraConfig MoEConfig ModernLLMConfig NotFiniteError PairCollator
-    PeerError PreferenceDatasetConfig ReferenceStore Stopped StorageError TokenScorer TrainState
-    TrainingConfig UserError dpo preference_loss pretrain register_format register_loss run_dpo
-    run_sft run_training sft
+    InstructionDatasetConfig KTOConfig LabelledDatasetConfig LoraConfig MoEConfig ModernLLMConfig
+    NotFiniteError PairCollator PeerError PreferenceDatasetConfig ReferenceStore Stopped
+    StorageError TokenScorer TrainState TrainingConfig UserError dpo kto preference_loss pretrain
+    register_format register_loss run_dpo run_kto run_sft run_training sft
 """.split()
 
 

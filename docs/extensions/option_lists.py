@@ -133,7 +133,7 @@ class CommandList(OptionList):
             part += self.parse_text_to_nodes(" ".join((settings.__doc__ or "").split()))
             part += nodes.literal_block(settings.example, settings.example, language="bash")
             names = [name for name in settings.model_fields if name not in COMMON]
-            sections = [n for n in names if n in ("train", "data", "dpo", "model", "lora")]
+            sections = [n for n in names if n in ("train", "data", "dpo", "kto", "model", "lora")]
             own = [name for name in names if name not in sections or "train" not in names]
             if "train" in names:
                 listed = ", ".join(f"[`{n}`](options.md#{n})" for n in sorted(sections))

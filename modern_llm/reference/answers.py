@@ -1,7 +1,7 @@
-"""Distinct answers of a table of pairs, and their layout for the forwards of a model.
+"""Distinct answers of a table, and their layout for the forwards of a model.
 
-`Answers` are the distinct (prompt, response) of a table of pairs. `AnswerBatches` hold some of them
-in trees, and the trees in groups: one group per forward.
+`Answers` are the distinct (prompt, response) of a table, such as one of pairs. `AnswerBatches` hold
+some of them in trees, and the trees in groups: one group per forward.
 """
 
 from __future__ import annotations
@@ -16,38 +16,40 @@ from modern_llm.data.batch.prefix_tree import lay_out
 from modern_llm.data.table.token_table import TokenTable
 from modern_llm.reference.keys import KEY_BYTES, entry_keys
 
-SIDES = ("chosen", "rejected")
 MAX_RESPONSES = 8
 """Most responses to one prompt in one tree."""
 
 
 class Answers:
-    """Distinct answers of a table of pairs.
+    """Distinct answers of a table whose rows have a prompt and S responses to it.
 
     Attributes:
+        sides: columns of the responses: chosen and rejected of a pair.
         keys: (E,) S16 names, each once, sorted.
-        of_pairs: (P, 2) index into `keys` of every pair's chosen and rejected answer.
+        of_pairs: (P, S) index into `keys` of every row's answers.
         targets: (E,) numbers of target tokens.
     """
 
     def __init__(self, table: TokenTable):
         self.table = table
+        self.sides = tuple(table.columns[1:])
+        width = len(self.sides)
         names: list[bytes] = []
         prompts: list[bytes] = []
         empty = np.zeros(0, np.int32)
         for row in range(len(table)):
-            answers = [table.ids(row, side) for side in SIDES]
+            answers = [table.ids(row, side) for side in self.sides]
             *keys, prompt = entry_keys(table.ids(row, "prompt"), *answers, empty)
             names += keys
             prompts.append(prompt)
         every = np.frombuffer(b"".join(names), f"S{KEY_BYTES}")
         self.keys, self._first, inverse = np.unique(every, return_index=True, return_inverse=True)
-        self.of_pairs = inverse.reshape(-1, 2)
-        self._prompts = np.frombuffer(b"".join(prompts), f"S{KEY_BYTES}")[self._first // 2]
-        columns = [table.columns.index(name) for name in ("prompt", *SIDES)]
-        lengths = np.asarray(table.lengths)[:, columns][self._first // 2]
+        self.of_pairs = inverse.reshape(-1, width)
+        self._prompts = np.frombuffer(b"".join(prompts), f"S{KEY_BYTES}")[self._first // width]
+        columns = [table.columns.index(name) for name in ("prompt", *self.sides)]
+        lengths = np.asarray(table.lengths)[:, columns][self._first // width]
         self.prompt_lengths = lengths[:, 0]
-        self.lengths = np.where(self._first % 2, lengths[:, 2], lengths[:, 1])
+        self.lengths = lengths[np.arange(len(lengths)), 1 + self._first % width]
         # Without a prompt the first token of an answer is no target: nothing precedes it.
         self.targets = self.lengths - (self.prompt_lengths == 0)
 
@@ -55,8 +57,8 @@ class Answers:
         return len(self.keys)
 
     def origin(self, entry: int) -> str:
-        """Return file and line of the first pair with this answer."""
-        return self.table.origin(int(self._first[entry]) // 2)
+        """Return file and line of the first row with this answer."""
+        return self.table.origin(int(self._first[entry]) // len(self.sides))
 
     def earliest(self, entries: NDArray[np.int64]) -> int:
         """Return which of some answers comes first in the data."""
@@ -64,12 +66,12 @@ class Answers:
 
     def prompt(self, entry: int) -> NDArray[np.int32]:
         """Return the ids of an answer's prompt."""
-        return self.table.ids(int(self._first[entry]) // 2, "prompt")
+        return self.table.ids(int(self._first[entry]) // len(self.sides), "prompt")
 
     def response(self, entry: int) -> NDArray[np.int32]:
         """Return the ids of an answer."""
-        row, side = divmod(int(self._first[entry]), 2)
-        return self.table.ids(row, SIDES[side])
+        row, side = divmod(int(self._first[entry]), len(self.sides))
+        return self.table.ids(row, self.sides[side])
 
     def by_prompt(self, entries: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return `entries` (n,) with the answers of one prompt next to each other.

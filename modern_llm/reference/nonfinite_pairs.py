@@ -100,11 +100,13 @@ def exclude_from_run(
     max_dropped: float,
     batch_size: int,
     folder: Path,
+    unit: str = "pairs",
 ) -> ExcludedRows:
     """Return the training and evaluation pairs to exclude from a run; a collective if any.
 
     Args:
-        values: name of the table -> reference log-probs (P, 2), not all finite.
+        values: name of the table -> reference log-probs (P, S), not all finite.
+        unit: what the names of the tables call their rows.
         folder: of the run's token tables, with the list of dropped rows.
 
     Raises:
@@ -112,8 +114,8 @@ def exclude_from_run(
         UserError: rows were appended after the run had left out some pairs.
     """
     found = {
-        "train": not_finite(values.get("training pairs")),
-        "evaluation": not_finite(values.get("evaluation pairs")),
+        "train": not_finite(values.get(f"training {unit}")),
+        "evaluation": not_finite(values.get(f"evaluation {unit}")),
     }
     leave_out(runtime, prepared, found, max_dropped, folder / LIST)
     rows = len(prepared.train) - len(found["train"])

@@ -54,6 +54,11 @@ class PendingTable:
     """Its name in the log."""
     answers: Answers
 
+    @property
+    def unit(self) -> str:
+        """What the log calls its rows."""
+        return self.what.split()[-1]
+
 
 class ReferencePass:
     """Finds, computes and checks the reference log-probs of one run.
@@ -105,13 +110,17 @@ class ReferencePass:
                 if table is not None
             ]
 
-    def look_up(self, prepared: Prepared) -> None:
+    def look_up(self, prepared: Prepared, unit: str = "pairs") -> None:
         """Register a run's tables and check the store before a model is loaded.
+
+        Args:
+            unit: what the log calls the rows.
 
         Raises:
             StorageError: values are missing and may not be scored, or could not be written.
         """
-        self.register(training_pairs=prepared.train, evaluation_pairs=prepared.evaluation)
+        tables = {f"training_{unit}": prepared.train, f"evaluation_{unit}": prepared.evaluation}
+        self.register(**tables)
         self._runtime.on_main(self.check_store)
 
     def check_store(self) -> None:
@@ -206,11 +215,11 @@ class ReferencePass:
             answers,
             self.store,
             scoring,
-            flush_every=2 * self._dpo.flush_every,
+            flush_every=len(answers.sides) * self._dpo.flush_every,
             part=self._part,
         )
         if self._runtime.is_main:
-            rate = report.scored / 2 / max(report.seconds, 1e-9)
+            rate = report.scored / len(answers.sides) / max(report.seconds, 1e-9)
             log.info(
                 "reference pass over %d %s: answers needed %d, found %d, scored %d in %.1f s%s",
                 len(answers.of_pairs),
@@ -219,7 +228,7 @@ class ReferencePass:
                 report.found,
                 report.scored,
                 report.seconds,
-                f" ({rate:.1f} pairs/s)" if report.scored else "; nothing was computed",
+                f" ({rate:.1f} {pending.unit}/s)" if report.scored else "; nothing was computed",
             )
         return report
 
@@ -290,14 +299,15 @@ class ReferencePass:
             Entries(found.keys, fresh.ravel(), answers.targets[entries[where]]),
             found,
             self._config.precision,
-            lambda at: answers.table.origin(int(rows[at // 2])),
+            lambda at: answers.table.origin(int(rows[at // len(answers.sides)])),
             f"remove {store.folder} and run again",
         )
         if self._runtime.is_main:
             log.info(
-                "reference check: %d pairs scored again as in training, within %.1e nats per token "
+                "reference check: %d %s scored again as in training, within %.1e nats per token "
                 "(bound %g)",
                 len(rows),
+                pending.unit,
                 worst,
                 BOUND[self._config.precision],
             )
@@ -306,10 +316,24 @@ class ReferencePass:
     def _scored_as_trained(
         self, pending: PendingTable, scoring: Scoring, sample: Indices
     ) -> tuple[Indices, Values]:
-        """Return pairs and their sums (P, 2), from micro-batches as in training; a collective."""
+        """Return rows and their sums (P, S), from micro-batches as in training; a collective."""
+        parts = [
+            self._scored_together(pending, scoring, sample, responses)
+            for responses in pending.answers.table.layouts
+        ]
+        return parts[0][0], np.concatenate([sums for _, sums in parts], axis=1)
+
+    def _scored_together(
+        self,
+        pending: PendingTable,
+        scoring: Scoring,
+        sample: Indices,
+        responses: tuple[str, ...],
+    ) -> tuple[Indices, Values]:
+        """Return rows in ascending order and the sums of some of their responses; a collective."""
         assert self._scorer is not None
         table = pending.answers.table
-        source = make_source(self._runtime, self._config, table, self._scorer)
+        source = make_source(self._runtime, self._config, table, self._scorer, responses=responses)
         mine = [source.collate(part) for part in source.parts(sample)[self._runtime.rank]]
         failure: Exception | None = None
         found: list[tuple[Indices, Values]] = []
@@ -320,8 +344,9 @@ class ReferencePass:
             failure = error
         self._runtime.raise_together(failure)
         everyone = [part for parts in self._runtime.gather(found) for part in parts]
-        rows, sums = zip(*everyone, strict=True)
-        return np.concatenate(rows), np.concatenate(sums)
+        rows, sums = (np.concatenate(column) for column in zip(*everyone, strict=True))
+        order = np.argsort(rows, kind="stable")
+        return rows[order], sums[order]
 
 
 def desensitised(found: Entries, pairs: NDArray[np.int64], alpha: float) -> Values:

@@ -15,7 +15,8 @@ from modern_llm.report.runs import Run, read_runs
 from modern_llm.report.values import HEADLINES, cell
 
 _HUB_ID = re.compile(r"\w[\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
-STAGES = {"sft_checkpoint": "dpo", "pretrain_checkpoint": "sft"}
+STAGES = {"dpo": "sft_checkpoint", "kto": "sft_checkpoint", "sft": "pretrain_checkpoint"}
+"""Stage -> the argument that names its start. A run of DPO or KTO has a section of that name."""
 
 
 def model_card(folder: Path) -> str:
@@ -27,8 +28,8 @@ def model_card(folder: Path) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     (run,) = read_runs([folder])
-    mark = next((name for name in STAGES if name in run.config), None)
-    stage = STAGES.get(mark or "", "pretraining")
+    stage = _stage(run.config)
+    mark = STAGES.get(stage)
     base = _hub_id(run.config.get(mark)) if mark else None
     data = ModelCardData(
         base_model=base,
@@ -40,6 +41,13 @@ def model_card(folder: Path) -> str:
     )
     text = "\n".join(_lines(run, stage, mark))
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
+
+
+def _stage(config: dict[str, Any]) -> str:
+    """Return the stage of a run's configuration."""
+    if any(name.partition(".")[0] == "kto" for name in config):
+        return "kto"
+    return next((stage for stage, mark in STAGES.items() if mark in config), "pretraining")
 
 
 def _lines(run: Run, stage: str, mark: str | None) -> list[str]:

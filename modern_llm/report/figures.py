@@ -62,6 +62,10 @@ PANELS = (
         "Rewards", (Line("rewards/chosen", "chosen"), Line("rewards/rejected", "rejected", "--"))
     ),
     Panel(
+        "KL divergence from the reference, nats",
+        (Line("kl", "training"), Line("eval/kl", "evaluation", "o--")),
+    ),
+    Panel(
         "Log-probs of the answers",
         (Line("logps/chosen", "chosen"), Line("logps/rejected", "rejected", "--")),
     ),

@@ -41,6 +41,8 @@ HEADLINES = (
     Metric("evaluation accuracy", "eval/rewards/accuracies", "{:.1%}", "high"),
     Metric("margin", "rewards/margins", "{:.3f}", "high"),
     Metric("evaluation margin", "eval/rewards/margins", "{:.3f}", "high"),
+    Metric("KL divergence", "kl", "{:.3f}"),
+    Metric("evaluation KL divergence", "eval/kl", "{:.3f}"),
     Metric("perplexity", "perplexity", "{:.2f}", "low"),
     Metric("evaluation perplexity", "eval/perplexity", "{:.2f}", "low"),
     Metric("tokens/s", "tokens_per_second", "{:,.0f}", "high"),

@@ -60,12 +60,14 @@ def make_sources(
     *,
     group_by_prompt: bool = False,
     left_out: ExcludedRows = ((), ()),
+    responses: tuple[str, ...] | None = None,
 ) -> tuple[BatchSource, BatchSource | None]:
     """Return this rank's sources of training and, where there is some, evaluation data.
 
     Args:
         group_by_prompt: put training examples with one prompt into one step.
         left_out: rows of the training and of the evaluation data that are never read.
+        responses: columns of the responses to compute; by default all.
     """
     train_source = make_source(
         runtime,
@@ -77,11 +79,12 @@ def make_sources(
         left_out=left_out[0],
         by=prepared.order,
         keys=prepared.order_keys(),
+        responses=responses,
     )
     if prepared.evaluation is None:
         return train_source, None
     return train_source, make_source(
-        runtime, config, prepared.evaluation, scorer, left_out=left_out[1]
+        runtime, config, prepared.evaluation, scorer, left_out=left_out[1], responses=responses
     )
 
 
@@ -96,22 +99,23 @@ def make_source(
     left_out: tuple[int, ...] = (),
     by: str = RANDOM,
     keys: Any = None,
+    responses: tuple[str, ...] | None = None,
 ) -> BatchSource:
     """Return this rank's source of micro-batches over `table`.
 
     Args:
         history: (epoch, rows) from which there were so many; all from the start by default.
         by, keys: name of the order and the numbers to sort by, as `Order` has them.
+        responses: columns of the responses to compute; by default all.
 
     Raises:
         UserError: one example alone is above `tokens_per_micro_batch`.
     """
-    examples = Examples(table, trees=scorer.capabilities.trees)
+    examples = Examples(table, trees=scorer.capabilities.trees, responses=responses)
     shared = sharing(scorer)
     budget = token_budget(runtime, config, examples, shared=shared)
     groups = examples.prompt_numbers() if group_by_prompt else None
-    (_, rows), *grown = history or ((0, len(table)),)
-    order = Order(rows, config.batch_size, config.seed, tuple(grown), groups, left_out, by, keys)
+    order = order_of(config, len(table), history, groups, left_out, by, keys)
     return BatchSource(
         examples,
         order,
@@ -124,6 +128,20 @@ def make_source(
         flops=partial(IdealFlops(scorer.model), training=True),
         auto=config.most_tokens is None,
     )
+
+
+def order_of(
+    config: TrainingConfig,
+    rows: int,
+    history: tuple[tuple[int, int], ...] | None = None,
+    groups: Any = None,
+    left_out: tuple[int, ...] = (),
+    by: str = RANDOM,
+    keys: Any = None,
+) -> Order:
+    """Return the order of a table of so many rows; the other arguments as in `make_source`."""
+    (_, first), *grown = history or ((0, rows),)
+    return Order(first, config.batch_size, config.seed, tuple(grown), groups, left_out, by, keys)
 
 
 def sharing(scorer: TokenScorer) -> Sharing:

@@ -32,8 +32,8 @@ class InspectSettings(Settings):
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer, or of a checkpoint that has one; rows of token ids need
     none."""
-    kind: Literal["preferences", "instructions", "documents"] | None = None
-    """What the rows are; preferences by default."""
+    kind: Literal["preferences", "labelled", "instructions", "documents"] | None = None
+    """What the rows are; preferences by default. labelled: responses with a label, for kto."""
     plugins: list[str] = Field(default_factory=list)
     """Modules to import first, on every process: package.module,package.other. They register losses
     and formats of your own."""

@@ -1,4 +1,4 @@
-"""Settings of the verbs `pretrain`, `sft` and `dpo`."""
+"""Settings of the verbs `pretrain`, `sft`, `dpo` and `kto`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import Field
 from modern_llm.config import (
     DocumentDatasetConfig,
     InstructionDatasetConfig,
+    LabelledDatasetConfig,
     LoraConfig,
     ModernLLMConfig,
     PreferenceDatasetConfig,
@@ -17,6 +18,7 @@ from modern_llm.config import (
 )
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.dpo import DPOConfig
+from modern_llm.config.kto import KTOConfig
 from modern_llm.verbs.settings import Settings
 
 OFTEN = frozenset(
@@ -39,6 +41,8 @@ OFTEN = frozenset(
             )
         ),
         *(f"dpo.{name}" for name in ("beta", "loss_type", "max_length", "reference")),
+        *(f"kto.{name}" for name in ("beta", "desirable_weight", "undesirable_weight",
+                                     "max_length", "reference")),
         *(f"lora.{name}" for name in ("rank", "alpha", "targets", "quantize")),
         *(
             f"model.{name}"
@@ -49,7 +53,7 @@ OFTEN = frozenset(
 
 
 class TrainingSettings(Settings):
-    """Shared by the three stages; each adds the section `data` of its kind."""
+    """Shared by all stages; each adds the section `data` of its kind."""
 
     often: ClassVar[frozenset[str]] = OFTEN
 
@@ -106,6 +110,20 @@ class DpoSettings(TrainingSettings):
     checkpoint (RUN/checkpoints/step-00000500, RUN/last or RUN/best)."""
     dpo: DPOConfig = Field(default_factory=DPOConfig)
     data: PreferenceDatasetConfig = Field(default_factory=PreferenceDatasetConfig)
+    lora: LoraConfig | None = None
+    """Train adapters beside frozen weights; the reference is the model without them."""
+
+
+class KtoSettings(TrainingSettings):
+    """Train a policy on single responses that are labelled desirable or undesirable (KTO)."""
+
+    example: ClassVar[str] = "modern-llm kto run.yaml --sft_checkpoint runs/sft/last --kto.beta 0.1"
+
+    sft_checkpoint: str
+    """The policy's start and the reference: Hub id, transformers folder, .pt file, or a run's
+    checkpoint (RUN/checkpoints/step-00000500, RUN/last or RUN/best)."""
+    kto: KTOConfig = Field(default_factory=KTOConfig)
+    data: LabelledDatasetConfig = Field(default_factory=LabelledDatasetConfig)
     lora: LoraConfig | None = None
     """Train adapters beside frozen weights; the reference is the model without them."""
 

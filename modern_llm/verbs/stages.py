@@ -16,6 +16,7 @@ from modern_llm.config.errors import ConfigError
 from modern_llm.verbs.settings import read_settings, sections_of
 from modern_llm.verbs.stage_settings import (
     DpoSettings,
+    KtoSettings,
     PretrainSettings,
     SftSettings,
     TrainingSettings,
@@ -34,7 +35,7 @@ class StageSpec:
     name: str
     settings: type[TrainingSettings]
     marks: frozenset[str]
-    """Names in a configuration file that only this stage has."""
+    """Names in a configuration file by which it is for this stage."""
     run: Callable[..., Path]
     """(settings, dry_run=None) -> folder of the final model."""
     checkpoint: Callable[[Any], str | None]
@@ -43,6 +44,8 @@ class StageSpec:
     """Settings -> `max_length` and `max_prompt_length`, None where they are not set."""
     responses: int = 1
     """Responses of one example: their tokens are in one row with the prompt's."""
+    unless: frozenset[str] = frozenset()
+    """Names in a file that make it one of another stage in spite of the marks."""
 
     def verb(self, settings: TrainingSettings) -> dict[str, Any]:
         """Run the stage, try its first step, or run it once for every value of a sweep."""
@@ -116,6 +119,20 @@ def _dpo(settings: DpoSettings, dry_run: DryRun | None = None) -> Path:
     )
 
 
+def _kto(settings: KtoSettings, dry_run: DryRun | None = None) -> Path:
+    from modern_llm.training.train_kto import run_kto
+
+    return run_kto(
+        settings.sft_checkpoint,
+        training_config(settings),
+        settings.kto,
+        settings.data,
+        settings.tokenizer_name,
+        dry_run=dry_run,
+        lora_config=settings.lora,
+    )
+
+
 STAGES = (
     StageSpec(
         name="pretrain",
@@ -141,6 +158,15 @@ STAGES = (
         checkpoint=lambda settings: settings.sft_checkpoint,
         lengths=lambda settings: (settings.dpo.max_length, settings.dpo.max_prompt_length),
         responses=2,
+        unless=frozenset({"kto"}),
+    ),
+    StageSpec(
+        name="kto",
+        settings=KtoSettings,
+        marks=frozenset({"kto"}),
+        run=_kto,
+        checkpoint=lambda settings: settings.sft_checkpoint,
+        lengths=lambda settings: (settings.kto.max_length, settings.kto.max_prompt_length),
     ),
 )
 
@@ -154,7 +180,7 @@ def read_stage(
         ConfigError: it fits no stage or several, or an option is wrong.
     """
     names = set(sections_of(path))
-    found = [stage for stage in STAGES if names & stage.marks]
+    found = [stage for stage in STAGES if names & stage.marks and not names & stage.unless]
     if len(found) != 1:
         marks = ", ".join(f"{'/'.join(sorted(stage.marks))} ({stage.name})" for stage in STAGES)
         raise ConfigError([f"{path}: the stage shows by one of {marks}; found {sorted(names)}"])

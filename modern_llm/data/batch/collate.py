@@ -61,6 +61,13 @@ class MicroBatch:
     across pairs and was therefore taken over the whole step first."""
     step_terms: Mapping[str, Tensor] | None = None
     """Name -> () this micro-batch's share of that sum, by terms of the loss."""
+    desirable: Tensor | None = None
+    """(P,) bool labels of single responses."""
+    mismatched: MicroBatch | None = None
+    """The prompts of the same examples with responses to other prompts, where the objective
+    estimates a KL divergence on them."""
+    kl: Tensor | None = None
+    """() that estimate, over the whole step."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return the same with every tensor on `device`."""
@@ -73,7 +80,10 @@ class MicroBatch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+        changed: dict[str, Tensor | MicroBatch] = {n: change(t) for n, t in tensors.items()}
+        if self.mismatched is not None:
+            changed["mismatched"] = self.mismatched._each(change)
+        return replace(self, **changed)
 
     @property
     def area(self) -> int:

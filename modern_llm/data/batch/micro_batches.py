@@ -74,9 +74,9 @@ class BatchSource:
         """Lower the token budget of all later forwards."""
         self.budget = replace(self.budget, tokens=tokens)
 
-    def collate(self, indices: Indices) -> MicroBatch:
-        """Return the tensors of some examples."""
-        batch = collate(self.examples, indices, shared=self.shared, align=self.align)
+    def collate(self, indices: Indices, examples: Examples | None = None) -> MicroBatch:
+        """Return the tensors of some examples; `examples` are others of the same numbers."""
+        batch = collate(examples or self.examples, indices, shared=self.shared, align=self.align)
         if self._flops is None or not batch.real_tokens:
             return batch
         reach = batch.positions[batch.segments[..., 0] >= 0] + 1

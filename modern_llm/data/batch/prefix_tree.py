@@ -94,12 +94,14 @@ class Examples:
         table: a prompt with one or more responses (prompt, chosen, rejected), or documents (text,
             starts); an example has one sum of log-probs (slot) for each response.
         trees: whether responses to one prompt share it; else each is a sequence of its own.
+        responses: columns of the responses to use; by default all after the prompt.
     """
 
-    def __init__(self, table: TokenTable, *, trees: bool):
+    def __init__(self, table: TokenTable, *, trees: bool, responses: tuple[str, ...] | None = None):
         self.table, self.trees = table, trees
         self.documents = STARTS in table.columns
-        self.responses = ("text",) if self.documents else tuple(table.columns[1:])
+        every = ("text",) if self.documents else tuple(table.columns[1:])
+        self.responses = responses or every
         self.slots = len(self.responses)
         self._column = {name: index for index, name in enumerate(table.columns)}
 

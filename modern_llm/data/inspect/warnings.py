@@ -19,6 +19,8 @@ from modern_llm.data.table.iterate import FELL_BACK
 # Shares above which a finding is worth a line.
 CUT_PROMPTS, CUT_ANSWERS, REPEATED, LONGER_CHOSEN = 0.05, 0.01, 0.01, 0.6
 LENGTH_RATIO = 1.2
+LENGTHS = {"preferences": "dpo", "labelled": "kto"}
+"""Section with `max_length`, where that is not the data section."""
 ALPHA_Z = 3.0
 """Standard errors that the mean length difference must be away from 0: fewer are chance."""
 
@@ -111,7 +113,7 @@ def _truncated(source: Examined, setup: Setup) -> Entries:
         [source.whole[name] for name in source.columns[1:]] or [[0] * rows], axis=0
     )
     enough = int(np.ceil((np.percentile(total, 99) + 1) / 8) * 8) if len(total) else 0
-    setting = "dpo.max_length" if setup.kind == "preferences" else "data.max_length"
+    setting = f"{LENGTHS.get(setup.kind, 'data')}.max_length"
     entries = []
     for at, name in enumerate(source.columns):
         share, bound = source.cut.get(name, 0) / rows, CUT_ANSWERS if at else CUT_PROMPTS
@@ -162,6 +164,14 @@ def _longer(source: Examined, setup: Setup) -> Entries:
     return [(text, "dpo.loss_type")]
 
 
+def _one_label(source: Examined, setup: Setup) -> Entries:
+    found = source.report.values.get("label")
+    if found is None or found["min"] != found["max"] or source.role != "train":
+        return []
+    word = "desirable" if found["max"] else "undesirable"
+    return [(f"every row is labelled {word}: KTO needs both labels; the run would stop", "")]
+
+
 def _template(source: Examined, setup: Setup) -> Entries:
     return [(FELL_BACK, "data.template")] if FELL_BACK in source.report.notes else []
 
@@ -179,6 +189,7 @@ RULES: tuple[Callable[[Examined, Setup], Entries], ...] = (
     _unended,
     _repetitions,
     _longer,
+    _one_label,
     _template,
     _empty_prompts,
 )

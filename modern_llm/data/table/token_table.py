@@ -79,6 +79,11 @@ class TokenTable:
             raise StorageError(f"{folder}: no whole token table ({error}): remove it") from error
         return cls(folder, meta, arrays)
 
+    @property
+    def layouts(self) -> tuple[tuple[str, ...], ...]:
+        """Responses that a forward of training computes together: all of a row."""
+        return (self.columns[1:],)
+
     def __len__(self) -> int:
         return self._meta["rows"] if self._rows is None else len(self._rows)
 

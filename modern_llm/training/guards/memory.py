@@ -38,6 +38,7 @@ MEMORY = {
     "micro_batch_size mixed_precision",
     "data": "max_length max_prompt_length",
     "dpo": "group_by_prompt loss_type max_length max_prompt_length reference reference_checkpoint",
+    "kto": "loss_type max_length max_prompt_length reference reference_checkpoint",
 }
 """Settings that the memory of a forward depends on, by section; empty: the whole section. A change
 of any other setting keeps the stored budget."""

@@ -13,6 +13,7 @@ from typing import Any
 from modern_llm.config import (
     DocumentDatasetConfig,
     InstructionDatasetConfig,
+    LabelledDatasetConfig,
     LoraConfig,
     ModernLLMConfig,
     MoEConfig,
@@ -22,12 +23,19 @@ from modern_llm.config import (
 from modern_llm.config.base import OnResume, resume_class
 from modern_llm.config.data import MixtureSource
 from modern_llm.config.dpo import DPOConfig
+from modern_llm.config.kto import KTOConfig
 
 SECTIONS: dict[str, tuple[Any, ...]] = {
     "train": (TrainingConfig,),
-    "data": (PreferenceDatasetConfig, InstructionDatasetConfig, DocumentDatasetConfig),
+    "data": (
+        PreferenceDatasetConfig,
+        InstructionDatasetConfig,
+        LabelledDatasetConfig,
+        DocumentDatasetConfig,
+    ),
     "data.sources": (MixtureSource,),
     "dpo": (DPOConfig,),
+    "kto": (KTOConfig,),
     "lora": (LoraConfig,),
     "model": (ModernLLMConfig,),
     "model.moe_config": (MoEConfig,),

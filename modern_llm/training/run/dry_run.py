@@ -67,7 +67,8 @@ class DryRun:
         # One process per machine removes it: others may be done while this one still writes.
         self._removes = runtime.accelerator.is_local_main_process
         # Mode `store` only reads the user's store; the other modes might write to it.
-        if run.record.get("dpo", {}).get("reference") != "store":
+        sections = (run.record.get(name, {}) for name in ("dpo", "kto"))
+        if all(section.get("reference") != "store" for section in sections):
             os.environ[CACHE] = str(self.folder / "reference")
         config = dataclasses.replace(run.config, output_dir=self.folder / "run", resume="auto")
         self.result["configuration"] = run.record
