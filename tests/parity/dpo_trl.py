@@ -18,6 +18,7 @@ import os
 import random
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,22 +177,35 @@ def run_ours(folder: Path, out: Path, options: Any) -> list[float]:
     return [record["loss"] for record in read_lines(out / "metrics.jsonl")]
 
 
-def compare(case: Case, folder: Path, out: Path, pairs: list[dict[str, str]]) -> tuple[str, bool]:
+def compare(
+    case: Case,
+    folder: Path,
+    out: Path,
+    rows: list[dict[str, Any]],
+    run_ours: Callable[..., list[float]] = run_ours,
+    run_trl: Callable[..., list[float]] = run_trl,
+) -> tuple[str, bool]:
     """Run a case; return the cell of the table, and whether it is as it should be."""
     ours = run_ours(folder, out / "ours", case.ours)
     assert len(ours) == STEPS, f"{len(ours)} losses of {STEPS} steps"
     if case.theirs is None:
         return "not in TRL", True
-    theirs = run_trl(folder, out / "trl", pairs, case.theirs)
+    theirs = run_trl(folder, out / "trl", rows, case.theirs)
     off = max(abs(a - b) / max(1, abs(b)) for a, b in zip(ours, theirs, strict=True))
     if case.why:
         return f"differs on purpose: {case.why}", off > BOUND
     return (f"equal ({off:.0e})", True) if off <= BOUND else (f"NOT EQUAL ({off:.1e})", False)
 
 
-def main() -> int:
+def main(
+    cases: Sequence[Case] = CASES,
+    prepare: Callable[..., list[dict[str, Any]]] = prepare,
+    about: str = __doc__,
+    what: str = "real pairs",
+    **sides: Callable[..., list[float]],
+) -> int:
     """Run the cases and print the table."""
-    found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    found = argparse.ArgumentParser(description=about.splitlines()[0])
     found.add_argument("--data", type=Path, default=DATA, help="HH-RLHF transcripts (.jsonl)")
     found.add_argument("--only", nargs="*", default=[], help="words in the names of the cases")
     options = found.parse_args()
@@ -204,13 +218,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="parity-") as place:
         folder = Path(place)
         os.environ["MODERN_LLM_CACHE"] = str(folder / "reference")
-        pairs = prepare(folder, options.data)
-        print(f"| option ({STEPS} steps of {PAIRS_A_STEP} real pairs) | against TRL |\n|---|---|")
-        for number, case in enumerate(CASES):
+        rows = prepare(folder, options.data)
+        print(f"| option ({STEPS} steps of {PAIRS_A_STEP} {what}) | against TRL |\n|---|---|")
+        for number, case in enumerate(cases):
             if options.only and not any(word in case.name for word in options.only):
                 continue
             with redirect_stdout(io.StringIO()):  # the lines of every step
-                cell, right = compare(case, folder, folder / f"case-{number}", pairs)
+                cell, right = compare(case, folder, folder / f"case-{number}", rows, **sides)
             wrong += not right
             print(f"| `{case.name}` | {cell} |", flush=True)
     return int(wrong > 0)
