@@ -13,8 +13,9 @@ from modern_llm.data.batch.collate import MicroBatch, collate
 from modern_llm.data.batch.order import Budget, Sharing, pack
 from modern_llm.data.batch.prefix_tree import Sequence as Laid
 from modern_llm.data.batch.prefix_tree import lay_out
+from modern_llm.data.table.gaps import NONE
 from modern_llm.data.table.token_table import TokenTable
-from modern_llm.reference.keys import KEY_BYTES, entry_keys
+from modern_llm.reference.keys import KEY_BYTES, entry_keys, masked_key
 
 MAX_RESPONSES = 8
 """Most responses to one prompt in one tree."""
@@ -31,7 +32,7 @@ class Answers:
     """
 
     def __init__(self, table: TokenTable):
-        self.table = table
+        self.table, self._masked = table, getattr(table, "masked", False)
         self.sides = tuple(table.columns[1:])
         width = len(self.sides)
         names: list[bytes] = []
@@ -40,6 +41,9 @@ class Answers:
         for row in range(len(table)):
             answers = [table.ids(row, side) for side in self.sides]
             *keys, prompt = entry_keys(table.ids(row, "prompt"), *answers, empty)
+            for at, side in enumerate(self.sides if self._masked else ()):
+                if len(gaps := table.gaps(row, side)):
+                    keys[at] = masked_key(table.ids(row, "prompt"), answers[at], gaps)
             names += keys
             prompts.append(prompt)
         every = np.frombuffer(b"".join(names), f"S{KEY_BYTES}")
@@ -50,8 +54,10 @@ class Answers:
         lengths = np.asarray(table.lengths)[:, columns][self._first // width]
         self.prompt_lengths = lengths[:, 0]
         self.lengths = lengths[np.arange(len(lengths)), 1 + self._first % width]
+        counts = np.asarray(table.trained if self._masked else table.lengths)[:, columns]
+        trained = counts[self._first // width, 1 + self._first % width]
         # Without a prompt the first token of an answer is no target: nothing precedes it.
-        self.targets = self.lengths - (self.prompt_lengths == 0)
+        self.targets = trained - (self.prompt_lengths == 0)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -72,6 +78,11 @@ class Answers:
         """Return the ids of an answer."""
         row, side = divmod(int(self._first[entry]), len(self.sides))
         return self.table.ids(row, self.sides[side])
+
+    def gaps(self, entry: int) -> NDArray[np.int32]:
+        """Return the stretches (n, 2) of an answer that are no targets."""
+        row, side = divmod(int(self._first[entry]), len(self.sides))
+        return self.table.gaps(row, self.sides[side]) if self._masked else NONE
 
     def by_prompt(self, entries: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return `entries` (n,) with the answers of one prompt next to each other.
@@ -150,9 +161,11 @@ class AnswerBatches:
         entries = self._items[item]
         prompt = self.answers.prompt(entries[0])
         responses = [self.answers.response(entry) for entry in entries]
+        gaps = [self.answers.gaps(entry) for entry in entries]
         if self._shared != Sharing.ALONE:
-            return [lay_out(prompt, responses, range(len(entries)))]
-        return [lay_out(prompt, [response], [slot]) for slot, response in enumerate(responses)]
+            return [lay_out(prompt, responses, range(len(entries)), gaps)]
+        each = enumerate(zip(responses, gaps, strict=True))
+        return [lay_out(prompt, [response], [slot], [mine]) for slot, (response, mine) in each]
 
     def responses(self, item: int) -> int:
         """Return the number of responses of one tree."""

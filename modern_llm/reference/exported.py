@@ -32,7 +32,7 @@ def export_reference(request: Request, output: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: the run reads no stored reference.
-        DataError: the pairs have a weight or margin, which TRL does not read.
+        DataError: the pairs have a weight, a margin or a mask, which TRL does not read.
         StorageError: a value is missing and may not be scored, or the file cannot be written.
     """
     dpo = request.dpo
@@ -68,6 +68,12 @@ def export_reference(request: Request, output: Path) -> dict[str, Any]:
 
 
 def _refuse_what_is_lost(table: TokenTable | None) -> None:
+    if table is not None and (table.trained != table.lengths).any():
+        row = int(np.argmax((table.trained != table.lengths).any(axis=1)))
+        raise DataError(
+            f"{table.origin(row)}: not every token of its responses is trained on, and TRL trains "
+            "on all of them: remove such rows, or set data.targets: last"
+        )
     for name, default in PreferenceDatasetConfig.values.items():
         values = None if table is None else table.values(name)
         if table is not None and values is not None and (values != default).any():

@@ -55,6 +55,18 @@ def scoring_recipe(config: PretrainedConfig, compute: str) -> str:
     return json.dumps(recipe, sort_keys=True)
 
 
+def masked_key(
+    prompt: NDArray[np.int32], response: NDArray[np.int32], gaps: NDArray[np.int32]
+) -> bytes:
+    """Return the name of a response of which the ids in `gaps` are not summed up."""
+    # Another personalisation of the digest: it is never the name of an unmasked response.
+    content = hashlib.blake2b(digest_size=KEY_BYTES, person=b"gaps")
+    for part in (prompt, response, gaps):
+        content.update(part.size.to_bytes(8, "little"))
+        content.update(np.ascontiguousarray(part, dtype="<i4").data)
+    return content.digest()
+
+
 def entry_key(prompt: NDArray[np.int32], response: NDArray[np.int32]) -> bytes:
     """Return the 16-byte name of one (prompt, response), a digest of exactly these ids."""
     return entry_keys(prompt, response)[0]

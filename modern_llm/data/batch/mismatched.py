@@ -57,6 +57,25 @@ class MismatchedTable:
         response = found[self.others, self._table.columns.index("response")]
         return np.concatenate([found, np.minimum(response, self._room)[:, None]], axis=1)
 
+    @property
+    def masked(self) -> bool:
+        """Whether some responses have gaps."""
+        return self._table.masked
+
+    def gaps(self, index: int, column: str) -> Ids:
+        """Return the gaps (n, 2) of one cell."""
+        if column != MISMATCHED:
+            return self._table.gaps(index, column)
+        found = np.minimum(self._table.gaps(int(self.others[index]), "response"), self._room[index])
+        return found[found[:, 0] < found[:, 1]]
+
+    @cached_property
+    def trained(self) -> NDArray[np.int64]:
+        """(rows, 3) int64: ids in each cell without its gaps."""
+        skipped = [np.diff(self.gaps(row, MISMATCHED)).sum() for row in range(len(self))]
+        mismatched = self.lengths[:, 2] - np.array(skipped, np.int64)
+        return np.concatenate([self._table.trained, mismatched[:, None]], axis=1)
+
     def values(self, name: str) -> NDArray[np.float64] | None:
         """Return a number of every row (rows,); None where rows have none."""
         return self._table.values(name)

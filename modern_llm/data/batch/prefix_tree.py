@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from modern_llm.data.table.gaps import NONE, trained_of
 from modern_llm.data.table.token_table import STARTS, TokenTable
 
 Ids = NDArray[np.int32]
@@ -33,11 +34,13 @@ class Sequence:
     slots: NDArray[np.int64]
 
 
-def lay_out(prefix: Ids, branches: List[Ids], slots: List[int]) -> Sequence:
+def lay_out(
+    prefix: Ids, branches: List[Ids], slots: List[int], gaps: List[Ids] | None = None
+) -> Sequence:
     """Return `[prefix | branch | branch ...]`; the positions of each branch continue the prefix's.
 
-    Only branch tokens are targets. With an empty prefix the first token of a branch has no token
-    before it and is no target.
+    Only branch tokens are targets, without those in `gaps` (n, 2) of each branch. With an empty
+    prefix the first token of a branch has no token before it and is no target.
     """
     start = len(prefix)
     sizes = [start, *(len(branch) for branch in branches)]
@@ -48,15 +51,16 @@ def lay_out(prefix: Ids, branches: List[Ids], slots: List[int]) -> Sequence:
     owners = np.repeat(np.arange(len(sizes)), sizes)
     sources, targets, sums = [], [], []
     at = start
-    for slot, size in zip(slots, sizes[1:], strict=True):
+    for branch, (slot, size) in enumerate(zip(slots, sizes[1:], strict=True)):
         here = np.arange(at, at + size)
         before = here - 1
         if size and start:
             before[0] = start - 1
-        first = 0 if start else 1
-        sources.append(before[first:])
-        targets.append(here[first:])
-        sums.append(np.full(max(size - first, 0), slot))
+        trained = trained_of(NONE if gaps is None else gaps[branch], size)
+        trained[: 0 if start else 1] = False
+        sources.append(before[trained])
+        targets.append(here[trained])
+        sums.append(np.full(int(trained.sum()), slot))
         at += size
     target = np.concatenate(targets)
     return Sequence(
@@ -104,6 +108,7 @@ class Examples:
         self.responses = responses or every
         self.slots = len(self.responses)
         self._column = {name: index for index, name in enumerate(table.columns)}
+        self._masked = getattr(table, "masked", False)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -138,25 +143,32 @@ class Examples:
         at = {int(index): position for position, index in enumerate(indices)}
         result = []
         for group in self.together(np.asarray(indices)):
-            branches: dict[bytes, tuple[Ids, list[int]]] = {}
-            for index, slot, answer in self._answers(group):
-                _, uses = branches.setdefault(answer.tobytes(), (answer, []))
+            branches: dict[tuple[bytes, bytes], tuple[Ids, Ids, list[int]]] = {}
+            for index, slot, answer, gaps in self._answers(group):
+                key = answer.tobytes(), gaps.tobytes()
+                *_, uses = branches.setdefault(key, (answer, gaps, []))
                 uses.append(at[index] * self.slots + slot)
-            answers = [answer for answer, _ in branches.values()]
-            tree = lay_out(self.table.ids(int(group[0]), "prompt"), answers, range(len(answers)))
-            result.append(Laid(tree, [uses for _, uses in branches.values()]))
+            answers, gaps, uses = zip(*branches.values(), strict=True)
+            prompt = self.table.ids(int(group[0]), "prompt")
+            result.append(Laid(lay_out(prompt, answers, range(len(answers)), gaps), list(uses)))
         return result
 
-    def _answers(self, group: NDArray[np.int64]) -> Iterator[tuple[int, int, Ids]]:
+    def _answers(self, group: NDArray[np.int64]) -> Iterator[tuple[int, int, Ids, Ids]]:
         for index in group.tolist():
             for slot, name in enumerate(self.responses):
-                yield index, slot, self.table.ids(index, name)
+                yield index, slot, self.table.ids(index, name), self._gaps(index, name)
+
+    def _gaps(self, index: int, name: str) -> Ids:
+        return self.table.gaps(index, name) if self._masked else NONE
 
     def group_sizes(self, group: NDArray[np.int64]) -> tuple[int, ...]:
         """Return the tokens of each sequence of examples that are computed together."""
         if len(group) == 1:
             return self.sizes(int(group[0]))
-        distinct = {answer.tobytes(): len(answer) for _, _, answer in self._answers(group)}
+        distinct = {
+            (answer.tobytes(), gaps.tobytes()): len(answer)
+            for _, _, answer, gaps in self._answers(group)
+        }
         prompt = int(self.table.lengths[int(group[0])][self._column["prompt"]])
         return (prompt + sum(distinct.values()),)
 
@@ -174,9 +186,11 @@ class Examples:
             return self._documents(index)
         prefix = self.table.ids(index, "prompt")
         answers = [self.table.ids(index, name) for name in self.responses]
+        gaps = [self._gaps(index, name) for name in self.responses]
         if self.trees:
-            return [lay_out(prefix, answers, range(len(answers)))]
-        return [lay_out(prefix, [answer], [slot]) for slot, answer in enumerate(answers)]
+            return [lay_out(prefix, answers, range(len(answers)), gaps)]
+        each = enumerate(zip(answers, gaps, strict=True))
+        return [lay_out(prefix, [answer], [slot], [mine]) for slot, (answer, mine) in each]
 
     def _documents(self, index: int) -> list[Sequence]:
         text = self.table.ids(index, "text")
@@ -199,7 +213,8 @@ class Examples:
         if self.documents:
             counts = [sum(size - 1 for size in self.sizes(int(i))) for i in indices]
             return np.array(counts, dtype=np.int64).reshape(-1, 1)
-        lengths = np.asarray(self.table.lengths)[indices]
-        answers = lengths[:, [self._column[name] for name in self.responses]].astype(np.int64)
+        columns = [self._column[name] for name in self.responses]
+        trained = self.table.trained if self._masked else self.table.lengths
+        answers = np.asarray(trained)[indices][:, columns].astype(np.int64)
         # Without a prompt the first token of an answer has nothing before it.
-        return answers - (lengths[:, [self._column["prompt"]]] == 0)
+        return answers - (np.asarray(self.table.lengths)[indices][:, [self._column["prompt"]]] == 0)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from modern_llm.data.encode.chat_template import Written
 from modern_llm.data.encode.tokenizer import Encoder, Ids
@@ -35,6 +36,8 @@ class Parts:
 
     columns: list[Ids]
     ends: tuple[int | None, ...] = ()
+    trained: tuple[NDArray[np.bool_] | None, ...] = ()
+    """For each answer the mask of the ids that are trained on, None for all."""
 
 
 class Boundary:

@@ -167,7 +167,8 @@ def answers_recipe(
 
     def cells(parts: Parts) -> list[Ids]:
         prompt, *answers = parts.columns
-        return plain(prompt, answers, has_lead=encoder.has_lead(prompt), ends=parts.ends)
+        lead = encoder.has_lead(prompt)
+        return plain(prompt, answers, has_lead=lead, ends=parts.ends, trained=parts.trained)
 
     kind = kind_of(config)
     return Recipe(
@@ -208,7 +209,7 @@ def ids_recipe(
 
     def cells(parts: Parts) -> list[Ids]:
         prompt, *answers = parts.columns
-        return plain(prompt, answers, has_lead=True)
+        return plain(prompt, answers, has_lead=True, trained=parts.trained)
 
     kind = kind_of(config)
     return Recipe(
@@ -230,10 +231,9 @@ def _item_of_ids(record: Record, config: ConversationDatasetConfig) -> Item:
     """Return the item of a row of ids: they are trained on as they are, without an end token."""
     if config.template is not None:
         raise RowFault("data.template has no effect on token ids: remove it")
-    if any(response.trained is not None for response in record.responses):
-        raise RowFault("a mask that leaves out tokens inside a response is not supported")
     columns = [record.prompt.ids, *(response.ids for response in record.responses)]
-    parts = Parts(columns, (None,) * len(record.responses))
+    masks = tuple(response.trained for response in record.responses)
+    parts = Parts(columns, (None,) * len(record.responses), masks)
     return Item((), record.origin, numbers=record.numbers, parts=parts)
 
 

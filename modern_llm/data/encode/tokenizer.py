@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from modern_llm.config.errors import UserError
 from modern_llm.data.encode.vocabulary import Tokenizer, leading_specials
 from modern_llm.data.read.records import ContentFault
+from modern_llm.data.table.gaps import NONE, Cells, gaps_of
 
 Ids = NDArray[np.int32]
+Mask = NDArray[np.bool_] | None
 
 
 class Encoder:
@@ -125,7 +127,8 @@ class Truncation:
         *,
         has_lead: bool,
         ends: Sequence[int | None] | None = None,
-    ) -> list[Ids]:
+        trained: Sequence[Mask] = (),
+    ) -> Cells:
         """Return [prompt, response, ...] within the limits.
 
         Args:
@@ -134,6 +137,7 @@ class Truncation:
             has_lead: whether the prompt begins with the leading special tokens.
             ends: for each response the id that closes it, None for none; by default the end token,
                 where one is to be appended.
+            trained: for each response the mask of its ids that are trained on, None for all.
 
         Raises:
             ContentFault: a response without a target token, or equal responses.
@@ -143,20 +147,33 @@ class Truncation:
         if any(len(self._without_end(ids)) == 0 for ids in responses):
             raise ContentFault("empty response")
         whole = [self._with_end(ids, end) for ids, end in zip(responses, ends, strict=True)]
+        masks = [
+            None if mask is None else np.append(mask, [True] * (len(ids) - len(mask)))
+            for mask, ids in zip(trained or [None] * len(whole), whole, strict=True)
+        ]
         longest = max(map(len, whole))
         kept = self._cut_prompt(prompt, longest, self.limits.lead if has_lead else 0)
         room = self.limits.total - len(kept)
         cut = [
-            ids if len(ids) <= room else self._without_end(ids[:room], end)
-            for ids, end in zip(whole, ends, strict=True)
+            ids if len(ids) <= room else self._cut_response(ids[:room], end, mask)
+            for ids, end, mask in zip(whole, ends, masks, strict=True)
         ]
-        # Without a prompt the first token has nothing that predicts it.
-        if any(len(ids) < (1 if len(kept) else 2) for ids in cut):
-            raise ContentFault("empty response after truncation")
+        gaps = [NONE, *(_gaps_in(*pair, len(kept)) for pair in zip(cut, masks, strict=True))]
         if len(cut) > 1 and all(np.array_equal(cut[0], ids) for ids in cut[1:]):
             raise ContentFault("equal responses after truncation")
         self._count(prompt, kept, whole, cut)
-        return [kept, *cut]
+        cells = Cells([kept, *cut])
+        if any(map(len, gaps)):
+            cells.gaps = gaps
+        return cells
+
+    def _cut_response(self, ids: Ids, end: int | None, mask: Mask) -> Ids:
+        """Return what is left of a cut response, up to its last id that is trained on."""
+        if mask is None:
+            return self._without_end(ids, end)
+        if mask[len(ids)]:  # cut inside an answer: else the answer before is finished
+            ids = self._without_end(ids, end)
+        return ids[: int(np.flatnonzero(mask[: len(ids)]).max(initial=-1)) + 1]
 
     def _cut_prompt(self, prompt: Ids, longest: int, lead: int) -> Ids:
         body = len(prompt) - lead
@@ -183,6 +200,20 @@ class Truncation:
         self.cuts.prompts += len(kept) < len(prompt)
         self.cuts.responses += sum(map(bool, lost))
         self.cuts.tokens += len(prompt) - len(kept) + sum(lost)
+
+
+def _gaps_in(ids: Ids, mask: Mask, prompt: int) -> Ids:
+    """Return the gaps of a response to a prompt of so many ids.
+
+    Raises:
+        ContentFault: no id is a target.
+    """
+    trained = np.ones(len(ids), bool) if mask is None else mask[: len(ids)].copy()
+    if not prompt:
+        trained[:1] = True  # never a target, since nothing precedes it: no gap is needed
+    if not trained[0 if prompt else 1 :].any():
+        raise ContentFault("empty response after truncation")
+    return gaps_of(trained)
 
 
 def tokenizer_identity(tokenizer: Tokenizer | None) -> str:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from modern_llm.data.batch.prefix_tree import lay_out
 from modern_llm.data.encode.chat_template import Tokenizer
 from modern_llm.data.encode.tokenizer import Ids
 from modern_llm.data.inspect.statistics import Examined, summary_of
@@ -20,6 +19,7 @@ from modern_llm.data.inspect.warnings import (
     repeated,
     training_rows,
 )
+from modern_llm.data.table.gaps import NONE, trained_of
 
 
 def inspection(
@@ -99,22 +99,21 @@ def _example(
 ) -> dict[str, Any]:
     """Return one example token by token, with the targets marked, as training lays it out."""
     origin, cells = entry
-    if len(cells) == 1:
-        prefix, branches = cells[0][:0], cells
-    else:
-        prefix, branches = cells[0], cells[1:]
-    sequence = lay_out(prefix, branches, range(len(branches)))
+    prefix, gaps = cells[0][: 0 if len(cells) == 1 else None], getattr(cells, "gaps", ())
     columns = []
     for at, (name, ids) in enumerate(zip(source.columns, cells, strict=True)):
-        slot = at - (len(cells) > 1)
-        targets = int((sequence.slots == slot).sum())  # the last ones: none is left out inside
         pieces = _pieces(ids, tokenizer)
+        targets = trained_of(gaps[at] if gaps else NONE, len(ids))
+        if at or len(cells) == 1:
+            targets[: not len(prefix)] = False  # nothing precedes it
+        else:
+            targets[:] = False
         columns.append(
             {
                 "column": name,
                 "text": "".join(pieces) if tokenizer is None else tokenizer.decode(ids.tolist()),
                 "tokens": pieces,
-                "target": [place >= len(ids) - targets for place in range(len(ids))],
+                "target": targets.tolist(),
             }
         )
     return {"origin": origin, "source": source.name, "columns": columns}

@@ -30,6 +30,7 @@ from modern_llm.data.read.readers import Row
 from modern_llm.data.read.records import Broken, ContentFault, Dropped, RowFault
 from modern_llm.data.read.sources import Source
 from modern_llm.data.table.counts import DataReport, Drops
+from modern_llm.data.table.gaps import Cells
 from modern_llm.data.table.iterate import (
     RecordReader,
     WeightedSource,
@@ -214,7 +215,9 @@ class _Tally:
         self._result.report.count(item.numbers)
         if self._sink is not None and not held:
             self._sink(cells, item.origin, item.numbers)
-        entry = (-pair, item.origin, [np.array(ids) for ids in cells])
+        kept = Cells(np.array(ids) for ids in cells)
+        kept.gaps = getattr(cells, "gaps", ())
+        entry = (-pair, item.origin, kept)
         if len(self._examples) < self._wanted:
             heapq.heappush(self._examples, entry)
         elif self._wanted and entry[0] > self._examples[0][0]:

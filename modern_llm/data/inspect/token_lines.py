@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from modern_llm.config.errors import StorageError, UserError
 from modern_llm.data.encode.pipeline import Recipe, RowPacker
 from modern_llm.data.encode.tokenizer import Ids
+from modern_llm.data.table.gaps import NONE, trained_of
 from modern_llm.data.table.token_table import STARTS
 from modern_llm.storage.fault_points import around
 
@@ -57,16 +58,17 @@ class _Writer:
     ) -> None:
         """Write one row."""
         values = dict(zip(self._columns, cells, strict=True))
-        starts = values.pop(STARTS, None)
+        starts, gaps_at = values.pop(STARTS, None), getattr(cells, "gaps", ())
         entry: dict[str, Any] = {"origin": origin}
         for name, ids in values.items():
             entry[f"{name}_ids"] = ids.tolist()
             # The first token of a text has nothing before it that predicts it.
             first = starts if starts is not None else [0]
             alone = starts is not None or ("prompt" in values and not len(values["prompt"]))
-            if name != "prompt" and alone:
-                mask = [1] * len(ids)
-                for place in first:
+            gaps = gaps_at[self._columns.index(name)] if gaps_at else NONE
+            if name != "prompt" and (alone or len(gaps)):
+                mask = trained_of(gaps, len(ids)).astype(int).tolist()
+                for place in first if alone else ():
                     mask[int(place)] = 0
                 entry[f"{name}_targets"] = mask
         entry |= numbers or {}

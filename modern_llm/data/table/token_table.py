@@ -9,7 +9,6 @@ Written by `prepare`, read by `rows` and the stages.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -22,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modern_llm.config.errors import StorageError
+from modern_llm.data.table.content import FILES, GAPS, VALUES, Content, map_file
+from modern_llm.data.table.gaps import NONE
 from modern_llm.storage.fault_points import around
 from modern_llm.storage.regular_files import read_text
 
@@ -30,15 +31,6 @@ Ids = NDArray[np.int32]
 VERSION = 1
 STARTS = "starts"
 """Column of positions within its row, which are not token ids."""
-_FILES = {
-    "ids": np.dtype("<i4"),
-    "bounds": np.dtype("<i8"),
-    "origins": np.dtype("u1"),
-    "origin_bounds": np.dtype("<i8"),
-    "origin_files": np.dtype("<i4"),
-}
-_VALUES = {"values": np.dtype("<f8")}
-"""A file that only tables of rows with numbers have."""
 _CHUNK = 4096
 
 
@@ -47,6 +39,7 @@ class TokenTable:
 
     Attributes:
         columns: names of the columns, such as ("prompt", "chosen", "rejected").
+        masked: whether some responses have gaps.
         folder: where the files are.
     """
 
@@ -60,6 +53,7 @@ class TokenTable:
         self.folder = folder
         self.columns: tuple[str, ...] = tuple(meta["columns"])
         self._meta, self._arrays, self._rows = meta, arrays, rows
+        self.masked = "gaps" in arrays
         self._column = {name: index for index, name in enumerate(self.columns)}
 
     @classmethod
@@ -73,8 +67,8 @@ class TokenTable:
             meta = json.loads(read_text(folder / "meta.json"))
             if meta["version"] != VERSION:
                 raise ValueError(f"version {meta['version']}, not {VERSION}")
-            names = [*_FILES, *(name for name in _VALUES if name in meta["sizes"])]
-            arrays = {name: _map(folder, name, meta["sizes"][name]) for name in names}
+            names = [*FILES, *(name for name in VALUES | GAPS if name in meta["sizes"])]
+            arrays = {name: map_file(folder, name, meta["sizes"][name]) for name in names}
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise StorageError(f"{folder}: no whole token table ({error}): remove it") from error
         return cls(folder, meta, arrays)
@@ -92,6 +86,14 @@ class TokenTable:
         cell = self._row(index) * len(self.columns) + self._column[column]
         start, end = self._arrays["bounds"][cell : cell + 2]
         return self._arrays["ids"][start:end]
+
+    def gaps(self, index: int, column: str) -> Ids:
+        """Return the gaps (n, 2) of one cell."""
+        if not self.masked:
+            return NONE
+        cell = self._row(index) * len(self.columns) + self._column[column]
+        start, end = self._arrays["gap_bounds"][cell : cell + 2]
+        return self._arrays["gaps"][start:end].reshape(-1, 2)
 
     def values(self, name: str) -> NDArray[np.float64] | None:
         """Return a number of every row (rows,), such as `weight`; None where rows have none."""
@@ -125,22 +127,38 @@ class TokenTable:
         return found if self._rows is None else found[self._rows]
 
     @cached_property
+    def trained(self) -> NDArray[np.int64]:
+        """(rows, columns) int64: ids in each cell without its gaps."""
+        if not self.masked:
+            return self.lengths
+        gaps = self._arrays["gaps"].astype(np.int64)
+        before = np.concatenate([[0], np.cumsum(gaps[1::2] - gaps[::2])])
+        skipped = np.diff(before[self._arrays["gap_bounds"] // 2]).reshape(-1, len(self.columns))
+        return self.lengths - (skipped if self._rows is None else skipped[self._rows])
+
+    @cached_property
     def digest(self) -> str:
-        """Digest of columns, lengths, ids and numbers of all rows in order: equal for equal
+        """Digest of columns, lengths, ids, gaps and numbers of all rows in order: equal for equal
         content."""
         if self._rows is None:
             return self._meta["digest"]
-        content = _Content(self.columns, self._meta.get("values", []))
+        content = Content(self.columns, self._meta.get("values", []))
         for start in range(0, len(self), _CHUNK):
             rows = range(start, min(start + _CHUNK, len(self)))
             cells = np.concatenate([self._cells(i) for i in rows])
-            content.add(cells, self.lengths[rows], self._numbers(rows))
+            content.add(cells, self.lengths[rows], self._numbers(rows), self._gaps(rows))
         return content.hexdigest()
 
     def _numbers(self, rows: range) -> NDArray[np.float64]:
         """(n, values) numbers of some rows."""
         found = [self.values(name)[rows] for name in self._meta.get("values", [])]
         return np.stack(found, 1) if found else np.zeros((len(rows), 0))
+
+    def _gaps(self, rows: range) -> list[Ids]:
+        """The gaps of every cell of some rows; nothing where the table has none."""
+        if not self.masked:
+            return []
+        return [self.gaps(row, name) for row in rows for name in self.columns]
 
     def _cells(self, index: int) -> Ids:
         """All ids of a row."""
@@ -185,6 +203,7 @@ class TokenTable:
             if (
                 not np.array_equal(self.lengths[rows], other.lengths[rows])
                 or not np.array_equal(self._numbers(rows), other._numbers(rows))
+                or not self._same_gaps(rows, other)
                 or not np.array_equal(
                     np.concatenate([self._cells(i) for i in rows]),
                     np.concatenate([other._cells(i) for i in rows]),
@@ -198,8 +217,15 @@ class TokenTable:
         return (
             np.array_equal(self.lengths[index], other.lengths[index])
             and np.array_equal(self._numbers(row), other._numbers(row))
+            and self._same_gaps(row, other)
             and np.array_equal(self._cells(index), other._cells(index))
         )
+
+    def _same_gaps(self, rows: range, other: TokenTable) -> bool:
+        if not self.masked and not other.masked:
+            return True
+        pairs = ((self.gaps(i, n), other.gaps(i, n)) for i in rows for n in self.columns)
+        return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
 
     def _named(self) -> tuple[tuple[str, ...], list[str]]:
         return self.columns, self._meta.get("values", [])
@@ -212,38 +238,6 @@ class TokenTable:
 def _reopen(folder: Path, rows: NDArray[np.int64] | None) -> TokenTable:
     table = TokenTable.open(folder)
     return table if rows is None else table.select(rows)
-
-
-def _map(folder: Path, name: str, size: int) -> NDArray:
-    dtype, path = (_FILES | _VALUES)[name], folder / f"{name}.bin"
-    found = path.stat().st_size
-    if found != size * dtype.itemsize:
-        raise ValueError(f"{path.name} has {found} bytes, not {size * dtype.itemsize}")
-    if size == 0:  # nothing can be mapped
-        return np.zeros(0, dtype)
-    # A plain view: slices of np.memmap itself cost several times more.
-    return np.memmap(path, dtype, mode="r").view(np.ndarray)
-
-
-class _Content:
-    """The digest of rows, which does not depend on how they come in batches."""
-
-    def __init__(self, columns: Sequence[str], values: Sequence[str]):
-        self._columns, self.values = columns, list(values)
-        self._ids, self._lengths = hashlib.blake2b(), hashlib.blake2b()
-        self._numbers = hashlib.blake2b()
-
-    def add(self, ids: Ids, lengths: NDArray[np.int64], numbers: NDArray[np.float64]) -> None:
-        self._ids.update(np.ascontiguousarray(ids, "<i4"))
-        self._lengths.update(np.ascontiguousarray(lengths, "<i8"))
-        self._numbers.update(np.ascontiguousarray(numbers, "<f8"))
-
-    def hexdigest(self) -> str:
-        whole = hashlib.blake2b(json.dumps(list(self._columns)).encode(), digest_size=20)
-        whole.update(self._lengths.digest() + self._ids.digest())
-        if self.values:  # tables without numbers have the digest of earlier versions
-            whole.update(json.dumps(self.values).encode() + self._numbers.digest())
-        return whole.hexdigest()
 
 
 class TokenTableWriter:
@@ -264,9 +258,10 @@ class TokenTableWriter:
         self._folder, self.columns = folder, tuple(columns)
         self._defaults, self._has_numbers = dict(defaults or {}), False
         self._numbers: list[list[float]] = []
-        self._file_types = _FILES | (_VALUES if self._defaults else {})
+        self._file_types = FILES | (VALUES if self._defaults else {})
+        self._gaps: list[Ids] = []
         self.rows = self.tokens = 0
-        self._content = _Content(self.columns, list(self._defaults))
+        self._content = Content(self.columns, list(self._defaults))
         self._is_ids = [name != STARTS for name in self.columns]
         self._cells: list[Ids] = []
         self._tails: list[bytes] = []
@@ -299,6 +294,7 @@ class TokenTableWriter:
         self._origin_files.append(self._files.setdefault(file, len(self._files)))
         self._tails.append((mark + tail).encode())
         self._cells.extend(cells)
+        self._gaps += getattr(cells, "gaps", ()) or [NONE] * len(cells)
         if self._defaults:
             self._has_numbers |= bool(numbers)
             self._numbers.append(list({**self._defaults, **(numbers or {})}.values()))
@@ -317,7 +313,8 @@ class TokenTableWriter:
         tokens = ids[np.repeat(np.tile(self._is_ids, len(sizes)), sizes.reshape(-1))]
         self._max_id = max(self._max_id, int(tokens.max(initial=-1)))
         numbers = np.array(self._numbers, "<f8").reshape(len(sizes), -1)
-        self._content.add(ids, sizes, numbers)
+        self._content.add(ids, sizes, numbers, self._gaps)
+        self._write_gaps(sizes.size)
         if self._defaults:
             self._write("values", numbers.reshape(-1))
         self._write("ids", ids)
@@ -326,6 +323,24 @@ class TokenTableWriter:
         self._write_bounds("origin_bounds", np.array([len(tail) for tail in self._tails]))
         self._write("origin_files", np.array(self._origin_files))
         self._cells, self._tails, self._origin_files, self._numbers = [], [], [], []
+        self._gaps = []
+
+    def _write_gaps(self, cells: int) -> None:
+        """Write the gaps of the cells written now; nothing before the first gap of the table."""
+        if "gaps" not in self._out:
+            if not any(map(len, self._gaps)):
+                return
+            for name in GAPS:
+                with around("table.make"):
+                    file = (self._folder / f"{name}.bin").open("wb")
+                self._out[name] = self._stack.enter_context(file)
+            self._file_types |= GAPS
+            self._sizes |= dict.fromkeys(GAPS, 0)
+            self._ends["gap_bounds"] = 0
+            # Cells before have none: those of all rows but the ones of this batch.
+            self._write("gap_bounds", np.zeros(1 + self.rows * len(self.columns) - cells))
+        self._write("gaps", np.concatenate([gaps.reshape(-1) for gaps in self._gaps]))
+        self._write_bounds("gap_bounds", np.array([gaps.size for gaps in self._gaps]))
 
     def _write_bounds(self, name: str, sizes: NDArray[np.int64]) -> None:
         ends = self._ends[name] + np.cumsum(sizes)

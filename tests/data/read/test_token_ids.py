@@ -10,9 +10,14 @@ import pytest
 
 from modern_llm.cli import main
 from modern_llm.config.errors import DataError, UserError
+from modern_llm.data.batch.collate import collate
+from modern_llm.data.batch.order import Sharing
+from modern_llm.data.batch.prefix_tree import Examples
 from modern_llm.data.instruction_datasets import InstructionDatasetConfig
 from modern_llm.data.preference_datasets import PreferenceDatasetConfig
 from modern_llm.data.table.build import holds_ids, prepare_tables
+from modern_llm.reference.answers import Answers
+from modern_llm.reference.keys import entry_key
 
 
 def pair(prompt, chosen, rejected, **more):
@@ -158,3 +163,78 @@ def test_an_id_outside_the_embedding_names_file_and_line(tmp_path, jsonl, untoke
     with pytest.raises(UserError) as error:
         run_dpo(untokenized, train, DPOConfig(max_length=16), data)
     assert str(error.value).startswith(f"{path}:4: token id 32 but embedding has 32 rows")
+
+
+MASKED = [
+    pair([1, 2], [3, 4, 5, 6, 7], [8, 9], chosen_targets=[1, 0, 0, 1, 1]),
+    pair([1, 2], [3, 4, 5, 6, 7], [8, 9]),
+    pair([4], [5], [6, 7], rejected_targets=[0, 1]),
+]
+
+
+def test_masks_leave_tokens_out_of_training(tmp_path, jsonl):
+    table = read(tmp_path, jsonl([*PAIRS, *MASKED])).train
+    assert table.masked and table.gaps(3, "chosen").tolist() == [[1, 3]]
+    assert table.gaps(0, "chosen").shape == table.gaps(4, "chosen").shape == (0, 2)
+    assert table.trained[3:].tolist() == [[2, 3, 2], [2, 5, 2], [1, 1, 1]]
+    assert table.lengths[3].tolist() == [2, 5, 2]
+    part = table.select([5, 3])
+    assert part.gaps(1, "chosen").tolist() == [[1, 3]] and part.trained[0].tolist() == [1, 1, 1]
+    assert table.first_difference(part) == 0 and part.first_difference(part) is None
+    assert table.select(range(6)).digest == table.digest
+    examples = Examples(table, trees=True)
+    assert examples.targets(np.array([3, 5])).tolist() == [[3, 2], [1, 1]]
+
+
+@pytest.mark.parametrize("trees", [True, False])
+def test_a_batch_has_the_trained_tokens_as_targets(tmp_path, jsonl, trees):
+    table = read(tmp_path, jsonl(MASKED)).train
+    shared = Sharing.ROWS if trees else Sharing.ALONE
+    batch = collate(Examples(table, trees=trees), [0, 1, 2], shared=shared)
+    assert batch.lengths.tolist() == [[3, 2], [5, 2], [1, 1]]
+    labels = [[] for _ in range(6)]
+    for slot, label in zip(
+        batch.slots.tolist(), batch.uses(batch.targets[1]).tolist(), strict=True
+    ):
+        labels[slot].append(label)
+    assert labels == [[3, 6, 7], [8, 9], [3, 4, 5, 6, 7], [8, 9], [5], [7]]
+    # Each target is predicted by the state of the token before it.
+    ids = batch.ids.flatten()
+    before = dict(zip(batch.targets[1].tolist(), ids[batch.targets[0]].tolist(), strict=True))
+    assert (before[6], before[3], before[7]) == (5, 2, 6)
+
+
+def test_tables_without_masks_have_no_file_for_them_and_the_digest_of_before(tmp_path, jsonl):
+    plain = read(tmp_path, jsonl(PAIRS)).train
+    assert not plain.masked and not list(plain.folder.glob("gap*"))
+    rows = [row | {"chosen_targets": [1] * len(row["chosen_ids"])} for row in PAIRS]
+    whole = read(tmp_path / "whole", jsonl(rows, "whole.jsonl")).train
+    assert whole.digest == plain.digest and not whole.masked
+
+
+def test_masked_answers_have_names_of_their_own(tmp_path, jsonl):
+    table = read(tmp_path, jsonl(MASKED)).train
+    answers = Answers(table)
+    keys = answers.keys[answers.of_pairs]
+    assert keys[0, 0] != keys[1, 0] and keys[0, 1] == keys[1, 1]
+    assert keys[1, 0].ljust(16, b"\0") == entry_key(table.ids(1, "prompt"), table.ids(1, "chosen"))
+    assert answers.targets[answers.of_pairs].tolist() == [[3, 2], [5, 2], [1, 1]]
+
+
+def test_a_cut_ends_at_the_last_trained_token(tmp_path, jsonl):
+    row = pair([1], [2, 3, 4, 5, 6, 7], [8], chosen_targets=[1, 1, 0, 0, 1, 1])
+    table = read(tmp_path, jsonl([row]), length=4).train
+    assert table.ids(0, "chosen").tolist() == [2, 3] and not table.masked
+    late = pair([1], [2, 3, 4, 5, 6, 7], [8], chosen_targets=[0, 0, 0, 0, 1, 1])
+    with pytest.raises(DataError, match="1 empty response after truncation"):
+        read(tmp_path / "late", jsonl([late], "late.jsonl"), length=4)
+
+
+def test_inspect_writes_and_reads_masks(tmp_path, jsonl, capsys):
+    out = tmp_path / "out.jsonl"
+    assert main(["inspect", "--data", str(jsonl(MASKED)), "--tokens", str(out), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out.splitlines()[-1])["examples"]
+    targets = {example["origin"][-1]: example["columns"] for example in shown}
+    assert targets["1"][1]["target"] == [True, False, False, True, True]
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [{k: v for k, v in row.items() if k != "origin"} for row in written] == MASKED
