@@ -11,6 +11,7 @@ import pytest
 from modern_llm.cli import main
 from modern_llm.config.errors import DataError, UserError
 from modern_llm.data.batch.collate import collate
+from modern_llm.data.batch.mismatched import MISMATCHED, MismatchedTable
 from modern_llm.data.batch.order import Sharing
 from modern_llm.data.batch.prefix_tree import Examples
 from modern_llm.data.instruction_datasets import InstructionDatasetConfig
@@ -238,3 +239,16 @@ def test_inspect_writes_and_reads_masks(tmp_path, jsonl, capsys):
     assert targets["1"][1]["target"] == [True, False, False, True, True]
     written = [json.loads(line) for line in out.read_text().splitlines()]
     assert [{k: v for k, v in row.items() if k != "origin"} for row in written] == MASKED
+
+
+def test_mismatched_responses_of_kto_keep_their_masks(tmp_path, jsonl):
+    rows = [
+        {"prompt_ids": [1, 2], "response_ids": [3, 4, 5, 6], "response_targets": [1, 0, 1, 0]},
+        {"prompt_ids": [7, 8, 9], "response_ids": [2, 3]},
+    ]
+    table = read(tmp_path, jsonl(rows), kind=InstructionDatasetConfig, length=6).train
+    both = MismatchedTable(table, np.array([1, 0]), 6)
+    assert both.masked and both.gaps(1, MISMATCHED).tolist() == [[1, 2]]
+    assert both.gaps(0, MISMATCHED).shape == (0, 2)
+    assert both.lengths.tolist() == [[2, 4, 2], [3, 2, 3]]
+    assert both.trained.tolist() == [[2, 2, 2], [3, 2, 2]]
