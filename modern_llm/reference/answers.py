@@ -13,7 +13,7 @@ from modern_llm.data.batch.collate import MicroBatch, collate
 from modern_llm.data.batch.order import Budget, Sharing, pack
 from modern_llm.data.batch.prefix_tree import Sequence as Laid
 from modern_llm.data.batch.prefix_tree import lay_out
-from modern_llm.data.table.gaps import NONE
+from modern_llm.data.table.gaps import none
 from modern_llm.data.table.token_table import TokenTable
 from modern_llm.reference.keys import KEY_BYTES, entry_keys, masked_key
 
@@ -82,7 +82,7 @@ class Answers:
     def gaps(self, entry: int) -> NDArray[np.int32]:
         """Return the stretches (n, 2) of an answer that are no targets."""
         row, side = divmod(int(self._first[entry]), len(self.sides))
-        return self.table.gaps(row, self.sides[side]) if self._masked else NONE
+        return self.table.gaps(row, self.sides[side]) if self._masked else none()
 
     def by_prompt(self, entries: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return `entries` (n,) with the answers of one prompt next to each other.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from modern_llm.data.table.gaps import NONE, trained_of
+from modern_llm.data.table.gaps import none, trained_of
 from modern_llm.data.table.token_table import STARTS, TokenTable
 
 Ids = NDArray[np.int32]
@@ -56,7 +56,7 @@ def lay_out(
         before = here - 1
         if size and start:
             before[0] = start - 1
-        trained = trained_of(NONE if gaps is None else gaps[branch], size)
+        trained = trained_of(none() if gaps is None else gaps[branch], size)
         trained[: 0 if start else 1] = False
         sources.append(before[trained])
         targets.append(here[trained])
@@ -159,7 +159,7 @@ class Examples:
                 yield index, slot, self.table.ids(index, name), self._gaps(index, name)
 
     def _gaps(self, index: int, name: str) -> Ids:
-        return self.table.gaps(index, name) if self._masked else NONE
+        return self.table.gaps(index, name) if self._masked else none()
 
     def group_sizes(self, group: NDArray[np.int64]) -> tuple[int, ...]:
         """Return the tokens of each sequence of examples that are computed together."""

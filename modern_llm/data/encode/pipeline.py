@@ -29,6 +29,7 @@ from modern_llm.data.encode.kinds import format_name, kind_of
 from modern_llm.data.encode.tokenizer import (
     Encoder,
     Ids,
+    Limits,
     Truncation,
     TruncationCounts,
     default_limits,
@@ -170,26 +171,33 @@ def answers_recipe(
         lead = encoder.has_lead(prompt)
         return plain(prompt, answers, has_lead=lead, ends=parts.ends, trained=parts.trained)
 
-    kind = kind_of(config)
     return Recipe(
-        formats=kind.formats(config),
-        name=format_name(config),
+        **_of_kind(config, limits),
         mode="framed" if config.template is None else "talk" if template.wraps else "convert",
-        columns=kind.columns,
         encoder=encoder,
         item=item,
         split=split,
         cells=cells,
-        settings={"max_length": limits.total, "max_prompt_length": limits.prompt},
         cuts=cuts,
         fell_back=template.fell_back,
         remarks=template.take_remarks,
         ends=frozenset(ends) - {None},  # type: ignore[arg-type]
-        numbers=_numbers(config),
-        values=kind.values,
-        records=kind.records,
-        held_out_by=kind.held_out_by,
     )
+
+
+def _of_kind(config: ConversationDatasetConfig, limits: Limits) -> dict[str, Any]:
+    """Return the attributes of a recipe that the section and its kind decide."""
+    kind = kind_of(config)
+    return {
+        "formats": kind.formats(config),
+        "name": format_name(config),
+        "columns": kind.columns,
+        "settings": {"max_length": limits.total, "max_prompt_length": limits.prompt},
+        "numbers": _numbers(config),
+        "values": kind.values,
+        "records": kind.records,
+        "held_out_by": kind.held_out_by,
+    }
 
 
 def ids_recipe(
@@ -211,19 +219,14 @@ def ids_recipe(
         prompt, *answers = parts.columns
         return plain(prompt, answers, has_lead=True, trained=parts.trained)
 
-    kind = kind_of(config)
     return Recipe(
-        formats=kind.formats(config),
-        name=format_name(config),
+        **_of_kind(config, limits),
         mode="convert",
-        columns=kind.columns,
         encoder=lambda texts: [],
         item=item,
         split=lambda item, ids: item.parts,
         cells=cells,
-        settings={"max_length": limits.total, "max_prompt_length": limits.prompt},
         cuts=cuts,
-        numbers=_numbers(config),
     )
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from modern_llm.config.errors import UserError
 from modern_llm.data.encode.vocabulary import Tokenizer, leading_specials
 from modern_llm.data.read.records import ContentFault
-from modern_llm.data.table.gaps import NONE, Cells, gaps_of
+from modern_llm.data.table.gaps import Cells, gaps_of, none
 
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_] | None
@@ -158,7 +158,7 @@ class Truncation:
             ids if len(ids) <= room else self._cut_response(ids[:room], end, mask)
             for ids, end, mask in zip(whole, ends, masks, strict=True)
         ]
-        gaps = [NONE, *(_gaps_in(*pair, len(kept)) for pair in zip(cut, masks, strict=True))]
+        gaps = [none(), *(_gaps_in(*pair, len(kept)) for pair in zip(cut, masks, strict=True))]
         if len(cut) > 1 and all(np.array_equal(cut[0], ids) for ids in cut[1:]):
             raise ContentFault("equal responses after truncation")
         self._count(prompt, kept, whole, cut)

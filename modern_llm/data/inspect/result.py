@@ -19,7 +19,7 @@ from modern_llm.data.inspect.warnings import (
     repeated,
     training_rows,
 )
-from modern_llm.data.table.gaps import NONE, trained_of
+from modern_llm.data.table.gaps import none, trained_of
 
 
 def inspection(
@@ -103,7 +103,7 @@ def _example(
     columns = []
     for at, (name, ids) in enumerate(zip(source.columns, cells, strict=True)):
         pieces = _pieces(ids, tokenizer)
-        targets = trained_of(gaps[at] if gaps else NONE, len(ids))
+        targets = trained_of(gaps[at] if gaps else none(), len(ids))
         if at or len(cells) == 1:
             targets[: not len(prefix)] = False  # nothing precedes it
         else:

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from modern_llm.config.errors import StorageError, UserError
 from modern_llm.data.encode.pipeline import Recipe, RowPacker
 from modern_llm.data.encode.tokenizer import Ids
-from modern_llm.data.table.gaps import NONE, trained_of
+from modern_llm.data.table.gaps import none, trained_of
 from modern_llm.data.table.token_table import STARTS
 from modern_llm.storage.fault_points import around
 
@@ -65,7 +65,7 @@ class _Writer:
             # The first token of a text has nothing before it that predicts it.
             first = starts if starts is not None else [0]
             alone = starts is not None or ("prompt" in values and not len(values["prompt"]))
-            gaps = gaps_at[self._columns.index(name)] if gaps_at else NONE
+            gaps = gaps_at[self._columns.index(name)] if gaps_at else none()
             if name != "prompt" and (alone or len(gaps)):
                 mask = trained_of(gaps, len(ids)).astype(int).tolist()
                 for place in first if alone else ():

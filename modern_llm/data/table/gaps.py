@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int32]
 
-NONE: Ids = np.zeros((0, 2), np.int32)
+
+def none() -> Ids:
+    """Return no gaps, (0, 2)."""
+    return np.zeros((0, 2), np.int32)
 
 
 class Cells(list[Ids]):

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from modern_llm.config.errors import StorageError
 from modern_llm.data.table.content import FILES, GAPS, VALUES, Content, map_file
-from modern_llm.data.table.gaps import NONE
+from modern_llm.data.table.gaps import none
 from modern_llm.storage.fault_points import around
 from modern_llm.storage.regular_files import read_text
 
@@ -90,7 +90,7 @@ class TokenTable:
     def gaps(self, index: int, column: str) -> Ids:
         """Return the gaps (n, 2) of one cell."""
         if not self.masked:
-            return NONE
+            return none()
         cell = self._row(index) * len(self.columns) + self._column[column]
         start, end = self._arrays["gap_bounds"][cell : cell + 2]
         return self._arrays["gaps"][start:end].reshape(-1, 2)
@@ -294,7 +294,7 @@ class TokenTableWriter:
         self._origin_files.append(self._files.setdefault(file, len(self._files)))
         self._tails.append((mark + tail).encode())
         self._cells.extend(cells)
-        self._gaps += getattr(cells, "gaps", ()) or [NONE] * len(cells)
+        self._gaps += getattr(cells, "gaps", ()) or [none()] * len(cells)
         if self._defaults:
             self._has_numbers |= bool(numbers)
             self._numbers.append(list({**self._defaults, **(numbers or {})}.values()))
