@@ -49,7 +49,7 @@ class MigrateSettings(Settings):
     """The YAML file to write; by default it is printed."""
     tool: Literal["TRL", "Axolotl", "LLaMA-Factory"] | None = None
     """The trainer, where the options fit several."""
-    stage: Literal["pretrain", "sft", "dpo"] | None = None
+    stage: Literal["pretrain", "sft", "dpo", "kto"] | None = None
     """The stage, where the file does not say it."""
     processes: Annotated[int, Field(gt=0)] = 1
     """Processes (GPUs) of the run there: a batch is counted for one of them there, for all here."""
@@ -175,7 +175,8 @@ def assembled(
                 value = list(dict.fromkeys([*flat[name], *value]))
             flat[name] = value
     added = []
-    checkpoint = {"dpo": "sft_checkpoint", "sft": "pretrain_checkpoint"}.get(stage)
+    starts = {"dpo": "sft_checkpoint", "kto": "sft_checkpoint", "sft": "pretrain_checkpoint"}
+    checkpoint = starts.get(stage)
     if checkpoint:
         flat[checkpoint] = settings.model or flat.get(checkpoint)
         if flat[checkpoint] is None:
@@ -202,7 +203,7 @@ def assembled(
 def _nested(flat: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:
     """Return sections; the checkpoint first, then the sections in the order of a path."""
     result: dict[str, Any] = {checkpoint: flat[checkpoint]} if checkpoint else {}
-    for section in ("tokenizer_name", "train", "data", "dpo", "lora", "model"):
+    for section in ("tokenizer_name", "train", "data", "dpo", "kto", "lora", "model"):
         inner = {
             name.partition(".")[2]: value
             for name, value in flat.items()

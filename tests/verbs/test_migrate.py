@@ -208,6 +208,32 @@ def test_a_column_that_the_stage_does_not_read_is_named(migrated):
     assert "field 'body' has no equivalent" in line["note"]
 
 
+KTO = {
+    "TRL": "model_name_or_path: m\ndataset_name: d\nloss_type: apo_zero_unpaired\nbeta: 0.2\n"
+    "desirable_weight: 1.5\nmax_length: 512\nsync_ref_model: false\n",
+    "Axolotl": "base_model: m\nrl: kto\nrl_beta: 0.2\nkto_desirable_weight: 1.5\n"
+    "micro_batch_size: 4\ndatasets: [{path: d}]\nlearning_rate: 1e-6\n",
+    "LLaMA-Factory": "model_name_or_path: m\nstage: kto\npref_beta: 0.2\nkto_chosen_weight: 1.5\n"
+    "dataset: d\ncutoff_len: 512\nper_device_train_batch_size: 4\nlearning_rate: 1e-6\n",
+}
+
+
+@pytest.mark.parametrize("tool", KTO)
+def test_a_kto_run_of_each_trainer_becomes_one_here(migrated, tool):
+    result, run = migrated(KTO[tool])
+    assert (result["tool"], result["stage"]) == (tool, "kto")
+    assert (run.sft_checkpoint, run.kto.beta, run.kto.desirable_weight) == ("m", 0.2, 1.5)
+    assert (run.kto.max_length, run.kto.undesirable_weight) == (512, 1.0)
+    assert run.kto.loss_type == ("apo_zero_unpaired" if tool == "TRL" else "kto")
+    assert run.train.learning_rate == 1e-6
+
+
+def test_an_option_that_kto_lacks_is_named(migrated):
+    result, _ = migrated("base_model: m\nrl: kto\nmicro_batch_size: 4\ndpo_label_smoothing: 0.1\n")
+    (line,) = (line for line in result["options"] if line["option"] == "dpo_label_smoothing")
+    assert line["note"] == "kto has no option kto.label_smoothing"
+
+
 def test_a_pretraining_run_makes_a_new_model_and_says_so(migrated):
     text = "base_model: some/model\npretraining_dataset: {path: some/text}\nmax_steps: 10\n"
     result, run = migrated(f"{text}sequence_len: 256\nlearning_rate: 1e-4\nmicro_batch_size: 4\n")
@@ -226,7 +252,7 @@ def test_a_pretraining_run_makes_a_new_model_and_says_so(migrated):
         ("train: {run_name: a}\n", [], "is a configuration of modern-llm already"),
         ("learning_rate: 1.0\nmodel_name_or_path: m\n", [], "say which with --tool"),
         ("model_name_or_path: m\ndataset_name: d\n", [], "say --stage dpo or --stage sft"),
-        ("base_model: m\nrl: kto\n", [], "trains kto: the stages here are"),
+        ("base_model: m\nrl: grpo\n", [], "trains grpo: the stages here are"),
         ("stage: rm\nmodel_name_or_path: m\ncutoff_len: 9\n", [], "trains rm"),
         ("beta: 0.1\ndataset_name: d\n", [], "names no model: add --model"),
         ("base_model: m\nrl: dpo\nrl_beta: -1\n", [], "the result is refused: dpo: beta=-1"),

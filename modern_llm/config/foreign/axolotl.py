@@ -69,6 +69,8 @@ ROWS = {
     "rl": Row("dpo.loss_type", "axolotl_rl"),
     "rl_beta": Row("dpo.beta", "number"),
     "dpo_beta": Row("dpo.beta", "number"),
+    "kto_desirable_weight": Row("kto.desirable_weight", "number"),
+    "kto_undesirable_weight": Row("kto.undesirable_weight", "number"),
     "dpo_label_smoothing": Row("dpo.label_smoothing", "smoothing"),
     "dpo_loss_type": Row("dpo.loss_type", "loss_type"),
     "dpo_loss_weights": Row("dpo.loss_weights", "loss_weights"),
@@ -261,7 +263,7 @@ NO_EQUIVALENT = {
     "tokens come from the Hub's own login": "hf_use_auth_token",
     "no stage here trains that": (
         "reward_model process_reward_model num_labels center_rewards_coefficient diffusion trl "
-        "vllm ebft kto_desirable_weight kto_undesirable_weight use_pose pose_split_on_token_ids "
+        "vllm ebft use_pose pose_split_on_token_ids "
         "pose_max_context_len pose_num_chunks dynamic_checkpoint"
     ),
     "no feature of a run": (

@@ -37,6 +37,8 @@ ROWS = {
     "pref_beta": Row("dpo.beta", "number"),
     "pref_loss": Row("dpo.loss_type", "loss_type"),
     "pref_ftx": Row("dpo.nll_coefficient", "number"),
+    "kto_chosen_weight": Row("kto.desirable_weight", "number"),
+    "kto_rejected_weight": Row("kto.undesirable_weight", "number"),
     "dpo_label_smoothing": Row("dpo.label_smoothing", "smoothing"),
     "simpo_gamma": Row("dpo.simpo_gamma", "simpo"),
     "ld_alpha": Row("dpo.ld_alpha", "ld_alpha"),
@@ -163,7 +165,7 @@ NO_EQUIVALENT = {
     "no stage here trains that": (
         "ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards reward_model "
         "reward_model_adapters reward_model_quantization_bit reward_model_type "
-        "kto_chosen_weight kto_rejected_weight eval_num_beams"
+        "eval_num_beams"
     ),
 }
 

@@ -34,7 +34,10 @@ class Row(NamedTuple):
     def target(self, stage: str) -> str:
         """Return our option in a stage."""
         found = self.targets or [""]
-        return found[0] if len(found) == 1 else found[("dpo", "sft", "pretrain").index(stage)]
+        named_as = "dpo" if stage == "kto" else stage
+        one = found[0] if len(found) == 1 else found[("dpo", "sft", "pretrain").index(named_as)]
+        # The options of KTO have the names of DPO's, in a section of their own.
+        return f"kto.{one[4:]}" if stage == "kto" and one.startswith("dpo.") else one
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Options of TRL: `DPOConfig`, `SFTConfig`, `ModelConfig`, and the data of its scripts."""
+"""Options of TRL: `DPOConfig`, `KTOConfig`, `SFTConfig`, `ModelConfig`, data of its scripts."""
 
 from __future__ import annotations
 
@@ -43,6 +43,10 @@ ROWS = {
     "discopop_tau": Row("dpo.discopop_tau", "discopop"),
     "simpo_gamma": Row("dpo.simpo_gamma", "simpo"),
     "rpo_alpha": Row("dpo.nll_coefficient", "number"),
+    # KTOConfig
+    "desirable_weight": Row("kto.desirable_weight", "number"),
+    "undesirable_weight": Row("kto.undesirable_weight", "number"),
+    # Of all
     "max_length": Row(
         LENGTH, "same", "an over-long prompt loses its start, then the response its end"
     ),
@@ -111,4 +115,8 @@ DEFAULTS = {
     "ref_model_sync_steps": 512,
 }
 
-STAGE_DEFAULTS = {"dpo": {"learning_rate": 1e-6}, "sft": {"learning_rate": 2e-5}}
+STAGE_DEFAULTS = {
+    "dpo": {"learning_rate": 1e-6},
+    "kto": {"learning_rate": 1e-6},
+    "sft": {"learning_rate": 2e-5},
+}

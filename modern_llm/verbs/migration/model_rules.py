@@ -47,10 +47,10 @@ def lora(request: Request, name: str, value: Any, ours: str) -> Found:
 
 @with_adapters
 def lora_dropout(request: Request, name: str, value: Any, ours: str) -> Found:
-    if request.stage == "dpo":
+    if request.stage in ("dpo", "kto"):
         if not as_number(value):
             raise Off("no dropout")
-        raise NoEquivalent("DPO trains without dropout, so that policy and reference agree")
+        raise NoEquivalent("DPO and KTO train without dropout, so that policy and reference agree")
     return number(request, name, value, ours)
 
 
@@ -183,6 +183,9 @@ def axolotl_rl(request: Request, name: str, value: Any, ours: str) -> Found:
 
 def loss_type(request: Request, name: str, value: Any, ours: str) -> Found:
     words = [str(word) for word in (value if isinstance(value, list) else [value])]
+    if request.stage == "kto":
+        # LLaMA-Factory's pref_loss is of DPO and has no effect there.
+        return Found({ours: words[0]} if name == "loss_type" else {})
     if request.stage != "dpo":
         if words in (["nll"], ["chunked_nll"]):
             raise Off("the mean log-prob of the answer's tokens is the loss")

@@ -15,11 +15,17 @@ import yaml
 from modern_llm.config.errors import ConfigError
 from modern_llm.config.foreign import TOOLS
 from modern_llm.config.foreign.rows import Tool
+from modern_llm.config.kto import LABELLED_LOSSES
 from modern_llm.storage.regular_files import read_text
 from modern_llm.storage.untrusted import LARGEST_YAML, parse_yaml
 
-CONFIGURATIONS = {"DPOConfig": "dpo", "SFTConfig": "sft", "TrainingArguments": ""}
-TRAINERS = {"DPOTrainer": "dpo", "SFTTrainer": "sft"}
+CONFIGURATIONS = {
+    "DPOConfig": "dpo",
+    "KTOConfig": "kto",
+    "SFTConfig": "sft",
+    "TrainingArguments": "",
+}
+TRAINERS = {"DPOTrainer": "dpo", "KTOTrainer": "kto", "SFTTrainer": "sft"}
 ADAPTERS = {
     "r": "lora_r", "target_modules": "lora_target_modules", "task_type": "lora_task_type",
     "modules_to_save": "lora_modules_to_save", "target_parameters": "lora_target_parameters",
@@ -103,21 +109,34 @@ def stage_of(tool: Tool, foreign: Foreign, path: Path) -> str:
     if tool.name == "Axolotl":
         rewards = [n for n in ("reward_model", "process_reward_model") if values.get(n) is True]
         said = rewards[0] if rewards else values.get("rl")
-        stages = {None: "sft", "dpo": "dpo", "ipo": "dpo", "simpo": "dpo", "orpo": "dpo"}
+        stages = {
+            None: "sft",
+            "dpo": "dpo",
+            "kto": "kto",
+            "ipo": "dpo",
+            "simpo": "dpo",
+            "orpo": "dpo",
+        }
         if said is None and values.get("pretraining_dataset"):
             return "pretrain"
     elif tool.name == "LLaMA-Factory":
         said = values.get("stage", "sft")
-        stages = {"dpo": "dpo", "sft": "sft", "pt": "pretrain"}
+        stages = {"dpo": "dpo", "kto": "kto", "sft": "sft", "pt": "pretrain"}
     else:
-        return _of_trl(set(values), path)
+        return _of_trl(values, path)
     if said not in stages:
-        raise ConfigError([f"{path}: trains {said}: the stages here are pretrain, sft and dpo"])
+        raise ConfigError(
+            [f"{path}: trains {said}: the stages here are pretrain, sft, dpo and kto"]
+        )
     return stages[said]
 
 
-def _of_trl(names: set[str], path: Path) -> str:
-    """Return the verb of TRL that a file is for, by the options that one of its two has alone."""
+def _of_trl(values: dict[str, Any], path: Path) -> str:
+    """Return the verb of TRL that a file is for, by the options that one of them has alone."""
+    names = set(values)
+    of_kto = values.get("loss_type") in tuple(LABELLED_LOSSES)
+    if of_kto or names & {"desirable_weight", "undesirable_weight"}:
+        return "kto"
     dpo = names & {
         "beta", "loss_weights", "label_smoothing", "ld_alpha", "precompute_ref_log_probs",
         "precompute_ref_batch_size", "f_divergence_type", "sync_ref_model", "use_weighting",
@@ -142,7 +161,10 @@ def _of_script(path: Path, text: str) -> Foreign:
     if len(found) != 1:
         many = f"{len(found)} calls" if found else "no call"
         raise ConfigError(
-            [f"{path}: {many} of DPOConfig, SFTConfig or TrainingArguments: one is needed"]
+            [
+                f"{path}: {many} of DPOConfig, KTOConfig, SFTConfig or TrainingArguments: "
+                "one is needed"
+            ]
         )
     foreign = Foreign({}, tool=TOOLS[0])
     name = _called(found[0])

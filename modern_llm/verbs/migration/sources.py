@@ -7,6 +7,7 @@ from typing import Any
 from modern_llm.config import (
     DocumentDatasetConfig,
     InstructionDatasetConfig,
+    LabelledDatasetConfig,
     PreferenceDatasetConfig,
 )
 from modern_llm.config.errors import ConfigError
@@ -34,6 +35,7 @@ COLUMNS = {
 """Options of one data set that name a column, with our name for it."""
 READ = {
     "dpo": PreferenceDatasetConfig.read,
+    "kto": LabelledDatasetConfig.read,
     "sft": InstructionDatasetConfig.read,
     "pretrain": DocumentDatasetConfig.read,
 }
