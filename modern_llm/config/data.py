@@ -273,13 +273,15 @@ class LabelledDatasetConfig(ConversationDatasetConfig):
     lengths."""
 
     read: ClassVar[tuple[str, ...]] = (
-        "completion", "response", "label", "messages",
+        "completion", "response", "label", "messages", "completion_ids", "completion_targets",
+        "response_ids", "response_targets",
         *(n for n in PreferenceDatasetConfig.read if n not in PreferenceDatasetConfig.values),
     )  # fmt: skip
 
     formats: ClassVar[list[str]] = [
-        "auto", "labelled", "labelled_messages", *PreferenceDatasetConfig.formats[1:],
+        "auto", "labelled", "labelled_messages", "labelled_token_ids",
+        *PreferenceDatasetConfig.formats[1:],
     ]  # fmt: skip
     format: Fixed[str] = "auto"
-    """How rows are read: labelled, labelled_messages, or a format of pairs as in the section of
-    dpo, whose chosen response is desirable; by default found by their columns."""
+    """How rows are read: labelled, labelled_messages, labelled_token_ids, or a format of pairs as
+    in the section of dpo, whose chosen response is desirable; by default found by their columns."""

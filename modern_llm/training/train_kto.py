@@ -93,7 +93,7 @@ def run_kto(
     if run.finished():
         return run.final
     checkpoint = inspect_checkpoint(start)
-    tokenizer, others = choose_tokenizer(tokenizer_name, checkpoint, train_config)
+    tokenizer, others = choose_tokenizer(tokenizer_name, checkpoint, train_config, data)
     check_positions(kto_config.max_length, checkpoint, "kto.max_length")
     check_agreement(tokenizer, others, data)
     with outcome_recorded(runtime, run):

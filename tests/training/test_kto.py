@@ -153,7 +153,8 @@ def on_a_rank(checkpoint, data, folder) -> dict:
     }
     assert dist.get_world_size() == 2
     live = our_run(checkpoint, data, folder / "live", {"reference": "model"})
-    return results | {"live": live}
+    resumed = our_run(checkpoint, data, folder / "resumed", save_every=2)
+    return results | {"live": live, "resumed": resumed}
 
 
 def test_a_run_equals_a_plain_loop(inputs, tmp_path):
@@ -174,8 +175,12 @@ def test_apo_zero_unpaired_equals_a_plain_loop_and_scores_no_mismatched_response
 
 
 @pytest.mark.slow
-def test_two_processes_equal_a_plain_loop(inputs, tmp_path):
+def test_two_processes_equal_a_plain_loop_from_the_start_and_after_a_resume_from_one(
+    inputs, tmp_path
+):
     plain = plain_loop(*inputs)
+    with pytest.raises(KeyboardInterrupt), broken_at(5):
+        our_run(*inputs, tmp_path / "two" / "resumed", save_every=2)
     for rank in run_ranks(on_a_rank, 2, *inputs, tmp_path / "two", timeout=280):
         for found in rank.values():
             assert_same(found, plain)
@@ -209,6 +214,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(inputs, tmp_path):
         assert {n: a[n] for n in ("loss", "kl", "grad_norm")} == {
             n: b[n] for n in ("loss", "kl", "grad_norm")
         }
+
+
+@pytest.mark.slow
+def test_appended_rows_join_with_partners_among_themselves(inputs, tmp_path):
+    checkpoint, data = inputs
+    grown = write_jsonl(tmp_path / "grown.jsonl", labelled(ROWS))
+    options = {"save_every": 2, "max_steps": 12}
+    with pytest.raises(KeyboardInterrupt), broken_at(3):
+        our_run(checkpoint, grown, tmp_path / "run", **options)
+    write_jsonl(grown, [*labelled(ROWS), *labelled(9, seed=8)])
+    found = our_run(checkpoint, grown, tmp_path / "run", accept_change=True, **options)
+    whole = our_run(checkpoint, data, tmp_path / "whole", max_steps=12)
+    # Steps of the first epoch, of 21 rows, are those of a run without the new rows.
+    assert [r["kl"] for r in found[:4]] == [r["kl"] for r in whole[:4]]
+    assert len(found) == 12 and found[-1]["examples"] == 21 + 30 + 3 * BATCH
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from modern_llm.config.errors import StorageError, UserError
 from modern_llm.data.encode.pipeline import Recipe, RowPacker
 from modern_llm.data.encode.tokenizer import Ids
+from modern_llm.data.read.labelled import LABEL
 from modern_llm.data.table.gaps import none, trained_of
 from modern_llm.data.table.token_table import STARTS
 from modern_llm.storage.fault_points import around
@@ -72,5 +73,7 @@ class _Writer:
                     mask[int(place)] = 0
                 entry[f"{name}_targets"] = mask
         entry |= numbers or {}
+        if LABEL in entry:  # as it is read
+            entry[LABEL] = entry[LABEL] == 1
         with around("tokens.write"):
             self._out.write(json.dumps(entry) + "\n")

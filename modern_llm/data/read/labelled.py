@@ -18,6 +18,7 @@ from modern_llm.data.read.records import (
     PreferencePair,
     RowFault,
 )
+from modern_llm.data.read.token_ids import instruction_of_ids
 
 LABEL = "label"
 _WORDS = {"true": True, "false": False}  # CSV has strings only
@@ -78,5 +79,15 @@ LABELLED = (
         ),
         _labelled(string_instruction),
         talk=_labelled(string_instruction_as_turns),
+    ),
+    Format(
+        "labelled_token_ids",
+        "prompt_ids, completion_ids or response_ids, label",
+        lambda v: (
+            LABEL in v
+            and "prompt_ids" in v
+            and any(name in v for name in ("completion_ids", "response_ids"))
+        ),
+        _labelled(instruction_of_ids),
     ),
 )

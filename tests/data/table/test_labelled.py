@@ -115,3 +115,19 @@ def test_an_order_column_is_read_beside_the_label(build, jsonl):
     table = build(jsonl(rows), order="level").train
     assert table.values("level").tolist() == [0, 1, 2]
     assert table.values("label").tolist() == [1, 0, 1]
+
+
+def test_what_inspect_writes_is_read_back_as_the_same_rows(
+    build, jsonl, pairs, tmp_path, tokenizer
+):
+    from modern_llm.data.encode.pipeline import recipe_of
+    from modern_llm.data.inspect.statistics import examine
+    from modern_llm.data.inspect.token_lines import token_lines
+
+    path = jsonl(pairs(6))
+    recipe = recipe_of(LabelledDatasetConfig(dataset_name=str(path)), tokenizer, 64)
+    with token_lines(tmp_path / "ids.jsonl", recipe) as sink:
+        examine(LabelledDatasetConfig(dataset_name=str(path)), recipe, sink=sink)
+    again = build(tmp_path / "ids.jsonl", "ids")
+    assert again.report.formats == {"labelled_token_ids": 12}
+    assert again.train.digest == build(path, "texts").train.digest
