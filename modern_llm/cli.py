@@ -147,7 +147,7 @@ def _run(verb: str, rest: list[str]) -> int:
     if verb not in VERBS:
         raise UserError(_no_verb(verb))
     schema, run = VERBS[verb]
-    settings = read_settings(schema, rest, verb)
+    settings = read_settings(schema.variant(rest), rest, verb)
     _check_world(settings.expect_world)
     with _logging(settings.debug):
         result = run(settings)

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
+from modern_llm.config import LabelledDatasetConfig, PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.errors import ConfigError, StorageError
+from modern_llm.config.kto import KTOConfig
 from modern_llm.data.table.build import Prepared, prepare_tables
 from modern_llm.distributed.health.watchdog import Watchdog, nowhere
 from modern_llm.distributed.runtime import Runtime, start
@@ -28,6 +29,7 @@ from modern_llm.reference.reference_pass import ReferencePass
 from modern_llm.reference.store.store import ReferenceStore
 from modern_llm.reference.template_day import remember_day, with_template_day
 from modern_llm.setup import tables
+from modern_llm.setup.labelled import UNIT, read_labelled, with_others
 from modern_llm.setup.scorers import check_positions
 from modern_llm.setup.tokenizer import check_agreement, choose_tokenizer
 
@@ -36,27 +38,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """Arguments of a DPO run, which determine its pairs, tokens and reference."""
+    """Arguments of a DPO or KTO run, which determine its rows, tokens and reference."""
 
     sft_checkpoint: str
     train: TrainingConfig
-    dpo: DPOConfig
-    data: PreferenceDatasetConfig
+    dpo: DPOConfig | KTOConfig
+    data: PreferenceDatasetConfig | LabelledDatasetConfig
     tokenizer_name: str | None = None
 
 
 def fill_reference(
     sft_checkpoint: str | Path,
     train_config: TrainingConfig,
-    dpo_config: DPOConfig,
-    preference_config: PreferenceDatasetConfig,
+    dpo_config: DPOConfig | KTOConfig,
+    preference_config: PreferenceDatasetConfig | LabelledDatasetConfig,
     tokenizer_name: str | None = None,
     *,
     part: tuple[int, int] = (1, 1),
 ) -> dict[str, Any]:
-    """Score what the store lacks for training and evaluation pairs, without training.
+    """Score what the store lacks for training and evaluation rows, without training.
 
     Args:
+        dpo_config, preference_config: of a DPO run, or those of a KTO run.
         part: (k, n): part k of n of the data, for independent jobs.
 
     Returns:
@@ -70,14 +73,15 @@ def fill_reference(
     request = Request(
         str(sft_checkpoint), train_config, dpo_config, preference_config, tokenizer_name
     )
-    problems = []
+    problems, place = [], dpo_config.section_name
     if not dpo_config.needs_reference:
         problems.append(
-            f"dpo.loss_type {dpo_config.loss_name} reads no reference: there is nothing to fill"
+            f"{place}.loss_type {dpo_config.loss_name} reads no reference: there is nothing to fill"
         )
     if dpo_config.reference != "cache":
         problems.append(
-            f"dpo.reference: {dpo_config.reference}: a store is filled with dpo.reference: cache"
+            f"{place}.reference: {dpo_config.reference}: a store is filled with "
+            f"{place}.reference: cache"
         )
     if not 1 <= part[0] <= part[1]:
         problems.append(f"part {part[0]}/{part[1]}: the first number must be in 1..{part[1]}")
@@ -149,7 +153,8 @@ def opened(
     checkpoint = inspect_checkpoint(request.sft_checkpoint)
     name = request.tokenizer_name
     tokenizer, others = choose_tokenizer(name, checkpoint, request.train, data)
-    check_positions(request.dpo.max_length, checkpoint, "dpo.max_length")
+    place = f"{request.dpo.section_name}.max_length"
+    check_positions(request.dpo.max_length, checkpoint, place)
     check_agreement(tokenizer, others, data)
     then = "committed values are stored: the same command scores only what is missing"
     watched = Watchdog(runtime, nowhere, request.train.hang_timeout, then=lambda: then)
@@ -158,23 +163,32 @@ def opened(
             partial(ReferencePass, runtime, checkpoint, request.train, request.dpo, part=part)
         )
         data = with_template_day(runtime, tokenizer, data, store=lambda: find().store)
-        build = partial(
-            prepare_tables,
-            data,
-            tokenizer,
-            max_length=request.dpo.max_length,
-            max_prompt_length=request.dpo.max_prompt_length,
-        )
-        prepared = tables.read_tables(runtime, folder, build)
+        prepared = tables.read_tables(runtime, folder, _reader(request, data, tokenizer))
         references = find()
         tables.check_ids_fit(prepared, tokenizer, references.vocabulary)
-        references.register(training_pairs=prepared.train, evaluation_pairs=prepared.evaluation)
+        unit = "pairs"
+        if isinstance(request.dpo, KTOConfig):
+            prepared, unit = with_others(request.train, request.dpo, prepared), UNIT
+        references.register_all(prepared, unit)
         yield (
             runtime,
             references,
             prepared,
             partial(remember_day, tokenizer, data, references.store),
         )
+
+
+def _reader(request: Request, data: Any, tokenizer: Any) -> Callable[..., Prepared]:
+    """Return the function that makes the tables of a run, as `read_tables` takes it."""
+    if isinstance(request.dpo, KTOConfig):
+        return partial(read_labelled, data, tokenizer, request.dpo)
+    return partial(
+        prepare_tables,
+        data,
+        tokenizer,
+        max_length=request.dpo.max_length,
+        max_prompt_length=request.dpo.max_prompt_length,
+    )
 
 
 def _store_of(references: ReferencePass) -> ReferenceStore:

@@ -110,6 +110,11 @@ class ReferencePass:
                 if table is not None
             ]
 
+    def register_all(self, prepared: Prepared, unit: str) -> None:
+        """Set the training and evaluation tables as those that need values; see `look_up`."""
+        tables = {f"training_{unit}": prepared.train, f"evaluation_{unit}": prepared.evaluation}
+        self.register(**tables)
+
     def look_up(self, prepared: Prepared, unit: str = "pairs") -> None:
         """Register a run's tables and check the store before a model is loaded.
 
@@ -119,8 +124,7 @@ class ReferencePass:
         Raises:
             StorageError: values are missing and may not be scored, or could not be written.
         """
-        tables = {f"training_{unit}": prepared.train, f"evaluation_{unit}": prepared.evaluation}
-        self.register(**tables)
+        self.register_all(prepared, unit)
         self._runtime.on_main(self.check_store)
 
     def check_store(self) -> None:

@@ -12,8 +12,9 @@ from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.errors import ConfigError, StorageError
 from modern_llm.config.printable import one_line
-from modern_llm.verbs.settings import Settings
-from modern_llm.verbs.stage_settings import DpoSettings, training_config
+from modern_llm.verbs.command_line import CONFIGURATIONS
+from modern_llm.verbs.settings import Settings, sections_of
+from modern_llm.verbs.stage_settings import DpoSettings, KtoSettings, training_config
 
 if TYPE_CHECKING:
     from modern_llm.reference.commands import Request
@@ -22,13 +23,36 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+PART = r"^[1-9]\d*/[1-9]\d*$"
+
+
 class FillSettings(DpoSettings):
-    """Score what the reference store lacks for a run's pairs, without training."""
+    """Score what the reference store lacks for a run's pairs, without training; where there is a
+    section kto, for its labelled responses."""
 
     example: ClassVar[str] = "modern-llm reference fill run.yaml --part 1/8"
 
-    part: Annotated[str, StringConstraints(pattern=r"^[1-9]\d*/[1-9]\d*$")] = "1/1"
+    part: Annotated[str, StringConstraints(pattern=PART)] = "1/1"
     """Part of the data that this job fills, such as 3/8; merge the stores of all parts after."""
+
+    @classmethod
+    def variant(cls, arguments: list[str]) -> type[Settings]:
+        """Return the settings of a KTO run where the command line or its file has a section kto."""
+        words = [word.removeprefix("--config=") for word in arguments]
+        files = [Path(word) for word in words if word.endswith(CONFIGURATIONS)]
+        named = any(word.startswith("--kto.") for word in words)
+        if named or any("kto" in sections_of(file) for file in files if file.is_file()):
+            return KtoFillSettings
+        return cls
+
+
+class KtoFillSettings(KtoSettings):
+    """Score what the reference store lacks for a KTO run's responses, without training."""
+
+    example: ClassVar[str] = FillSettings.example
+
+    part: Annotated[str, StringConstraints(pattern=PART)] = "1/1"
+    """As for a DPO run."""
 
 
 class ExportSettings(DpoSettings):
@@ -97,7 +121,7 @@ class PruneSettings(RunOfStore):
     example: ClassVar[str] = "modern-llm reference prune --store stores/hh"
 
 
-def fill(settings: FillSettings) -> dict[str, Any]:
+def fill(settings: FillSettings | KtoFillSettings) -> dict[str, Any]:
     """Fill the store; return needed, found, scored, store and reference."""
     from modern_llm.reference.commands import fill_reference
 
@@ -106,7 +130,7 @@ def fill(settings: FillSettings) -> dict[str, Any]:
     return fill_reference(
         settings.sft_checkpoint,
         training_config(settings),
-        settings.dpo,
+        settings.kto if isinstance(settings, KtoFillSettings) else settings.dpo,
         settings.data,
         settings.tokenizer_name,
         part=(first, count),
@@ -137,7 +161,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     return export_reference(request, output)
 
 
-def _refuse_without_effect(settings: FillSettings | ExportSettings) -> None:
+def _refuse_without_effect(settings: FillSettings | KtoFillSettings | ExportSettings) -> None:
     without_effect = {
         "resume": "a store is always continued",
         "dry_run": "nothing is trained",

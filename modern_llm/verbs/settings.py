@@ -51,6 +51,11 @@ class Settings(BaseSettings):
     often: ClassVar[frozenset[str]] = frozenset()
     """Options of sections that `--help` lists, the others only `--help all`; empty lists all."""
 
+    @classmethod
+    def variant(cls, arguments: list[str]) -> type[Settings]:
+        """Return the class that reads a command line: itself, or one for another stage."""
+        return cls
+
     config: Path | None = None
     """Configuration file (YAML or JSON), also given as a word alone; options on the command line
     override it."""

@@ -13,7 +13,8 @@ import torch
 
 from modern_llm.config import LabelledDatasetConfig, LoraConfig, TrainingConfig
 from modern_llm.config.errors import DataError, StorageError
-from modern_llm.training.train_kto import KTOConfig, imbalance, run_kto
+from modern_llm.setup.labelled import imbalance
+from modern_llm.training.train_kto import KTOConfig, run_kto
 from tests.helpers.ranks import run_ranks
 from tests.helpers.steps import broken_at
 from tests.helpers.text import make_checkpoint, make_tokenizer, transcripts, write_jsonl
@@ -326,3 +327,61 @@ def test_the_function_of_one_call_reads_rows_from_memory(inputs, tmp_path):
     final = ml.kto(str(inputs[0]), rows, output_dir=tmp_path / "run", **options)
     assert final.name == "kto_final"
     assert records(tmp_path / "run")[0]["examples"] == 4
+
+
+def test_reference_fill_scores_what_a_run_with_the_store_needs(
+    inputs, tmp_path, capsys, monkeypatch
+):
+    from modern_llm.cli import main
+
+    checkpoint, data = inputs
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path / "cache"))
+    train = {"run_name": "k", "output_dir": "run", "batch_size": BATCH, "seed": SEED}
+    sections = {"train": train, "data": {"dataset_name": str(data)}, "kto": {"max_length": LENGTH}}
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({"sft_checkpoint": str(checkpoint), **sections}))
+    found = {"needed": 0}
+    for part in ("1/2", "2/2"):
+        assert main(["reference", "fill", str(file), "--part", part, "--json"]) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        found["needed"] += result["needed"]
+    assert ROWS < found["needed"] <= 2 * ROWS
+    our_run(checkpoint, data, tmp_path / "run", {"reference": "store"}, max_steps=2)
+    words = ["--sft_checkpoint", str(checkpoint), "--kto.reference", "model"]
+    assert main(["reference", "fill", str(file), *words]) == 2
+    assert "kto.reference: model: a store is filled" in capsys.readouterr().err
+
+
+def test_a_row_whose_value_is_not_finite_is_left_out_and_listed(inputs, tmp_path, monkeypatch):
+    from modern_llm.reference.reference_pass import ReferencePass
+
+    real = ReferencePass.compute
+
+    def spoiled(self, policy):
+        values = real(self, policy)
+        values["training responses"][3, 1] = np.nan
+        return values
+
+    monkeypatch.setattr(ReferencePass, "compute", spoiled)
+    found = our_run(*inputs, tmp_path / "run", max_steps=4)
+    assert found[-1]["examples"] == ROWS - 1
+    (line,) = (tmp_path / "run" / "data" / "dropped_rows.jsonl").read_text().splitlines()
+    assert json.loads(line)["origin"].endswith(":4")
+
+
+def test_an_order_by_length_pairs_rows_within_its_own_steps(inputs, tmp_path):
+    from transformers import AutoTokenizer
+
+    from modern_llm.setup.labelled import read_labelled, with_others
+    from modern_llm.setup.micro_batches import order_of
+
+    checkpoint, data = inputs
+    section = LabelledDatasetConfig(dataset_name=str(data), order="length")
+    kto, train = KTOConfig(max_length=LENGTH), settings(tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    prepared = with_others(train, kto, read_labelled(section, tokenizer, kto, tmp_path / "t"))
+    order = order_of(train, ROWS, by="length", keys=prepared.order_keys())
+    for number in range(ROWS // BATCH):
+        step = set(order.step(number).tolist())
+        assert {int(prepared.train.others[row]) for row in step} <= step

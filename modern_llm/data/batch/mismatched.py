@@ -76,6 +76,15 @@ class MismatchedTable:
         mismatched = self.lengths[:, 2] - np.array(skipped, np.int64)
         return np.concatenate([self._table.trained, mismatched[:, None]], axis=1)
 
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(rows,) int64: ids of the row itself, by which the mismatched response was chosen."""
+        return self._table.sizes
+
+    def stored_row(self, index: int) -> int:
+        """Return the place of a row in the files."""
+        return self._table.stored_row(index)
+
     def values(self, name: str) -> NDArray[np.float64] | None:
         """Return a number of every row (rows,); None where rows have none."""
         return self._table.values(name)

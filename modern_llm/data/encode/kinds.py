@@ -27,7 +27,7 @@ from modern_llm.data.read.formats import (
     Record,
     document,
 )
-from modern_llm.data.read.labelled import LABELLED, labelled_responses
+from modern_llm.data.read.labelled import LABELLED, OWN_LABELLED, labelled_responses
 from modern_llm.data.table.token_table import STARTS
 
 
@@ -64,7 +64,12 @@ KINDS = (
     DataKind(
         name="labelled",
         config=LabelledDatasetConfig,
-        formats=lambda section: (*LABELLED, *OWN_PREFERENCES, *PREFERENCES),
+        formats=lambda section: (
+            *OWN_LABELLED,
+            *LABELLED,
+            *OWN_PREFERENCES,
+            *PREFERENCES,
+        ),
         columns=("prompt", "response"),
         default_length=512,
         records=labelled_responses,

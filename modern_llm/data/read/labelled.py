@@ -64,6 +64,9 @@ def _messages(values: Values) -> bool:
     return "messages" in values or "conversations" in values or ("prompt" in values and lists)
 
 
+OWN_LABELLED: list[Format] = []
+"""Formats that a user registered, tried before those below; see `own_formats`."""
+
 LABELLED = (
     Format(
         "labelled_messages",

@@ -8,14 +8,23 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
-from modern_llm.config.data import InstructionDatasetConfig, PreferenceDatasetConfig
-from modern_llm.data.read import formats
+from modern_llm.config.data import (
+    InstructionDatasetConfig,
+    LabelledDatasetConfig,
+    PreferenceDatasetConfig,
+)
+from modern_llm.data.read import formats, labelled
 from modern_llm.data.read.formats import Format, Mode, Record, choose_format
 from modern_llm.data.read.records import ContentFault, RowFault
 from modern_llm.data.read.values import Columns
 
 KINDS = {
     "preferences": (PreferenceDatasetConfig, formats.PREFERENCES, formats.OWN_PREFERENCES),
+    "labelled": (
+        LabelledDatasetConfig,
+        (*labelled.LABELLED, *formats.PREFERENCES),
+        labelled.OWN_LABELLED,
+    ),
     "instructions": (InstructionDatasetConfig, formats.INSTRUCTIONS, formats.OWN_INSTRUCTIONS),
 }
 Convert = Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
@@ -26,7 +35,7 @@ def register_format(
     function: Convert,
     *,
     columns: Sequence[str],
-    kind: Literal["preferences", "instructions"] = "preferences",
+    kind: Literal["preferences", "labelled", "instructions"] = "preferences",
 ) -> None:
     """Add a format that `data.format` can name, in this process.
 

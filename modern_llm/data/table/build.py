@@ -78,7 +78,7 @@ class Prepared:
         if self.order == RANDOM:
             return None
         if self.order == LENGTH:
-            return self.train.lengths.sum(axis=1)
+            return self.train.sizes
         keys = self.train.values(self.order)
         if keys is None:
             raise DataError(

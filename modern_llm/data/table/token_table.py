@@ -74,6 +74,11 @@ class TokenTable:
         return cls(folder, meta, arrays)
 
     @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(rows,) int64: ids of all cells of each row."""
+        return self.lengths.sum(axis=1)
+
+    @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:
         """Responses that a forward of training computes together: all of a row."""
         return (self.columns[1:],)

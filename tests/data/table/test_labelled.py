@@ -131,3 +131,25 @@ def test_what_inspect_writes_is_read_back_as_the_same_rows(
     again = build(tmp_path / "ids.jsonl", "ids")
     assert again.report.formats == {"labelled_token_ids": 12}
     assert again.train.digest == build(path, "texts").train.digest
+
+
+@pytest.fixture
+def _own_formats_removed():
+    from modern_llm.data.read.labelled import OWN_LABELLED
+
+    yield
+    OWN_LABELLED.clear()
+    LabelledDatasetConfig.formats.remove("thumbs")
+
+
+def test_a_format_of_a_user_gives_labelled_rows(build, jsonl, _own_formats_removed):
+    from modern_llm import register_format
+
+    def thumbs(row):
+        return {"prompt": row["q"], "completion": row["a"], "label": row["thumb"] == "up"}
+
+    register_format("thumbs", thumbs, columns=["q", "a", "thumb"], kind="labelled")
+    rows = [{"q": r["prompt"], "a": r["completion"], "thumb": "down"} for r in ROWS]
+    rows[0]["thumb"] = "up"
+    prepared = build(jsonl(rows), format="thumbs")
+    assert prepared.train.values("label").tolist() == [1, 0, 0]
