@@ -35,6 +35,7 @@ def known_day(day: str | None) -> str | None:
 
 Template = Annotated[str, AfterValidator(known_template)]
 Day = Annotated[str, AfterValidator(known_day)]
+Targets = Literal["last", "all"]
 
 
 @section
@@ -221,6 +222,9 @@ class InstructionDatasetConfig(ConversationDatasetConfig):
     format: Fixed[str] = "auto"
     """How rows are read: alpaca, messages, strings, capybara or token_ids; by default found by
     their columns."""
+    targets: Fixed[Targets] = "last"
+    """Turns of the assistant that are trained on: last, or all. Pairs train on all that follow what
+    both conversations begin with."""
     max_length: Fixed[Annotated[int, Field(ge=2)] | None] = None
     """Tokens of prompt and answer together; by default the model's positions, at most 1,024."""
     max_prompt_length: Fixed[Annotated[int, Field(ge=0)] | None] = None
@@ -259,6 +263,9 @@ class PreferenceDatasetConfig(ConversationDatasetConfig):
     format: Fixed[str] = "auto"
     """How rows are read: hh, shp, strings, messages, sharegpt, orca, helpsteer, ultrafeedback,
     nectar or token_ids; by default found by their columns."""
+    targets: Fixed[Targets] = "last"
+    """Turns of the assistant that are trained on: last, or all. Pairs train on all that follow what
+    both conversations begin with."""
     pair_values: SameContent[list[Literal["weight", "margin"]]] = Field(
         default_factory=lambda: ["weight", "margin"]
     )

@@ -45,6 +45,8 @@ class InspectSettings(Settings):
     """Evaluation data: Hub id, file or folder."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share that would be held out for evaluation."""
+    targets: Literal["last", "all"] | None = None
+    """As in the data section: turns of the assistant that are trained on."""
     template: str | None = None
     """As in the data section: chat, a text with {prompt}, or a Jinja chat template."""
     max_length: Annotated[int, Field(ge=2)] | None = None
@@ -133,6 +135,8 @@ def _named_section(run: TrainingSettings) -> DatasetConfig:
 
 def _with_options(section: DatasetConfig, settings: InspectSettings) -> DatasetConfig:
     """Return the section with the options of the command line."""
+    from modern_llm.data.encode.kinds import kind_of
+
     options = {
         "dataset_name": settings.data,
         "split": settings.split,
@@ -141,9 +145,12 @@ def _with_options(section: DatasetConfig, settings: InspectSettings) -> DatasetC
         "eval_fraction": settings.eval_fraction,
         "max_examples": settings.max_examples,
         "template": settings.template,
+        "targets": settings.targets,
     }
     if settings.template is not None and not isinstance(section, ConversationDatasetConfig):
         raise ConfigError(["template has no effect on documents: leave it out"])
+    if settings.targets is not None and not hasattr(section, "targets"):
+        raise ConfigError([f"targets has no effect on {kind_of(section).name}: leave it out"])
     given = {name: value for name, value in options.items() if value is not None}
     section = build_section(partial(dataclasses.replace, section), **given)
     if not section.names:

@@ -23,6 +23,8 @@ class PairsSettings(Settings):
     """Split of a Hub data set or folder."""
     columns: dict[str, str] | None = None
     """As in the data section of dpo: prompt=question,chosen=best,rejected=worst."""
+    targets: Literal["last", "all"] | None = None
+    """As in the data section: turns of the assistant that are trained on."""
     template: str | None = None
     """As in the data section of dpo."""
     tokenizer_name: str | None = None
@@ -51,6 +53,7 @@ class PairsSettings(Settings):
             split=self.split,
             columns=self.columns,
             template=self.template,
+            targets=self.targets or "last",
             max_examples=self.max_examples,
             on_bad_row=self.on_bad_row,
         )

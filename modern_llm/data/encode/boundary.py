@@ -58,7 +58,7 @@ class Boundary:
     ):
         self._encoder, self._tokenizer = encoder, tokenizer
         self._special = special_ids(tokenizer)
-        self._known_ends = frozenset(ends) - {None}
+        self.known_ends = frozenset(ends) - {None}
         self._plain_end, self._chat_end = ends[:2] if append else (None, None)
         self._blank: dict[int, bool] = {}
         self.marks = self._marks()
@@ -83,15 +83,15 @@ class Boundary:
         return Parts(columns, (self._plain_end,) * len(answers))
 
     def _conversation(self, ids: Sequence[Ids]) -> Parts:
-        size = min(_common(ids[0], whole) for whole in ids[1:])
+        size = min(common_prefix(ids[0], whole) for whole in ids[1:])
         columns, ends = [ids[0][:size]], []
         for whole in ids[1:]:
-            answer, end = self._closed(whole[size:])
+            answer, end = self.closed(whole[size:])
             columns.append(answer)
             ends.append(end)
         return Parts(columns, tuple(ends))
 
-    def _closed(self, answer: Ids) -> tuple[Ids, int | None]:
+    def closed(self, answer: Ids) -> tuple[Ids, int | None]:
         """Return an answer cut before its end token, and the end token.
 
         The end token is among the special and blank tokens with which the answer ends.
@@ -100,12 +100,12 @@ class Boundary:
         while start and self._closes(int(answer[start - 1])):
             start -= 1
         for at in range(start, len(answer)):
-            if int(answer[at]) in self._known_ends:
+            if int(answer[at]) in self.known_ends:
                 return answer[:at], int(answer[at])
         return answer, self._chat_end
 
     def _closes(self, token: int) -> bool:
-        if token in self._special or token in self._known_ends:
+        if token in self._special or token in self.known_ends:
             return True
         if token not in self._blank:
             self._blank[token] = not self._tokenizer.decode([token]).strip()
@@ -115,7 +115,7 @@ class Boundary:
         """Whether the tokenizer puts a marker before each separately encoded text."""
         for anchor in _ANCHORS:
             first, *inside = self._encoder([anchor, *(anchor + probe for probe in _PROBES)])
-            if not len(first) or any(_common(first, ids) < len(first) for ids in inside):
+            if not len(first) or any(common_prefix(first, ids) < len(first) for ids in inside):
                 continue
             alone = self._encoder(_PROBES)
             return any(
@@ -126,17 +126,17 @@ class Boundary:
 
     def _unmarked(self, prompt: Ids, whole: Ids, text: str) -> Ids:
         """Return the ids of an answer as they are in the joined text."""
-        if _common(prompt, whole) == len(prompt):
+        if common_prefix(prompt, whole) == len(prompt):
             return whole[len(prompt) :]
         # A token of the joined text spans the boundary.
         for anchor in _ANCHORS:
             first, inside = self._encoder([anchor, anchor + text])
-            if len(first) and _common(first, inside) == len(first):
+            if len(first) and common_prefix(first, inside) == len(first):
                 return inside[len(first) :]
         return self._encoder([text])[0]
 
 
-def _common(first: Ids, second: Ids) -> int:
+def common_prefix(first: Ids, second: Ids) -> int:
     """Return the length of the common prefix of two id sequences."""
     size = min(len(first), len(second))
     differ = first[:size] != second[:size]

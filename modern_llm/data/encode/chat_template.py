@@ -18,7 +18,7 @@ from modern_llm.config.errors import DataError
 from modern_llm.config.printable import first_line
 from modern_llm.data.encode.content import ContentForms
 from modern_llm.data.encode.message_keys import WrittenKeys, arguments_of, with_text_arguments
-from modern_llm.data.encode.rendering import render_chat, template_digest
+from modern_llm.data.encode.rendering import Rendered, render_chat, template_digest
 from modern_llm.data.encode.vocabulary import Tokenizer, leading_specials, special_ids
 from modern_llm.data.read.records import (
     ContentFault,
@@ -70,9 +70,10 @@ class Template:
         self.wraps = template is not None and self.frame is None
         self.chat = chat_template_of(tokenizer, template)
         self._openings: set[str] = set()
+        self.remarks: set[str] = set()
         self._forms = ContentForms(lambda talk: self._apply(talk, open_answer=False))
-        source = str(self.chat or tokenizer.chat_template)
-        self._keys = WrittenKeys(source, lambda talk: self.turns(talk, open_answer=False))
+        self.source = str(self.chat or tokenizer.chat_template)
+        self._keys = WrittenKeys(self.source, lambda talk: self.turns(talk, open_answer=False))
         self._end, self._footer = self._probe_footer()
 
     @property
@@ -110,7 +111,7 @@ class Template:
                 f"template {self.frame!r} frames strings, and the prompts here are message "
                 "lists: leave it out, or give a Jinja chat template"
             )
-        return self.turns(_as_messages(prompt), open_answer=True), True
+        return self.turns(as_messages(prompt), open_answer=True), True
 
     def compose(self, record: PreferencePair | Instruction) -> Written:
         """Return the texts of a record: what training tokenises.
@@ -130,24 +131,29 @@ class Template:
         other = getattr(record, "rejected_prompt", None)
         if other is not None and self.render(other)[0] != text:
             raise ContentFault("transcripts differ before the last turn")
-        prompt = _as_messages(record.prompt)
+        prompt = as_messages(record.prompt)
         answers = [_as_answer(response) for response in record.responses]
-        wholes = [self._closed(answered(prompt, answer)) for answer in answers]
-        head = self._head(text, wholes, prompt)
+        wholes = [self.closed(answered(prompt, answer)) for answer in answers]
+        head = self.head(text, wholes, prompt)
         if any(not whole[len(head) :].strip() for whole in wholes):
             raise RowFault("the chat template writes nothing for the answer")
         if len(wholes) > 1 and wholes[0] == wholes[1]:
             raise ContentFault(f"equal responses{self._unwritten(*answers)}")
         return Written(head, tuple(wholes), True)
 
-    def _closed(self, messages: list[Message]) -> str:
-        """Return the conversation without the text after the template's end marker."""
+    def closed(self, messages: list[Message], *, noted: bool = True) -> str:
+        """Return the conversation without the text after the template's end marker.
+
+        Args:
+            noted: whether keys of the messages that are not written are reported.
+        """
         text = self.turns(messages, open_answer=False)
-        self._keys.see(messages, text)
+        if noted:
+            self._keys.see(messages, text)
         ended = self._footer and text.endswith(self._end + self._footer)
         return text[: -len(self._footer)] if ended else text
 
-    def _head(self, text: str, wholes: Sequence[str], prompt: list[Message]) -> str:
+    def head(self, text: str, wholes: Sequence[str], prompt: list[Message]) -> str:
         """Return the part of the rendered prompt that starts every conversation."""
         if all(whole.startswith(text) for whole in wholes):
             return text
@@ -178,7 +184,7 @@ class Template:
             f" (the chat template does not write {', '.join(map(repr, keys[:3]))})" if keys else ""
         )
 
-    def turns(self, messages: list[Message], *, open_answer: bool) -> str:
+    def turns(self, messages: list[Message], *, open_answer: bool) -> Rendered:
         """Return the text of messages; `open_answer` adds the head of the assistant's next turn."""
         self._refuse_tools(messages)
         tools = list(getattr(messages, "tools", ()))
@@ -200,7 +206,7 @@ class Template:
         except Exception as error:
             raise _refusal(error) from error
 
-    def _apply(self, messages: list[Message], open_answer: bool) -> str:
+    def _apply(self, messages: list[Message], open_answer: bool) -> Rendered:
         return render_chat(
             self._tokenizer,
             list(messages),
@@ -239,11 +245,13 @@ class Template:
             "answer follows: such rows are trained without it"
             for opened in sorted(self._openings)
         ]
+        lines += sorted(self.remarks)
         self._openings.clear()
+        self.remarks.clear()
         return lines
 
 
-def _as_messages(prompt: Prompt) -> list[Message]:
+def as_messages(prompt: Prompt) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 

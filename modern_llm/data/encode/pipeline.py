@@ -25,6 +25,7 @@ from modern_llm.config.data import (
 from modern_llm.config.errors import UserError
 from modern_llm.data.encode.boundary import Boundary, Parts
 from modern_llm.data.encode.chat_template import Template, Tokenizer, end_tokens
+from modern_llm.data.encode.conversations import WholeConversations
 from modern_llm.data.encode.kinds import format_name, kind_of
 from modern_llm.data.encode.tokenizer import (
     Encoder,
@@ -35,7 +36,7 @@ from modern_llm.data.encode.tokenizer import (
     default_limits,
 )
 from modern_llm.data.read.formats import Format, Mode, Record
-from modern_llm.data.read.records import RowFault, TokenIds
+from modern_llm.data.read.records import RowFault, TokenIds, Turns
 from modern_llm.data.table.token_table import TokenTableWriter
 
 
@@ -70,6 +71,7 @@ class Recipe:
         fell_back: whether messages are written by the fallback template.
         remarks: returns what a user should know of the rows since its last call.
         ends: ids that close an answer.
+        whole: whether every turn of the assistant is trained on, not the last one alone.
         numbers: numbers that rows may have, with that of a source without them.
         values: numbers that every row has from its format.
         records: record of a row -> the records that become examples.
@@ -91,6 +93,7 @@ class Recipe:
     remarks: Callable[[], list[str]] = list
     ends: frozenset[int] = frozenset()
     numbers: Mapping[str, float] = field(default_factory=dict)
+    whole: bool = False
     values: tuple[str, ...] = ()
     records: Callable[[Record], Sequence[Record]] = lambda record: (record,)
     held_out_by: int | None = None
@@ -155,12 +158,15 @@ def answers_recipe(
     cuts = TruncationCounts()
     plain = Truncation(limits, plain_end, config.append_end_token, cuts)
     boundary = Boundary(encoder, tokenizer, ends, config.append_end_token)
+    whole = WholeConversations(tokenizer, template, boundary, config)
 
     def item(record: Record) -> Item:
         if isinstance(record.prompt, TokenIds):
             return _item_of_ids(record, config)
-        written = template.compose(record)
         numbers = getattr(record, "numbers", None)
+        if any(isinstance(response, Turns) for response in record.responses):
+            return Item((), record.origin, True, numbers, whole(record))
+        written = template.compose(record)
         return Item(boundary.texts(written), record.origin, written.chat, numbers)
 
     def split(item: Item, ids: Sequence[Ids]) -> Parts:
@@ -185,6 +191,11 @@ def answers_recipe(
     )
 
 
+def trains_on_all(config: DatasetConfig) -> bool:
+    """Whether a section asks for every turn of the assistant."""
+    return getattr(config, "targets", "last") == "all"
+
+
 def _of_kind(config: ConversationDatasetConfig, limits: Limits) -> dict[str, Any]:
     """Return the attributes of a recipe that the section and its kind decide."""
     kind = kind_of(config)
@@ -194,6 +205,7 @@ def _of_kind(config: ConversationDatasetConfig, limits: Limits) -> dict[str, Any
         "columns": kind.columns,
         "settings": {"max_length": limits.total, "max_prompt_length": limits.prompt},
         "numbers": _numbers(config),
+        "whole": trains_on_all(config),
         "values": kind.values,
         "records": kind.records,
         "held_out_by": kind.held_out_by,

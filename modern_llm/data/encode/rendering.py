@@ -26,6 +26,13 @@ from modern_llm.data.encode.template_limits import (
 )
 
 
+class Rendered(str):
+    """The text of a conversation, with what its template marks by `{% generation %}`."""
+
+    generated: tuple[tuple[int, int], ...] = ()
+    """(first, last + 1) characters of each marked stretch."""
+
+
 def render_chat(
     tokenizer: Any,
     messages: list[dict[str, Any]],
@@ -34,7 +41,7 @@ def render_chat(
     tools: Sequence[Any] = (),
     add_generation_prompt: bool = False,
     day: date | None = None,
-) -> str:
+) -> Rendered:
     """Return the text of a conversation, as `tokenizer.apply_chat_template` writes it.
 
     Args:
@@ -48,15 +55,20 @@ def render_chat(
 
     with _lock():
         before = utils._compile_jinja_template
-        utils._compile_jinja_template = functools.partial(_compiled_on, day or date.today())
+        used: list[_Rendering] = []
+        utils._compile_jinja_template = functools.partial(_compiled_on, day or date.today(), used)
         try:
-            return tokenizer.apply_chat_template(
-                messages,
-                tools=list(tools) or None,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
+            text = Rendered(
+                tokenizer.apply_chat_template(
+                    messages,
+                    tools=list(tools) or None,
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )
             )
+            text.generated = tuple(used[-1].generated)
+            return text
         except (TemplateLimit, MemoryError, OverflowError, RecursionError) as error:
             source = template or tokenizer.chat_template
             raise DataError(
@@ -90,6 +102,10 @@ class _Rendering:
     def __init__(self, template: Any):
         self._template, self.environment = template, template.environment
         self.day = date.today()
+        self.generated: list[tuple[int, int]] = []
+        # The environment is a copy, whose extensions are copies as well.
+        extensions = template.environment.extensions.values()
+        self._tracker = next(each for each in extensions if "generation" in each.tags)
 
     def strftime_now(self, form: str) -> str:
         """Return the day as text; templates know this function by its name."""
@@ -100,12 +116,14 @@ class _Rendering:
         """Return the text."""
         self.environment.began = time.thread_time()
         pieces, size = [], 0
-        for piece in self._template.generate(**values):
-            size += len(piece)
-            if size > LONGEST:
-                raise TemplateLimit(f"it writes more than {LONGEST:,} characters")
-            self.environment.tick()
-            pieces.append(piece)
+        self.generated = []
+        with self._tracker.activate_tracker(pieces, self.generated):
+            for piece in self._template.generate(**values):
+                size += len(piece)
+                if size > LONGEST:
+                    raise TemplateLimit(f"it writes more than {LONGEST:,} characters")
+                self.environment.tick()
+                pieces.append(piece)
         return "".join(pieces)
 
 
@@ -124,7 +142,8 @@ def _compiled(source: str) -> _Rendering:
     return made_of
 
 
-def _compiled_on(day: date, source: str) -> _Rendering:
+def _compiled_on(day: date, used: list[_Rendering], source: str) -> _Rendering:
     rendering = _compiled(source)
     rendering.day = day
+    used.append(rendering)
     return rendering

@@ -119,7 +119,7 @@ class _Noting:
 
     def __init__(self, source: Source, recipe: Recipe):
         self._source = source
-        self._record_of = RecordReader(recipe.formats, recipe.name, recipe.mode)
+        self._record_of = RecordReader(recipe.formats, recipe.name, recipe.mode, whole=recipe.whole)
         self.format: Format | None = None
         self.found: tuple[str, ...] = ()
         self.ties = 0

@@ -166,16 +166,20 @@ def same_turns(first: list[Message], second: list[Message]) -> bool:
     return said(first) == said(second)
 
 
+def turns_in(values: Values, name: str) -> list[Message]:
+    """Return the messages of a column: a list, one message, or the words of the assistant."""
+    value = column(values, name)
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": text_in(values, name)}]
+    if isinstance(value, Mapping):
+        return [_message(value, f"column {name!r}")]
+    return messages_in(values, name)
+
+
 def answer_of(values: Values, name: str) -> tuple[list[Message], Message]:
     """Return the messages before the last one of a column, and the last message, the
     assistant's."""
-    value = column(values, name)
-    if isinstance(value, str):
-        return [], {"role": "assistant", "content": text_in(values, name)}
-    if isinstance(value, Mapping):
-        turns = [_message(value, f"column {name!r}")]
-    else:
-        turns = messages_in(values, name)
+    turns = turns_in(values, name)
     if not turns:
         raise ContentFault("empty response")
     role = turns[-1]["role"]

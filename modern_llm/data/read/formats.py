@@ -28,6 +28,7 @@ from modern_llm.data.read.columns import (
     text_in,
     without_weight,
 )
+from modern_llm.data.read.conversations import is_whole, whole_instruction, whole_pair
 from modern_llm.data.read.published import (
     capybara,
     helpsteer_pair,
@@ -154,6 +155,8 @@ def string_pair_as_turns(values: Values, origin: str) -> PreferencePair:
 
 def message_pair(values: Values, origin: str) -> PreferencePair:
     """Message lists that share all turns but the last; the prompt may have its own column."""
+    if is_whole(values):
+        return whole_pair(values, origin)
     lead, chosen = answer_of(values, "chosen")
     other, rejected = answer_of(values, "rejected")
     if not same_turns(lead, other):
@@ -166,6 +169,8 @@ def message_pair(values: Values, origin: str) -> PreferencePair:
 
 def sharegpt_pair(values: Values, origin: str) -> PreferencePair:
     """`conversations` before the answers, which are one `{"from", "value"}` each."""
+    if is_whole(values):
+        return whole_pair(values, origin, "conversations")
     prompt = complete(values, messages_in(values, "conversations"))
     answers = []
     for name in ("chosen", "rejected"):
@@ -231,6 +236,8 @@ def message_instruction(values: Values, origin: str) -> Instruction:
         turns = [*messages_in(values, "prompt"), *messages_in(values, _response_column(values))]
     else:
         turns = messages_in(values, "conversations" if "conversations" in values else "messages")
+    if is_whole(values):
+        return whole_instruction(values, turns, origin)
     spoken = [at for at, message in enumerate(turns) if message["role"] == "assistant"]
     trained = [at for at in spoken if is_trained(turns[at])]
     if not spoken:

@@ -14,6 +14,7 @@ from modern_llm.config.data import (
     PreferenceDatasetConfig,
 )
 from modern_llm.data.read import formats, labelled
+from modern_llm.data.read.conversations import is_whole
 from modern_llm.data.read.formats import Format, Mode, Record, choose_format
 from modern_llm.data.read.records import ContentFault, RowFault
 from modern_llm.data.read.values import Columns
@@ -89,7 +90,7 @@ def _read(
         raise ContentFault(f"left out by format {name}")
     if not isinstance(row, Mapping):
         raise RowFault(f"format {name!r} returned {type(row).__name__}, expected a dict or None")
-    made = Columns(row)
+    made = Columns(row, whole=is_whole(values))
     return choose_format(known, "auto", made).function(mode)(made, origin)
 
 

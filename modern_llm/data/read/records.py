@@ -29,7 +29,7 @@ class TokenIds:
 
 
 Prompt = str | list[Message] | TokenIds
-Response = str | Message | TokenIds
+Response = str | Message | list[Message] | TokenIds
 
 
 class Conversation(list[Message]):
@@ -44,6 +44,12 @@ class Conversation(list[Message]):
         conversation = cls(messages)
         conversation.tools = tuple(tools)
         return conversation
+
+
+class Turns(list[Message]):
+    """Several messages that follow a prompt; `trained` says of each whether it is trained on."""
+
+    trained: tuple[bool, ...] = ()
 
 
 def answered(prompt: list[Message], answer: Message) -> list[Message]:

@@ -37,9 +37,18 @@ class Columns(Mapping[str, Any]):
         nulls: whether a column that is null is `in` the row. It reads as None either way, and
             iteration names all columns: whether one is null is found out for those asked for.
         literal: whether strings stay as they are; else a string that lists messages is parsed.
+        whole: whether every turn of a conversation is trained on, not the last one alone.
     """
 
-    def __init__(self, raw: Mapping[str, Any], *, nulls: bool = False, literal: bool = False):
+    def __init__(
+        self,
+        raw: Mapping[str, Any],
+        *,
+        nulls: bool = False,
+        literal: bool = False,
+        whole: bool = False,
+    ):
+        self.whole = whole
         self._raw, self._nulls, self._literal = raw, nulls, literal
         self._converted: dict[str, Any] = {}
 

@@ -22,7 +22,7 @@ from modern_llm.config.data import LENGTH, RANDOM, DatasetConfig
 from modern_llm.config.errors import DataError, StorageError
 from modern_llm.data.encode.chat_template import Tokenizer
 from modern_llm.data.encode.kinds import format_name, kind_of
-from modern_llm.data.encode.pipeline import Recipe, RowPacker, recipe_of
+from modern_llm.data.encode.pipeline import Recipe, RowPacker, recipe_of, trains_on_all
 from modern_llm.data.encode.tokenizer import Ids, tokenizer_identity
 from modern_llm.data.read.formats import Record
 from modern_llm.data.read.readers import Row
@@ -173,7 +173,8 @@ def holds_ids(config: DatasetConfig) -> bool:
 
 def _first_records(part: WeightedSource, config: DatasetConfig, count: int) -> Iterator[Record]:
     """Yield the good ones of the first `count` rows of a source."""
-    record_of = RecordReader(kind_of(config).formats(config), part.format or format_name(config))
+    name = part.format or format_name(config)
+    record_of = RecordReader(kind_of(config).formats(config), name, whole=trains_on_all(config))
     for row in islice(part.source, count):
         with suppress(RowFault, ContentFault):
             if isinstance(row, Row):
@@ -186,8 +187,10 @@ def _texts(record: Any) -> list[str]:
     prompt = record.prompt
     if isinstance(prompt, TokenIds):
         return []
-    turns = [prompt] if isinstance(prompt, str) else prompt
-    texts = (t if isinstance(t, str) else t.get("content") for t in (*turns, *record.responses))
+    turns = [prompt] if isinstance(prompt, str) else [*prompt]
+    for response in record.responses:
+        turns += response if isinstance(response, list) else [response]
+    texts = (turn if isinstance(turn, str) else turn.get("content") for turn in turns)
     return [text for text in texts if isinstance(text, str)]
 
 
@@ -221,6 +224,8 @@ def _section(config: DatasetConfig) -> dict[str, Any]:
     for values in (options, *(options["sources"] or ())):
         if values["columns"] is None:
             del values["columns"]
+    if options.get("targets") == "last":  # likewise
+        del options["targets"]
     return options
 
 
@@ -300,6 +305,12 @@ class _Build:
             for _ in range(part.times(cells)):
                 sinks[name].add(cells, origin, numbers)
         drops.settle(config.max_dropped)
+        differing = report.drops.get("transcripts differ before the last turn", 0)
+        if differing and {"messages", "sharegpt"} & set(report.formats):
+            report.notes.append(
+                f"{part.source.name}: {differing:,} pairs differ before the last turn: "
+                "data.targets: all trains on whole conversations"
+            )
         cuts = self._recipe.cuts
         report.prompts_cut, report.responses_cut = cuts.prompts, cuts.responses
         report.tokens_cut = cuts.tokens

@@ -16,6 +16,7 @@ from modern_llm.config.errors import DataError, UserError
 from modern_llm.data.encode.pipeline import Item, Recipe
 from modern_llm.data.encode.tokenizer import Ids
 from modern_llm.data.read.columns import number_in
+from modern_llm.data.read.conversations import with_earlier_answers
 from modern_llm.data.read.formats import DOCUMENT, Format, Mode, Record, choose_format
 from modern_llm.data.read.readers import Row
 from modern_llm.data.read.records import Broken, ContentFault, Dropped, RowFault
@@ -147,7 +148,9 @@ class _RowReader:
 
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
-        self._records = RecordReader(recipe.formats, recipe.name, recipe.mode, recipe.numbers)
+        self._records = RecordReader(
+            recipe.formats, recipe.name, recipe.mode, recipe.numbers, whole=recipe.whole
+        )
         self.saw_chat = False
 
     @property
@@ -186,6 +189,7 @@ class RecordReader:
     Args:
         numbers: column of numbers -> value of a source without it, NaN where every source must have
             it; a source has each in all of its rows or in none.
+        whole: whether every turn of the assistant is trained on.
     """
 
     def __init__(
@@ -194,8 +198,10 @@ class RecordReader:
         name: str,
         mode: Mode = "convert",
         numbers: Mapping[str, float] | None = None,
+        *,
+        whole: bool = False,
     ):
-        self._formats, self._name, self._mode = formats, name, mode
+        self._formats, self._name, self._mode, self._whole = formats, name, mode, whole
         self._numbers = dict(numbers or {})
         self._present: frozenset[str] | None = None
         self.format: Format | None = None
@@ -216,10 +222,13 @@ class RecordReader:
 
     def _read(self, row: Row, *, nulls: bool = False) -> Record:
         # A document is text, whatever its words are.
-        values = Columns(row.values, nulls=nulls, literal=self._name == DOCUMENT)
+        literal = self._name == DOCUMENT
+        values = Columns(row.values, nulls=nulls, literal=literal, whole=self._whole)
         if self.format is None:
             self.format = choose_format(self._formats, self._name, values)
         record = self.format.function(self._mode)(values, row.origin)
+        if self._whole:
+            record = with_earlier_answers(record)
         if self._numbers:
             record = self._with_numbers(record, values)
         if len(self.unread) < _MOST_COLUMNS:

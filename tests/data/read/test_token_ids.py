@@ -137,6 +137,7 @@ def untokenized(tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_dpo_and_sft_train_on_ids_without_any_tokenizer(tmp_path, jsonl, untokenized, monkeypatch):
     from modern_llm import DPOConfig, TrainingConfig, run_dpo, run_sft
 
