@@ -74,6 +74,7 @@ def test_an_example_is_tried_dry(file, place, tmp_path, monkeypatch, capsys):
     model = place / "model"
     words += {
         "dpo": ["--sft_checkpoint", str(model)],
+        "kto": ["--sft_checkpoint", str(model)],
         "sft": ["--pretrain_checkpoint", str(model)],
         # The shape is the example's but for its size; the tokenizer is the tiny one.
         "pretrain": ["--train.tokenizer_name", str(model), "--model.vocab_size", "300",

@@ -47,9 +47,10 @@ class ReferenceConfig:
     """Also keep the log-prob of every token in the store; dpo.ld_alpha needs it and does so by
     itself."""
     flush_every: Free[Annotated[int, Field(gt=0)]] = 2048
-    """Pairs between two shards of the reference pass: what a killed pass scores again at most."""
+    """Pairs (KTO: responses) between two shards of the reference pass: what a killed pass scores
+    again at most."""
     self_check_pairs: Free[Annotated[int, Field(gt=0)] | None] = None
-    """Pairs whose stored reference values are scored again before step 1 (default 16)."""
+    """Pairs (KTO: responses) whose stored values are scored again before step 1 (default 16)."""
 
     def length_problems(self) -> list[str]:
         """Return what is wrong with the two lengths together."""

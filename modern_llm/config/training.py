@@ -1,4 +1,4 @@
-"""`TrainingConfig`: how a stage trains, the same fields for pretraining, SFT and DPO."""
+"""`TrainingConfig`: how a stage trains, the same fields for every stage."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class TrainingConfig:
     """Names the final folder: `output_dir/{run_name}_final`. At most 200 bytes of UTF-8, without
     separators, control characters and a dot at its start."""
     dataset_name: SameContent[str | None] = None
-    """Training data of pretraining, and of SFT and DPO where their data section names none."""
+    """Training data of pretraining, and of the other stages where their data section names none."""
     tokenizer_name: SameContent[str | None] = None
     """Hub id or folder of the tokenizer; SFT and DPO take the checkpoint's own where it has one."""
     output_dir: Free[Path]
@@ -80,7 +80,7 @@ class TrainingConfig:
     epochs: Accepted[Annotated[float, Field(gt=0)] | None] = None
     """Epochs of the data; 1 if neither this nor max_steps is set."""
     learning_rate: Accepted[Annotated[float, Field(gt=0)] | None] = None
-    """Peak learning rate; by default 3e-4 in pretraining, 2e-5 in SFT and 5e-6 in DPO."""
+    """Peak learning rate; by default 3e-4 in pretraining, 2e-5 in SFT and 5e-6 in DPO and KTO."""
     schedule: Accepted[Literal["cosine", "linear", "constant"]] = "cosine"
     """Shape of the decay after the warm-up."""
     warmup_steps: Accepted[Annotated[int, Field(ge=0)]] = 0
@@ -168,8 +168,9 @@ class TrainingConfig:
     newest ones, as output_dir/best. The final model is still that of the last step."""
     best_metric: Free[str | None] = None
     """Metric of the evaluations that decides which is the best: eval/loss by default;
-    eval/perplexity, and in DPO eval/rewards/accuracies, eval/rewards/margins, eval/rewards/chosen
-    or eval/logps/chosen. Losses and perplexity are better when lower, the others when higher."""
+    eval/perplexity, and in DPO and KTO eval/rewards/margins, eval/rewards/chosen, eval/logps/chosen
+    and, of pairs, eval/rewards/accuracies. Losses and perplexity are better when lower, the others
+    when higher."""
     early_stopping_patience: Accepted[Positive | None] = None
     """Evaluations in a row that are not better than the best one, after which the run ends; off by
     default."""

@@ -86,6 +86,11 @@ def _ends(records: Sequence[Record], name: str) -> tuple[list[float], list[float
     return (values[:WINDOW], values[-WINDOW:]) if len(values) >= 2 * WINDOW else None
 
 
+def _of_kto(records: Sequence[Record]) -> bool:
+    """Whether the run is of labelled responses."""
+    return any("desirable" in record for record in records)
+
+
 def stuck_at_ties(records: Sequence[Record], total: int) -> str | None:
     """Policy and reference still agree after several steps: the policy does not change."""
     ties = [record["ties"] for record in records if record.get("ties") is not None]
@@ -109,9 +114,12 @@ def likelihood_displacement(records: Sequence[Record], total: int) -> str | None
     # Rewards are relative to the reference of the same answer, so they vary less between batches.
     if not (grew and fell and max(rewards[1]) < 0):
         return None
+    fix = "add dpo.nll_coefficient, use dpo.loss_type dpop"
+    if _of_kto(records):
+        fix = "raise kto.desirable_weight"
     return (
-        "margins grow while the chosen answers become less likely (likelihood displacement); add "
-        "dpo.nll_coefficient, use dpo.loss_type dpop, or lower train.learning_rate"
+        "margins grow while the chosen answers become less likely (likelihood displacement); "
+        f"{fix}, or lower train.learning_rate"
     )
 
 
@@ -132,9 +140,10 @@ def zero_gradient(records: Sequence[Record], total: int) -> str | None:
     """The gradient is zero: nothing is learnt."""
     if records[-1].get("grad_norm") != 0:
         return None
+    section = "kto" if _of_kto(records) else "dpo"
     return (
         "the gradient norm is 0: nothing is learnt; check whether weights are frozen, the loss is "
-        "saturated (lower dpo.beta), or truncation removes the tokens that differ"
+        f"saturated (lower {section}.beta), or truncation removes the tokens that differ"
     )
 
 
@@ -148,10 +157,11 @@ def length_drift(records: Sequence[Record], total: int) -> str | None:
     if 1 / LENGTH_RATIO < ratio < LENGTH_RATIO:
         return None
     word = "longer" if ratio > 1 else "shorter"
+    other = "" if _of_kto(records) else ", or try dpo.loss_type sigmoid_norm or simpo"
     return (
         f"sample answers are {word} than the reference's ({policy:.0f} tokens, not "
         f"{reference:.0f}): the policy learns length; check the length bias of the data with "
-        "modern-llm inspect, or try dpo.loss_type sigmoid_norm or simpo"
+        f"modern-llm inspect{other}"
     )
 
 

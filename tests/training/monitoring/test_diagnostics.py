@@ -61,6 +61,19 @@ def test_a_fault_is_named_once_with_a_setting(changes, part):
 @pytest.mark.parametrize(
     "changes",
     [
+        {"grad_norm": lambda t: 0.0},
+        {"logps/chosen": lambda t: -100 - 30 * t, "rewards/chosen": lambda t: -2 * t - 0.01},
+        {"samples/policy_tokens": lambda t: 50 + 60 * t},
+    ],
+)
+def test_a_fault_of_a_kto_run_is_named_with_an_option_that_it_has(changes):
+    (text,) = said(changes | {"desirable": lambda t: 0.5})
+    assert "dpo." not in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
         # Log-probs of other batches fall, but no chosen answer is less likely than before.
         {"logps/chosen": lambda t: -100 - 30 * t},
         # Both fall, but margins do not grow.
