@@ -39,6 +39,10 @@ def export_reference(request: Request, output: Path) -> dict[str, Any]:
     if not dpo.needs_reference or dpo.reference == "model":
         chosen = "reference: model" if dpo.needs_reference else f"loss_type {dpo.loss_name}"
         raise ConfigError([f"dpo.{chosen} stores no log-probs: there is nothing to export"])
+    if dpo.reference_sync_every is not None:
+        raise ConfigError(
+            ["dpo.reference_sync_every moves the reference; a file has the values of one"]
+        )
     with opened(request) as (runtime, references, prepared, remember):
         tables = {"train": prepared.train, "evaluation": prepared.evaluation}
         for table in tables.values():

@@ -79,6 +79,7 @@ def test_held_out_pairs_have_a_file_of_their_own(run, tmp_path, capsys):
     ("words", "reason"),
     [
         (["--dpo.loss_type", "simpo"], "dpo.loss_type simpo stores no log-probs"),
+        (["--dpo.reference_sync_every", "4"], "dpo.reference_sync_every moves the reference"),
         (["--dpo.reference", "model"], "dpo.reference: model stores no log-probs"),
         (["--output", "x.csv"], "name a file that ends with .parquet or .jsonl"),
         (["--output", "nowhere/x.jsonl"], "nowhere is not a folder"),

@@ -168,6 +168,15 @@ def test_llama_factory(migrated):
     assert set(yaml.safe_load(LLAMA_FACTORY)) <= set(groups(result))
 
 
+def test_the_turns_that_are_trained_on(migrated):
+    for option, targets in (("false", "all"), ("true", "last")):
+        text = LLAMA_FACTORY + f"mask_history: {option}\n"
+        _, run = migrated(text, "run.yaml", "--force")
+        assert run.data.targets == targets
+    text = "output_dir: out\nlearning_rate: 1e-5\nassistant_only_loss: true\n"
+    assert migrated(text, "run.yaml", "--stage", "sft", "--force")[1].data.targets == "all"
+
+
 def test_a_yaml_file_of_trl(migrated):
     result, run = migrated(TRL_YAML, "run.yaml", "--stage", "dpo")
     assert result["tool"] == "TRL"

@@ -27,6 +27,7 @@ ROWS = {
         "text",
         "a name of dataset_info.json there; here a file, a folder or a Hub id",
     ),
+    "mask_history": Row("data.targets", "last_answer"),
     "template": Row("data.template", "chat_frame", TEMPLATE),
     "cutoff_len": Row(
         LENGTH, "same", "an over-long prompt loses its start, then the response its end"
@@ -63,7 +64,6 @@ NOT_NEEDED = {
     "rows are packed with masks between examples, which changes no step": (
         "packing neat_packing block_diag_attn use_packed_sequences"
     ),
-    "the last answer of a conversation is trained on": "mask_history",
     "report.html of the run has the curves": "plot_loss",
     "fast kernels are chosen by a test against the model": (
         "enable_liger_kernel use_v1_kernels use_unsloth use_unsloth_gc use_kv_cache "

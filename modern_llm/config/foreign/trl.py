@@ -23,6 +23,7 @@ ROWS = {
     "bnb_4bit_quant_type": Row("lora.quantize", "nf4_type"),
     # Data of the scripts
     "dataset_name": Row("data.dataset_name", "text"),
+    "assistant_only_loss": Row("data.targets", "all_answers"),
     "dataset_config": Row("data.subset", "text"),
     "dataset_train_split": Row("data.split", "text"),
     "dataset_test_split": Row("data.eval_split", "eval_split"),
@@ -84,7 +85,6 @@ NO_EQUIVALENT = {
     "code of a model's repository is never run": "trust_remote_code",
     "download the revision and name its folder": "model_revision",
     "the model is loaded with fixed options": "model_init_kwargs ref_model_init_kwargs",
-    "the last assistant turn is trained on, not every one": "assistant_only_loss",
     "SFT reads prompts with answers; plain text is data of the verb pretrain": (
         "dataset_text_field"
     ),

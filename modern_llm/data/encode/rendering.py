@@ -106,6 +106,17 @@ class _Rendering:
         # The environment is a copy, whose extensions are copies as well.
         extensions = template.environment.extensions.values()
         self._tracker = next(each for each in extensions if "generation" in each.tags)
+        self._texts: list[str] = []
+        self._tracker._generation_support = self._noting(self._tracker._generation_support)
+
+    def _noting(self, support: Any) -> Any:
+        @functools.wraps(support)
+        def noting(context: Any, caller: Any) -> str:
+            text = support(context, caller=caller)
+            self._texts.append(text)
+            return text
+
+        return noting
 
     def strftime_now(self, form: str) -> str:
         """Return the day as text; templates know this function by its name."""
@@ -116,7 +127,7 @@ class _Rendering:
         """Return the text."""
         self.environment.began = time.thread_time()
         pieces, size = [], 0
-        self.generated = []
+        self.generated, self._texts = [], []
         with self._tracker.activate_tracker(pieces, self.generated):
             for piece in self._template.generate(**values):
                 size += len(piece)
@@ -124,7 +135,12 @@ class _Rendering:
                     raise TemplateLimit(f"it writes more than {LONGEST:,} characters")
                 self.environment.tick()
                 pieces.append(piece)
-        return "".join(pieces)
+        text = "".join(pieces)
+        # In a macro or a captured text the place of a block is not known when it is written.
+        marked = zip(self.generated, self._texts, strict=True)
+        if any(text[start:end] != block for (start, end), block in marked):
+            self.generated = []
+        return text
 
 
 @functools.lru_cache(maxsize=32)

@@ -61,6 +61,7 @@ class Examined:
         columns: prompt and answers, or text.
         whole: column -> tokens of every kept row before truncation, end tokens not counted.
         kept: column -> tokens after truncation, end tokens included.
+        trained: column -> tokens of them that are trained on, of a prompt all.
         cut: column -> rows that truncation shortened.
         unended: answer column -> rows that do not close with an end token.
         held_out: per kept row, whether `eval_fraction` keeps it for evaluation.
@@ -79,6 +80,7 @@ class Examined:
     why: str = ""
     whole: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     kept: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    trained: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
     unended: dict[str, int] = field(default_factory=dict)
     held_out: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
@@ -166,6 +168,7 @@ class _Tally:
         self._result = Examined(source.name, role, part.weight, report, columns)
         self._whole: list[array] = [array("q") for _ in columns]
         self._kept: list[array] = [array("q") for _ in columns]
+        self._trained: list[array] = [array("q") for _ in columns]
         self._digests = {name: array("q") for name in ("prompts", "pairs", "swapped")}
         self._held = array("b")
         self._cut: Counter[str] = Counter()
@@ -197,6 +200,8 @@ class _Tally:
         for at, name in enumerate(columns):
             self._whole[at].append(len(whole[at]))
             self._kept[at].append(len(cells[at]))
+            mask = parts.trained[at - 1] if at and parts.trained else None
+            self._trained[at].append(len(whole[at]) if mask is None else int(mask.sum()))
             if len(columns) > 1:
                 ends = {*self._recipe.ends, closing[at]}
                 ended = len(cells[at]) > 0 and int(cells[at][-1]) in ends
@@ -229,9 +234,10 @@ class _Tally:
         assert rows.format is not None, "a source without a readable row was refused before"
         result.format = rows.format.name
         result.why = f"its rows have {', '.join(rows.found)}; wanted {rows.format.columns}"
-        for name, whole, kept in zip(result.columns, self._whole, self._kept, strict=True):
-            result.whole[name] = np.frombuffer(whole, np.int64)
-            result.kept[name] = np.frombuffer(kept, np.int64)
+        for at, name in enumerate(result.columns):
+            result.whole[name] = np.frombuffer(self._whole[at], np.int64)
+            result.kept[name] = np.frombuffer(self._kept[at], np.int64)
+            result.trained[name] = np.frombuffer(self._trained[at], np.int64)
         result.cut, result.unended = dict(self._cut), dict(self._unended)
         for name, values in self._digests.items():
             setattr(result, name, np.frombuffer(values, np.int64))

@@ -60,7 +60,7 @@ def contradictions(found: Examined) -> int:
 
 
 def length_bias(found: Examined) -> dict[str, float] | None:
-    """Return how the chosen answers differ from the rejected in length, of pairs only.
+    """Return how the chosen answers differ from the rejected in trained tokens, of pairs only.
 
     Returns:
         mean difference in tokens, its standard error, the share of pairs whose chosen answer is
@@ -68,7 +68,8 @@ def length_bias(found: Examined) -> dict[str, float] | None:
     """
     if "chosen" not in found.whole or not len(found.whole["chosen"]):
         return None
-    chosen, rejected = found.whole["chosen"], found.whole["rejected"]
+    counts = found.trained or found.whole
+    chosen, rejected = counts["chosen"], counts["rejected"]
     difference = chosen - rejected
     return {
         "mean_difference": round(float(difference.mean()), 3),

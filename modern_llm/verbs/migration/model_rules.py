@@ -146,6 +146,20 @@ def share(request: Request, name: str, value: Any, ours: str) -> Found:
     return Found({ours: number})
 
 
+def all_answers(request: Request, name: str, value: Any, ours: str) -> Found:
+    if request.stage != "sft":
+        raise Off("only SFT trains on conversations")
+    if not truth(value):
+        raise Off("the tokens of users are never trained on")
+    return Found({ours: "all"})
+
+
+def last_answer(request: Request, name: str, value: Any, ours: str) -> Found:
+    if request.stage != "sft":
+        raise Off("only SFT trains on conversations")
+    return Found({ours: "last" if truth(value) else "all"})
+
+
 def template(request: Request, name: str, value: Any, ours: str) -> Found:
     if str(value).startswith("tokenizer_default"):
         raise Off("the tokenizer's own template is the default")

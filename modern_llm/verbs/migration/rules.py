@@ -58,6 +58,8 @@ RULES: dict[str, Callable[[Request, str, Any, str], Found]] = {
     "nf4_type": model_rules.nf4_type,
     "eval_split": model_rules.eval_split,
     "share": model_rules.share,
+    "all_answers": model_rules.all_answers,
+    "last_answer": model_rules.last_answer,
     "template": model_rules.template,
     "chat_frame": model_rules.chat_frame,
     "registered": model_rules.registered,

@@ -224,6 +224,16 @@ def test_generation_blocks_that_are_not_one_a_turn_are_refused():
         whole(byte_level(chat=twice), "answers", TALKS[0])
 
 
+def test_blocks_whose_place_is_not_known_are_refused():
+    inside = (
+        "{% set text %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% generation %}"
+        "{{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}{% endset %}{{ text | trim }}"
+    )
+    row = {"messages": [user("a"), answer("b"), user("c"), answer("d")]}
+    with pytest.raises(RowFault, match="marks 0 stretches as generated"):
+        whole(byte_level(chat=inside), "answers", row)
+
+
 def test_blocks_without_the_end_token_are_reported():
     without = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
     recipe = recipe_of(byte_level(chat=without), "answers", targets="all")
