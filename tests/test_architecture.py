@@ -25,8 +25,8 @@ from tests.helpers.imports import (
 )
 
 CORE = frozenset(
-    "loop accumulation best callbacks context optim prefetch task trainer_callbacks window "
-    "checkpointing guards "
+    "loop accumulation best callbacks context optim optimizers prefetch task trainer_callbacks "
+    "window checkpointing guards "
     "monitoring.diagnostics monitoring.metrics monitoring.monitor monitoring.profiler "
     "monitoring.trackers run.config_changes run.folder run.lock".split()
 )
@@ -98,7 +98,10 @@ TABLE = {
     "core": row(
         "config storage distributed models.out_of_memory models.run_checkpoint",
         "torch accelerate safetensors yaml",
-        only_in={"transformers": frozenset({"training.trainer_callbacks"})},
+        only_in={
+            "transformers": frozenset({"training.trainer_callbacks"}),
+            "bitsandbytes": frozenset({"training.optimizers"}),
+        },
     ),
     # train_*.py and what they are made of; a train_*.py itself is imported by cli and demo only.
     "stages": row(f"{BELOW} objectives inference export report core", "torch transformers numpy"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Annotated, Literal
@@ -92,6 +93,11 @@ class TrainingConfig:
     weight_decay: Accepted[Annotated[float, Field(ge=0)]] = 0.01
     """Decoupled decay of the weights of matrix products, convolutions and embeddings; biases, norms
     and parameters of state spaces have none, whatever their shape."""
+    optimizer: Fixed[Literal["adamw", "adamw_8bit", "muon", "adafactor"]] = "adamw"
+    """adamw_8bit keeps AdamW's moments in 8 bits (bitsandbytes); muon makes the updates of the
+    layers' matrices orthogonal, at AdamW's scale, and leaves the rest to AdamW; adafactor keeps
+    sums of rows and columns instead of moments, and its rate is a share of each weight's size.
+    All but adamw need one process or DDP."""
     adam_beta1: Accepted[Annotated[float, Field(ge=0, lt=1)]] = 0.9
     """Decay of AdamW's first moment."""
     adam_beta2: Accepted[Annotated[float, Field(ge=0, lt=1)]] = 0.95
@@ -114,9 +120,13 @@ class TrainingConfig:
     most and none of the first 20. 0 applies every step. Not with fp16, whose scaler would take such
     a step for an overflow. Costs a reduction of the loss in every step."""
 
+    weights: Accepted[Literal["float32", "bfloat16"]] = "float32"
+    """Dtype of the weights that forwards read. bfloat16 keeps the other 16 bits of each trained
+    weight apart, so that updates are those of float32: 4 bytes a weight in all, and activations
+    half as large. Needs mixed_precision bf16, and one process or DDP: ZeRO does the same itself."""
     mixed_precision: Accepted[Literal["no", "fp32", "bf16", "fp16"]] = "no"
     """Dtype of the forward: float32 ("no", "fp32"), bfloat16 or float16 (GPU only).
-    Weights stay float32."""
+    Weights that are trained stay float32, see `weights`."""
     gradient_checkpointing: Free[bool | Literal["selective"]] = False
     """Recompute activations in the backward pass: less memory, about a third more time. selective
     keeps the results of matrix products and attention: less is saved, little is made again."""
@@ -198,7 +208,7 @@ class TrainingConfig:
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
-        problems = [text for bad, text in self._rules() if bad]
+        problems = [text for bad, text in (*self._rules(), *self._update_rules()) if bad]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -221,15 +231,6 @@ class TrainingConfig:
                 not both and accumulation is not None and accumulation > self.batch_size,
                 f"gradient_accumulation_steps {accumulation} is above batch_size "
                 f"{self.batch_size}: lower it",
-            ),
-            (
-                self.schedule == "constant" and self.min_learning_rate_ratio > 0,
-                "min_learning_rate_ratio has no effect with schedule constant: remove one",
-            ),
-            (
-                self.skip_loss_spikes > 0 and self.precision == "fp16",
-                "skip_loss_spikes and mixed_precision fp16 exclude each other: the loss scaler "
-                "would take a skipped step for an overflow; use bf16",
             ),
             (
                 self.attn_implementation is not None and self.attention != "separate",
@@ -262,6 +263,36 @@ class TrainingConfig:
                 f"warmup_steps {self.warmup_steps} is above max_steps {self.max_steps}: lower it",
             ),
         ]
+
+    def _update_rules(self) -> list[tuple[bool, str]]:
+        """Return the rules of what a step does with its gradient."""
+        return [
+            (
+                self.schedule == "constant" and self.min_learning_rate_ratio > 0,
+                "min_learning_rate_ratio has no effect with schedule constant: remove one",
+            ),
+            (
+                self.skip_loss_spikes > 0 and self.precision == "fp16",
+                "skip_loss_spikes and mixed_precision fp16 exclude each other: the loss scaler "
+                "would take a skipped step for an overflow; use bf16",
+            ),
+            (
+                self.weights == "bfloat16" and self.precision != "bf16",
+                f"weights bfloat16 needs mixed_precision bf16, got {self.mixed_precision}: set it",
+            ),
+            (
+                self.optimizer == "adafactor" and self._sets_adam,
+                "adam_beta1, adam_beta2 and adam_epsilon have no effect with optimizer adafactor: "
+                "remove them",
+            ),
+        ]
+
+    @property
+    def _sets_adam(self) -> bool:
+        """Whether a setting of AdamW differs from its default."""
+        names = ("adam_beta1", "adam_beta2", "adam_epsilon")
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        return any(getattr(self, name) != fields[name] for name in names)
 
     def warmup_of(self, total: int) -> int:
         """Return the steps of the warm-up of a run with `total` steps."""

@@ -17,10 +17,19 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.optim import AdamW
 
 from modern_llm.distributed import deepspeed_release
 from modern_llm.distributed.health.heartbeat import waiting
+from modern_llm.distributed.linked_optimizers import SplitWeights
 from modern_llm.storage.fault_points import around
+
+
+def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer inside all wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 class Flag:
@@ -79,14 +88,27 @@ class Engine:
         self.accelerator = accelerator
         self.inner = model.model
         """The unwrapped model, with the names and parameters that are saved."""
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.reduces = not isinstance(optimizer, SplitWeights)
+        """Whether a step's last backward averages the gradients over processes. DDP would do it in
+        the dtype of the weights."""
+        if self.reduces:
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        else:
+            self.model = accelerator.prepare_model(model, evaluation_mode=True)  # without DDP
+            self.optimizer = accelerator.prepare_optimizer(optimizer)
 
     @property
     def decides_on_device(self) -> bool:
         """Whether the fused optimizer's kernels skip a non-finite step, which the host learns
         later. On a CPU the host decides at once."""
         # A loss scaler reads the flag itself; with sharded parameters torch refuses a plain flag.
-        return self.accelerator.device.type == "cuda" and not self.scales_loss and self.recovers
+        on_device = self.accelerator.device.type == "cuda" and isinstance(self._base, AdamW)
+        return on_device and not self.scales_loss and self.recovers
+
+    @cached_property
+    def _base(self) -> torch.optim.Optimizer:
+        """The optimizer inside all wrappers."""
+        return innermost(self.optimizer)
 
     @cached_property
     def recovers(self) -> bool:
@@ -145,7 +167,8 @@ class Engine:
             if not parameter.requires_grad:
                 continue
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                kind = parameter.grad_dtype or parameter.dtype
+                parameter.grad = torch.zeros_like(parameter, dtype=kind)
             # Divide before the reduction, as DDP does.
             parameter.grad.div_(world)
             with around("collective.gradients"), waiting():
@@ -153,6 +176,8 @@ class Engine:
 
     def step(self, max_norm: float | None) -> Update:
         """Clip, step and clear the gradients."""
+        if not self.reduces and dist.is_initialized():
+            self.average_gradients()
         limit = max_norm or float("inf")
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -169,7 +194,7 @@ class Engine:
     def _step_if_finite(self, norm: Tensor) -> Update:
         """Step if the norm () is finite, without waiting for the device."""
         bad = 1.0 - torch.isfinite(norm).to(torch.float32)
-        fused = self.optimizer.optimizer  # Accelerate's wrapper holds the AdamW
+        fused = self._base
         # The interface of GradScaler: with a flag of 1 the kernels do nothing, and the step count
         # is restored.
         fused.found_inf = bad

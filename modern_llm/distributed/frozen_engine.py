@@ -84,6 +84,22 @@ def round_parameters(module: nn.Module, precision: str) -> None:
             parameter.data = parameter.data.to(DTYPES[precision])
 
 
+def round_products(module: nn.Module, precision: str) -> None:
+    """Keep the frozen weights of linear layers in the 16 bits to which autocast rounds them anyway.
+
+    The numbers do not change, and half of their memory is free. Weights that are tied to an
+    embedding stay: its rows are not rounded.
+    """
+    dtype = DTYPES.get(precision)
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    for layer in module.modules() if dtype is not None else ():
+        if not isinstance(layer, nn.Linear) or id(layer.weight) in tables:
+            continue
+        for parameter in layer.parameters(recurse=False):
+            if not parameter.requires_grad and parameter.dtype == torch.float32:
+                parameter.data = parameter.data.to(dtype)
+
+
 def release_frozen(frozen: nn.Module) -> None:
     """Free a frozen model's weights now, even if references to it remain."""
     if not hasattr(frozen, "destroy"):

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from modern_llm.distributed.engine import DeepSpeedEngine, Engine
+from modern_llm.distributed.engine import DeepSpeedEngine, Engine, innermost
 from modern_llm.distributed.health import heartbeat
+from modern_llm.distributed.linked_optimizers import join_halves, write_halves
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -29,35 +30,83 @@ class Piece:
     """The parameter's name in the module before it was prepared."""
     start: int
     """First element, as an index into the flattened parameter."""
-    weight: Tensor
-    """(n,) weights that the optimizer updates: float32, even if the forward uses 16 bits."""
+    data: Tensor
+    """(n,) weights of this range, in the dtype in which they are kept."""
     owner: Tensor
     """The optimizer's parameter: this one, or a flat buffer of many."""
     offset: int
     """First element, as an index into the flattened `owner`."""
+    rest: Tensor | None = None
+    """(n,) int16 halves of the weights, where `data` is the other, see `SplitWeights`."""
 
-    def moment(self, optimizer: torch.optim.Optimizer, key: str) -> Tensor | None:
-        """Return the (n,) view of a moment, None before the first step."""
-        state = optimizer.state.get(self.owner, {})
-        if key not in state:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of `weight`."""
+        return self.data.dtype if self.rest is None else torch.float32
+
+    @property
+    def weight(self) -> Tensor:
+        """(n,) weights that the optimizer updates: float32, even if the forward uses 16 bits.
+
+        A copy on the host where they are kept in halves: all of them in float32 may not fit on the
+        device.
+        """
+        return self.data if self.rest is None else join_halves(self.data.cpu(), self.rest.cpu())
+
+    def write(self, weights: Tensor) -> None:
+        """Set the weights that the optimizer updates to float32 `weights` (n,)."""
+        if self.rest is None:
+            self.data.copy_(weights)
+        else:
+            write_halves(self.data, self.rest, weights.to(self.data.device))
+
+    def moments(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Return the tensors of the optimizer's state by key; empty before the first step.
+
+        Those with one number for each weight are (n,) views. Others, such as the sums of rows of
+        Adafactor, keep their shape; then this piece is a whole parameter.
+        """
+        found = {}
+        size = _local(self.owner).numel()
+        for key, value in optimizer.state.get(self.owner, {}).items():
+            if key == "step" or not isinstance(value, Tensor):
+                continue
+            local = _local(value)
+            if local.numel() == size:
+                local = local.view(-1)[self.offset : self.offset + self.data.numel()]
+            found[key] = local
+        return found
+
+    def count(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
+        """Return the number of steps: () float32, or int64 if the optimizer has a plain int."""
+        step = optimizer.state.get(self.owner, {}).get("step")
+        if step is None:
             return None
-        return _local(state[key]).view(-1)[self.offset : self.offset + self.weight.numel()]
+        return torch.tensor(step if isinstance(step, int) else float(step))
 
     def make_moments(self, optimizer: torch.optim.Optimizer, step: float) -> None:
-        """Create missing moments of the owner as zeros, and set its step count."""
+        """Create missing moments of AdamW for the owner as zeros, and set its step count."""
         state = optimizer.state[self.owner]
         for key in MOMENTS:
             if key not in state:
-                state[key] = torch.zeros_like(self.owner.data)
+                state[key] = torch.zeros_like(self.owner.data).contiguous()
         state["step"] = torch.tensor(step, dtype=torch.float32, device=self.owner.device)
+
+    def restore(self, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> None:
+        """Set the state of a whole parameter to what `moments` and `count` returned."""
+        state = optimizer.state[self.owner]
+        for key, value in stored.items():
+            if key == "step" and not value.is_floating_point():
+                state[key] = int(value)
+                continue
+            value = value.to(self.owner.device, copy=True)
+            fits = key != "step" and value.numel() == self.owner.numel()
+            state[key] = value.view(self.owner.shape) if fits else value
 
 
 def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
-    """Return the AdamW object inside all wrappers, whose state holds the moments."""
-    optimizer = engine.optimizer
-    while not isinstance(optimizer, torch.optim.AdamW):
-        optimizer = optimizer.optimizer
-    return optimizer
+    """Return the optimizer inside all wrappers, whose state holds the moments."""
+    return innermost(engine.optimizer)
 
 
 def pieces(engine: Engine) -> list[Piece]:
@@ -68,10 +117,18 @@ def pieces(engine: Engine) -> list[Piece]:
         return list(_stage_1_and_2(engine))
     engine.reshard()
     return [
-        Piece(name, _first_element(parameter), _local(parameter).view(-1), parameter, 0)
+        _whole(name, parameter)
         for name, parameter in engine.inner.named_parameters()
         if parameter.requires_grad
     ]
+
+
+def _whole(name: str, parameter: nn.Parameter) -> Piece:
+    """Return a parameter, or FSDP2's shard of it, as a piece."""
+    data = _local(parameter).view(-1)
+    if hasattr(parameter, "rest"):
+        return Piece(name, 0, data, parameter.master, 0, parameter.rest.view(-1))
+    return Piece(name, _first_element(parameter), data, parameter, 0)
 
 
 def replicated(engine: Engine) -> bool:
@@ -106,6 +163,8 @@ def full_parameters(engine: Engine, *, trained: bool = False) -> Iterator[tuple[
                 yield name, parameter.detach().clone().float()
         elif hasattr(parameter, "full_tensor"):  # sharded by FSDP2
             yield name, parameter.full_tensor().detach()
+        elif hasattr(parameter, "rest"):
+            yield name, join_halves(parameter.detach(), parameter.rest)
         else:
             yield name, parameter.detach()
 

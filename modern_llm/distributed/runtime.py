@@ -110,6 +110,8 @@ class Runtime(Peers):
                 if self.deepspeed_content[name]["enabled"]:
                     return f"{name}-weights"  # without autocast norms and residuals are rounded too
         precision = self.config.precision
+        if self.config.weights == "bfloat16":
+            return "bf16-weights"
         if precision != "no" and self.accelerator.distributed_type == DistributedType.FSDP:
             return f"{precision}-autocast-weights"  # both, see `fsdp.plugin`
         return "float32" if precision == "no" else precision
@@ -145,9 +147,11 @@ class Runtime(Peers):
             return self._frozen(frozen_engine.shard_by_fsdp(self.accelerator, module, precision))
         if self.stage is None:
             sharded_start.refuse_unread(module)
-            if self.rounds_weights:  # FSDP's policy does it to the model that trains
+            if self.rounds_weights:  # as in the model that trains
                 frozen_engine.round_parameters(module, self.config.precision)
-            return self._frozen(frozen_engine.freeze_parameters(module).to(self.device))
+            frozen_engine.freeze_parameters(module)
+            frozen_engine.round_products(module, self.config.precision)
+            return self._frozen(module.to(self.device))
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         content = frozen_engine.engine_config(self.deepspeed_content, file, self.config)
         self._in_use[id(module)] = partial(deepspeed_release.forget, module)
@@ -302,7 +306,8 @@ def _accelerator(
     handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else None), _own_buffers()]
     with launcher.hidden():
         return Accelerator(
-            mixed_precision=config.precision,
+            # Without autocast where the weights themselves are of 16 bits.
+            mixed_precision="no" if config.weights == "bfloat16" else config.precision,
             # cpu=True silently switches DeepSpeed off; without DeepSpeed, CPU processes need it, or
             # each trains alone.
             cpu=on_cpu and plugin is None,

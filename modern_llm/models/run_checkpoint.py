@@ -192,6 +192,18 @@ class Shards:
         """Names of all tensors."""
         return set(self._parts)
 
+    def keys_of(self) -> dict[str, set[str]]:
+        """Return the first parts of names such as `exp_avg/WEIGHT` by the second."""
+        found: dict[str, set[str]] = {}
+        for name in self._parts:
+            key, _, of = name.rpartition("/")
+            found.setdefault(of, set()).add(key)
+        return found
+
+    def as_written(self, name: str) -> Tensor:
+        """Return a tensor that one rank wrote whole, in its own shape and dtype."""
+        return self._parts[name][0].file.get_tensor(name)
+
     def flat(self, name: str) -> Tensor:
         """Return a whole tensor, flattened, in the dtype of its file."""
         parts = sorted(self._parts[name], key=lambda part: part.start)

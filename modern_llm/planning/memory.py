@@ -1,7 +1,7 @@
 """Bytes that one process holds, by part, for any model, ZeRO stage, world and token budget.
 
-Parameters, gradients and optimizer states are counted as DeepSpeed and AdamW lay them out, padding
-and small unsharded parameters included: the tests compare them with the tensors of real engines.
+Parameters, gradients and optimizer states are counted as DeepSpeed and the optimizers lay them out,
+padding and small unsharded parameters included: the tests compare them with real engines' tensors.
 Activations, head and buffers are estimates of the peak. Pure arithmetic: nothing is loaded.
 
 Letters: W processes, N elements, h hidden width, f width of the MLP, L layers, V vocabulary.
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Literal
 
 FLOAT32 = 4
 ITEM = {"no": 4, "fp32": 4, "bf16": 2, "fp16": 2}
@@ -19,6 +20,9 @@ NORMS = {(4, 4): 24, (4, 2): 26, (2, 2): 16}
 """Bytes per element of the hidden width that the two norms of a layer keep, by the bytes of a
 weight and of an operand of a product: their inputs, normalised inputs and outputs. Norms compute in
 float32."""
+LEAST_8BIT, BLOCK_8BIT, CODES = 4096, 256, 2 * 256 * FLOAT32
+"""bitsandbytes: elements of a parameter from which on its moments have 8 bits, elements that share
+a scale, and bytes of the two tables of codes."""
 # Under stages 1 and 2 a flat buffer of parameters is padded to this many elements times W.
 ALIGNMENT = 2
 HEAD_CHUNK, HEAD_ROWS = 256 << 20, 1024
@@ -31,6 +35,8 @@ class Parameter:
 
     shape: tuple[int, ...]
     trained: bool = True
+    kind: Literal["layer", "head", "other"] = "other"
+    """Matrix of a linear layer, of the head, or something else, such as an embedding."""
 
     @property
     def numel(self) -> int:
@@ -59,6 +65,9 @@ class ParallelLayout:
     stage: int | None = None
     """ZeRO stage; None is one process or DDP."""
     precision: str = "no"
+    weights: str = "float32"
+    """Dtype of the weights that forwards read without ZeRO (`train.weights`)."""
+    optimizer: str = "adamw"
     offload_optimizer: bool = False
     offload_parameters: bool = False
     persistence_threshold: int = 100_000
@@ -82,8 +91,10 @@ class ParallelLayout:
 
     @property
     def item(self) -> int:
-        """Bytes of one weight in the forward: only ZeRO 1 to 3 lower the weights themselves."""
-        return ITEM[self.precision] if self.stage else FLOAT32
+        """Bytes of one weight in the forward: ZeRO 1 to 3, and `weights`, lower the weights
+        themselves."""
+        lowered = self.stage or self.weights == "bfloat16"
+        return ITEM[self.precision] if lowered else FLOAT32
 
 
 @dataclass
@@ -124,7 +135,15 @@ def weight_bytes(parameters: Sequence[Parameter], setting: ParallelLayout) -> in
     frozen = sum(p.numel for p in parameters if not p.trained)
     if setting.stage in (1, 2):
         return setting.item * (frozen + sum(_padded(g, setting) for g in _groups(parameters)))
-    return FLOAT32 * sum(p.numel for p in parameters)
+    # Weights of 16 bits have the other 16 beside them where they are trained.
+    trained = FLOAT32 * sum(p.numel for p in parameters if p.trained)
+    return trained + sum(_frozen_bytes(p, setting) for p in parameters if not p.trained)
+
+
+def _frozen_bytes(parameter: Parameter, setting: ParallelLayout) -> int:
+    """Return the bytes of a frozen parameter without ZeRO: products keep what autocast reads."""
+    rounded = parameter.kind != "other"
+    return parameter.numel * (ITEM[setting.precision] if rounded else setting.item)
 
 
 def gradient_bytes(parameters: Sequence[Parameter], setting: ParallelLayout) -> int:
@@ -142,11 +161,11 @@ def gradient_bytes(parameters: Sequence[Parameter], setting: ParallelLayout) -> 
 
 
 def optimizer_bytes(parameters: Sequence[Parameter], setting: ParallelLayout) -> int:
-    """Bytes of AdamW's two moments and counts of steps, and of ZeRO's float32 copy of the
-    weights."""
+    """Bytes of the optimizer's state, and of ZeRO's float32 copy of the weights."""
     if setting.stage is None or setting.stage == 0:
         trained = [p for p in parameters if p.trained]
-        return sum(2 * FLOAT32 * p.numel + FLOAT32 for p in trained)
+        tables = CODES if setting.optimizer == "adamw_8bit" else 0
+        return tables + sum(_state_bytes(p, setting.optimizer) for p in trained)
     flats: list[int] = []
     for group in _groups(parameters):
         if setting.stage == 3:
@@ -154,6 +173,20 @@ def optimizer_bytes(parameters: Sequence[Parameter], setting: ParallelLayout) ->
         else:
             flats.append(_padded(group, setting) // setting.world)
     return sum(3 * FLOAT32 * numel + FLOAT32 for numel in flats)
+
+
+def _state_bytes(parameter: Parameter, optimizer: str) -> int:
+    """Return the bytes of the state that an optimizer keeps for a trained parameter."""
+    numel, shape = parameter.numel, parameter.shape
+    if optimizer == "adamw_8bit" and numel >= LEAST_8BIT:
+        return 2 * (numel + FLOAT32 * _ceil(numel, BLOCK_8BIT))
+    if optimizer == "muon" and parameter.kind == "layer" and len(shape) == 2:
+        return FLOAT32 * numel
+    if optimizer == "adafactor":
+        sums = numel // shape[-1] + numel // shape[-2] if len(shape) > 1 else numel
+        return FLOAT32 * (sums + 1)
+    count = 0 if optimizer == "adamw_8bit" else FLOAT32  # a plain integer there
+    return 2 * FLOAT32 * numel + count
 
 
 def activation_bytes(sizes: Sizes, setting: ParallelLayout) -> int:
@@ -186,7 +219,7 @@ def head_bytes(sizes: Sizes, setting: ParallelLayout) -> int:
 
 def _reference_bytes(parameters: Sequence[Parameter], setting: ParallelLayout) -> int:
     if setting.stage is None:
-        return FLOAT32 * sum(p.numel for p in parameters)
+        return sum(_frozen_bytes(p, setting) for p in parameters)
     return setting.item * _sharded(parameters, setting)
 
 
@@ -203,7 +236,8 @@ def _buffer_bytes(parameters: Sequence[Parameter], sizes: Sizes, setting: Parall
     total = sum(p.numel for p in parameters if p.trained)
     if setting.stage in (None, 0):
         # DDP's buckets: gradients that accumulate over forwards without a reduction are apart.
-        buckets = FLOAT32 * total if setting.world > 1 and setting.stage is None else 0
+        ddp = setting.world > 1 and setting.stage is None and setting.weights == "float32"
+        buckets = FLOAT32 * total if ddp else 0
         return buckets + _cast_bytes(parameters, sizes, setting)
     bucket = setting.item * min(setting.bucket, total)
     if setting.stage < 3:
@@ -219,8 +253,10 @@ def _cast_bytes(parameters: Sequence[Parameter], sizes: Sizes, setting: Parallel
     """Return the bytes of the matrices as autocast casts them: all but the embedding's table."""
     if setting.item == ITEM[setting.precision]:
         return 0
+    # Frozen products are kept as autocast reads them.
+    cast = [p for p in parameters if p.trained or p.kind == "other"]
     tables = [p for p in parameters if p.shape == (sizes.vocabulary, sizes.hidden)]
-    matrices = sum(p.numel for p in parameters if len(p.shape) >= 2)
+    matrices = sum(p.numel for p in cast if len(p.shape) >= 2)
     embedding = tables[0].numel if len(tables) > 1 else 0  # a tied one is the head's matrix too
     return ITEM[setting.precision] * (matrices - embedding)
 

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from modern_llm.config import LoraConfig
 from modern_llm.config.errors import ConfigError, UserError
@@ -76,6 +76,8 @@ class PlanRequest:
     config: str | None = None
     lora: LoraConfig | None = None
     background_saving: bool = False
+    weights: str = "float32"
+    optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
         problems = []
@@ -89,6 +91,12 @@ class PlanRequest:
             problems.append(
                 "tokens_per_second needs the length of the run: give steps, or a --config that "
                 "has max_steps"
+            )
+        if self.nodes > 1 and (self.weights != "float32" or self.optimizer != "adamw"):
+            problems.append(
+                f"weights {self.weights} and optimizer {self.optimizer} need "
+                "accelerate_configs/ddp.yaml, which has no variant for several machines to plan "
+                "with: leave them out, or plan one machine"
             )
         if self.gpus % self.gpus_per_node and self.gpus > self.gpus_per_node:
             problems.append(
@@ -170,17 +178,30 @@ def plan(
 def with_adapters(shapes: dict[str, tuple[int, ...]], lora: LoraConfig | None) -> list[Parameter]:
     """Return the parameters of a run: all trained or, with adapters, these beside frozen ones."""
     if lora is None:
-        return [Parameter(shape) for shape in shapes.values()]
+        return [Parameter(shape, kind=_kind(name, shapes)) for name, shape in shapes.items()]
     parameters = []
     for name, shape in shapes.items():
         module = name.rpartition(".")[0]
         saved = any(module.endswith(wanted) for wanted in lora.modules_to_save)
-        parameters.append(Parameter(shape, trained=False))
+        # These variants need the base in float32.
+        whole = lora.dora or lora.target_parameters
+        kind = "other" if whole else _kind(name, shapes)
+        parameters.append(Parameter(shape, trained=False, kind=kind))
         if saved:
             parameters.append(Parameter(shape))
         elif _has_adapter(module, shape, lora.targets):
-            parameters += [Parameter((lora.rank, shape[1])), Parameter((shape[0], lora.rank))]
+            pair = (lora.rank, shape[1]), (shape[0], lora.rank)
+            parameters += [Parameter(of, kind="layer") for of in pair]
     return parameters
+
+
+def _kind(name: str, shapes: dict[str, tuple[int, ...]]) -> Literal["layer", "head", "other"]:
+    """Return the kind of a parameter by its name, as the names of `transformers` tell it."""
+    module = name.rpartition(".")[0]
+    is_linear = len(shapes.get(f"{module}.weight", ())) == 2
+    if not is_linear or any(part in module for part in ("embed", "wte", "wpe")):
+        return "other"
+    return "head" if module.endswith("lm_head") else "layer"
 
 
 def _has_adapter(module: str, shape: tuple[int, ...], targets: str | list[str]) -> bool:
@@ -200,7 +221,9 @@ class _Planner:
     def presets(self) -> list[str]:
         """Return the presets that run on this number of machines."""
         several = self._request.nodes > 1
-        return [n for n, p in PRESETS.items() if not several or p.several_nodes]
+        whole = self._request.weights != "float32" or self._request.optimizer != "adamw"
+        names = ["ddp"] if whole else list(PRESETS)  # sharded weights refuse both options
+        return [n for n in names if not several or PRESETS[n].several_nodes]
 
     def row(self, name: str, live: bool) -> dict[str, Any]:
         """Return the plan of one preset: without recomputation if that fits, else with it."""
@@ -249,6 +272,8 @@ class _Planner:
             tokens=tokens,
             checkpointing=checkpointing,
             background_saving=self._request.background_saving,
+            weights=self._request.weights,
+            optimizer=self._request.optimizer,
         )
         return plan_memory(self._parameters, self._sizes, replace(setting, **PRESETS[name].setting))
 
@@ -269,6 +294,10 @@ def _launch(request: PlanRequest, row: dict[str, Any]) -> str:
     words.append(f"--train.tokens_per_micro_batch {row['tokens']}")
     if row["checkpointing"]:
         words.append("--train.gradient_checkpointing true")
+    if request.weights != "float32":
+        words.append(f"--train.weights {request.weights}")
+    if request.optimizer != "adamw":
+        words.append(f"--train.optimizer {request.optimizer}")
     return " ".join(words)
 
 

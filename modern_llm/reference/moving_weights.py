@@ -44,8 +44,8 @@ class MovingWeights:
         parameters = dict(engine.inner.named_parameters())
         self.tensors = {}
         for piece in pieces(engine):
-            end, shape = piece.start + piece.weight.numel(), whole_shape(parameters[piece.name])
-            found = stored.read(piece.name, piece.start, end, shape, piece.weight.dtype)
+            end, shape = piece.start + piece.data.numel(), whole_shape(parameters[piece.name])
+            found = stored.read(piece.name, piece.start, end, shape, piece.dtype)
             # A copy: the file's memory map would hold the checkpoint after its removal.
             self.tensors[piece.name] = found.clone()
             heartbeat.tick()
@@ -85,6 +85,6 @@ def _on_host(engine: Engine) -> dict[str, Tensor]:
 @torch.no_grad()
 def _write(engine: Engine, tensors: dict[str, Tensor]) -> None:
     for piece in pieces(engine):
-        piece.weight.copy_(tensors[piece.name])
+        piece.write(tensors[piece.name])
         heartbeat.tick()
     engine.use_written_weights()

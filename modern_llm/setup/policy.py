@@ -6,6 +6,7 @@ import torch
 
 from modern_llm.config import LoraConfig, TrainingConfig
 from modern_llm.config.errors import ConfigError
+from modern_llm.distributed.frozen_engine import round_products
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.adapters import add_adapters
 from modern_llm.models.load import Checkpoint
@@ -53,6 +54,11 @@ def check_lora(
             "accelerate_configs/zero2.yaml or ddp.yaml",
         ),
         (
+            few and config.weights == "bfloat16",
+            f"lora.quantize {lora.quantize}: the adapters are small and the other weights have "
+            "few bits: set train.weights to float32",
+        ),
+        (
             few and config.precision == "no",
             f"lora.quantize {lora.quantize}: the forward runs in 16 bits; set "
             "train.mixed_precision to bf16 or fp16",
@@ -81,6 +87,10 @@ def set_up_policy(
         add_adapters(model, lora, checkpoint.place, seed=config.seed)
         if runtime.stage != 3 and not has_unread(model):
             model.to(runtime.device)
+        # These variants measure or change the base weights themselves, beyond autocast.
+        whole = lora.dora or lora.target_parameters
+        if runtime.stage is None and not runtime.shards_weights and not whole:
+            round_products(model, config.precision)
         if not dropout:
             disable_dropout(model)
     return scorer

@@ -71,7 +71,8 @@ def accumulate(context: TrainingContext, step: int, began: float) -> Gradients:
             failed = bool(runtime.sum(flag))
         if not failed:
             if alone:
-                engine.average_gradients()
+                if engine.reduces:  # else the step does
+                    engine.average_gradients()
                 _is_spike(context, step, found.sums)  # too early to skip: only updates statistics
             task.budget.step_done(is_main=runtime.is_main)
             return found

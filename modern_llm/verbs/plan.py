@@ -36,6 +36,10 @@ class PlanSettings(Settings):
     """Memory of one GPU, such as 80GB or 24GiB."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Dtype of the forward; bf16 by default."""
+    weights: Literal["float32", "bfloat16"] | None = None
+    """Dtype of the weights, as `train.weights`; float32 by default."""
+    optimizer: Literal["adamw", "adamw_8bit", "muon", "adafactor"] | None = None
+    """As `train.optimizer`; adamw by default."""
     max_length: Positive | None = None
     """Tokens of prompt and response together; 512 by default."""
     tokens_per_micro_batch: Positive | None = None
@@ -116,4 +120,6 @@ def _request(
         config=str(settings.config) if settings.config else None,
         lora=getattr(run, "lora", None),
         background_saving=train is not None and train.background_saving,
+        weights=settings.weights or (train.weights if train else "float32"),
+        optimizer=settings.optimizer or (train.optimizer if train else "adamw"),
     )

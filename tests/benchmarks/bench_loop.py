@@ -84,7 +84,7 @@ def bare_loop(scorer: Any, task: Any, config: Any, steps: int) -> float:
     """Return seconds per step, without the first, of the work that every loop needs."""
     import torch
 
-    from modern_llm.training.optim import make_optimizer
+    from modern_llm.training.optimizers import make_optimizer
 
     batches = [list(task.micro_batches(step)) for step in range(steps)]
     optimizer = make_optimizer(config, scorer.train())

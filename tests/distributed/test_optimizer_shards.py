@@ -42,7 +42,7 @@ def on_a_rank() -> dict:
     engine.model, engine.inner, engine.optimizer = model, model, optimizer
     found = {}
     for piece in pieces(engine):
-        moments = [piece.moment(optimizer, key).clone() for key in MOMENTS]
+        moments = [piece.moments(optimizer)[key].clone() for key in MOMENTS]
         found[piece.name] = piece.start, piece.weight.clone(), *moments
         piece.make_moments(optimizer, 5.0)
         assert float(optimizer.state[piece.owner]["step"]) == 5.0

@@ -121,7 +121,7 @@ def start(case: Case, stored: dict[str, Path], folder: Path) -> dict[str, float]
     from modern_llm.models.run_checkpoint import load_weights
     from modern_llm.setup.policy import set_up_policy
     from modern_llm.setup.scorers import set_up_frozen, set_up_scorer
-    from modern_llm.training.optim import make_optimizer
+    from modern_llm.training.optimizers import make_optimizer
 
     use_deepspeed(stage(3, **case.options), folder)
     config = TrainingConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from modern_llm.models.load import make_scorer
+from modern_llm.config import LoraConfig, TrainingConfig
+from modern_llm.distributed.runtime import start
+from modern_llm.models.load import inspect_checkpoint, make_scorer
 from modern_llm.models.shapes import decoder_sizes, parameter_shapes
 from modern_llm.models.training_mode import recompute_activations
 from modern_llm.planning.memory import (
@@ -24,6 +27,9 @@ from modern_llm.planning.memory import (
     plan_memory,
     weight_bytes,
 )
+from modern_llm.planning.planner import with_adapters
+from modern_llm.setup.policy import set_up_policy
+from modern_llm.training.optimizers import make_optimizer
 from tests.distributed.test_frozen_engine import arguments
 from tests.helpers.ranks import run_ranks
 from tests.helpers.zero import stage, use_deepspeed
@@ -34,6 +40,10 @@ ODD = {
     "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 10, "attention_bias": True,
 }  # fmt: skip
 KINDS = [(None, "no"), (0, "no"), (0, "bf16"), *((n, p) for n in (1, 2, 3) for p in ("no", "bf16"))]
+WHOLE = [("float32", "muon"), ("float32", "adafactor"), ("bfloat16", "adamw"), ("bfloat16", "muon")]
+if importlib.util.find_spec("bitsandbytes") is not None:
+    WHOLE += [("float32", "adamw_8bit"), ("bfloat16", "adamw_8bit")]
+"""Weights and optimizers that need whole weights on each process."""
 THRESHOLD = 100
 
 
@@ -50,9 +60,11 @@ def held(engine) -> dict[str, int]:
     parameters = list(engine.model.parameters())
     zero = getattr(engine, "stage", 0)
     weights = storage([p.data for p in parameters])
+    weights += storage([p.rest for p in parameters if hasattr(p, "rest")])
     states = [value for state in base_optimizer(engine).state.values() for value in state.values()]
+    states = [value for value in states if isinstance(value, torch.Tensor)]
     if zero == 0:
-        gradients = [p.grad for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
     elif zero == 3:
         weights += storage([p.ds_tensor for p in parameters])
         states += engine.optimizer.fp32_partitioned_groups_flat
@@ -68,13 +80,6 @@ def held(engine) -> dict[str, int]:
 
 
 def on_a_rank(folder: Path, kinds: list) -> list[dict[str, int]]:
-    from transformers import AutoModelForCausalLM
-
-    from modern_llm.config import TrainingConfig
-    from modern_llm.distributed.runtime import start
-    from modern_llm.models.load import make_scorer
-    from modern_llm.training.optim import make_optimizer
-
     results = []
     for number, precision in kinds:
         options = {"stage3_param_persistence_threshold": THRESHOLD} if number == 3 else {}
@@ -109,6 +114,38 @@ def test_bytes_equal_what_two_processes_hold(tmp_path):
                 "optimizer": optimizer_bytes(parameters, setting),
             }
             assert planned == bytes_held, (rank, number, precision)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("weights", "optimizer"), WHOLE)
+@pytest.mark.parametrize("lora", [False, True])
+def test_bytes_equal_what_one_process_holds(weights, optimizer, lora, tmp_path):
+    """Wide enough for moments of 8 bits; embeddings, head and vectors are treated apart."""
+    pytest.importorskip("peft", reason="peft is not installed (extra: lora)")
+    shape = LlamaConfig(**ODD | {"hidden_size": 90, "intermediate_size": 130})
+    adapters = LoraConfig(rank=5, modules_to_save=["lm_head"]) if lora else None
+    config = TrainingConfig(
+        run_name="x", output_dir=tmp_path, optimizer=optimizer, weights=weights,
+        mixed_precision="bf16",
+    )  # fmt: skip
+    use_deepspeed(None, tmp_path)
+    runtime = start(config)
+    AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path)
+    checkpoint = inspect_checkpoint(tmp_path)
+    scorer = set_up_policy(runtime, checkpoint, config, adapters, dropout=False)
+    engine = runtime.prepare(scorer, make_optimizer(config, scorer))
+    for again in (False, True):
+        engine.backward(engine.model(*arguments(scorer.model)).logprobs.sum(), last=True)
+        if again:
+            found = held(engine)
+        engine.step(1.0)
+    setting = ParallelLayout(precision="bf16", weights=weights, optimizer=optimizer)
+    parameters = with_adapters(parameter_shapes(shape), adapters)
+    assert found == {
+        "parameters": weight_bytes(parameters, setting),
+        "gradients": gradient_bytes(parameters, setting),
+        "optimizer": optimizer_bytes(parameters, setting),
+    }
 
 
 def sizes(**changes) -> Sizes:

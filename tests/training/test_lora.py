@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from modern_llm.cli import main
 from modern_llm.config import (
@@ -17,6 +18,7 @@ from modern_llm.config import (
     TrainingConfig,
 )
 from modern_llm.config.errors import ConfigError, UserError
+from modern_llm.setup import policy
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
 from modern_llm.training.train_sft import run_sft
 from tests.helpers.ranks import run_ranks
@@ -218,3 +220,36 @@ def test_contradictions_are_refused_at_construction(trained, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="names no base model"):
         inspect_checkpoint(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reference", ["cache", "model"])
+def test_a_frozen_base_in_16_bits_changes_no_number(
+    reference, tiny_checkpoint, tiny_pairs, tmp_path, monkeypatch
+):
+    """Under autocast a product rounds its weights anyway; the base then needs half the memory."""
+    settings = {"mixed_precision": "bf16", "max_steps": 4}
+    real, kinds = policy.round_products, []
+
+    def noted(model, precision):
+        real(model, precision)
+        frozen = [(n, p.dtype) for n, p in model.named_parameters() if not p.requires_grad]
+        kinds.append({n for n, dtype in frozen if dtype == torch.bfloat16})
+        assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+    def run(name: str) -> Path:
+        options = {"reference": reference}
+        return dpo(tiny_checkpoint, tiny_pairs, tmp_path / name, dpo_config=options, **settings)
+
+    monkeypatch.setattr(policy, "round_products", noted)
+    rounded = run("rounded")
+    monkeypatch.setattr(policy, "round_products", lambda model, precision: None)
+    whole = run("whole")
+    assert sum("_proj.base_layer.weight" in name for name in kinds[0]) == 7 * 2
+    assert losses(rounded.parent) == losses(whole.parent)
+    first, second = (load_file(place / "adapter_model.safetensors") for place in (rounded, whole))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    out = tmp_path / "merged"
+    assert main(["export", "--model", str(rounded), "--output", str(out), "--merge"]) == 0
+    merged = load_file(out / "model.safetensors")
+    assert not any(torch.equal(t, t.bfloat16().float()) for n, t in merged.items() if "_proj" in n)

@@ -12,13 +12,8 @@ import transformers as tf
 from torch import nn
 
 from modern_llm.config import TrainingConfig
-from modern_llm.training.optim import (
-    decayed,
-    is_due,
-    learning_rate,
-    make_optimizer,
-    set_learning_rate,
-)
+from modern_llm.training.optim import is_due, learning_rate, set_learning_rate
+from modern_llm.training.optimizers import decayed, make_optimizer
 
 
 def config(**changes):

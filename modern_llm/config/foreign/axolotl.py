@@ -26,7 +26,7 @@ ROWS = {
     "cosine_min_lr_ratio": Row("train.min_learning_rate_ratio", "number"),
     "warmup_steps": Row("train.warmup_steps", "warmup"),
     "warmup_ratio": Row("train.warmup_ratio", "ratio"),
-    "optimizer": Row("", "optimizer"),
+    "optimizer": Row("train.optimizer", "optimizer"),
     "weight_decay": Row("train.weight_decay", "number"),
     "adam_beta1": Row("train.adam_beta1", "number"),
     "adam_beta2": Row("train.adam_beta2", "number"),
@@ -223,7 +223,7 @@ NO_EQUIVALENT = {
         "unfrozen_parameters freeze_mm_modules lisa_n_layers lisa_step_interval "
         "lisa_layers_attribute reinit_weights"
     ),
-    "AdamW with one learning rate and one of three schedules is the only optimizer": (
+    "an optimizer has one learning rate, one of three schedules and no further options": (
         "optim_args optim_target_modules lr_scheduler_kwargs lr_quadratic_warmup lr_div_factor "
         "lr_groups embedding_lr embedding_lr_scale cosine_constant_lr_ratio eta_min adam_beta3 "
         "adam_epsilon2 jagged_restart_steps jagged_restart_warmup_steps "

@@ -38,7 +38,7 @@ ROWS = {
     "load_best_model_at_end": Row("train.keep_best", "flag", BEST),
     "metric_for_best_model": Row("train.best_metric", "best_metric"),
     "seed": Row("train.seed"),
-    "optim": Row("", "optimizer"),
+    "optim": Row("train.optimizer", "optimizer"),
 }
 
 NOT_NEEDED = {
@@ -90,7 +90,7 @@ NOT_NEEDED = {
 }
 
 NO_EQUIVALENT = {
-    "AdamW with float32 moments is the only optimizer": "optim_args optim_target_modules",
+    "an optimizer has no further options": "optim_args optim_target_modules",
     "the backend and mode of the compiler are not options": (
         "torch_compile_backend torch_compile_mode"
     ),

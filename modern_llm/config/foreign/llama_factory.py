@@ -32,6 +32,7 @@ ROWS = {
     "cutoff_len": Row(
         LENGTH, "same", "an over-long prompt loses its start, then the response its end"
     ),
+    "use_muon": Row("train.optimizer", "muon_flag"),
     "early_stopping_steps": Row("train.early_stopping_patience", "positive"),
     "max_samples": Row("data.max_examples", "positive"),
     "val_size": Row("data.eval_fraction", "share"),
@@ -116,8 +117,8 @@ NO_EQUIVALENT = {
         "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules use_llama_pro "
         "freeze_vision_tower freeze_multi_modal_projector freeze_language_model"
     ),
-    "AdamW with float32 moments is the only optimizer": (
-        "optim_args optim_target_modules use_adam_mini use_muon use_galore galore_target "
+    "optimizers are adamw, adamw_8bit, muon and adafactor, without further options": (
+        "optim_args optim_target_modules use_adam_mini use_galore galore_target "
         "galore_rank galore_update_interval galore_scale galore_proj_type galore_layerwise "
         "use_apollo apollo_target apollo_rank apollo_update_interval apollo_scale apollo_proj "
         "apollo_proj_type apollo_scale_type apollo_layerwise apollo_scale_front use_badam "

@@ -129,15 +129,15 @@ def snapshot(
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     for piece in mine:
-        count = optimizer.state.get(piece.owner, {}).get("step")
+        count = piece.count(optimizer)
         if count is not None:
-            moments[f"step/{piece.name}"] = torch.tensor(float(count))
-        parts = {key: piece.moment(optimizer, key) for key in MOMENTS}
-        for key, tensor in {None: piece.weight, **parts}.items():
-            if tensor is None:
-                continue
-            tensor = tensor.view(shapes[piece.name]) if whole else tensor
-            if copied or not whole:  # pieces are views of one buffer, which safetensors refuses
+            moments[f"step/{piece.name}"] = count
+        size, shape = piece.data.numel(), shapes[piece.name]
+        for key, tensor in {None: piece.weight, **piece.moments(optimizer)}.items():
+            tensor = tensor.view(shape) if whole and tensor.numel() == size else tensor
+            # Pieces are views of one buffer, and a table of codes belongs to many parameters:
+            # safetensors refuses both.
+            if copied or not whole or tensor.numel() < size:
                 tensor = tensor.to("cpu", copy=True)
             if key is None:
                 weights[piece.name] = tensor
@@ -168,18 +168,23 @@ def load_state(checkpoint: Path, engine: Engine, guards: GuardState) -> None:
     optimizer = base_optimizer(engine)
     stored, weights = Shards(checkpoint, OPTIMIZER), Shards(checkpoint, WEIGHTS)
     parameters = dict(engine.inner.named_parameters())
+    saved = stored.keys_of()
     for piece in pieces(engine):
         heartbeat.tick()
-        end = piece.start + piece.weight.numel()
-        shape, dtype = whole_shape(parameters[piece.name]), piece.weight.dtype
+        end = piece.start + piece.data.numel()
+        shape = whole_shape(parameters[piece.name])
         # Under bfloat16 DeepSpeed made its float32 weights from rounded ones: read them again.
-        piece.weight.copy_(weights.read(piece.name, piece.start, end, shape, dtype))
-        if f"step/{piece.name}" not in stored.names():
-            continue  # the parameter never had a gradient, so AdamW has no state for it
+        piece.write(weights.read(piece.name, piece.start, end, shape, piece.dtype))
+        keys = saved.get(piece.name, set())
+        if not keys:
+            continue  # the parameter never had a gradient, so the optimizer has no state for it
+        if not keys <= {"step", *MOMENTS}:
+            heartbeat.tick()
+            piece.restore(optimizer, {k: stored.as_written(f"{k}/{piece.name}") for k in keys})
+            continue
         count = stored.read(f"step/{piece.name}", 0, 1, torch.Size(()), torch.float32)
         piece.make_moments(optimizer, float(count))
-        for key in MOMENTS:
-            moment = piece.moment(optimizer, key)
+        for key, moment in piece.moments(optimizer).items():
             heartbeat.tick()
             part = stored.read(f"{key}/{piece.name}", piece.start, end, shape, moment.dtype)
             moment.copy_(part)

@@ -25,7 +25,7 @@ from modern_llm.training.checkpointing.saver import (
 )
 from modern_llm.training.context import Resume, TrainingContext
 from modern_llm.training.guards.state import GuardState, no_spikes
-from modern_llm.training.optim import make_optimizer
+from modern_llm.training.optimizers import make_optimizer
 from modern_llm.training.run.folder import RunFolder
 from modern_llm.training.task import Task
 from modern_llm.training.window import Window

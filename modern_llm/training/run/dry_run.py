@@ -29,7 +29,7 @@ from modern_llm.models.load import inspect_checkpoint, load_tokenizer
 from modern_llm.models.scorer import TokenScorer
 from modern_llm.storage import temporary
 from modern_llm.training.monitoring.metrics import peak_memory_gb
-from modern_llm.training.optim import make_optimizer
+from modern_llm.training.optimizers import make_optimizer
 from modern_llm.training.run.folder import RunFolder
 from modern_llm.training.task import Task
 

@@ -13,6 +13,7 @@ from modern_llm.config.plugins import loaded_plugins
 from modern_llm.distributed import notebook
 from modern_llm.distributed.runtime import Runtime, start
 from modern_llm.training.monitoring.trackers import check_trackers
+from modern_llm.training.optimizers import check_optimizer
 from modern_llm.training.run.dry_run import DryRun
 from modern_llm.training.run.folder import RunFolder
 
@@ -51,6 +52,7 @@ def open_run(
         config = dataclasses.replace(config, learning_rate=rate)
     record = record_of(**sections, plugins=loaded_plugins() or None, train=config)
     runtime = start(config, record)
+    check_optimizer(runtime, config)
     if config.batch_size < runtime.world:
         raise UserError(
             f"train.batch_size {config.batch_size} is smaller than the {runtime.world} processes, "

@@ -38,6 +38,7 @@ RULES: dict[str, Callable[[Request, str, Any, str], Found]] = {
     "fp16": train_rules.fp16,
     "best_metric": train_rules.best_metric,
     "optimizer": train_rules.optimizer,
+    "muon_flag": train_rules.muon_flag,
     "every": train_rules.every,
     "strategy": train_rules.strategy,
     "per_epoch": train_rules.per_epoch,

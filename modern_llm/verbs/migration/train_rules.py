@@ -23,6 +23,12 @@ SCHEDULES = {
     "constant": "constant", "constant_with_warmup": "constant",
 }  # fmt: skip
 
+OPTIMIZERS = {
+    "muon": "its updates have the scale of AdamW's; embeddings, head and vectors use AdamW",
+    "adafactor": "the learning rate is a share of each weight's size",
+}
+"""Optimizers of the same name -> what differs."""
+
 
 def same(request: Request, name: str, value: Any, ours: str) -> Found:
     return Found({ours: value})
@@ -151,11 +157,23 @@ def best_metric(request: Request, name: str, value: Any, ours: str) -> Found:
 
 def optimizer(request: Request, name: str, value: Any, ours: str) -> Found:
     word = str(value).rpartition(".")[2].lower()
+    for known, note in OPTIMIZERS.items():
+        if known in word:
+            return Found({ours: known}, note)
     if "adamw" not in word:
-        raise NoEquivalent("AdamW is the only optimizer")
+        raise NoEquivalent("optimizers are adamw, adamw_8bit, muon and adafactor")
+    if re.search(r"8.?bit", word):
+        paged = "the moments are not paged to the host" if "paged" in word else ""
+        return Found({ours: "adamw_8bit"}, paged)
     if re.search(r"bit|paged|anyprecision|ao", word):
         return Found({}, "AdamW with float32 moments is used")
-    raise Off("AdamW is always used")
+    raise Off("AdamW is the default")
+
+
+def muon_flag(request: Request, name: str, value: Any, ours: str) -> Found:
+    if not truth(value):
+        raise Off("not set")
+    return Found({ours: "muon"}, OPTIMIZERS["muon"])
 
 
 def every(request: Request, name: str, value: Any, ours: str) -> Found:
