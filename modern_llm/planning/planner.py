@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from modern_llm.config import LoraConfig
 from modern_llm.config.errors import ConfigError, UserError
-from modern_llm.planning.memory import Memory, ParallelLayout, Parameter, Sizes, plan_memory
+from modern_llm.planning.communication import sent_bytes
+from modern_llm.planning.memory import ParallelLayout, Parameter, Sizes, plan_memory
 from modern_llm.storage.untrusted import finite, json_lines
 
 USABLE = 0.9
@@ -151,7 +152,8 @@ def plan(
 
     Returns:
         `rows` (one for each preset, with the reference cached and live: bytes by part, whether it
-        fits, the largest token budget), `recommended`, `launch`, and, where a throughput is known,
+        fits, the largest token budget, and `sent`, the bytes that a GPU sends in a step of one
+        forward by kind), `recommended`, `launch`, and, where a throughput is known,
         `seconds` and `cost`.
     """
     parameters = with_adapters(shapes, request.lora)
@@ -232,7 +234,8 @@ class _Planner:
             tokens = self._tokens(name, live, checkpointing)
             if tokens is not None:
                 break
-        memory = self._memory(name, live, checkpointing, tokens or self._least)
+        setting = self._layout(name, live, checkpointing, tokens or self._least)
+        memory = plan_memory(self._parameters, self._sizes, setting)
         return {
             "preset": name,
             "reference": "model" if live else "cache",
@@ -242,6 +245,7 @@ class _Planner:
             "device": memory.device,
             "device_total": memory.device_total,
             "host": memory.host,
+            "sent": sent_bytes(self._parameters, setting, 1),
         }
 
     def _tokens(self, name: str, live: bool, checkpointing: bool) -> int | None:
@@ -261,9 +265,11 @@ class _Planner:
         return low
 
     def _fits(self, name: str, live: bool, checkpointing: bool, tokens: int) -> bool:
-        return self._memory(name, live, checkpointing, tokens).device_total <= self._usable
+        setting = self._layout(name, live, checkpointing, tokens)
+        found = plan_memory(self._parameters, self._sizes, setting)
+        return found.device_total <= self._usable
 
-    def _memory(self, name: str, live: bool, checkpointing: bool, tokens: int) -> Memory:
+    def _layout(self, name: str, live: bool, checkpointing: bool, tokens: int) -> ParallelLayout:
         setting = ParallelLayout(
             world=self._request.gpus,
             precision=self._request.precision,
@@ -275,7 +281,7 @@ class _Planner:
             weights=self._request.weights,
             optimizer=self._request.optimizer,
         )
-        return plan_memory(self._parameters, self._sizes, replace(setting, **PRESETS[name].setting))
+        return replace(setting, **PRESETS[name].setting)
 
 
 def _launch(request: PlanRequest, row: dict[str, Any]) -> str:

@@ -246,9 +246,10 @@ def test_parts_move_as_they_must():
     assert gradient_bytes(frozen, ParallelLayout()) == gradient_bytes(parameters, ParallelLayout())
 
 
-def test_the_table_in_the_documentation_is_what_is_computed():
+@pytest.mark.parametrize("script", ["memory_table.py", "plan_table.py"])
+def test_a_table_in_the_documentation_is_what_is_computed(script):
     docs = Path(__file__).resolve().parents[2] / "docs" / "reference"
     printed = subprocess.run(
-        [sys.executable, docs / "memory_table.py"], text=True, capture_output=True, check=True
+        [sys.executable, docs / script], text=True, capture_output=True, check=True
     )
     assert printed.stdout.strip() in (docs / "memory.md").read_text()

@@ -188,6 +188,19 @@ def test_a_resumed_run_is_bitwise_the_run_without_a_break(name, background, file
 
 
 @pytest.mark.slow
+def test_weights_in_halves_move_and_resume_bitwise(files, tmp_path):
+    halves = {"weights": "bfloat16", "mixed_precision": "bf16", "save_every": 3}
+    whole = our_run(files, CASES[WINDOWS], tmp_path / "whole", **halves)
+    with broken_at(8), pytest.raises(KeyboardInterrupt):
+        our_run(files, CASES[WINDOWS], tmp_path / "broken", **halves)
+    assert our_run(files, CASES[WINDOWS], tmp_path / "broken", **halves) == whole
+    near(whole, plain_loop(files, CASES[WINDOWS]), within=0.02)
+    at = [3, 6, 9]  # a policy that has just been copied is its own reference, also when split
+    copied = our_run(files, Case(3, 1.0), tmp_path / "copied", **halves)
+    assert [copied[i] for i in at] == pytest.approx([math.log(2)] * 3, abs=5e-3)
+
+
+@pytest.mark.slow
 def test_a_stop_while_a_window_is_scored_resumes_exactly(files, tmp_path, monkeypatch):
     case = CASES[WINDOWS]
     whole = our_run(files, case, tmp_path / "whole")

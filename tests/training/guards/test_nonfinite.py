@@ -32,7 +32,7 @@ def state_of(engine) -> str:
 
     digest, optimizer = hashlib.sha256(), base_optimizer(engine)
     for piece in pieces(engine):
-        for tensor in (piece.weight, *(piece.moments(optimizer)[key] for key in MOMENTS)):
+        for tensor in (piece.weight, *(piece.moments(optimizer).get(key) for key in MOMENTS)):
             digest.update(b"none" if tensor is None else tensor.contiguous().numpy().tobytes())
     for parameter in engine.inner.parameters():
         # Weights that forwards read. Under ZeRO-3 only this rank's shard: whole ones are temporary.
