@@ -127,9 +127,10 @@ class TrainingConfig:
     mixed_precision: Accepted[Literal["no", "fp32", "bf16", "fp16"]] = "no"
     """Dtype of the forward: float32 ("no", "fp32"), bfloat16 or float16 (GPU only).
     Weights that are trained stay float32, see `weights`."""
-    gradient_checkpointing: Free[bool | Literal["selective"]] = False
+    gradient_checkpointing: Free[bool | Literal["selective", "offload"]] = False
     """Recompute activations in the backward pass: less memory, about a third more time. selective
-    keeps the results of matrix products and attention: less is saved, little is made again."""
+    keeps the results of matrix products and attention: less is saved, little is made again. offload
+    keeps the layers' inputs in the host's memory (GPU only): least memory for long rows."""
     compile: Free[bool] = False
     """`torch.compile` the decoder layers."""
     attention: Free[Literal["auto", "tree", "separate", "blocks", "flex", "mask"]] = "auto"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
+from modern_llm.config.errors import UserError
 from modern_llm.models.attention.flex import set_up_compiler
 
 
@@ -46,12 +50,18 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def recompute_activations(model: PreTrainedModel, *, selective: bool = False) -> None:
+def recompute_activations(
+    model: PreTrainedModel, *, selective: bool = False, offload: bool = False
+) -> None:
     """Keep only each layer's input for the backward pass, and recompute the rest.
 
     Args:
         selective: also keep the results of matrix products and attention, so that only cheap
             operations (norms, rotary positions, gated products, sums) are recomputed.
+        offload: keep the inputs in the host's memory.
+
+    Raises:
+        UserError: `offload`, and the model recomputes in a way of its own.
     """
     options: dict[str, object] = {"use_reentrant": False}
     if selective:
@@ -59,6 +69,34 @@ def recompute_activations(model: PreTrainedModel, *, selective: bool = False) ->
     # Renamed in transformers 5.2x; the old name exists until version 6.
     new = getattr(model, "activation_checkpointing_enable", None)
     (new or model.gradient_checkpointing_enable)(options)
+    layers = [m for m in model.modules() if hasattr(m, "_gradient_checkpointing_func")]
+    if offload and not layers:
+        raise UserError(
+            f"train.gradient_checkpointing offload: {type(model).__name__} recomputes activations "
+            "in a way of its own: use true"
+        )
+    for layer in layers if offload else ():
+        layer._gradient_checkpointing_func = partial(
+            _with_inputs_on_host, layer._gradient_checkpointing_func
+        )
+
+
+def _with_inputs_on_host(checkpoint: Callable[..., Any], *of: object, **more: object) -> Any:
+    # The hooks see what `checkpoint` saves of its inputs; inside it has hooks of its own.
+    with saved_tensors_hooks(_to_host, _to_device):
+        return checkpoint(*of, **more)
+
+
+def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
+    # Pinned, so that the device copies by itself while the host prepares the next layer.
+    pinned = tensor.device.type == "cuda"
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+    return tensor.device, copy.copy_(tensor.detach(), non_blocking=pinned)
+
+
+def _to_device(kept: tuple[torch.device, Tensor]) -> Tensor:
+    device, copy = kept
+    return copy.to(device, non_blocking=True)
 
 
 # By name, because some exist only on some devices, and FlexAttention is not an aten operator: in a

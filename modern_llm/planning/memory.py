@@ -84,6 +84,8 @@ class ParallelLayout:
     """Target positions among them; by default all."""
     checkpointing: bool = False
     """Whether activations are recomputed in the backward pass."""
+    offload_activations: bool = False
+    """Whether the inputs that recomputation starts from are in the host's memory."""
     background_saving: bool = False
     """Whether a copy of weights and moments is written while training continues."""
     row: int | None = None
@@ -123,6 +125,8 @@ def plan_memory(parameters: Sequence[Parameter], sizes: Sizes, setting: Parallel
     if setting.background_saving:
         memory.host["saving"] = _saving_bytes(parameters, setting)
     memory.device["activations"] = activation_bytes(sizes, setting)
+    if setting.offload_activations:
+        memory.host["activations"] = input_bytes(sizes, setting)
     memory.device["head"] = head_bytes(sizes, setting)
     memory.device["buffers"] = _buffer_bytes(parameters, sizes, setting)
     return memory
@@ -203,8 +207,14 @@ def activation_bytes(sizes: Sizes, setting: ParallelLayout) -> int:
     norms = NORMS[setting.item, ITEM[setting.precision]]
     layer = ITEM[setting.precision] * products + norms * sizes.hidden
     if setting.checkpointing:
-        return setting.tokens * (layer + sizes.layers * setting.item * sizes.hidden)
+        inputs = 0 if setting.offload_activations else input_bytes(sizes, setting)
+        return setting.tokens * layer + inputs
     return setting.tokens * layer * sizes.layers
+
+
+def input_bytes(sizes: Sizes, setting: ParallelLayout) -> int:
+    """Return the bytes of the inputs of all layers, from which recomputation starts."""
+    return setting.tokens * sizes.layers * setting.item * sizes.hidden
 
 
 def head_bytes(sizes: Sizes, setting: ParallelLayout) -> int:

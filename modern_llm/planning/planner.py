@@ -79,6 +79,7 @@ class PlanRequest:
     background_saving: bool = False
     weights: str = "float32"
     optimizer: str = "adamw"
+    offload_activations: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -280,6 +281,7 @@ class _Planner:
             background_saving=self._request.background_saving,
             weights=self._request.weights,
             optimizer=self._request.optimizer,
+            offload_activations=checkpointing and self._request.offload_activations,
         )
         return replace(setting, **PRESETS[name].setting)
 
@@ -299,7 +301,8 @@ def _launch(request: PlanRequest, row: dict[str, Any]) -> str:
     words.append(f"--train.mixed_precision {request.precision}")
     words.append(f"--train.tokens_per_micro_batch {row['tokens']}")
     if row["checkpointing"]:
-        words.append("--train.gradient_checkpointing true")
+        mode = "offload" if request.offload_activations else "true"
+        words.append(f"--train.gradient_checkpointing {mode}")
     if request.weights != "float32":
         words.append(f"--train.weights {request.weights}")
     if request.optimizer != "adamw":

@@ -86,7 +86,8 @@ def set_up_scorer(
             rows,
         )
     if config.gradient_checkpointing:
-        recompute_activations(model, selective=config.gradient_checkpointing == "selective")
+        mode = config.gradient_checkpointing
+        recompute_activations(model, selective=mode == "selective", offload=mode == "offload")
     if config.compile:
         compile_layers(model)
     return scorer

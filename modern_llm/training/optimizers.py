@@ -28,7 +28,7 @@ OPERAND_NAME = re.compile(
 
 
 def check_optimizer(runtime: Runtime, config: TrainingConfig) -> None:
-    """Refuse an optimizer, or a dtype of weights, that cannot work here, before loading."""
+    """Refuse an optimizer, or a way to save memory, that cannot work here, before loading."""
     engine = "FSDP" if runtime.stage is None else f"ZeRO-{runtime.stage}"
     sharded = runtime.stage is not None or runtime.shards_weights
     missing = importlib.util.find_spec("bitsandbytes") is None
@@ -48,6 +48,11 @@ def check_optimizer(runtime: Runtime, config: TrainingConfig) -> None:
             f"train.weights bfloat16: {engine} keeps its own copies of the weights: leave it out "
             "(ZeRO's forwards read bfloat16 weights in any case), or use "
             "accelerate_configs/ddp.yaml",
+        ),
+        (
+            config.gradient_checkpointing == "offload" and runtime.device.type == "cpu",
+            "train.gradient_checkpointing offload needs a GPU: the host's memory is the device's; "
+            "use true on this machine",
         ),
     ]
     problems = [text for broken, text in rules if broken]

@@ -44,7 +44,7 @@ class PlanSettings(Settings):
     """Tokens of prompt and response together; 512 by default."""
     tokens_per_micro_batch: Positive | None = None
     """Tokens of one forward; the largest that fits by default."""
-    gradient_checkpointing: bool | None = None
+    gradient_checkpointing: bool | Literal["offload"] | None = None
     """Recompute activations; only where it is needed to fit by default."""
     steps: Positive | None = None
     """Optimizer steps of the run, for the time."""
@@ -95,10 +95,12 @@ def _request(
         rate = measured_throughput(settings.measured)
     train = run.train if run is not None else None
     precision = settings.mixed_precision or (train.precision if train else "bf16")
-    checkpointing = settings.gradient_checkpointing
+    offload = settings.gradient_checkpointing == "offload"
+    checkpointing = True if offload else settings.gradient_checkpointing
     if checkpointing is None and train is not None and train.gradient_checkpointing:
         # Of `selective` only an upper bound is known.
-        checkpointing = train.gradient_checkpointing is True
+        checkpointing = train.gradient_checkpointing in (True, "offload")
+        offload = train.gradient_checkpointing == "offload"
     # A run is taken to be DPO unless a configuration file says otherwise.
     set_length, default, responses = None, 512, 2
     if stage is not None:
@@ -121,5 +123,6 @@ def _request(
         lora=getattr(run, "lora", None),
         background_saving=train is not None and train.background_saving,
         weights=settings.weights or (train.weights if train else "float32"),
+        offload_activations=offload,
         optimizer=settings.optimizer or (train.optimizer if train else "adamw"),
     )

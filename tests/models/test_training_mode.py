@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,9 @@ from modern_llm.models import training_mode
 from modern_llm.models.attention import flex
 from modern_llm.models.attention.flex import SIDE
 from modern_llm.models.load import make_scorer
+from modern_llm.models.shapes import decoder_sizes
 from modern_llm.models.training_mode import compile_layers, decoder_layers, recompute_activations
+from modern_llm.planning.memory import ParallelLayout, Sizes, activation_bytes, plan_memory
 from modern_llm.setup.micro_batches import make_source
 from modern_llm.training.tasks.base import shared_metrics, usage_sums
 from tests.helpers.models import make_model, plain_sums, random_pairs, score
@@ -96,12 +99,12 @@ class Calls(TorchDispatchMode):
         weakref.finalize(storage, gone)
 
 
-def work(selective: bool | None) -> tuple[int, int]:
+def work(selective: bool | None, *, offload: bool = False) -> tuple[int, int]:
     """Return the matrix products of forward and backward, and the bytes kept between them."""
     scorer = make_scorer(make_model("llama"), "mask", lean=False)
     scorer.model.train()
     if selective is not None:
-        recompute_activations(scorer.model, selective=selective)
+        recompute_activations(scorer.model, selective=selective, offload=offload)
     gc.collect()
     calls = Calls()
     with calls:
@@ -116,6 +119,46 @@ def test_recomputing_selectively_repeats_no_product_and_keeps_less():
     plain, whole, selective = work(None), work(False), work(True)
     assert whole[0] > plain[0] == selective[0], "products"
     assert whole[1] < selective[1] < 0.85 * plain[1], "bytes between forward and backward"
+
+
+def test_offloaded_inputs_leave_the_device_and_change_no_number(monkeypatch):
+    """An array stands for the host's memory here: torch does not count it among its tensors."""
+    rows = random_pairs([(120, 60, 50)] * 4)
+
+    def trained(**mode) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        scorer = make_scorer(make_model("llama"), "mask", lean=False)
+        scorer.model.train()
+        recompute_activations(scorer.model, **mode)
+        sums, _ = score(scorer, rows)
+        sums.sum().backward()
+        return sums.detach(), {n: p.grad for n, p in scorer.named_parameters()}
+
+    sums, expected = trained()
+    found, gradients = trained(offload=True)
+    assert torch.equal(found, sums)
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+    sizes = []
+
+    def to_array(tensor):
+        sizes.append(tensor.numel() * tensor.element_size())
+        return tensor.detach().numpy().copy()
+
+    before = work(False)
+    monkeypatch.setattr(training_mode, "_to_host", to_array)
+    monkeypatch.setattr(training_mode, "_to_device", torch.from_numpy)
+    after = work(False, offload=True)
+    config = make_model("llama").config
+    assert len(sizes) == config.num_hidden_layers and after[0] == before[0]
+    # The first input is also the embedding's result, and the last layer's stays until its backward.
+    assert before[1] - after[1] >= sum(sizes) - 2 * sizes[0]
+    tokens = sizes[0] // (4 * config.hidden_size)
+    setting = ParallelLayout(tokens=tokens, checkpointing=True, offload_activations=True)
+    memory = plan_memory([], Sizes(**decoder_sizes(config)), setting)
+    assert memory.host["activations"] == sum(sizes)
+    kept = activation_bytes(
+        Sizes(**decoder_sizes(config)), replace(setting, offload_activations=False)
+    )
+    assert kept - memory.device["activations"] == sum(sizes)
 
 
 @pytest.mark.slow

@@ -192,6 +192,18 @@ def test_a_missing_library_is_one_line(tiny_pairs, tmp_path, monkeypatch, capsys
                              "pip install bitsandbytes")  # fmt: skip
 
 
+def test_offloaded_activations_need_a_gpu(tiny_pairs, tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    arguments = (
+        f"dpo --sft_checkpoint {tmp_path / 'none'} --train.run_name x --train.output_dir "
+        f"{tmp_path / 'run'} --data.dataset_name {tiny_pairs} "
+        "--train.gradient_checkpointing offload"
+    )
+    assert main(arguments.split()) == 2
+    assert "gradient_checkpointing offload needs a GPU" in capsys.readouterr().err
+
+
 def test_muon_takes_the_matrices_of_layers_alone():
     model = make_model("llama")
     settings = config(Path("x"), optimizer="muon")

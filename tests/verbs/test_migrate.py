@@ -334,3 +334,17 @@ def test_a_foreign_option_in_our_file_or_command_line_is_recognised(tmp_path, ca
 def test_a_spelling_is_still_recognised():
     with pytest.raises(ValueError, match="did you mean --train.learning_rate"):
         read_settings(DpoSettings, ["--train.lerning_rate", "1"], "dpo")
+
+
+def test_optimizers_and_offloaded_activations(migrated):
+    """`activation_offloading` is a way to recompute here, so the two options become one."""
+    for value, expected in {
+        "adamw_torch_fused": "adamw", "paged_adamw_8bit": "adamw_8bit", "adafactor": "adafactor",
+        "muon": "muon",
+    }.items():  # fmt: skip
+        text = f"model_name_or_path: m\ndataset_name: d\noptim: {value}\noutput_dir: o\n"
+        text += "beta: 0.1\nactivation_offloading: true\n"
+        result, run = migrated(text, "run.yaml", "--stage", "dpo", "--force")
+        assert run.train.optimizer == expected
+        assert run.train.gradient_checkpointing == "offload"
+        assert groups(result)["activation_offloading"] == "differs"

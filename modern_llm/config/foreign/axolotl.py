@@ -28,16 +28,17 @@ ROWS = {
     "warmup_ratio": Row("train.warmup_ratio", "ratio"),
     "optimizer": Row("train.optimizer", "optimizer"),
     "weight_decay": Row("train.weight_decay", "number"),
-    "adam_beta1": Row("train.adam_beta1", "number"),
-    "adam_beta2": Row("train.adam_beta2", "number"),
-    "adam_epsilon": Row("train.adam_epsilon", "number"),
-    "adam_eps": Row("train.adam_epsilon", "number"),
+    "adam_beta1": Row("train.adam_beta1", "adam"),
+    "adam_beta2": Row("train.adam_beta2", "adam"),
+    "adam_epsilon": Row("train.adam_epsilon", "adam"),
+    "adam_eps": Row("train.adam_epsilon", "adam"),
     "max_grad_norm": Row("train.max_grad_norm", "grad_norm"),
     "bf16": Row("train.mixed_precision", "bf16"),
     "bfloat16": Row("train.mixed_precision", "bf16"),
     "fp16": Row("train.mixed_precision", "fp16"),
     "float16": Row("train.mixed_precision", "fp16"),
-    "gradient_checkpointing": Row("train.gradient_checkpointing", "flag"),
+    "activation_offloading": Row("train.gradient_checkpointing", "offloaded"),
+    "gradient_checkpointing": Row("train.gradient_checkpointing", "recompute"),
     "torch_compile": Row("train.compile", "flag"),
     "load_best_model_at_end": Row("train.keep_best", "flag", BEST),
     "metric_for_best_model": Row("train.best_metric", "best_metric"),
@@ -235,8 +236,7 @@ NO_EQUIVALENT = {
         "expert_parallel_token_capacity deepcompile"
     ),
     "how activations are recomputed is fixed": (
-        "gradient_checkpointing_kwargs selective_checkpointing activation_offloading "
-        "layer_offloading"
+        "gradient_checkpointing_kwargs selective_checkpointing layer_offloading"
     ),
     "the order of the data depends on the seed alone, not on lengths or difficulty": (
         "group_by_length curriculum_sampling dataloader_drop_last"

@@ -29,6 +29,7 @@ ROWS = {
     "dataset_test_split": Row("data.eval_split", "eval_split"),
     "datasets": Row("data.sources", "trl_sources"),
     "test_split_size": Row("data.eval_fraction", "share"),
+    "activation_offloading": Row("train.gradient_checkpointing", "offloaded"),
     # DPOConfig
     "beta": Row("dpo.beta", "number"),
     "loss_type": Row("dpo.loss_type", "loss_type"),
@@ -99,9 +100,6 @@ NO_EQUIVALENT = {
         "use_bnb_nested_quant model_adapter_name ref_adapter_name"
     ),
     "data is tokenised once into a table on disk": "dataset_streaming streaming",
-    "activations stay on the device; train.gradient_checkpointing saves memory": (
-        "activation_offloading"
-    ),
     "models are not patched": "ignore_bias_buffers",
     "set environment variables in the shell": "env",
 }

@@ -56,6 +56,13 @@ def number(request: Request, name: str, value: Any, ours: str) -> Found:
     return Found({ours: number})
 
 
+def adam(request: Request, name: str, value: Any, ours: str) -> Found:
+    chosen = request.values.get("optim") or request.values.get("optimizer") or ""
+    if "adafactor" in str(chosen).lower():
+        raise Off("adafactor does not use it")
+    return number(request, name, value, ours)
+
+
 def positive(request: Request, name: str, value: Any, ours: str) -> Found:
     number = as_number(value)
     if number is None or number <= 0:
@@ -67,6 +74,18 @@ def flag(request: Request, name: str, value: Any, ours: str) -> Found:
     if isinstance(value, str) and value.lower() not in ("true", "false"):
         return Found({ours: True}, "activations are recomputed, not kept elsewhere")
     return Found({ours: truth(value)})
+
+
+def recompute(request: Request, name: str, value: Any, ours: str) -> Found:
+    if truth(request.values.get("activation_offloading")):
+        raise Off("part of activation_offloading here")
+    return flag(request, name, value, ours)
+
+
+def offloaded(request: Request, name: str, value: Any, ours: str) -> Found:
+    if not truth(value):
+        raise Off("not set")
+    return Found({ours: "offload"}, "the inputs of layers, from which the rest is recomputed")
 
 
 def not_flag(request: Request, name: str, value: Any, ours: str) -> Found:
