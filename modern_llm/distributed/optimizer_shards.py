@@ -53,7 +53,7 @@ class Piece:
         """
         return self.data if self.rest is None else join_halves(self.data.cpu(), self.rest.cpu())
 
-    def write(self, weights: Tensor) -> None:
+    def set_weight(self, weights: Tensor) -> None:
         """Set the weights that the optimizer updates to float32 `weights` (n,)."""
         if self.rest is None:
             self.data.copy_(weights)

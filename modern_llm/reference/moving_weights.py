@@ -85,6 +85,6 @@ def _on_host(engine: Engine) -> dict[str, Tensor]:
 @torch.no_grad()
 def _write(engine: Engine, tensors: dict[str, Tensor]) -> None:
     for piece in pieces(engine):
-        piece.write(tensors[piece.name])
+        piece.set_weight(tensors[piece.name])
         heartbeat.tick()
     engine.use_written_weights()

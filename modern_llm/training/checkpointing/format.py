@@ -174,7 +174,7 @@ def load_state(checkpoint: Path, engine: Engine, guards: GuardState) -> None:
         end = piece.start + piece.data.numel()
         shape = whole_shape(parameters[piece.name])
         # Under bfloat16 DeepSpeed made its float32 weights from rounded ones: read them again.
-        piece.write(weights.read(piece.name, piece.start, end, shape, piece.dtype))
+        piece.set_weight(weights.read(piece.name, piece.start, end, shape, piece.dtype))
         keys = saved.get(piece.name, set())
         if not keys:
             continue  # the parameter never had a gradient, so the optimizer has no state for it
