@@ -175,7 +175,8 @@ def test_the_turns_that_are_trained_on(migrated):
         _, run = migrated(text, "run.yaml", "--force")
         assert run.data.targets == targets
     text = "output_dir: out\nlearning_rate: 1e-5\nassistant_only_loss: true\n"
-    assert migrated(text, "run.yaml", "--stage", "sft", "--force")[1].data.targets == "all"
+    words = ("--stage", "sft", "--model", "some/model", "--force")
+    assert migrated(text, "run.yaml", *words)[1].data.targets == "all"
 
 
 def test_a_yaml_file_of_trl(migrated):
