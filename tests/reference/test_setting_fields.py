@@ -95,6 +95,8 @@ FIELDS = {
         "reference_checkpoint": (KEY, "{place}/other", {}),
         "reference_digest": (FREE, "{digest}", {"reference": "store"}),
         "reference_store": (FREE, "{store}", {"reference": "store"}),
+        "reference_sync_every": (FREE, 2, {}),
+        "reference_mixup": (FREE, 0.5, {"reference_sync_every": 2}),
         "keep_token_logprobs": (TOKENS, True, {}),
         "flush_every": (FREE, 3, {}),
         "self_check_pairs": (FREE, 2, {}),
