@@ -1,7 +1,7 @@
 """Draw curves of a finished run as one SVG: `python docs/draw_result.py RUN OUT.svg`.
 
-The panels are those of the run's report. `docs/result.svg` is the DPO stage of
-`bash launch/demo.sh`: `python docs/draw_result.py experiments/demo/dpo docs/result.svg`.
+The panels are those of the run's report. `docs/result.svg` is the run of `examples/real_model`:
+`python docs/draw_result.py runs/one-sentence/run docs/result.svg`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from modern_llm.report.figures import Drawing, drawings
 from modern_llm.report.runs import read_runs
 
-SHOWN = ("Loss", "Reward accuracy", "Reward margin")
+SHOWN = ("Loss", "Rewards", "Reward margin")
 WIDTH, HEIGHT, TOP = 331.2, 194.4, 40
 STYLE = """
 svg { --paper: #fff; --ink: #24272b; --grid: #e3e5e8; --run0: #0b62c4; }
@@ -42,7 +42,8 @@ def draw(run: Path) -> str:
 def _panel(drawing: Drawing, at: int) -> str:
     left = at * WIDTH
     keys = " · ".join(
-        f"{'●' if line['points'] else '—'} {line['name']}" for line in drawing.data["series"]
+        f"{'●' if line['points'] else '┄' if number else '—'} {line['name']}"
+        for number, line in enumerate(drawing.data["series"])
     )
     svg = drawing.svg.replace(
         "<svg ", f'<svg x="{left:.1f}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" ', 1

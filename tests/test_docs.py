@@ -214,11 +214,19 @@ def test_the_picture_of_a_result_is_small_and_is_drawn_from_a_run(tmp_path):
     names: dict = {"__name__": "draw_result"}
     exec(compile((ROOT / "docs" / "draw_result.py").read_text(), "draw_result.py", "exec"), names)
     lines = [
-        {"step": step, "loss": 0.7 - step / 10, "rewards/accuracies": 0.5, "rewards/margins": step}
+        {
+            "step": step,
+            "loss": 0.7 - step / 10,
+            "rewards/chosen": step / 2,
+            "rewards/rejected": -step / 2,
+            "rewards/margins": step,
+        }
         for step in (1, 2, 3)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "config.yaml").write_text("train: {run_name: a}\n")
     root = ElementTree.fromstring(names["draw"](tmp_path))
     titles = [text.text for text in root.iter() if text.get("class") == "title"]
-    assert titles == ["Loss", "Reward accuracy", "Reward margin"]
+    assert titles == ["Loss", "Rewards", "Reward margin"]
+    keys = [text.text for text in root.iter() if text.get("class") == "key"]
+    assert keys[1] == "— chosen · ┄ rejected"
