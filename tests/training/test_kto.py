@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from modern_llm.training.train_kto import KTOConfig, run_kto
 from tests.helpers.ranks import run_ranks
 from tests.helpers.steps import broken_at
 from tests.helpers.text import make_checkpoint, make_tokenizer, transcripts, write_jsonl
+from tests.helpers.zero import stage, use_deepspeed
 
 ROWS, BATCH, SEED, STEPS, RATE, LENGTH = 21, 6, 7, 7, 2e-3, 64
 BETA, WEIGHTS = 0.3, (1.5, 0.75)
@@ -155,6 +157,9 @@ def on_a_rank(checkpoint, data, folder) -> dict:
     assert dist.get_world_size() == 2
     live = our_run(checkpoint, data, folder / "live", {"reference": "model"})
     resumed = our_run(checkpoint, data, folder / "resumed", save_every=2)
+    for number in (2, 3) if find_spec("deepspeed") else ():
+        use_deepspeed(stage(number), folder)
+        results[f"ZeRO-{number}"] = our_run(checkpoint, data, folder / f"zero{number}")
     return results | {"live": live, "resumed": resumed}
 
 
