@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,11 +57,13 @@ def lay_out(
         before = here - 1
         if size and start:
             before[0] = start - 1
-        trained = trained_of(none() if gaps is None else gaps[branch], size)
-        trained[: 0 if start else 1] = False
-        sources.append(before[trained])
-        targets.append(here[trained])
-        sums.append(np.full(int(trained.sum()), slot))
+        first = 0 if start else 1
+        kept: Any = slice(first, None)  # a mask costs as much as all of the rest
+        if gaps is not None and len(gaps[branch]):
+            kept = first + np.flatnonzero(trained_of(gaps[branch], size)[first:])
+        sources.append(before[kept])
+        targets.append(here[kept])
+        sums.append(np.full(len(here[kept]), slot))
         at += size
     target = np.concatenate(targets)
     return Sequence(

@@ -110,7 +110,8 @@ class WholeConversations:
         else:
             text, spans = self._measured_spans(messages, trained)
         spans = [(start, end) for start, end in spans if start < end]
-        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+        found = self._tokenizer(str(text), **options)
         ids = np.array(found["input_ids"], np.int32)
         mask, last = np.zeros(len(ids), bool), 0
         for first, end in tokens_of(np.array(found["offset_mapping"]), spans):

@@ -55,10 +55,17 @@ def whole_pair(values: Values, origin: str, before: str = "prompt") -> Preferenc
     )
 
 
-def whole_instruction(values: Values, turns: list[Message], origin: str) -> Instruction:
-    """Every turn of the assistant of weight 1 that follows another turn."""
+def whole_instruction(
+    values: Values, turns: list[Message], origin: str, size: int = 0
+) -> Instruction:
+    """Every turn of the assistant of weight 1 that follows another turn.
+
+    Args:
+        size: turns of a column `prompt`, which are not trained on.
+    """
     turns = _ended(turns)
-    first = next((at for at, message in enumerate(turns) if at and _trained(message)), None)
+    after = range(max(size, 1), len(turns))
+    first = next((at for at in after if _trained(turns[at])), None)
     if first is None:
         raise ContentFault("no turn before the answer")
     prompt = complete(values, [without_weight(message) for message in turns[:first]])

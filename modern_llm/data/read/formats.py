@@ -41,6 +41,7 @@ from modern_llm.data.read.records import (
     Document,
     Instruction,
     LabelledResponse,
+    Message,
     PreferencePair,
     RowFault,
 )
@@ -232,12 +233,14 @@ def _alpaca_fields(values: Values) -> tuple[str, str]:
 def message_instruction(values: Values, origin: str) -> Instruction:
     """The last assistant turn that is trained on and the turns before it; what follows it is left
     out."""
+    prompt: list[Message] = []
     if isinstance(values.get("prompt"), list):
-        turns = [*messages_in(values, "prompt"), *messages_in(values, _response_column(values))]
+        prompt = messages_in(values, "prompt")
+        turns = [*prompt, *messages_in(values, _response_column(values))]
     else:
         turns = messages_in(values, "conversations" if "conversations" in values else "messages")
     if is_whole(values):
-        return whole_instruction(values, turns, origin)
+        return whole_instruction(values, turns, origin, len(prompt))
     spoken = [at for at, message in enumerate(turns) if message["role"] == "assistant"]
     trained = [at for at in spoken if is_trained(turns[at])]
     if not spoken:

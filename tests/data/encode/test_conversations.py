@@ -260,7 +260,9 @@ def test_other_formats_train_on_their_earlier_answers():
     tokenizer = byte_level(chat=MEASURED)
     turns = {"conversation": [{"input": "a", "output": "b"}, {"input": "c", "output": "d"}]}
     history = {"history": [["a", "b"]], "instruction": "c", "output": "d"}
-    rows = (({}, turns), ({"template": "chat"}, history))
+    given = {"prompt": [user("x"), answer("y"), user("a")]}
+    given["completion"] = [answer("b"), user("c"), answer("d")]
+    rows = (({}, turns), ({"template": "chat"}, history), ({}, given))
     for options, row in rows:
         _, (ids, mask) = whole(tokenizer, "answers", row, **options)
         trained = [token for token, mine in zip(ids, mask, strict=True) if mine]
