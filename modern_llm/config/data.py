@@ -254,24 +254,37 @@ class PreferenceDatasetConfig(ConversationDatasetConfig):
         "labels", "system", "tools", "weight", "margin", "question", "context", "response1",
         "response2", "overall_preference", "instruction", "completions", "answers",
         "prompt_ids", "chosen_ids", "chosen_targets", "rejected_ids", "rejected_targets",
+        "responses", "scores", "ranks",
     )  # fmt: skip
 
     formats: ClassVar[list[str]] = [
         "auto", "hh", "shp", "strings", "messages", "sharegpt", "orca", "helpsteer",
-        "ultrafeedback", "nectar", "token_ids",
+        "ultrafeedback", "nectar", "ranking", "token_ids",
     ]  # fmt: skip
     format: Fixed[str] = "auto"
     """How rows are read: hh, shp, strings, messages, sharegpt, orca, helpsteer, ultrafeedback,
-    nectar or token_ids; by default found by their columns."""
+    nectar, ranking or token_ids; by default found by their columns."""
     targets: Fixed[Targets] = "last"
     """Turns of the assistant that are trained on: last, or all. Pairs train on all that follow what
     both conversations begin with."""
+    rankings: Fixed[Literal["best_worst", "all_pairs", "whole"]] = "best_worst"
+    """What a row of several judged responses becomes: the pair of the best and the worst one; all
+    pairs of a better and a worse one; or one example, for dpo.loss_type plackett_luce."""
     pair_values: SameContent[list[Literal["weight", "margin"]]] = Field(
         default_factory=lambda: ["weight", "margin"]
     )
     """Columns of numbers that are read where rows have them. weight multiplies the pair's loss and
     counts it so often in every mean; margin is subtracted in the loss (DPO with an offset, Amini et
     al., 2024). `[]` reads neither."""
+
+    @model_validator(mode="after")
+    def _rankings_of_single_turns(self) -> PreferenceDatasetConfig:
+        if self.rankings != "best_worst" and self.targets != "last":
+            raise ValueError(
+                f"rankings {self.rankings} compares single responses, and targets {self.targets} "
+                "trains on several turns: change one"
+            )
+        return self
 
 
 @section

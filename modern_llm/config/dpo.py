@@ -42,7 +42,8 @@ class DPOConfig(ReferenceConfig):
     loss_type: Fixed[str | list[str]] = "sigmoid"
     """sigmoid, robust, hinge, ipo, exo_pair, nca_pair, bco_pair, sppo_hard, aot, aot_unpaired,
     apo_zero, apo_down, discopop, sigmoid_norm, simpo, orpo, dpop or sft; a list of them is added up
-    (MPO, Wang et al., 2024: sigmoid, bco_pair and sft), each logged as loss/NAME."""
+    (MPO, Wang et al., 2024: sigmoid, bco_pair and sft), each logged as loss/NAME. plackett_luce is
+    the loss of rankings, with data.rankings: whole."""
     loss_weights: Fixed[list[float] | None] = None
     """The coefficients of a list of losses, one each; by default 1."""
     f_divergence: Fixed[Literal[DIVERGENCES]] = "reverse_kl"
@@ -102,6 +103,17 @@ class DPOConfig(ReferenceConfig):
                     f"ld_alpha cannot be combined with loss_type={row.name!r}, which divides "
                     "by the lengths itself: remove one"
                 )
+            pairs_alone = {
+                "ld_alpha": self.ld_alpha is not None,
+                "use_weighting": self.use_weighting,
+                "a list of losses": len(self._rows) > 1,
+            }
+            problems += [
+                f"{option} cannot be combined with loss_type={row.name!r}, a loss of rankings: "
+                "remove one"
+                for option, is_set in pairs_alone.items()
+                if row.ranking and is_set
+            ]
             if self.use_weighting and row.across_pairs:
                 problems.append(
                     f"use_weighting cannot be combined with loss_type={row.name!r}, which sorts "
@@ -174,6 +186,25 @@ class DPOConfig(ReferenceConfig):
     def looks_across_pairs(self) -> bool:
         """Whether a loss must see all pairs of an optimizer step at once."""
         return any(row.across_pairs for row in self._rows)
+
+    def refuse_rankings(self, rankings: str) -> None:
+        """Raise ConfigError if the loss and `data.rankings` do not fit each other."""
+        takers = ", ".join(row.name for row in LOSSES.values() if row.ranking)
+        if (rankings == "whole") == any(row.ranking for row in self._rows):
+            return
+        if rankings == "whole":
+            raise ConfigError(
+                [
+                    f"data.rankings: whole needs a loss of rankings ({takers}), and dpo.loss_type "
+                    f"is {self.loss_name}: change one, or use data.rankings: all_pairs"
+                ]
+            )
+        raise ConfigError(
+            [
+                f"dpo.loss_type {self.loss_name} is a loss of rankings: set data.rankings: whole "
+                f"(it is {rankings})"
+            ]
+        )
 
     def refuse_values(self, weights: bool, margins: bool) -> None:
         """Raise ConfigError if no loss can use the weights or margins of the data."""

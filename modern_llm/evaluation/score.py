@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
-from modern_llm.config.errors import UserError
+from modern_llm.config.errors import ConfigError, UserError
 from modern_llm.data.table.build import Prepared, prepare_tables
 from modern_llm.data.table.token_table import TokenTable
 from modern_llm.distributed import runtime as distributed
@@ -91,6 +91,8 @@ def scored_pairs(
     Args:
         hang_timeout: as `train.hang_timeout`.
     """
+    if data.rankings == "whole":
+        raise ConfigError(["data.rankings: whole: pairs are scored: use all_pairs or best_worst"])
     with temporary_folder("score") as folder:
         config = TrainingConfig(
             run_name="score",

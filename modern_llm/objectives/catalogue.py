@@ -77,6 +77,7 @@ class LossRow:
     `mean_lengths`: its `lengths` are the means over the optimizer step. `divergence`: reads the
     log-ratios by their difference alone, so that another f-divergence may replace the reverse KL.
     `margin`: a function of beta times a difference, from which a pair's margin can be subtracted.
+    `ranking`: a function of K responses and their levels instead of a pair.
     `own`: registered by a user. `options`: options besides beta and `COMMON_OPTIONS`, with
     defaults. `intervals`: ranges that differ from `INTERVALS`. `paper`: authors, arXiv number, and
     the equation if there is one.
@@ -90,6 +91,7 @@ class LossRow:
     mean_lengths: bool = False
     divergence: bool = False
     margin: bool = False
+    ranking: bool = False
     own: bool = False
     options: Mapping[str, float] = field(default_factory=dict)
     intervals: Mapping[str, Interval] = field(default_factory=dict)
@@ -194,6 +196,11 @@ _ROWS = (
         reference=False,
         lengths=True,
         mean_lengths=True,
+    ),
+    LossRow(
+        "plackett_luce",
+        "DPO of rankings, Rafailov et al. 2023, arXiv 2305.18290, appendix A.3, eq. 20",
+        ranking=True,
     ),
 )
 

@@ -220,3 +220,22 @@ def sft_loss(policy: Tensor, lengths: Tensor, *, beta: float) -> Tensor:
     paper takes the mean of each answer first, which is `nll_coefficient`. beta has no part in it.
     """
     return -policy[:, 0] / lengths[:, 0]
+
+
+@loss("plackett_luce")
+def plackett_luce_loss(policy: Tensor, reference: Tensor, levels: Tensor, *, beta: float) -> Tensor:
+    """-sum_k [beta r_k - log sum_{j in {k} + worse than k} exp(beta r_j)], DPO of rankings.
+
+    arXiv 2305.18290, appendix A.3, eq. 20. Here the inputs are (P, K); `levels` has 0 for the best
+    response, more for worse ones, and -1 where a ranking has fewer. Responses of one level tie and
+    are not compared with each other. With K = 2 it is the loss `sigmoid`.
+    """
+    rewards = beta * (policy - reference)
+    rivals = worse_than(levels) | torch.eye(levels.shape[1], dtype=torch.bool, device=levels.device)
+    shown = rewards[:, None, :].masked_fill(~rivals, float("-inf"))
+    return (shown.logsumexp(-1) - rewards).sum(1)
+
+
+def worse_than(levels: Tensor) -> Tensor:
+    """Return (P, K, K) bool: whether response [p, j] ranks below response [p, k], at [p, k, j]."""
+    return (levels[:, :, None] < levels[:, None, :]) & (levels[:, :, None] >= 0)

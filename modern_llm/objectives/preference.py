@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from modern_llm.objectives import catalogue
-from modern_llm.objectives.losses import FUNCTIONS
+from modern_llm.objectives.losses import FUNCTIONS, worse_than
 from modern_llm.objectives.weighting import divergence_scores
 
 
@@ -71,6 +71,7 @@ def preference_terms(
     f_alpha: float | None = None,
     mean_length: float | None = None,
     margins: Tensor | None = None,
+    levels: Tensor | None = None,
     **options: float | None,
 ) -> dict[str, Tensor]:
     """Return each loss by its name, and the term `nll`, (P,) each, without their coefficients.
@@ -85,15 +86,15 @@ def preference_terms(
     pass all pairs of the step; row i is then the term with pair i's policy ratio. `mean_length`:
     mean number of the step's chosen target tokens for `sft`, by default of the given pairs.
     `margins` (P,): subtracted inside the link (DPO with an offset, arXiv 2402.10571, eq. 3).
+    A loss of rankings takes (P, K) inputs, best first, and `levels` where some tie or are absent.
 
     ValueError: wrong shape, type or device; unknown loss; option not taken or out of bounds.
     """
-    given = options | {"label_smoothing": label_smoothing, "nll_coefficient": nll_coefficient}
-    given["f_alpha"] = f_alpha
-    problems = catalogue.check_options(
+    given = {**options, "label_smoothing": label_smoothing, "f_alpha": f_alpha}
+    given["nll_coefficient"] = nll_coefficient
+    if problems := catalogue.check_options(
         loss_type, given, beta=beta, loss_weights=loss_weights, f_divergence=f_divergence
-    )
-    if problems:
+    ):
         raise ValueError("; ".join(problems))
     rows = catalogue.rows_of(loss_type)
     policy, reference, lengths = _checked(
@@ -106,17 +107,43 @@ def preference_terms(
     for row in rows:
         values = catalogue.resolve_options(row.name, given)
         values.pop("nll_coefficient")
-        inputs = [policy]
-        if row.reference:
-            inputs = [policy, reference] if scores is None else [scores, torch.zeros_like(scores)]
+        inputs = [policy, reference] if row.reference else [policy]
+        if row.reference and scores is not None:
+            inputs = [scores, torch.zeros_like(scores)]
         if row.margin and margins is not None:
             inputs[0] = _with_margins(inputs[0], margins / beta, lengths if row.lengths else None)
-        if row.lengths:
-            inputs.append(_mean_length(lengths, mean_length) if row.mean_lengths else lengths)
+        inputs += _more_inputs(row, policy, lengths, mean_length, levels)
         terms[row.name] = _per_pair(row, FUNCTIONS[row.name](*inputs, beta=beta, **values), policy)
     if nll_coefficient > 0:
         terms[catalogue.NLL] = -policy[:, 0] / lengths[:, 0]
     return terms
+
+
+def _more_inputs(
+    row: catalogue.LossRow,
+    policy: Tensor,
+    lengths: Tensor | None,
+    mean_length: float | None,
+    levels: Tensor | None,
+) -> list[Tensor]:
+    """Return what a loss takes besides log-probs."""
+    if row.ranking:
+        return [_levels(policy, levels)]
+    if row.lengths:
+        return [_mean_length(lengths, mean_length) if row.mean_lengths else lengths]
+    return []
+
+
+def _levels(policy: Tensor, levels: Tensor | None) -> Tensor:
+    """Return the levels (P, K), by default those of K responses from the best to the worst."""
+    if levels is None:
+        return torch.arange(policy.shape[1], device=policy.device).expand_as(policy)
+    if levels.shape != policy.shape:
+        raise ValueError(
+            f"levels must have the shape of policy, {tuple(policy.shape)}; got "
+            f"{tuple(levels.shape)}"
+        )
+    return levels
 
 
 def _per_pair(row: catalogue.LossRow, losses: Tensor, policy: Tensor) -> Tensor:
@@ -151,6 +178,7 @@ def preference_statistics(
     beta: float,
     loss_type: str | Sequence[str] = "sigmoid",
     weights: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return detached sums over the P pairs (0-dim tensors): rewards, accuracies, ties, log-probs.
 
@@ -170,6 +198,8 @@ def preference_statistics(
         policy.detach(), reference, lengths, rows, lengths_needed=not with_reference, losses=False
     )
     rewards = beta * (policy - reference if with_reference else policy / lengths)
+    if rows[0].ranking:
+        return _ranking_statistics(rewards, policy, _levels(policy, levels), weights)
     chosen, rejected = rewards.unbind(1)
     found = {
         "rewards/chosen": chosen,
@@ -179,6 +209,35 @@ def preference_statistics(
         "rewards/margins": chosen - rejected,
         "logps/chosen": policy[:, 0],
         "logps/rejected": policy[:, 1],
+    }
+    return {name: weighted_sum(values, weights) for name, values in found.items()}
+
+
+def _ranking_statistics(
+    rewards: Tensor, policy: Tensor, levels: Tensor, weights: Tensor | None
+) -> dict[str, Tensor]:
+    """Return the same sums for rankings (P, K), and `rewards/kendall`.
+
+    Chosen is the best response and rejected the worst, the first and the last one of the row. An
+    accuracy (top-1) is a best response whose reward is above that of every worse one. Kendall's tau
+    is (right - wrong) / all of a ranking's pairs of a better and a worse response; `ties` is the
+    share of these with equal rewards.
+    """
+    compared = worse_than(levels)
+    difference = rewards[:, :, None] - rewards[:, None, :]
+    count = compared.sum((1, 2)).clamp(min=1)
+    last = (levels >= 0).sum(1, keepdim=True) - 1
+    worst, worst_policy = (x.gather(1, last)[:, 0] for x in (rewards, policy))
+    first = (difference > 0)[:, 0] | ~compared[:, 0]
+    found = {
+        "rewards/chosen": rewards[:, 0],
+        "rewards/rejected": worst,
+        "rewards/accuracies": first.all(1).to(rewards.dtype),
+        "rewards/kendall": (difference.sign() * compared).sum((1, 2)) / count,
+        "ties": ((difference == 0) & compared).sum((1, 2)) / count,
+        "rewards/margins": rewards[:, 0] - worst,
+        "logps/chosen": policy[:, 0],
+        "logps/rejected": worst_policy,
     }
     return {name: weighted_sum(values, weights) for name, values in found.items()}
 
@@ -201,7 +260,8 @@ def _checked(
 
     `losses`: whether the losses are computed, some of which need the lengths.
     """
-    if policy.dim() != 2 or policy.shape[1] != 2:
+    ranking = any(row.ranking for row in rows)
+    if policy.dim() != 2 or (policy.shape[1] != 2 and not ranking) or policy.shape[1] < 2:
         raise ValueError(
             f"policy must have shape (P, 2), column 0 = chosen; got {tuple(policy.shape)}"
         )

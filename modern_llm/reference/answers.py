@@ -6,6 +6,8 @@ some of them in trees, and the trees in groups: one group per forward.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,7 +29,7 @@ class Answers:
     Attributes:
         sides: columns of the responses: chosen and rejected of a pair.
         keys: (E,) S16 names, each once, sorted.
-        of_pairs: (P, S) index into `keys` of every row's answers.
+        of_pairs: (P, S) index into `keys` of every row's answers; -1 where a ranking has fewer.
         targets: (E,) numbers of target tokens.
     """
 
@@ -47,8 +49,13 @@ class Answers:
             names += keys
             prompts.append(prompt)
         every = np.frombuffer(b"".join(names), f"S{KEY_BYTES}")
-        self.keys, self._first, inverse = np.unique(every, return_index=True, return_inverse=True)
-        self.of_pairs = inverse.reshape(-1, width)
+        levels = table.levels
+        there = np.arange(len(every)) if levels is None else np.flatnonzero(levels >= 0)
+        self.keys, first, inverse = np.unique(every[there], return_index=True, return_inverse=True)
+        self._first = there[first]
+        of_pairs = np.full(len(every), -1)
+        of_pairs[there] = inverse.reshape(-1)
+        self.of_pairs = of_pairs.reshape(-1, width)
         self._prompts = np.frombuffer(b"".join(prompts), f"S{KEY_BYTES}")[self._first // width]
         columns = [table.columns.index(name) for name in ("prompt", *self.sides)]
         lengths = np.asarray(table.lengths)[:, columns][self._first // width]
@@ -61,6 +68,15 @@ class Answers:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def per_row(self) -> int:
+        """Answers of a row, of rankings the mean."""
+        return max(1, round(float((self.of_pairs >= 0).sum(1).mean())))
+
+    def in_rows(self, values: NDArray, absent: Any) -> NDArray:
+        """Return a value of every answer (E,) as (P, S), `absent` where a ranking has fewer."""
+        return np.where(self.of_pairs < 0, absent, values[self.of_pairs])
 
     def origin(self, entry: int) -> str:
         """Return file and line of the first row with this answer."""

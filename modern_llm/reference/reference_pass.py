@@ -159,7 +159,9 @@ class ReferencePass:
         assert self.store is not None
         marked = self._runtime.on_main(self.store.marks.keys)
         return [
-            np.flatnonzero(np.isin(pending.answers.keys, marked)[pending.answers.of_pairs].any(1))
+            np.flatnonzero(
+                pending.answers.in_rows(np.isin(pending.answers.keys, marked), False).any(1)
+            )
             for pending in self.pending
         ]
 
@@ -219,11 +221,11 @@ class ReferencePass:
             answers,
             self.store,
             scoring,
-            flush_every=len(answers.sides) * self._dpo.flush_every,
+            flush_every=answers.per_row * self._dpo.flush_every,
             part=self._part,
         )
         if self._runtime.is_main:
-            rate = report.scored / len(answers.sides) / max(report.seconds, 1e-9)
+            rate = report.scored / answers.per_row / max(report.seconds, 1e-9)
             log.info(
                 "reference pass over %d %s: answers needed %d, found %d, scored %d in %.1f s%s",
                 len(answers.of_pairs),
@@ -267,11 +269,11 @@ class ReferencePass:
         release_freed_memory()
 
     def _values(self, pending: PendingTable) -> Values:
-        """Return the values (P, 2) of every pair of a table."""
+        """Return the values (P, S) of every row of a table; 0 where a ranking has fewer."""
         assert self.store is not None
         answers, alpha = pending.answers, self._dpo.tail_weight
         found = values_of(self._runtime, answers.keys, self.store, tokens=alpha is not None)
-        sums = found.sums[answers.of_pairs]
+        sums = answers.in_rows(found.sums, np.float32(0))
         if alpha is None:
             return sums
         weighted = desensitised(found, answers.of_pairs, alpha)
@@ -292,18 +294,20 @@ class ReferencePass:
         if scoring is None or store is None:
             return 0, 0.0
         stored = self._runtime.on_main(lambda: np.isin(answers.keys, store.find(answers.keys).keys))
-        good = np.flatnonzero(stored[answers.of_pairs].all(1))
+        good = np.flatnonzero(answers.in_rows(stored, True).all(1))
         if not len(good):
             return 0, 0.0
         sample = good[np.unique(np.linspace(0, len(good) - 1, pairs).astype(np.int64))]
         rows, fresh = self._scored_as_trained(pending, scoring, sample)
-        entries, where = np.unique(answers.of_pairs[rows].ravel(), return_inverse=True)
+        at_rows, at_sides = np.nonzero(answers.of_pairs[rows] >= 0)
+        every = answers.of_pairs[rows][at_rows, at_sides]
+        entries, where = np.unique(every, return_inverse=True)
         found = values_of(self._runtime, answers.keys[entries], store).take(where)
         worst = must_agree(
-            Entries(found.keys, fresh.ravel(), answers.targets[entries[where]]),
+            Entries(found.keys, fresh[at_rows, at_sides], answers.targets[entries[where]]),
             found,
             self._config.precision,
-            lambda at: answers.table.origin(int(rows[at // len(answers.sides)])),
+            lambda at: answers.table.origin(int(rows[at_rows[at]])),
             f"remove {store.folder} and run again",
         )
         if self._runtime.is_main:

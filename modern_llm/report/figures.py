@@ -55,6 +55,10 @@ PANELS = (
         percent=True,
     ),
     Panel(
+        "Kendall's tau of the rewards",
+        (Line("rewards/kendall", "training"), Line("eval/rewards/kendall", "evaluation", "o--")),
+    ),
+    Panel(
         "Reward margin",
         (Line("rewards/margins", "training"), Line("eval/rewards/margins", "evaluation", "o--")),
     ),

@@ -39,6 +39,8 @@ HEADLINES = (
     Metric("evaluation loss", "eval/loss", "{:.4f}", "low"),
     Metric("accuracy", "rewards/accuracies", "{:.1%}", "high"),
     Metric("evaluation accuracy", "eval/rewards/accuracies", "{:.1%}", "high"),
+    Metric("Kendall's tau", "rewards/kendall", "{:.3f}", "high"),
+    Metric("evaluation Kendall's tau", "eval/rewards/kendall", "{:.3f}", "high"),
     Metric("margin", "rewards/margins", "{:.3f}", "high"),
     Metric("evaluation margin", "eval/rewards/margins", "{:.3f}", "high"),
     Metric("KL divergence", "kl", "{:.3f}"),

@@ -64,9 +64,9 @@ def run_dpo(
         StorageError: the reference store refuses, or its values are not this policy's.
         Stopped: a signal asked to stop; the same call resumes.
     """
-    start, data, tokenizer_name = inputs_of(
-        train_config, sft_checkpoint, preference_config, tokenizer_name, PreferenceDatasetConfig
-    )
+    given = (train_config, sft_checkpoint, preference_config, tokenizer_name)
+    start, data, tokenizer_name = inputs_of(*given, PreferenceDatasetConfig)
+    dpo_config.refuse_rankings(data.rankings)
     runtime, run = open_run(
         train_config,
         dry_run,
@@ -112,8 +112,13 @@ def _check_tables(config: DPOConfig, prepared: Prepared) -> None:
             [f"dpo.group_by_prompt and data.order {prepared.order}: both order the pairs: keep one"]
         )
     found = [table for table in (prepared.train, prepared.evaluation) if table is not None]
-    has = {n: any(t.values(n) is not None for t in found) for n in ("weight", "margin")}
-    config.refuse_values(weights=has["weight"], margins=has["margin"])
+
+    def given(name: str) -> bool:
+        default = PreferenceDatasetConfig.values[name]
+        values = (table.values(name) for table in found)
+        return any(numbers is not None and (numbers != default).any() for numbers in values)
+
+    config.refuse_values(weights=given("weight"), margins=given("margin"))
 
 
 def _task(

@@ -70,6 +70,8 @@ def make_model(name: str, dtype: torch.dtype = torch.float32) -> tf.PreTrainedMo
 class Table:
     """A token table in memory: columns prompt, chosen, rejected (or as named)."""
 
+    levels = None
+
     def __init__(self, rows, columns=("prompt", "chosen", "rejected"), **numbers):
         import numpy as np
 

@@ -15,7 +15,7 @@ from modern_llm.objectives.catalogue import LOSSES, check_options, resolve_optio
 
 PROMISED = (
     "sigmoid robust hinge ipo exo_pair nca_pair bco_pair sppo_hard aot aot_unpaired apo_zero "
-    "apo_down discopop sigmoid_norm simpo orpo dpop sft"
+    "apo_down discopop sigmoid_norm simpo orpo dpop sft plackett_luce"
 ).split()
 
 
@@ -34,6 +34,7 @@ def test_row_and_function_agree(name):
     function = losses.FUNCTIONS[name]
     taken = list(inspect.signature(function).parameters)
     tensors = ["policy"] + ["reference"] * row.reference + ["lengths"] * row.lengths
+    tensors += ["levels"] * row.ranking
     assert taken[: len(tensors)] == tensors
     assert set(taken[len(tensors) :]) == {"beta", *row.options}
     number = re.search(r"\d{4}\.\d{5}", row.paper).group()

@@ -98,6 +98,7 @@ def plain_loss(name, beta, o, policy, reference, lengths):
         "simpo": lambda: bt(beta * (pw / nw - pl / nl) - o["simpo_gamma"], e),
         "orpo": lambda: -pw / nw + beta * bt(math.log(odds_w / odds_l)),
         "dpop": lambda: bt(beta * (w - v - o["dpop_lambda"] * max(0.0, -w))),
+        "plackett_luce": lambda: bt(x),
         "sft": lambda: -pw / (sum(w for w, _ in LENGTHS) / len(LENGTHS)),
     }[name]()
 
@@ -144,7 +145,7 @@ def test_equals_reference_vectors(shared):
         losses = loss_of(row["loss_type"], policy, reference, lengths, **settings)
         assert losses.mean().item() == pytest.approx(row["loss"], rel=1e-4), row
         seen.add(row["loss_type"])
-    assert seen == set(LOSSES) - {"simpo", "orpo", "dpop", "sft"}
+    assert seen == set(LOSSES) - {"simpo", "orpo", "dpop", "sft", "plackett_luce"}
 
 
 def test_equals_trl_if_it_is_installed():

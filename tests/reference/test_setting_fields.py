@@ -114,6 +114,7 @@ FIELDS = {
         "max_dropped": (FREE, 0.5, {}),
         "max_examples": (FREE, 11, {}),
         "pair_values": (FREE, [], {}),
+        "rankings": (FREE, "all_pairs", {}),
         "order": (FREE, "length", {}),
         "format": (FREE, "hh", {}),
         "template": (KEY, "Q: {{prompt}}", {}),

@@ -187,6 +187,14 @@ def test_a_resumed_run_is_bitwise_the_run_without_a_break(name, background, file
     assert all(torch.equal(one[n], other[n]) for n in one) and set(one) == set(other)
 
 
+def test_a_dry_run_does_the_first_step(files, tmp_path, capsys):
+    command = ["dpo", "--sft_checkpoint", str(files.checkpoint), "--train.run_name", "x"]
+    command += ["--data.dataset_name", str(files.pairs), "--train.output_dir", str(tmp_path / "r")]
+    command += ["--train.batch_size", "4", "--train.max_steps", "9", "--dpo.max_length", "64"]
+    assert main([*command, "--dpo.reference_sync_every", "2", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 9
+
+
 @pytest.mark.slow
 def test_weights_in_halves_move_and_resume_bitwise(files, tmp_path):
     halves = {"weights": "bfloat16", "mixed_precision": "bf16", "save_every": 3}

@@ -53,6 +53,8 @@ class MicroBatch:
     """(P,) float32 weights of the examples, where the data has them."""
     margins: Tensor | None = None
     """(P,) float32 margins of pairs, where the data has them."""
+    levels: Tensor | None = None
+    """(P, S) how the responses of a ranking rank: 0 is the best, equal ones tie, -1 is none."""
     mean_length: float | None = None
     """Mean number of targets of the chosen answers of the whole step, where the objective needs
     it."""

@@ -36,6 +36,8 @@ class MismatchedTable:
     columns = ("prompt", "response", MISMATCHED)
     layouts = (("response",), (MISMATCHED,))
     """Responses that a forward of training computes together."""
+    levels = None
+    """Rows are no rankings."""
 
     def __init__(self, table: TokenTable, others: Indices, max_length: int):
         self._table, self.others = table, others

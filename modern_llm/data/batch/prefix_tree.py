@@ -112,9 +112,15 @@ class Examples:
         self.slots = len(self.responses)
         self._column = {name: index for index, name in enumerate(table.columns)}
         self._masked = getattr(table, "masked", False)
+        levels = None if self.documents else table.levels
+        self._counts = None if levels is None else (levels >= 0).sum(1)
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def present(self, index: int) -> tuple[str, ...]:
+        """Return the columns of an example's responses: a ranking may have fewer than another."""
+        return self.responses if self._counts is None else self.responses[: self._counts[index]]
 
     @property
     def merges(self) -> bool:
@@ -158,7 +164,7 @@ class Examples:
 
     def _answers(self, group: NDArray[np.int64]) -> Iterator[tuple[int, int, Ids, Ids]]:
         for index in group.tolist():
-            for slot, name in enumerate(self.responses):
+            for slot, name in enumerate(self.present(index)):
                 yield index, slot, self.table.ids(index, name), self._gaps(index, name)
 
     def _gaps(self, index: int, name: str) -> Ids:
@@ -180,7 +186,7 @@ class Examples:
         if self.documents:
             return sum(self.sizes(index))
         lengths = self.table.lengths[index]
-        answers = [int(lengths[self._column[name]]) for name in self.responses]
+        answers = [int(lengths[self._column[name]]) for name in self.present(index)]
         return int(lengths[self._column["prompt"]]) * len(answers) + sum(answers)
 
     def sequences(self, index: int) -> list[Sequence]:
@@ -188,8 +194,8 @@ class Examples:
         if self.documents:
             return self._documents(index)
         prefix = self.table.ids(index, "prompt")
-        answers = [self.table.ids(index, name) for name in self.responses]
-        gaps = [self._gaps(index, name) for name in self.responses]
+        answers = [self.table.ids(index, name) for name in self.present(index)]
+        gaps = [self._gaps(index, name) for name in self.present(index)]
         if self.trees:
             return [lay_out(prefix, answers, range(len(answers)), gaps)]
         each = enumerate(zip(answers, gaps, strict=True))
@@ -208,7 +214,7 @@ class Examples:
             return tuple(len(sequence.ids) for sequence in self._documents(index))
         lengths = self.table.lengths[index]
         prompt = int(lengths[self._column["prompt"]])
-        answers = [int(lengths[self._column[name]]) for name in self.responses]
+        answers = [int(lengths[self._column[name]]) for name in self.present(index)]
         return (prompt + sum(answers),) if self.trees else tuple(prompt + a for a in answers)
 
     def targets(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -220,4 +226,5 @@ class Examples:
         trained = self.table.trained if self._masked else self.table.lengths
         answers = np.asarray(trained)[indices][:, columns].astype(np.int64)
         # Without a prompt the first token of an answer has nothing before it.
-        return answers - (np.asarray(self.table.lengths)[indices][:, [self._column["prompt"]]] == 0)
+        without = np.asarray(self.table.lengths)[indices][:, [self._column["prompt"]]] == 0
+        return np.maximum(answers - without, 0)

@@ -6,8 +6,8 @@ tokenised, stored and trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from modern_llm.config.data import (
@@ -22,12 +22,19 @@ from modern_llm.data.read.formats import (
     INSTRUCTIONS,
     OWN_INSTRUCTIONS,
     OWN_PREFERENCES,
-    PREFERENCES,
     Format,
     Record,
     document,
 )
 from modern_llm.data.read.labelled import LABELLED, OWN_LABELLED, labelled_responses
+from modern_llm.data.read.rankings import (
+    RANKED_PREFERENCES,
+    RANKINGS,
+    best_and_worst,
+    every_pair,
+    whole_ranking,
+)
+from modern_llm.data.read.records import LEVELS, MOST_RESPONSES
 from modern_llm.data.table.token_table import STARTS
 
 
@@ -51,15 +58,34 @@ class DataKind:
     """Numbers that every example has from its format."""
     held_out_by: int | None = None
     """First columns, whose content decides what `eval_fraction` holds out; None for all."""
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Value of `data.rankings` -> the fields that are different with it."""
 
+
+RESPONSES = tuple(f"response_{number}" for number in range(1, MOST_RESPONSES + 1))
+"""Columns of a table of rankings; those that a ranking lacks are empty."""
 
 KINDS = (
     DataKind(
         name="preferences",
         config=PreferenceDatasetConfig,
-        formats=lambda section: (*OWN_PREFERENCES, *PREFERENCES),
+        formats=lambda section: (*OWN_PREFERENCES, *RANKED_PREFERENCES),
         columns=("prompt", "chosen", "rejected"),
         default_length=512,
+        records=best_and_worst,
+        variants={
+            "all_pairs": {
+                "formats": lambda section: (*OWN_PREFERENCES, *RANKINGS),
+                "records": every_pair,
+                "held_out_by": 1,  # all pairs of a ranking on one side
+            },
+            "whole": {
+                "formats": lambda section: (*OWN_PREFERENCES, *RANKINGS),
+                "records": whole_ranking,
+                "columns": ("prompt", *RESPONSES),
+                "values": LEVELS,
+            },
+        },
     ),
     DataKind(
         name="labelled",
@@ -68,7 +94,7 @@ KINDS = (
             *OWN_LABELLED,
             *LABELLED,
             *OWN_PREFERENCES,
-            *PREFERENCES,
+            *RANKED_PREFERENCES,
         ),
         columns=("prompt", "response"),
         default_length=512,
@@ -95,7 +121,8 @@ KINDS = (
 
 def kind_of(section: DatasetConfig) -> DataKind:
     """Return the kind of data that a section configures."""
-    return next(kind for kind in KINDS if isinstance(section, kind.config))
+    kind = next(kind for kind in KINDS if isinstance(section, kind.config))
+    return replace(kind, **kind.variants.get(getattr(section, "rankings", ""), {}))
 
 
 def format_name(section: DatasetConfig) -> str:

@@ -37,6 +37,7 @@ from modern_llm.data.encode.tokenizer import (
 )
 from modern_llm.data.read.formats import Format, Mode, Record
 from modern_llm.data.read.records import RowFault, TokenIds, Turns
+from modern_llm.data.table.gaps import Cells, none
 from modern_llm.data.table.token_table import TokenTableWriter
 
 
@@ -148,8 +149,7 @@ def answers_recipe(
     encoder = Encoder(tokenizer)
     template = Template(tokenizer, config.template, config.template_date)
     limits = default_limits(max_length, max_prompt_length, len(encoder.lead))
-    ends = end_tokens(tokenizer, template)
-    plain_end = ends[0]
+    plain_end, *_ = ends = end_tokens(tokenizer, template)
     if config.append_end_token and plain_end is None:
         raise UserError(
             "the tokenizer has no end token (eos_token) to close answers with: "
@@ -183,7 +183,7 @@ def answers_recipe(
         encoder=encoder,
         item=item,
         split=split,
-        cells=cells,
+        cells=_padded(cells, config),
         cuts=cuts,
         fell_back=template.fell_back,
         remarks=template.take_remarks,
@@ -237,9 +237,26 @@ def ids_recipe(
         encoder=lambda texts: [],
         item=item,
         split=lambda item, ids: item.parts,
-        cells=cells,
+        cells=_padded(cells, config),
         cuts=cuts,
     )
+
+
+def _padded(
+    cells: Callable[[Parts], Cells], config: ConversationDatasetConfig
+) -> Callable[[Parts], Cells]:
+    """Return `cells` with empty ones for the responses that a ranking lacks."""
+    width = len(kind_of(config).columns)
+
+    def padded(parts: Parts) -> Cells:
+        found = cells(parts)
+        missing = width - len(found)
+        found.extend([np.zeros(0, np.int32)] * missing)
+        if len(found.gaps):
+            found.gaps = [*found.gaps, *[none()] * missing]
+        return found
+
+    return padded
 
 
 def _item_of_ids(record: Record, config: ConversationDatasetConfig) -> Item:

@@ -101,7 +101,9 @@ def _example(
     origin, cells = entry
     prefix, gaps = cells[0][: 0 if len(cells) == 1 else None], getattr(cells, "gaps", ())
     columns = []
-    for at, (name, ids) in enumerate(zip(source.columns, cells, strict=True)):
+    used = [at for at, cell in enumerate(cells) if at < 3 or len(cell)]  # rankings are padded
+    for at in used:
+        name, ids = source.columns[at], cells[at]
         pieces = _pieces(ids, tokenizer)
         targets = trained_of(gaps[at] if gaps else none(), len(ids))
         if at or len(cells) == 1:

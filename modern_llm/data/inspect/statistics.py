@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modern_llm.config.data import DatasetConfig
+from modern_llm.data.encode.kinds import RESPONSES
 from modern_llm.data.encode.pipeline import Item, Recipe
 from modern_llm.data.encode.tokenizer import Ids
 from modern_llm.data.inspect.token_lines import Sink
@@ -198,11 +199,12 @@ class _Tally:
         columns, whole = self._result.columns, parts.columns
         closing, fraction = (None, *parts.ends), config.eval_fraction
         for at, name in enumerate(columns):
-            self._whole[at].append(len(whole[at]))
+            present = at < len(whole)  # a ranking may have fewer responses than another
+            self._whole[at].append(len(whole[at]) if present else 0)
             self._kept[at].append(len(cells[at]))
-            mask = parts.trained[at - 1] if at and parts.trained else None
-            self._trained[at].append(len(whole[at]) if mask is None else int(mask.sum()))
-            if len(columns) > 1:
+            mask = parts.trained[at - 1] if at and present and parts.trained else None
+            self._trained[at].append(self._whole[at][-1] if mask is None else int(mask.sum()))
+            if len(columns) > 1 and present:
                 ends = {*self._recipe.ends, closing[at]}
                 ended = len(cells[at]) > 0 and int(cells[at][-1]) in ends
                 # An answer of exactly the room there is loses its end token alone.
@@ -239,6 +241,8 @@ class _Tally:
             result.kept[name] = np.frombuffer(self._kept[at], np.int64)
             result.trained[name] = np.frombuffer(self._trained[at], np.int64)
         result.cut, result.unended = dict(self._cut), dict(self._unended)
+        unused = {name for name in RESPONSES[2:] if not result.kept.get(name, np.zeros(0)).any()}
+        result.columns = tuple(name for name in result.columns if name not in unused)
         for name, values in self._digests.items():
             setattr(result, name, np.frombuffer(values, np.int64))
         result.held_out = np.frombuffer(self._held, np.int8).astype(bool)

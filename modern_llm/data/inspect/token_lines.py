@@ -61,7 +61,9 @@ class _Writer:
         values = dict(zip(self._columns, cells, strict=True))
         starts, gaps_at = values.pop(STARTS, None), getattr(cells, "gaps", ())
         entry: dict[str, Any] = {"origin": origin}
-        for name, ids in values.items():
+        for at, (name, ids) in enumerate(values.items()):
+            if at > 2 and not len(ids):
+                continue  # rankings are padded
             entry[f"{name}_ids"] = ids.tolist()
             # The first token of a text has nothing before it that predicts it.
             first = starts if starts is not None else [0]

@@ -208,6 +208,16 @@ def prompt_before(values: Values, lead: list[Message]) -> list[Message]:
     return [*lead, {"role": "user", "content": text_in(values, "prompt")}]
 
 
+def response_from(value: Any, place: str) -> Response:
+    """Return a response that is a string or one message of the assistant."""
+    if isinstance(value, Mapping):
+        message = _message(value, place)
+        if message["role"] != "assistant":
+            raise RowFault(f"{place} is a turn of the {message['role']!r}, not the assistant")
+        return message
+    return _text_of(value, place)
+
+
 def is_empty(response: Response) -> bool:
     """Whether a response has neither words nor calls."""
     if isinstance(response, str):

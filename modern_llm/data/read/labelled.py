@@ -12,6 +12,7 @@ from modern_llm.data.read.formats import (
     string_instruction,
     string_instruction_as_turns,
 )
+from modern_llm.data.read.rankings import best_and_worst
 from modern_llm.data.read.records import (
     Instruction,
     LabelledResponse,
@@ -48,6 +49,7 @@ def _labelled(read: Callable[[Values, str], Record]) -> Callable[[Values, str], 
 
 def labelled_responses(record: Record) -> tuple[Record, ...]:
     """Return a labelled response as it is, and a pair as a desirable and an undesirable one."""
+    (record,) = best_and_worst(record)
     if not isinstance(record, PreferencePair):
         return (record,)
     return tuple(

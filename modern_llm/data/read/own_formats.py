@@ -16,14 +16,15 @@ from modern_llm.config.data import (
 from modern_llm.data.read import formats, labelled
 from modern_llm.data.read.conversations import is_whole
 from modern_llm.data.read.formats import Format, Mode, Record, choose_format
+from modern_llm.data.read.rankings import RANKED_PREFERENCES
 from modern_llm.data.read.records import ContentFault, RowFault
 from modern_llm.data.read.values import Columns
 
 KINDS = {
-    "preferences": (PreferenceDatasetConfig, formats.PREFERENCES, formats.OWN_PREFERENCES),
+    "preferences": (PreferenceDatasetConfig, RANKED_PREFERENCES, formats.OWN_PREFERENCES),
     "labelled": (
         LabelledDatasetConfig,
-        (*labelled.LABELLED, *formats.PREFERENCES),
+        (*labelled.LABELLED, *RANKED_PREFERENCES),
         labelled.OWN_LABELLED,
     ),
     "instructions": (InstructionDatasetConfig, formats.INSTRUCTIONS, formats.OWN_INSTRUCTIONS),

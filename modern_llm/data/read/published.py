@@ -46,14 +46,14 @@ def helpsteer_pair(values: Values, origin: str) -> PreferencePair:
 def scored_pair(values: Values, origin: str) -> PreferencePair:
     """`instruction` with several `completions`: those of the highest and the lowest score, as
     turns."""
-    scored = _scored(values, "completions", "response", "overall_score")
+    scored = judged(values, "completions", "response", "overall_score")
     chosen, rejected = _best_and_worst(scored)
     return _turns(values, text_in(values, "instruction"), chosen, rejected, origin)
 
 
 def ranked_pair(values: Values, origin: str) -> PreferencePair:
     """`prompt` with several `answers`: those of the first and the last rank, literally."""
-    ranked = _scored(values, "answers", "answer", "rank")
+    ranked = judged(values, "answers", "answer", "rank")
     rejected, chosen = _best_and_worst(ranked)
     return checked_pair(text_in(values, "prompt"), chosen, rejected, origin)
 
@@ -69,7 +69,7 @@ def _turns(
     return checked_pair(complete(values, turns), *answers, origin)
 
 
-def _scored(values: Values, name: str, text: str, score: str) -> list[tuple[float, str]]:
+def judged(values: Values, name: str, text: str, score: str) -> list[tuple[float, str]]:
     """Return the number and the text of each response of a list, without those not judged."""
     items = column(values, name)
     if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):

@@ -10,7 +10,7 @@ user skips such rows), `ContentFault` is content that cannot be learnt from (dro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,53 @@ class PreferencePair:
     def responses(self) -> tuple[Response, ...]:
         """(chosen, rejected): the order of the columns of a table of pairs."""
         return (self.chosen, self.rejected)
+
+
+MOST_RESPONSES = 16
+"""Most responses of a ranking."""
+LEVELS = tuple(f"level_{number}" for number in range(1, MOST_RESPONSES + 1))
+"""Numbers of a row that say how its responses rank: 0 for the best, equal for ties, -1 for none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """One prompt with several responses, the best one first.
+
+    `levels` has 0 for the best response and more for worse ones; responses of one level tied.
+    """
+
+    prompt: Prompt
+    responses: tuple[Response, ...]
+    levels: tuple[int, ...]
+    origin: str
+    rejected_prompt: Prompt | None = None
+    numbers: Mapping[str, float] | None = None
+    """The levels, one for each of `LEVELS`, and `weight`, where the row has it."""
+
+    @classmethod
+    def of(
+        cls,
+        prompt: Prompt,
+        responses: Sequence[Response],
+        levels: Sequence[int],
+        origin: str,
+        rejected_prompt: Prompt | None = None,
+    ) -> Ranking:
+        """Return the record with its levels as numbers."""
+        padded = [*levels, *[-1] * (MOST_RESPONSES - len(levels))]
+        numbers = dict(zip(LEVELS, map(float, padded), strict=True))
+        return cls(prompt, tuple(responses), tuple(levels), origin, rejected_prompt, numbers)
+
+    def pair(self, better: int, worse: int) -> PreferencePair:
+        """Return two of the responses as a pair, without the levels."""
+        numbers = {n: v for n, v in (self.numbers or {}).items() if n not in LEVELS}
+        return PreferencePair(
+            self.prompt,
+            self.responses[better],
+            self.responses[worse],
+            self.origin,
+            numbers=numbers or None,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,8 +219,10 @@ def _key(
 
 
 def _section(config: DatasetConfig) -> dict[str, Any]:
-    """Return the options of a section; `columns` where it is set, as tables of before have none."""
+    """Return the options of a section; those that tables of before lack only where they are set."""
     options = asdict(config)
+    if options.get("rankings") == "best_worst":
+        del options["rankings"]
     for values in (options, *(options["sources"] or ())):
         if values["columns"] is None:
             del values["columns"]

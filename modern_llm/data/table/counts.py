@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TextIO
 
 from modern_llm.config.errors import DataError
-from modern_llm.data.read.records import BROKEN, Dropped
+from modern_llm.data.read.records import BROKEN, LEVELS, Dropped
 from modern_llm.storage.fault_points import around
 
 EMPTY_DOCUMENT = "empty document"
@@ -45,7 +45,8 @@ class DataReport:
             did not fill a last row.
         tokens: token ids in the tables.
         notes: what a user should know, a line each.
-        values: `weight`, `margin` or `label` -> rows, sum, smallest and largest, where there are.
+        values: `weight`, `margin` or `label`, `responses` and `tied responses` of rankings -> rows,
+            sum, smallest and largest, where there are.
     """
 
     source: str
@@ -63,8 +64,13 @@ class DataReport:
     values: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def count(self, numbers: Mapping[str, float] | None) -> None:
-        """Count the numbers of one row."""
-        for name, value in (numbers or {}).items():
+        """Count the numbers of one row; of a ranking its responses and those that tie."""
+        counted = {n: v for n, v in (numbers or {}).items() if n not in LEVELS}
+        if numbers and LEVELS[0] in numbers:
+            levels = [numbers[name] for name in LEVELS if numbers[name] >= 0]
+            counted["responses"] = float(len(levels))
+            counted["tied responses"] = float(sum(levels.count(level) > 1 for level in levels))
+        for name, value in counted.items():
             one = {"rows": 1, "sum": value, "min": value, "max": value}
             known = self.values.get(name)
             self.values[name] = _added(known, one) if known else one

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modern_llm.config.errors import StorageError
+from modern_llm.data.read.records import LEVELS
 from modern_llm.data.table.content import FILES, GAPS, VALUES, Content, map_file
 from modern_llm.data.table.gaps import none
 from modern_llm.storage.fault_points import around
@@ -107,6 +108,14 @@ class TokenTable:
             return None
         found = self._arrays["values"].reshape(-1, len(names))[:, names.index(name)]
         return found if self._rows is None else found[self._rows]
+
+    @cached_property
+    def levels(self) -> NDArray[np.float32] | None:
+        """Return (rows, responses) how the responses of each row rank: 0 is the best, equal ones
+        tie, -1 is none; None where rows are no rankings."""
+        if self.values(LEVELS[0]) is None:
+            return None
+        return np.stack([self.values(name) for name in LEVELS], 1).astype(np.float32)
 
     def origin(self, index: int) -> str:
         """Return where the row came from: `file:line`."""

@@ -160,7 +160,12 @@ class PreferenceTask(SourceTask):
         coefficients = self._config.coefficients
         if batch.slope is None:
             terms = self._terms(
-                scored.policy, batch.reference, batch.lengths, batch.mean_length, batch.margins
+                scored.policy,
+                batch.reference,
+                batch.lengths,
+                batch.mean_length,
+                margins=batch.margins,
+                levels=batch.levels,
             )
             if scored.agreement is not None:
                 weights = agreement_weights(scored.agreement, batch.lengths)
@@ -180,6 +185,7 @@ class PreferenceTask(SourceTask):
             beta=self._config.beta,
             loss_type=self._config.loss_type,
             weights=batch.weights,
+            levels=batch.levels,
         )
         if len(names_of(self._config.loss_type)) > 1:
             statistics |= {f"loss/{name}": term for name, term in sums.items()}
@@ -259,10 +265,16 @@ class PreferenceTask(SourceTask):
         reference: Tensor | None,
         lengths: Tensor,
         mean_length: float | None,
-        margins: Tensor | None = None,
+        **columns: Tensor | None,
     ) -> dict[str, Tensor]:
-        more = {"mean_length": mean_length, "margins": margins}
-        return preference_terms(policy, reference, lengths, **more, **self._config.objective)
+        return preference_terms(
+            policy,
+            reference,
+            lengths,
+            mean_length=mean_length,
+            **columns,
+            **self._config.objective,
+        )
 
 
 def _fill(
@@ -278,4 +290,6 @@ def _fill(
     for name in ("weight", "margin"):
         if (values := table.values(name)) is not None:
             columns[f"{name}s"] = torch.from_numpy(values[batch.examples].astype(np.float32))
+    if (levels := table.levels) is not None:
+        columns["levels"] = torch.from_numpy(levels[batch.examples])
     return replace(batch, mean_length=mean_length, **columns)

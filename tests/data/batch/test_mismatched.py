@@ -50,6 +50,7 @@ class Rows:
     prompts: list[list[int]]
     answers: list[list[int]]
     columns = ("prompt", "response")
+    levels = None
 
     def __len__(self):
         return len(self.prompts)
