@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from modern_llm.config import LabelledDatasetConfig, TrainingConfig
-from modern_llm.config.errors import DataError
+from modern_llm.config.errors import ConfigError, DataError
 from modern_llm.config.kto import KTOConfig
 from modern_llm.data.batch.mismatched import with_mismatched
 from modern_llm.data.batch.prefix_tree import Examples
@@ -47,6 +47,29 @@ def read_labelled(
             "apo_zero_unpaired"
         )
     return prepared
+
+
+def check_evaluation(train: TrainingConfig, prepared: Prepared) -> None:
+    """Refuse evaluation data without the label that `train.best_metric` is a mean over.
+
+    Raises:
+        ConfigError: the run would end at its first evaluation.
+    """
+    labels = None if prepared.evaluation is None else prepared.evaluation.values("label")
+    name = train.best_metric or ""
+    if labels is None or not train.follows_evaluation:
+        return
+    lacks = {
+        "desirable": name.endswith(("/chosen", "/margins")) and not labels.any(),
+        "undesirable": name.endswith("/margins") and labels.all(),
+    }
+    if missing := [label for label, lacking in lacks.items() if lacking]:
+        raise ConfigError(
+            [
+                f"train.best_metric {name}: no evaluation row is labelled {missing[0]}: add some, "
+                "or use eval/loss"
+            ]
+        )
 
 
 def with_others(train: TrainingConfig, config: KTOConfig, prepared: Prepared) -> Prepared:

@@ -24,7 +24,7 @@ from modern_llm.reference.nonfinite_pairs import exclude_from_run
 from modern_llm.reference.reference_pass import ReferencePass
 from modern_llm.reference.template_day import remember_day, with_template_day
 from modern_llm.setup import policy, tables
-from modern_llm.setup.labelled import UNIT, imbalance, read_labelled, with_others
+from modern_llm.setup.labelled import UNIT, check_evaluation, imbalance, read_labelled, with_others
 from modern_llm.setup.micro_batches import make_sources
 from modern_llm.setup.scorers import check_positions
 from modern_llm.setup.tokenizer import answer_ends, check_agreement, choose_tokenizer
@@ -91,7 +91,7 @@ def run_kto(
         data = with_template_day(runtime, tokenizer, data, run.record, lambda: find().store)
         build = partial(read_labelled, data, tokenizer, kto_config)
         inputs = stage.build_tables(runtime, run, build, dry_run, callbacks)
-        _advise(runtime, kto_config, inputs.tables)
+        _check_labels(runtime, train_config, kto_config, inputs.tables)
         reference = find()
         tables.check_ids_fit(inputs.tables, tokenizer, checkpoint.vocabulary, reference.vocabulary)
         prepared = _look_up(reference, train_config, kto_config, inputs.tables)
@@ -104,7 +104,11 @@ def run_kto(
         return stage.train_and_export(runtime, scorer, task, run, tokenizer, inputs, ends)
 
 
-def _advise(runtime: Runtime, config: KTOConfig, prepared: Prepared) -> None:
+def _check_labels(
+    runtime: Runtime, train: TrainingConfig, config: KTOConfig, prepared: Prepared
+) -> None:
+    """Refuse labels that the run cannot use, and advise weights where they do not balance."""
+    check_evaluation(train, prepared)
     if runtime.is_main and (advice := imbalance(config, prepared)):
         log.warning("warning: %s", advice)
 
