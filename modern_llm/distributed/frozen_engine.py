@@ -19,6 +19,7 @@ from torch import nn
 
 from modern_llm.config import TrainingConfig
 from modern_llm.distributed import deepspeed_config, deepspeed_release
+from modern_llm.distributed.health import heartbeat
 from modern_llm.distributed.sharded_start import (
     DTYPES,
     fill,
@@ -90,14 +91,36 @@ def round_products(module: nn.Module, precision: str) -> None:
     The numbers do not change, and half of their memory is free. Weights that are tied to an
     embedding stay: its rows are not rounded.
     """
-    dtype = DTYPES.get(precision)
+    for parameter in _frozen_products(module) if precision in DTYPES else ():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(DTYPES[precision])
+
+
+def _frozen_products(module: nn.Module) -> list[nn.Parameter]:
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    for layer in module.modules() if dtype is not None else ():
-        if not isinstance(layer, nn.Linear) or id(layer.weight) in tables:
-            continue
-        for parameter in layer.parameters(recurse=False):
-            if not parameter.requires_grad and parameter.dtype == torch.float32:
-                parameter.data = parameter.data.to(dtype)
+    layers = [
+        m for m in module.modules() if isinstance(m, nn.Linear) and id(m.weight) not in tables
+    ]
+    return [p for m in layers for p in m.parameters(recurse=False) if not p.requires_grad]
+
+
+@torch.no_grad()
+def read_rounded(module: nn.Module, precision: str, device: torch.device) -> None:
+    """Read the placeholders of a model and move it to the device, one parameter at a time.
+
+    Frozen products get the dtype of `round_products` on the way: neither the host nor the device
+    ever holds them in float32.
+    """
+    rounded = {id(p) for p in _frozen_products(module)} if precision in DTYPES else set()
+    for parameter in module.parameters():
+        heartbeat.tick()
+        read = vars(parameter).pop("unread", None)
+        kind = DTYPES[precision] if id(parameter) in rounded else parameter.dtype
+        whole = parameter.data if read is None else read()
+        # A copy: training would write into the mapped file's pages.
+        parameter.data = whole.to(device, kind, copy=read is not None)
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 def release_frozen(frozen: nn.Module) -> None:

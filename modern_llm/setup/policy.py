@@ -6,14 +6,14 @@ import torch
 
 from modern_llm.config import LoraConfig, TrainingConfig
 from modern_llm.config.errors import ConfigError
-from modern_llm.distributed.frozen_engine import round_products
+from modern_llm.distributed.frozen_engine import read_rounded
 from modern_llm.distributed.runtime import Runtime
 from modern_llm.models.adapters import add_adapters
 from modern_llm.models.load import Checkpoint
 from modern_llm.models.scorer import TokenScorer
 from modern_llm.models.training_mode import disable_dropout
 from modern_llm.models.unread import has_unread
-from modern_llm.setup.scorers import load_to_shard, set_up_scorer
+from modern_llm.setup.scorers import load_base, load_to_shard, set_up_scorer
 
 
 def check_lora(
@@ -78,19 +78,28 @@ def set_up_policy(
     dropout: bool,
 ) -> TokenScorer:
     """Load the model to train, with adapters where configured."""
-    quantize = lora.quantize if lora else None
-    # DoRA measures the weights when its adapters are made.
-    later = runtime.shards_weights and not (lora and lora.dora)
-    model = load_to_shard(runtime, checkpoint, quantize, sharded=later)
+    rounded = lora is not None and _rounds_base(runtime, config, lora)
+    if rounded:
+        model = load_base(checkpoint)
+    else:
+        # DoRA measures the weights when its adapters are made.
+        later = runtime.shards_weights and not (lora and lora.dora)
+        model = load_to_shard(runtime, checkpoint, lora and lora.quantize, sharded=later)
     scorer = set_up_scorer(runtime, model, config, dropout=dropout)
     if lora is not None:
         add_adapters(model, lora, checkpoint.place, seed=config.seed)
-        if runtime.stage != 3 and not has_unread(model):
+        if rounded:
+            read_rounded(model, config.precision, runtime.device)
+        elif runtime.stage != 3 and not has_unread(model):
             model.to(runtime.device)
-        # These variants measure or change the base weights themselves, beyond autocast.
-        whole = lora.dora or lora.target_parameters
-        if runtime.stage is None and not runtime.shards_weights and not whole:
-            round_products(model, config.precision)
         if not dropout:
             disable_dropout(model)
     return scorer
+
+
+def _rounds_base(runtime: Runtime, config: TrainingConfig, lora: LoraConfig) -> bool:
+    """Whether the frozen linear layers are held in 16 bits, to which autocast rounds them."""
+    # DoRA and adapters of parameters read the base in float32, beyond autocast.
+    autocast = config.precision != "no" and lora.quantize is None
+    alone = runtime.stage is None and not runtime.shards_weights
+    return autocast and alone and not (lora.dora or lora.target_parameters)

@@ -64,6 +64,15 @@ def load_to_shard(
     return load_model(checkpoint, quantize, as_stored=sharded and runtime.rounds_weights)
 
 
+def load_base(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Load a model that will be frozen in 16 bits; where possible its weights are read then."""
+    try:
+        return load_model_later(checkpoint)
+    except CannotWait as reason:
+        log.info("checkpoint %s: held in float32 at first, because %s", checkpoint.place, reason)
+        return load_model(checkpoint)
+
+
 def set_up_scorer(
     runtime: Runtime, model: PreTrainedModel, config: TrainingConfig, *, dropout: bool
 ) -> TokenScorer:

@@ -229,10 +229,10 @@ def test_a_frozen_base_in_16_bits_changes_no_number(
 ):
     """Under autocast a product rounds its weights anyway; the base then needs half the memory."""
     settings = {"mixed_precision": "bf16", "max_steps": 4}
-    real, kinds = policy.round_products, []
+    real, kinds = policy.read_rounded, []
 
-    def noted(model, precision):
-        real(model, precision)
+    def noted(model, precision, device):
+        real(model, precision, device)
         frozen = [(n, p.dtype) for n, p in model.named_parameters() if not p.requires_grad]
         kinds.append({n for n, dtype in frozen if dtype == torch.bfloat16})
         assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
@@ -241,9 +241,9 @@ def test_a_frozen_base_in_16_bits_changes_no_number(
         options = {"reference": reference}
         return dpo(tiny_checkpoint, tiny_pairs, tmp_path / name, dpo_config=options, **settings)
 
-    monkeypatch.setattr(policy, "round_products", noted)
+    monkeypatch.setattr(policy, "read_rounded", noted)
     rounded = run("rounded")
-    monkeypatch.setattr(policy, "round_products", lambda model, precision: None)
+    monkeypatch.setattr(policy, "_rounds_base", lambda *of: False)
     whole = run("whole")
     assert sum("_proj.base_layer.weight" in name for name in kinds[0]) == 7 * 2
     assert losses(rounded.parent) == losses(whole.parent)
