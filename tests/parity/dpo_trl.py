@@ -92,6 +92,16 @@ CASES = (
         },
     ),
     Case(
+        "reference_sync_every, reference_mixup (TR-DPO)",
+        {"reference_sync_every": 4, "reference_mixup": 0.6},
+        {
+            "sync_ref_model": True,
+            "ref_model_sync_steps": 4,
+            "ref_model_mixup_alpha": 0.6,
+            "precompute_ref_log_probs": False,
+        },
+    ),
+    Case(
         "loss_type: sigmoid, label_smoothing",
         {"label_smoothing": 0.1},
         {"label_smoothing": 0.1},

@@ -209,6 +209,16 @@ def test_weights_in_halves_move_and_resume_bitwise(files, tmp_path):
 
 
 @pytest.mark.slow
+def test_weights_in_halves_resume_exactly(files, tmp_path):
+    low = {"mixed_precision": "bf16", "weights": "bfloat16", "save_every": 3}
+    whole = our_run(files, CASES[WINDOWS], tmp_path / "whole", **low)
+    near(whole, plain_loop(files, CASES[WINDOWS]), 0.05)
+    with broken_at(8), pytest.raises(KeyboardInterrupt):
+        our_run(files, CASES[WINDOWS], tmp_path / "broken", **low)
+    assert our_run(files, CASES[WINDOWS], tmp_path / "broken", **low) == whole
+
+
+@pytest.mark.slow
 def test_a_stop_while_a_window_is_scored_resumes_exactly(files, tmp_path, monkeypatch):
     case = CASES[WINDOWS]
     whole = our_run(files, case, tmp_path / "whole")
