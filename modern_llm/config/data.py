@@ -202,6 +202,9 @@ class ConversationDatasetConfig(DatasetConfig):
     order: Fixed[Annotated[str, Field(min_length=1)]] = RANDOM
     """Order of the examples, a function of (seed, epoch, step): random; length, which puts examples
     of similar length into a step; or a column of numbers, from the lowest up."""
+    targets: Fixed[Targets] = "last"
+    """Turns of the assistant that are trained on: last, or all. Pairs train on all that follow what
+    both conversations begin with."""
     append_end_token: Fixed[bool] = True
     """Append the end token to a response that lacks it (never to one that truncation cut)."""
 
@@ -222,9 +225,6 @@ class InstructionDatasetConfig(ConversationDatasetConfig):
     format: Fixed[str] = "auto"
     """How rows are read: alpaca, messages, strings, capybara or token_ids; by default found by
     their columns."""
-    targets: Fixed[Targets] = "last"
-    """Turns of the assistant that are trained on: last, or all. Pairs train on all that follow what
-    both conversations begin with."""
     max_length: Fixed[Annotated[int, Field(ge=2)] | None] = None
     """Tokens of prompt and answer together; by default the model's positions, at most 1,024."""
     max_prompt_length: Fixed[Annotated[int, Field(ge=0)] | None] = None
@@ -264,9 +264,6 @@ class PreferenceDatasetConfig(ConversationDatasetConfig):
     format: Fixed[str] = "auto"
     """How rows are read: hh, shp, strings, messages, sharegpt, orca, helpsteer, ultrafeedback,
     nectar, ranking or token_ids; by default found by their columns."""
-    targets: Fixed[Targets] = "last"
-    """Turns of the assistant that are trained on: last, or all. Pairs train on all that follow what
-    both conversations begin with."""
     rankings: Fixed[Literal["best_worst", "all_pairs", "whole"]] = "best_worst"
     """What a row of several judged responses becomes: the pair of the best and the worst one; all
     pairs of a better and a worse one; or one example, for dpo.loss_type plackett_luce."""

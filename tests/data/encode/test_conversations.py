@@ -12,15 +12,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modern_llm import DPOConfig, TrainingConfig, run_dpo, run_sft
 from modern_llm.cli import main
-from modern_llm.config import InstructionDatasetConfig, PreferenceDatasetConfig
+from modern_llm.config import (
+    InstructionDatasetConfig,
+    LabelledDatasetConfig,
+    PreferenceDatasetConfig,
+)
 from modern_llm.data.encode.conversations import tokens_of
 from modern_llm.data.encode.tokenizer import Encoder
 from modern_llm.data.read.readers import Row
 from modern_llm.data.read.records import ContentFault, RowFault
+from modern_llm.data.table.build import prepare_tables
 from modern_llm.data.table.gaps import none, trained_of
 from modern_llm.data.table.iterate import RecordReader
 from modern_llm.evaluation.score import score_pairs
 from modern_llm.objectives.preference import preference_loss
+from modern_llm.training.train_kto import KTOConfig, run_kto
 from tests.helpers.chat_templates import CHATS
 from tests.helpers.encoding import byte_level, recipe_of, sentence_piece
 
@@ -147,6 +153,20 @@ def test_instructions_too(make, template):
     for row in TALKS:
         expected = plain(tokenizer, row["messages"], row.get("tools"), 0)
         assert joined(*whole(tokenizer, "answers", row)) == expected
+
+
+def test_labelled_responses_too(tmp_path, jsonl):
+    talk = {"tools": TOOLS, "messages": [*COMMON, *CHOSEN], "label": True}
+    tokenizer = byte_level(chat=MARKED)
+    for rows, shared in (([PAIRS[0]], 3), ([talk], 0)):
+        data = LabelledDatasetConfig(dataset_name=str(jsonl(rows)), targets="all")
+        table = prepare_tables(data, tokenizer, tmp_path / "tables", max_length=1024).train
+        sides = sides_of(PAIRS[0])
+        for row in range(len(table)):
+            ids = [*table.ids(row, "prompt").tolist(), *table.ids(row, "response").tolist()]
+            expected = plain(tokenizer, sides[row], TOOLS, shared)
+            assert ids == expected[0]
+            assert table.trained[row, 1] == sum(expected[1])
 
 
 def test_with_real_tokenizers(shared):
@@ -356,6 +376,20 @@ def test_dpo_counts_trained_tokens_alone(tmp_path, jsonl, model):
     train = TrainingConfig(run_name="b", output_dir=tmp_path / "dpo", **fields)
     run_dpo(model, train, DPOConfig(max_length=1024), data)
     assert logged(tmp_path / "dpo")[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_kto_on_whole_conversations_is_the_same_with_a_stored_and_a_live_reference(
+    tmp_path, jsonl, model
+):
+    data = LabelledDatasetConfig(dataset_name=str(jsonl(PAIRS)), targets="all")
+    losses = []
+    for reference in ("cache", "model"):
+        fields = {"batch_size": 5, "max_steps": 3, "log_every": 1, "learning_rate": 1e-3}
+        train = TrainingConfig(run_name="k", output_dir=tmp_path / reference, **fields)
+        run_kto(model, train, KTOConfig(reference=reference, max_length=1024), data)
+        losses.append([line["loss"] for line in logged(tmp_path / reference)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.slow
