@@ -118,7 +118,7 @@ NO_EQUIVALENT = {
         "freeze_vision_tower freeze_multi_modal_projector freeze_language_model"
     ),
     "optimizers are adamw, adamw_8bit, muon and adafactor, without further options": (
-        "optim_args optim_target_modules use_adam_mini use_galore galore_target "
+        "use_adam_mini use_galore galore_target "
         "galore_rank galore_update_interval galore_scale galore_proj_type galore_layerwise "
         "use_apollo apollo_target apollo_rank apollo_update_interval apollo_scale apollo_proj "
         "apollo_proj_type apollo_scale_type apollo_layerwise apollo_scale_front use_badam "

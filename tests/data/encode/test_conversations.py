@@ -7,16 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from modern_llm import DPOConfig, TrainingConfig, run_dpo, run_sft
 from modern_llm.cli import main
-from modern_llm.config import (
-    InstructionDatasetConfig,
-    LabelledDatasetConfig,
-    PreferenceDatasetConfig,
-)
+from modern_llm.config import LabelledDatasetConfig
 from modern_llm.data.encode.conversations import tokens_of
 from modern_llm.data.encode.tokenizer import Encoder
 from modern_llm.data.read.readers import Row
@@ -24,81 +17,24 @@ from modern_llm.data.read.records import ContentFault, RowFault
 from modern_llm.data.table.build import prepare_tables
 from modern_llm.data.table.gaps import none, trained_of
 from modern_llm.data.table.iterate import RecordReader
-from modern_llm.evaluation.score import score_pairs
-from modern_llm.objectives.preference import preference_loss
-from modern_llm.training.train_kto import KTOConfig, run_kto
 from tests.helpers.chat_templates import CHATS
-from tests.helpers.encoding import byte_level, recipe_of, sentence_piece
-
-MARKED = (
-    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>"
-    "{{ '\n' }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' %}{% generation %}"
-    "{% if m.reasoning_content %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}"
-    "{% endif %}{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
-    "{{ '\n<tool_call>\n' + ({'name': c.function.name, 'arguments': c.function.arguments} | tojson)"
-    " + '\n</tool_call>' }}{% endfor %}<|im_end|>{% endgeneration %}{{ '\n' }}"
-    "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+from tests.helpers.conversations import (
+    CHOSEN,
+    COMMON,
+    MARKED,
+    MEASURED,
+    PAIRS,
+    SHARED_TURNS,
+    TALKS,
+    TOOLS,
+    answer,
+    call,
+    plain,
+    result,
+    sides_of,
+    user,
 )
-MEASURED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "add",
-            "description": "Adds.",
-            "parameters": {"type": "object", "properties": {"a": {"type": "number"}}},
-        },
-    }
-]
-
-
-def user(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": text}
-
-
-def answer(text: str, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": text, **more}
-
-
-def call(text: str, number: int, **more: Any) -> dict[str, Any]:
-    function = {"name": "add", "arguments": {"a": number}}
-    return answer(text, tool_calls=[{"type": "function", "function": function}], **more)
-
-
-def result(text: str) -> dict[str, Any]:
-    return {"role": "tool", "name": "add", "content": text}
-
-
-COMMON = [user("What is 2 and 3?"), call("", 2, reasoning_content="Add."), result("2")]
-CHOSEN = [call("Next.", 3), result('{"sum": 5}'), answer("It is 5.", reasoning_content="Five.")]
-REJECTED = [call("Next.", 4), result("6"), call("Again.", 3), result("5"), answer("Six?")]
-PAIRS = [
-    {"tools": TOOLS, "chosen": [*COMMON, *CHOSEN], "rejected": [*COMMON, *REJECTED]},
-    {"tools": TOOLS, "prompt": COMMON, "chosen": REJECTED, "rejected": [*CHOSEN, user("Thanks")]},
-    {"tools": TOOLS, "prompt": COMMON[:1], "chosen": COMMON[1:] + CHOSEN, "rejected": REJECTED},
-    {
-        "prompt": "Hello?",
-        "chosen": [answer("Yes, hello."), user("Who?"), answer("Me, the harbour.")],
-        "rejected": [answer("Yes, no."), user("What?"), answer("Bread."), user("Oh"), answer("5")],
-    },
-    {"prompt": [user("Hi")], "chosen": [answer("One.")], "rejected": [answer("Two, three.")]},
-]
-SHARED_TURNS = (3, 3, 1, 1, 1)
-TALKS = [
-    {"tools": TOOLS, "messages": [*COMMON, *CHOSEN]},
-    {"messages": [user("a"), answer("b"), user("c"), answer("d é 漢字", reasoning_content="e")]},
-    {"messages": [user("only one"), answer("turn")]},
-]
-
-
-def sides_of(row: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    """The two conversations of a row of `PAIRS`, in plain Python."""
-    prompt = row.get("prompt", [])
-    prompt = [user(prompt)] if isinstance(prompt, str) else prompt
-    sides = [[*prompt, *row[name]] for name in ("chosen", "rejected")]
-    return [side[:-1] if side[-1]["role"] == "user" else side for side in sides]
+from tests.helpers.encoding import byte_level, recipe_of, sentence_piece
 
 
 def whole(tokenizer: Any, kind: str, row: dict[str, Any], **section: Any) -> list[tuple]:
@@ -111,20 +47,6 @@ def whole(tokenizer: Any, kind: str, row: dict[str, Any], **section: Any) -> lis
     masks = [trained_of(each, len(ids)) for ids, each in zip(cells, gaps, strict=True)]
     masks[0][:] = False
     return [(ids.tolist(), mask.tolist()) for ids, mask in zip(cells, masks, strict=True)]
-
-
-def plain(tokenizer: Any, messages: list[dict], tools: Any, shared: int) -> tuple[list, list]:
-    """The ids and the assistant's mask as `transformers` has them, up to the last trained id;
-    nothing of the first `shared` messages is trained on."""
-    options = {"tools": tools, "chat_template": MARKED, "return_dict": True}
-    found = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, **options)
-    ids, mask = list(found["input_ids"]), list(map(bool, found["assistant_masks"]))
-    before = []
-    if shared:
-        before = tokenizer.apply_chat_template(messages[:shared], **options)["input_ids"]
-    mask[: len(before)] = [False] * len(before)
-    end = max(at for at, trained in enumerate(mask) if trained) + 1
-    return ids[:end], mask[:end]
 
 
 def joined(prompt: tuple, response: tuple) -> tuple[list, list]:
@@ -306,101 +228,6 @@ def test_tokens_of_characters_are_those_of_the_text_before(make):
         assert first == len(before), text[:at]
         checked += 1
     assert checked > 10
-
-
-# Whole runs
-
-
-@pytest.fixture
-def model(tmp_path, monkeypatch):
-    """The folder of a small Llama with a tokenizer whose template marks the assistant's turns."""
-    monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path / "cache"))
-    tokenizer = byte_level(chat=MARKED)
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
-        max_position_embeddings=1024,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-def plain_sums(folder: Any, row: dict[str, Any], shared: int) -> list[tuple[float, int]]:
-    """Log-prob sum and number of the assistant's tokens of each conversation, in plain PyTorch."""
-    tokenizer = byte_level(chat=MARKED)
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    sides = sides_of(row) if "chosen" in row else [row["messages"]]
-    found = []
-    for messages in sides:
-        ids, mask = plain(tokenizer, messages, row.get("tools"), shared)
-        with torch.no_grad():
-            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        places = [at for at, trained in enumerate(mask) if trained]
-        found.append((sum(float(logprobs[at - 1, ids[at]]) for at in places), len(places)))
-    return found
-
-
-@pytest.mark.slow
-def test_scores_are_those_of_plain_pytorch(tmp_path, jsonl, model):
-    data = PreferenceDatasetConfig(dataset_name=str(jsonl(PAIRS)), targets="all")
-    score_pairs(str(model), data, tmp_path / "scores.jsonl", max_length=1024)
-    lines = (tmp_path / "scores.jsonl").read_text().splitlines()
-    for line, row, shared in zip(map(json.loads, lines), PAIRS, SHARED_TURNS, strict=True):
-        for side, (total, count) in zip(
-            ("chosen", "rejected"), plain_sums(model, row, shared), strict=True
-        ):
-            assert line[f"{side}_tokens"] == count
-            assert line[f"policy_{side}"] == pytest.approx(total, rel=1e-5)
-
-
-def logged(folder: Any) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.slow
-def test_dpo_counts_trained_tokens_alone(tmp_path, jsonl, model):
-    fields = {"batch_size": len(PAIRS), "max_steps": 2, "log_every": 1, "learning_rate": 1e-3}
-    data = PreferenceDatasetConfig(dataset_name=str(jsonl(PAIRS)), targets="all")
-    train = TrainingConfig(run_name="a", output_dir=tmp_path / "simpo", **fields)
-    run_dpo(model, train, DPOConfig(loss_type="simpo", beta=2.0, max_length=1024), data)
-    both = [plain_sums(model, row, n) for row, n in zip(PAIRS, SHARED_TURNS, strict=True)]
-    policy = torch.tensor([[total for total, _ in pair] for pair in both])
-    lengths = torch.tensor([[count for _, count in pair] for pair in both])
-    losses = preference_loss(
-        policy, None, lengths, loss_type="simpo", beta=2.0, label_smoothing=0.0
-    )
-    assert logged(tmp_path / "simpo")[0]["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
-    # With a stored reference: it starts at ln 2, in trees as in rows of one answer.
-    train = TrainingConfig(run_name="b", output_dir=tmp_path / "dpo", **fields)
-    run_dpo(model, train, DPOConfig(max_length=1024), data)
-    assert logged(tmp_path / "dpo")[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
-
-
-@pytest.mark.slow
-def test_kto_on_whole_conversations_is_the_same_with_a_stored_and_a_live_reference(
-    tmp_path, jsonl, model
-):
-    data = LabelledDatasetConfig(dataset_name=str(jsonl(PAIRS)), targets="all")
-    losses = []
-    for reference in ("cache", "model"):
-        fields = {"batch_size": 5, "max_steps": 3, "log_every": 1, "learning_rate": 1e-3}
-        train = TrainingConfig(run_name="k", output_dir=tmp_path / reference, **fields)
-        run_kto(model, train, KTOConfig(reference=reference, max_length=1024), data)
-        losses.append([line["loss"] for line in logged(tmp_path / reference)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-@pytest.mark.slow
-def test_sft_trains_on_every_turn(tmp_path, jsonl, model):
-    fields = {"batch_size": len(TALKS), "max_steps": 1, "log_every": 1}
-    train = TrainingConfig(run_name="s", output_dir=tmp_path / "sft", **fields)
-    data = InstructionDatasetConfig(dataset_name=str(jsonl(TALKS)), targets="all", max_length=1024)
-    run_sft(model, train, data)
-    sums = [plain_sums(model, row, 0)[0] for row in TALKS]
-    expected = -sum(total for total, _ in sums) / sum(count for _, count in sums)
-    assert logged(tmp_path / "sft")[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_command_line_says_where_a_row_is_refused(tmp_path, jsonl, capsys):
