@@ -122,7 +122,7 @@ def test_recomputing_selectively_repeats_no_product_and_keeps_less():
 
 
 def test_offloaded_inputs_leave_the_device_and_change_no_number(monkeypatch):
-    """An array stands for the host's memory here: torch does not count it among its tensors."""
+    """An array is the host's memory here: torch does not count it among its tensors."""
     rows = random_pairs([(120, 60, 50)] * 4)
 
     def trained(**mode) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -58,7 +58,7 @@ def prepare(folder: Path, data: Path) -> list[dict[str, Any]]:
     tokenizer = write_tokenizer(pairs, folder / "model", VOCABULARY)
     write_model(folder / "model", VOCABULARY, **SHAPE)
     fitting = [pair for pair in pairs if longest(tokenizer, pair) <= MAX_TOKENS]
-    # A prompt that two rows of a step share is passed over here and used by TRL.
+    # A prompt that two rows of a step share is left out here and used by TRL.
     fitting = list({pair["prompt"]: pair for pair in fitting}.values())
     rng = random.Random(SEED)
     rows = []
