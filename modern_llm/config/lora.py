@@ -5,9 +5,23 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from modern_llm.config.base import Accepted, Fixed, section
+
+CHANGES_BASE = (
+    "changes the frozen weights, so that the model without its adapters would no longer be the "
+    "reference"
+)
+REFUSED = {
+    "pissa": CHANGES_BASE,
+    "olora": CHANGES_BASE,
+    "loftq": CHANGES_BASE,
+    "corda": f"reads the data before the first step, and {CHANGES_BASE}",
+    "orthogonal": "depends on a decomposition that rounds differently in each process",
+    "eva": "reads activations of the data before the first step, for which there is no pass here",
+}
+"""Ways of `peft` to begin that are refused -> why."""
 
 
 @section
@@ -31,6 +45,10 @@ class LoraConfig:
     rslora: Fixed[bool] = False
     """Scale an adapter's output by alpha / sqrt(rank), which keeps large ranks from learning slowly
     (rsLoRA, Kalajdzievski, 2023)."""
+    initial: Fixed[Literal["default", "gaussian"]] = "default"
+    """Distribution of each adapter's first matrix, uniform or normal; the second one begins at 0.
+    Those of peft that change the base or read the data first (pissa, olora, corda, loftq, eva) are
+    refused."""
     layers: Fixed[list[Annotated[int, Field(ge=0)]] | None] = None
     """Numbers of the decoder layers that get adapters, from 0; by default all."""
     target_parameters: Fixed[list[str]] = Field(default_factory=list)
@@ -40,6 +58,14 @@ class LoraConfig:
     quantize: Fixed[Literal["nf4", "int8"] | None] = None
     """Keep the frozen weights in 4 or 8 bits (QLoRA): needs a GPU, bitsandbytes and mixed precision
     bf16 or fp16; not with ZeRO-3."""
+
+    @field_validator("initial", mode="before")
+    @classmethod
+    def _leaves_the_base(cls, value: object) -> object:
+        reason = next((why for name, why in REFUSED.items() if str(value).startswith(name)), None)
+        if reason is not None:
+            raise ValueError(f"{value} {reason}: use default or gaussian")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> LoraConfig:

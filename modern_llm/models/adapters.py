@@ -47,6 +47,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, place: str, *, seed
         modules_to_save=config.modules_to_save or None,
         use_dora=config.dora,
         use_rslora=config.rslora,
+        init_lora_weights=True if config.initial == "default" else config.initial,
         layers_to_transform=config.layers,
         target_parameters=config.target_parameters or None,
         task_type="CAUSAL_LM",
@@ -81,11 +82,22 @@ def has_adapters(model: nn.Module) -> bool:
 @contextmanager
 def adapters_off(model: PreTrainedModel) -> Iterator[None]:
     """Switch adapters off inside the `with` block, which leaves the frozen base."""
-    model.disable_adapters()
+    _switch(model, enabled=False)
     try:
         yield
     finally:
-        model.enable_adapters()
+        _switch(model, enabled=True)
+
+
+def _switch(model: PreTrainedModel, *, enabled: bool) -> None:
+    """Switch all adapters, and whole modules that train, on or off."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    # The model's own `enable_adapters` leaves modules that train whole switched off and frozen.
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
+            module.enable_adapters(enabled=enabled)
 
 
 def write_adapters(model: PreTrainedModel, state: dict[str, Tensor], place: Path) -> None:

@@ -23,6 +23,8 @@ VARIANTS = {
     "dora": {"rank": 4, "dora": True},
     "rslora": {"rank": 4, "rslora": True, "alpha": 8},
     "layers": {"rank": 4, "layers": [1]},
+    "gaussian": {"rank": 4, "initial": "gaussian"},
+    "dora and a saved module": {"rank": 4, "dora": True, "modules_to_save": ["lm_head"]},
     "experts": {"rank": 4, "targets": [], "target_parameters": EXPERTS},
     "experts and layers": {"rank": 4, "targets": ["q_proj"], "target_parameters": EXPERTS[1:]},
 }
@@ -166,6 +168,9 @@ def test_names_that_the_model_lacks_are_refused(
         ({"layers": []}, "name at least one, or leave it out"),
         ({"target_parameters": EXPERTS, "dora": True}, "cannot be combined with dora"),
         ({"target_parameters": EXPERTS, "dropout": 0.1}, "cannot be combined with dropout"),
+        ({"initial": "pissa_niter_4"}, "pissa_niter_4 changes the frozen weights, so that"),
+        ({"initial": "eva"}, "eva reads activations of the data before the first step"),
+        ({"initial": "orthogonal"}, "orthogonal depends on a decomposition"),
     ],
 )
 def test_contradictions_are_refused(lora, sentence):
