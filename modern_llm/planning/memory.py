@@ -86,6 +86,8 @@ class ParallelLayout:
     """Whether activations are recomputed in the backward pass."""
     offload_activations: bool = False
     """Whether the inputs that recomputation starts from are in the host's memory."""
+    moving_reference: bool = False
+    """Whether the reference follows the policy (`dpo.reference_sync_every`)."""
     background_saving: bool = False
     """Whether a copy of weights and moments is written while training continues."""
     row: int | None = None
@@ -124,6 +126,9 @@ def plan_memory(parameters: Sequence[Parameter], sizes: Sizes, setting: Parallel
         memory.device["reference"] = _reference_bytes(parameters, setting)
     if setting.background_saving:
         memory.host["saving"] = _saving_bytes(parameters, setting)
+    if setting.moving_reference:
+        # The reference, and the policy while the reference is in its place.
+        memory.host["reference"] = 2 * _host_copy(parameters, setting.world if setting.stage else 1)
     memory.device["activations"] = activation_bytes(sizes, setting)
     if setting.offload_activations:
         memory.host["activations"] = input_bytes(sizes, setting)
@@ -274,8 +279,12 @@ def _cast_bytes(parameters: Sequence[Parameter], sizes: Sizes, setting: Parallel
 def _saving_bytes(parameters: Sequence[Parameter], setting: ParallelLayout) -> int:
     """Return the bytes of float32 weights and two moments: this rank's shards, or all of them on
     the rank that writes."""
-    sharers = setting.world if setting.stage else 1
-    return sum(3 * FLOAT32 * _ceil(p.numel, sharers) for p in parameters if p.trained)
+    return 3 * _host_copy(parameters, setting.world if setting.stage else 1)
+
+
+def _host_copy(parameters: Sequence[Parameter], sharers: int) -> int:
+    """Return the bytes of one process's share of the trained weights in float32."""
+    return sum(FLOAT32 * _ceil(p.numel, sharers) for p in parameters if p.trained)
 
 
 def _groups(parameters: Iterable[Parameter]) -> list[list[Parameter]]:

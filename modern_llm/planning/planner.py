@@ -80,6 +80,7 @@ class PlanRequest:
     weights: str = "float32"
     optimizer: str = "adamw"
     offload_activations: bool = False
+    moving_reference: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -281,6 +282,7 @@ class _Planner:
             background_saving=self._request.background_saving,
             weights=self._request.weights,
             optimizer=self._request.optimizer,
+            moving_reference=self._request.moving_reference,
             offload_activations=checkpointing and self._request.offload_activations,
         )
         return replace(setting, **PRESETS[name].setting)

@@ -124,5 +124,6 @@ def _request(
         background_saving=train is not None and train.background_saving,
         weights=settings.weights or (train.weights if train else "float32"),
         offload_activations=offload,
+        moving_reference=bool(getattr(getattr(run, "dpo", None), "reference_sync_every", None)),
         optimizer=settings.optimizer or (train.optimizer if train else "adamw"),
     )

@@ -234,6 +234,8 @@ def test_parts_move_as_they_must():
     offloaded = of(stage=3, world=2, offload_optimizer=True, offload_parameters=True)
     assert not {"optimizer", "gradients", "parameters"} & set(offloaded.device)
     assert offloaded.host["optimizer"] > 0
+    moving = of(stage=2, world=4, moving_reference=True)
+    assert moving.host == {"reference": 2 * 4 * 10_000_000 // 4}
     assert of().host == {} and of(background_saving=True).host == {"saving": 120_000_000}
     assert of(background_saving=True, world=2, stage=2).host == {"saving": 60_000_000}
     low = of(stage=3, world=2, precision="bf16", reference=True)
