@@ -137,7 +137,7 @@ def run_ours(options: argparse.Namespace) -> Measured:
     found = _ours(options, place() / "trees")
     plain = micro_batches.Examples
     # The same attention and packing, but each answer has its own prompt.
-    micro_batches.Examples = lambda table, *, trees: plain(table, trees=False)
+    micro_batches.Examples = lambda table, **more: plain(table, **(more | {"trees": False}))
     try:
         rows = _ours(options, place() / "rows")
     finally:
