@@ -114,6 +114,7 @@ def test_an_exception_that_cannot_be_sent_is_told():
         run_ranks(rank_two_refuses, 3)
 
 
+@pytest.mark.slow
 def test_a_port_that_was_taken_meanwhile_is_replaced(monkeypatch):
     chosen = []
     with socket.socket() as taken:
@@ -136,6 +137,7 @@ def test_a_killed_rank_is_named_and_the_others_end(tmp_path):
     assert_all_ended(tmp_path, 2)
 
 
+@pytest.mark.slow
 def test_a_hang_ends_at_the_timeout_and_says_where(tmp_path):
     with pytest.raises(TimeoutError, match=r"(?s)ranks \[0\] of 2 .*in wait_for_nothing"):
         run_ranks(rank_zero_hangs, 2, tmp_path, timeout=4.0)

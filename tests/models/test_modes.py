@@ -145,6 +145,7 @@ def test_policy_and_reference_of_a_family_are_one_function(name):
         torch.testing.assert_close(sums.detach(), expected, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_weights_that_an_evaluation_would_change_are_saved_as_they_are():
     """RWKV halves the weights of every second layer in place, in evaluation mode."""
     torch.manual_seed(0)

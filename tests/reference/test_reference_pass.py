@@ -64,7 +64,13 @@ def assert_same_run(one: tuple[list[dict], Path], other: tuple[list[dict], Path]
     assert max(float((left[n] - right[n]).abs().max()) for n in left) < 1e-5
 
 
-@pytest.mark.parametrize("dpo", [{}, {"ld_alpha": 0.4}], ids=["sums", "desensitised"])
+@pytest.mark.parametrize(
+    "dpo",
+    [
+        pytest.param({}, id="sums"),
+        pytest.param({"ld_alpha": 0.4}, id="desensitised", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("same", [True, False], ids=["the policy's start", "other weights"])
 def test_cached_stored_and_model_references_give_the_same_run(
     tmp_path, tiny_checkpoint, other, tiny_pairs, dpo, same
@@ -114,6 +120,7 @@ def test_desensitised_sums_are_those_of_the_paper(tmp_path, tiny_checkpoint, oth
     assert records[0]["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_training_without_the_references_weights(
     tmp_path, tiny_checkpoint, other, tiny_pairs, monkeypatch, caplog
 ):

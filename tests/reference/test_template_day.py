@@ -96,6 +96,7 @@ def test_a_store_filled_yesterday_has_every_value_today(
         run_dpo(model, settings(tmp_path, "other"), stored, other)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_day(
     tmp_path, tiny_tokenizer, calendar, pairs, own_reference_cache
 ):

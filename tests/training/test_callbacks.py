@@ -239,6 +239,7 @@ def test_the_best_is_kept_and_patience_ends_the_run(tmp_path, tiny_checkpoint, p
     assert any((one[name] != last[name]).any() for name in last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_before", [5, 9])
 def test_a_resumed_run_stops_where_an_uninterrupted_one_does(
     tmp_path, tiny_checkpoint, pairs, monkeypatch, stop_before

@@ -112,6 +112,7 @@ def test_the_reference_is_the_base_whatever_the_mode(
     assert losses(live.parent) == pytest.approx(losses(trained.parent), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_and_adapters_train_on(
     trained, tiny_checkpoint, tiny_pairs, tmp_path
 ):

@@ -146,7 +146,9 @@ def near(found: list[float], expected: list[float], within: float = 1e-5) -> Non
     assert np.abs(np.array(found) - np.array(expected)).max() < within
 
 
-@pytest.mark.parametrize("name", [*CASES])
+@pytest.mark.parametrize(
+    "name", [n if n == ADAPTERS else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
 def test_a_run_equals_a_plain_loop_with_two_models(name, files, tmp_path):
     case = CASES[name]
     expected = plain_loop(files, case)
@@ -164,11 +166,13 @@ def test_a_copied_policy_is_its_own_reference(files, tmp_path):
     assert all(abs(found[i] - math.log(2)) > 1e-4 for i in range(STEPS) if i not in at)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "background"),
     [
         (WINDOWS, False),
-        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((WINDOWS, True), (ADAPTERS, False))),
+        (WINDOWS, True),
+        (ADAPTERS, False),
     ],
 )
 def test_a_resumed_run_is_bitwise_the_run_without_a_break(name, background, files, tmp_path):

@@ -120,7 +120,7 @@ def same(records, expected) -> None:
     assert [r["rewards/kendall"] for r in records][1:] == pytest.approx(taus[1:], abs=1e-6)
 
 
-@pytest.mark.parametrize("attention", ["auto", "separate"])
+@pytest.mark.parametrize("attention", ["auto", pytest.param("separate", marks=pytest.mark.slow)])
 def test_a_run_equals_a_plain_loop_over_separate_rows(attention, tiny_checkpoint, data, tmp_path):
     expected = plain_loop(tiny_checkpoint, data)
     assert expected[0][-1] < expected[0][0] - 0.05

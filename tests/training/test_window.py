@@ -50,6 +50,7 @@ def test_a_line_is_the_mean_over_the_steps_since_the_last_one(
             assert seldom[last][name] == every[last][name]
 
 
+@pytest.mark.slow
 def test_the_lines_after_a_resume_are_those_of_a_run_without_one(
     tmp_path, tiny_checkpoint, tiny_pairs
 ):

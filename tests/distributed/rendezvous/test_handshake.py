@@ -68,6 +68,7 @@ def test_a_missing_node_is_named_in_time(port):
         assert message.startswith("node 1 of 3 (node 1) did not come within 2 s")
 
 
+@pytest.mark.slow
 def test_a_duplicate_rank_and_a_rank_too_high(port):
     results = together(port, [(0, {"n": 1}), (0, {"n": 2})], 2, seconds=1.5)
     assert any("two processes claim node 0" in str(result) for result in results)

@@ -54,6 +54,7 @@ def undisturbed(tmp_path_factory, tiny_checkpoint, tiny_pairs):
     return folder, call(folder, tiny_checkpoint, tiny_pairs)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_chunks_of_the_head(
     tmp_path, tiny_checkpoint, tiny_pairs, monkeypatch
 ):
@@ -160,6 +161,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path, tiny_checkpoint, tiny_pa
     assert kept == ["step-00000008"]
 
 
+@pytest.mark.slow
 def test_a_signal_saves_ends_with_75_and_the_same_command_resumes(
     tmp_path, tiny_checkpoint, tiny_pairs
 ):

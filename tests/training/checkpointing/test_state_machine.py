@@ -223,6 +223,7 @@ def explore(actions: int) -> None:
     assert Checkpoints.actions >= actions
 
 
+@pytest.mark.slow
 def test_one_checkpoint_verifies_at_all_times():
     explore(SHORT)
 

@@ -245,6 +245,7 @@ def test_three_consecutive_skips_stop_a_run(tmp_path, tiny_checkpoint, tiny_pair
         assert int(place.name[5:]) <= 6
 
 
+@pytest.mark.slow
 def test_the_count_of_skipped_steps_is_part_of_the_state(tmp_path, tiny_checkpoint, tiny_pairs):
     settings = {"on_nonfinite": "skip", "save_every": 1}
     with Poison(0, {1, 4}, "nan"):

@@ -153,6 +153,7 @@ def test_sampling_changes_nothing_of_the_training(tmp_path, tiny_checkpoint, tin
     assert a == b
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_reference_answers(tmp_path, tiny_checkpoint, tiny_pairs):
     whole = sampled(tmp_path / "whole", tiny_checkpoint, tiny_pairs)
     training = config(tmp_path / "cut", generate_every=2, generate_tokens=8, save_every=2)
