@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from modern_llm.planning.memory import ParallelLayout, Parameter, Sizes, plan_memory
+from plan_table import MODELS as SIZES
+from plan_table import shapes_of
 
-# Shapes of the Llama family: layers, hidden, mlp, heads, kv_heads, head_dim, vocabulary.
-MODELS = {
-    "1B": Sizes(16, 2048, 8192, 32, 8, 64, 128_256),
-    "8B": Sizes(32, 4096, 14_336, 32, 8, 128, 128_256),
-    "70B": Sizes(80, 8192, 28_672, 64, 8, 128, 128_256),
-}
+from modern_llm.planning.memory import ParallelLayout, Parameter, plan_memory
+
+MODELS = {name: SIZES[name] for name in ("1B", "8B", "70B")}
 WORLDS = (8, 64, 512)
-
-
-def parameters_of(sizes: Sizes) -> list[Parameter]:
-    """Return the parameters of a Llama of these sizes, head and embedding apart."""
-    h, kv, q = sizes.hidden, sizes.kv_heads * sizes.head_dim, sizes.heads * sizes.head_dim
-    layer = [(q, h), (kv, h), (kv, h), (h, q), (sizes.mlp, h), (sizes.mlp, h), (h, sizes.mlp)]
-    layer += [(h,), (h,)]
-    ends = [(sizes.vocabulary, h), (sizes.vocabulary, h), (h,)]
-    return [Parameter(shape) for shape in [*ends, *(layer * sizes.layers)]]
 
 
 def table() -> str:
@@ -30,7 +19,7 @@ def table() -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, sizes in MODELS.items():
-        parameters = parameters_of(sizes)
+        parameters = [Parameter(shape) for shape in shapes_of(sizes).values()]
         for world in WORLDS:
             for stage in (2, 3):
                 setting = ParallelLayout(
