@@ -85,31 +85,23 @@ def round_parameters(module: nn.Module, precision: str) -> None:
             parameter.data = parameter.data.to(DTYPES[precision])
 
 
-def round_products(module: nn.Module, precision: str) -> None:
-    """Keep the frozen weights of linear layers in the 16 bits to which autocast rounds them anyway.
-
-    The numbers do not change, and half of their memory is free. Weights that are tied to an
-    embedding stay: its rows are not rounded.
-    """
-    for parameter in _frozen_products(module) if precision in DTYPES else ():
-        if parameter.dtype == torch.float32:
-            parameter.data = parameter.data.to(DTYPES[precision])
-
-
 def _frozen_products(module: nn.Module) -> list[nn.Parameter]:
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     layers = [
         m for m in module.modules() if isinstance(m, nn.Linear) and id(m.weight) not in tables
     ]
-    return [p for m in layers for p in m.parameters(recurse=False) if not p.requires_grad]
+    weights = [p for m in layers for p in m.parameters(recurse=False) if not p.requires_grad]
+    return [p for p in weights if p.dtype == torch.float32]
 
 
 @torch.no_grad()
 def read_rounded(module: nn.Module, precision: str, device: torch.device) -> None:
     """Read the placeholders of a model and move it to the device, one parameter at a time.
 
-    Frozen products get the dtype of `round_products` on the way: neither the host nor the device
-    ever holds them in float32.
+    Frozen weights of linear layers are kept in the 16 bits to which autocast rounds them anyway: no
+    number changes, half of their memory is free, and neither host nor device ever holds a
+    placeholder's weights in float32. Weights that are tied to an embedding stay: its rows are not
+    rounded.
     """
     rounded = {id(p) for p in _frozen_products(module)} if precision in DTYPES else set()
     for parameter in module.parameters():

@@ -150,8 +150,8 @@ class Runtime(Peers):
             if self.rounds_weights:  # as in the model that trains
                 frozen_engine.round_parameters(module, self.config.precision)
             frozen_engine.freeze_parameters(module)
-            frozen_engine.round_products(module, self.config.precision)
-            return self._frozen(module.to(self.device))
+            frozen_engine.read_rounded(module, self.config.precision, self.device)
+            return self._frozen(module)
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         content = frozen_engine.engine_config(self.deepspeed_content, file, self.config)
         self._in_use[id(module)] = partial(deepspeed_release.forget, module)

@@ -221,20 +221,20 @@ def test_a_frozen_reference_in_16_bits_changes_no_number(
 ):
     """Under autocast a product rounds its weights anyway; the reference then needs half the
     memory."""
-    real, kinds = frozen_engine.round_products, []
+    real, kinds = frozen_engine.read_rounded, []
 
-    def noted(module, precision):
-        real(module, precision)
+    def noted(module, precision, device):
+        real(module, precision, device)
         kinds.append([p.dtype for n, p in module.named_parameters() if "_proj.weight" in n])
 
     def run(name: str) -> list[float]:
-        monkeypatch.setattr(frozen_engine, "round_products", noted if name == "rounded" else skip)
+        monkeypatch.setattr(frozen_engine, "read_rounded", noted if name == "rounded" else skip)
         live = DPOConfig(max_length=96, reference="model")
         settings = config(tmp_path / name, mixed_precision="bf16", max_steps=4)
         data = PreferenceDatasetConfig(dataset_name=str(tiny_pairs))
         return losses(run_dpo(tiny_checkpoint, settings, live, data).parent)
 
-    def skip(module, precision):
+    def skip(module, precision, device):
         pass
 
     assert run("rounded") == run("whole")
