@@ -131,18 +131,7 @@ def prepare(folder: Path, data: Path) -> list[dict[str, str]]:
 
 def run_trl(folder: Path, out: Path, pairs: list[dict[str, str]], options: Any) -> list[float]:
     """Return TRL's loss of every step."""
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
-
-    losses: list[float] = []
-
-    class Noted(DPOTrainer):
-        def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            loss = super().compute_loss(*args, **kwargs)
-            losses.append(float(loss.detach()))
-            return loss
 
     settings = TRL | {"learning_rate": RATE, "max_length": MAX_TOKENS} | options
     config = DPOConfig(
@@ -154,33 +143,57 @@ def run_trl(folder: Path, out: Path, pairs: list[dict[str, str]], options: Any) 
         max_steps=STEPS,
         **settings,
     )
+    return trl_losses(DPOTrainer, config, folder, pairs)
+
+
+def trl_losses(trainer: type, config: Any, folder: Path, rows: list[dict[str, Any]]) -> list[float]:
+    """Train with a trainer of TRL; return the loss of every micro-batch."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    losses: list[float] = []
+
+    class Noted(trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            loss = super().compute_loss(*args, **kwargs)
+            losses.append(float(loss.detach()))
+            return loss
+
     Noted(
         model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
         args=config,
-        train_dataset=Dataset.from_list(pairs),
+        train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
     ).train()
     return losses
 
 
+def our_training(out: Path) -> Any:
+    """Return the configuration of this package's side, in micro-batches of its choice."""
+    from modern_llm.config import TrainingConfig
+
+    return TrainingConfig(
+        run_name="parity",
+        output_dir=out,
+        batch_size=PAIRS_A_STEP,
+        micro_batch_size=3,
+        max_steps=STEPS,
+        learning_rate=RATE,
+        schedule="constant",
+        seed=SEED,
+        log_every=1,
+    )
+
+
 def run_ours(folder: Path, out: Path, options: Any) -> list[float]:
     """Return the loss of every step of this package, in micro-batches of its choice."""
-    from modern_llm.config import PreferenceDatasetConfig, TrainingConfig
+    from modern_llm.config import PreferenceDatasetConfig
     from modern_llm.training.train_dpo import DPOConfig, run_dpo
 
     run_dpo(
         folder / "model",
-        TrainingConfig(
-            run_name="parity",
-            output_dir=out,
-            batch_size=PAIRS_A_STEP,
-            micro_batch_size=3,
-            max_steps=STEPS,
-            learning_rate=RATE,
-            schedule="constant",
-            seed=SEED,
-            log_every=1,
-        ),
+        our_training(out),
         DPOConfig(max_length=MAX_TOKENS, **options),
         PreferenceDatasetConfig(dataset_name=str(folder / "pairs.jsonl")),
     )

@@ -73,51 +73,25 @@ def prepare(folder: Path, data: Path) -> list[dict[str, Any]]:
 
 def run_trl(folder: Path, out: Path, rows: list[dict[str, Any]], options: Any) -> list[float]:
     """Return TRL's loss of every step, a mean over its micro-batches."""
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import KTOConfig, KTOTrainer
-
-    losses: list[float] = []
-
-    class Noted(KTOTrainer):
-        def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            loss = super().compute_loss(*args, **kwargs)
-            losses.append(float(loss.detach()))
-            return loss
 
     settings = TRL | {"learning_rate": RATE, "max_length": MAX_TOKENS}
     settings |= {"per_device_train_batch_size": PAIRS_A_STEP} | options
     settings["precompute_ref_log_probs"] = settings.pop("precompute", True)
     config = KTOConfig(output_dir=str(out), use_cpu=True, bf16=False, max_steps=STEPS, **settings)
-    Noted(
-        model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
-    ).train()
+    losses = dpo_trl.trl_losses(KTOTrainer, config, folder, rows)
     each = len(losses) // STEPS
     return [sum(losses[at : at + each]) / each for at in range(0, len(losses), each)]
 
 
 def run_ours(folder: Path, out: Path, options: Any) -> list[float]:
     """Return the loss of every step of this package, in micro-batches of its choice."""
-    from modern_llm.config import LabelledDatasetConfig, TrainingConfig
+    from modern_llm.config import LabelledDatasetConfig
     from modern_llm.training.train_kto import KTOConfig, run_kto
 
     run_kto(
         folder / "model",
-        TrainingConfig(
-            run_name="parity",
-            output_dir=out,
-            batch_size=PAIRS_A_STEP,
-            micro_batch_size=3,
-            max_steps=STEPS,
-            learning_rate=RATE,
-            schedule="constant",
-            seed=SEED,
-            log_every=1,
-        ),
+        dpo_trl.our_training(out),
         KTOConfig(max_length=MAX_TOKENS, **options),
         LabelledDatasetConfig(dataset_name=str(folder / "rows.jsonl")),
     )
