@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers.plain_dpo import encoded, sums
 from tests.helpers.ranks import run_ranks
 from tests.helpers.text import make_checkpoint, make_tokenizer, transcripts, write_jsonl
 
@@ -50,35 +51,12 @@ def real(shared):
 
 def plain_loop(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Run DPO as a plain loop; return every step's loss and the final weights."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(case.checkpoint)
     policy, reference = (
         AutoModelForCausalLM.from_pretrained(case.checkpoint, dtype=torch.float32) for _ in range(2)
     )
-    pairs = []
-    for line in case.data.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        (p, c), (q, r) = (row[side].rsplit("\n\nAssistant:", 1) for side in ("chosen", "rejected"))
-        if p == q and c.strip() and r.strip():
-            p, c, r = (tokenizer(t)["input_ids"] for t in (p + "\n\nAssistant:", c, r))
-            c, r = c + [tokenizer.eos_token_id], r + [tokenizer.eos_token_id]
-            room = max(case.max_length // 2, case.max_length - max(len(c), len(r)))
-            p = p[-room:]
-            pairs.append((p, c[: case.max_length - len(p)], r[: case.max_length - len(p)]))
-
-    def sums(model, batch):
-        rows = [(p, a) for p, c, r in batch for a in (c, r)]
-        width = max(len(p) + len(a) for p, a in rows)
-        ids, mask, target = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))
-        for i, (p, a) in enumerate(rows):
-            ids[i, : len(p) + len(a)] = torch.tensor(p + a)
-            mask[i, : len(p) + len(a)] = 1
-            target[i, len(p) : len(p) + len(a)] = 1
-        logprobs = model(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
-        chosen = logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1)
-        return (chosen * target[:, 1:]).sum(-1).view(-1, 2)
-
+    pairs = encoded(case.checkpoint, case.data, case.max_length)
     matrices = [p for p in policy.parameters() if p.ndim >= 2]
     vectors = [p for p in policy.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(

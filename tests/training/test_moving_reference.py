@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from modern_llm.cli import main
 from modern_llm.config import LoraConfig, PreferenceDatasetConfig, TrainingConfig
@@ -21,6 +21,7 @@ from modern_llm.distributed.shutdown import signals
 from modern_llm.models.adapters import add_adapters
 from modern_llm.training.tasks import moving_reference
 from modern_llm.training.train_dpo import DPOConfig, run_dpo
+from tests.helpers.plain_dpo import encoded, sums
 from tests.helpers.ranks import run_ranks
 from tests.helpers.steps import broken_at
 from tests.helpers.text import make_checkpoint, make_tokenizer, transcripts, write_jsonl
@@ -64,37 +65,13 @@ def files(tmp_path_factory) -> Files:
     return Files(checkpoint, write_jsonl(folder / "pairs.jsonl", transcripts(PAIRS)))
 
 
-def encoded(files: Files) -> list[tuple[list[int], list[int], list[int]]]:
-    tokenizer, pairs = AutoTokenizer.from_pretrained(files.checkpoint), []
-    for line in files.pairs.read_text().splitlines():
-        row = json.loads(line)
-        (p, c), (_, r) = (row[side].rsplit("\n\nAssistant:", 1) for side in ("chosen", "rejected"))
-        p, c, r = (tokenizer(t)["input_ids"] for t in (p + "\n\nAssistant:", c, r))
-        c, r = c + [tokenizer.eos_token_id], r + [tokenizer.eos_token_id]
-        p = p[-max(LENGTH // 2, LENGTH - max(len(c), len(r))) :]
-        pairs.append((p, c[: LENGTH - len(p)], r[: LENGTH - len(p)]))
-    return pairs
-
-
-def sums(model, batch) -> torch.Tensor:
-    rows = [(p, a) for p, c, r in batch for a in (c, r)]
-    width = max(len(p) + len(a) for p, a in rows)
-    ids, mask, target = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))
-    for i, (p, a) in enumerate(rows):
-        ids[i, : len(p) + len(a)] = torch.tensor(p + a)
-        mask[i, : len(p) + len(a)] = 1
-        target[i, len(p) : len(p) + len(a)] = 1
-    logprobs = model(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
-    return (logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1) * target[:, 1:]).sum(-1).view(-1, 2)
-
-
 def plain_loop(files: Files, case: Case) -> list[float]:
     """Two models side by side; after every `every` steps the second is mixed with the first."""
     policy = AutoModelForCausalLM.from_pretrained(files.checkpoint, dtype=torch.float32)
     if case.lora is not None:
         add_adapters(policy, case.lora, str(files.checkpoint), seed=SEED)
     reference = copy.deepcopy(policy)
-    pairs, losses = encoded(files), []
+    pairs, losses = encoded(files.checkpoint, files.pairs, LENGTH), []
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=case.rate, betas=(0.9, 0.95), weight_decay=0.0)
     per_epoch = math.ceil(len(pairs) / BATCH)
