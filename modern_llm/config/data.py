@@ -274,15 +274,6 @@ class PreferenceDatasetConfig(ConversationDatasetConfig):
     counts it so often in every mean; margin is subtracted in the loss (DPO with an offset, Amini et
     al., 2024). `[]` reads neither."""
 
-    @model_validator(mode="after")
-    def _rankings_of_single_turns(self) -> PreferenceDatasetConfig:
-        if self.rankings != "best_worst" and self.targets != "last":
-            raise ValueError(
-                f"rankings {self.rankings} compares single responses, and targets {self.targets} "
-                "trains on several turns: change one"
-            )
-        return self
-
 
 @section
 class LabelledDatasetConfig(ConversationDatasetConfig):

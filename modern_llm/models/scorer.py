@@ -111,11 +111,13 @@ class TokenScorer(nn.Module):
             ids: (R, L) int64 token ids; padding may have any valid id.
             positions: (R, L) int64.
             segments: (R, L, 2) int64, [tree, branch]; branch 0 is the prefix, tree -1 is padding.
-                Without trees, each row holds one sequence with padding at its end.
+                Without trees, each row holds one sequence with padding at its end. (R, L, 3) is
+                for responses that share more than the prefix, see `attention.visible`.
             targets: (2, N) int64: flat index into R * L of the state that predicts the target, and
                 the target's token id.
         """
-        if ids.ndim != 2 or positions.shape != ids.shape or segments.shape != (*ids.shape, 2):
+        tree_shapes = [(*ids.shape, width) for width in (2, 3)]
+        if ids.ndim != 2 or positions.shape != ids.shape or segments.shape not in tree_shapes:
             raise ValueError(
                 f"ids and positions must be (R, L), segments (R, L, 2), got {tuple(ids.shape)}, "
                 f"{tuple(positions.shape)}, {tuple(segments.shape)}"

@@ -15,6 +15,7 @@ from modern_llm.data.batch.collate import MicroBatch, collate
 from modern_llm.data.batch.order import Budget, Sharing, pack
 from modern_llm.data.batch.prefix_tree import Sequence as Laid
 from modern_llm.data.batch.prefix_tree import lay_out
+from modern_llm.data.batch.shared_starts import SHARED, tree_size
 from modern_llm.data.table.gaps import none
 from modern_llm.data.table.token_table import TokenTable
 from modern_llm.reference.keys import KEY_BYTES, entry_keys, masked_key
@@ -194,7 +195,10 @@ class AnswerBatches:
         lengths = [int(self.answers.lengths[entry]) for entry in entries]
         if self._shared == Sharing.ALONE:
             return tuple(prompt + n for n in lengths)
-        return (prompt + sum(lengths),)
+        if sum(length >= SHARED for length in lengths) < 2:
+            return (prompt + sum(lengths),)
+        responses = [self.answers.response(entry) for entry in entries]
+        return (tree_size(prompt, responses, [self.answers.gaps(entry) for entry in entries]),)
 
     def collate(self, group: NDArray[np.int64]) -> MicroBatch:
         """Return the tensors of some trees; an empty group gives a dummy batch."""

@@ -156,7 +156,7 @@ class Scoring:
         tokens = None
         if self.tokens:
             order = torch.argsort(batch.slots, stable=True)
-            tokens = logprobs[order].float().cpu().numpy()
+            tokens = batch.uses(logprobs)[order].float().cpu().numpy()
         keys = trees.answers.keys[entries]
         return Entries(keys, sums[used], counts[used].astype(np.int32), tokens)
 

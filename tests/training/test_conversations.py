@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from modern_llm import DPOConfig, TrainingConfig, run_dpo, run_sft
 from modern_llm.config import (
@@ -16,10 +16,28 @@ from modern_llm.config import (
     LabelledDatasetConfig,
     PreferenceDatasetConfig,
 )
+from modern_llm.data.batch.collate import collate
+from modern_llm.data.batch.order import Sharing
+from modern_llm.data.batch.prefix_tree import Examples
+from modern_llm.data.table.build import prepare_tables
 from modern_llm.evaluation.score import score_pairs
+from modern_llm.models.load import make_scorer
 from modern_llm.objectives.preference import preference_loss
 from modern_llm.training.train_kto import KTOConfig, run_kto
-from tests.helpers.conversations import MARKED, PAIRS, SHARED_TURNS, TALKS, plain, sides_of
+from tests.helpers.conversations import (
+    COMMON,
+    MARKED,
+    PAIRS,
+    SHARED_TURNS,
+    TALKS,
+    TOOLS,
+    answer,
+    call,
+    plain,
+    result,
+    sides_of,
+    user,
+)
 from tests.helpers.encoding import byte_level
 from tests.helpers.text import write_jsonl
 
@@ -97,6 +115,72 @@ def test_dpo_counts_trained_tokens_alone(tmp_path, model):
     train = TrainingConfig(run_name="b", output_dir=tmp_path / "dpo", **fields)
     run_dpo(model, train, DPOConfig(max_length=1024), data)
     assert logged(tmp_path / "dpo")[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+
+
+LONG = "The harbour lies behind the hill, and the ships come in with the tide."
+TRAJECTORIES = [
+    {
+        "tools": TOOLS,
+        "prompt": COMMON[:1],
+        "responses": [
+            [COMMON[1], result(LONG), answer("It is 5.")],
+            [COMMON[1], result(LONG), answer("It is 6?", reasoning_content="Six.")],
+            [call("Other.", 3), result("5"), answer("Five.")],
+            [COMMON[1], result(LONG), call(LONG, 7), result("7"), answer("Seven.")],
+        ],
+        "scores": [3, 2, 1, 0],
+    },
+    {"prompt": "Hi", "responses": [[answer("a"), user("b"), answer("c")], "d"], "ranks": [2, 1]},
+]
+
+
+def sums_of_trajectories(folder: Any) -> list[list[tuple[float, int]]]:
+    """Sum and number of trained tokens of each response of `TRAJECTORIES`, the best one first."""
+    found = []
+    for row in TRAJECTORIES:
+        prompt = row["prompt"] if isinstance(row["prompt"], list) else [user(row["prompt"])]
+        order = np.argsort([-score for score in row.get("scores", [])] or row["ranks"])
+        turns = [row["responses"][at] for at in order]
+        sides = [[*prompt, *([answer(t)] if isinstance(t, str) else t)] for t in turns]
+        rows = [{"messages": side, "tools": row.get("tools")} for side in sides]
+        found.append([plain_sums(folder, each, len(prompt))[0] for each in rows])
+    return found
+
+
+@pytest.mark.slow
+def test_trajectories_of_a_ranking_share_every_common_message(tmp_path, model):
+    """Sums equal those of whole conversations in plain PyTorch, and a run that of separate rows."""
+    config = PreferenceDatasetConfig(
+        dataset_name=rows_of(tmp_path, TRAJECTORIES), targets="all", rankings="whole"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prepared = prepare_tables(config, tokenizer, tmp_path / "tables", max_length=1024)
+    examples = Examples(prepared.train, trees=True)
+    batch = collate(examples, np.arange(2), shared=Sharing.LINE)
+    shared = len(tokenizer(LONG)["input_ids"])
+    separate = examples.separate_tokens(0) + examples.separate_tokens(1)
+    # Beside the prompt, the call and its result are computed once instead of three times.
+    prompts = sum(len(prepared.train.ids(row, "prompt")) * n for row, n in ((0, 3), (1, 1)))
+    assert batch.real_tokens < separate - prompts - 2 * shared
+    scorer = make_scorer(LlamaForCausalLM.from_pretrained(model, dtype=torch.float64))
+    with torch.no_grad():
+        output = scorer(batch.ids, batch.positions, batch.segments, batch.targets)
+    sums = batch.sums(output.logprobs)
+    for row, expected in enumerate(sums_of_trajectories(model)):
+        for slot, (total, count) in enumerate(expected):
+            assert float(sums[row, slot]) == pytest.approx(total, rel=1e-6)
+            assert int(batch.lengths[row, slot]) == count
+    losses = []
+    for attention in ("auto", "separate"):
+        train = TrainingConfig(
+            run_name="r", output_dir=tmp_path / attention, batch_size=2, max_steps=3, log_every=1,
+            learning_rate=2e-4, attention=attention, tokens_per_micro_batch=4000,
+        )  # fmt: skip
+        settings = DPOConfig(loss_type="plackett_luce", beta=0.5, max_length=1024)
+        run_dpo(model, train, settings, config)
+        losses.append([line["loss"] for line in logged(tmp_path / attention)])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-5)
+    assert losses[0][-1] < losses[0][0] - 0.01
 
 
 @pytest.mark.slow

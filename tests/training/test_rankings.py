@@ -196,7 +196,6 @@ def test_all_pairs_are_one_tree_and_evaluation_and_a_moving_reference_work(
             "is not defined for loss_type='plackett_luce'",
         ),
         (["--data.rankings", "best"], "data.rankings"),
-        (["--data.rankings", "all_pairs", "--data.targets", "all"], "compares single responses"),
     ],
 )
 def test_bad_settings_are_one_line_before_a_model_is_loaded(options, sentence, tmp_path, capsys):

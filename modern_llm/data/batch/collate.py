@@ -18,6 +18,7 @@ from torch import Tensor
 
 from modern_llm.data.batch.order import FirstFitPacker, Sharing
 from modern_llm.data.batch.prefix_tree import Examples, Laid, one_by_one
+from modern_llm.data.batch.prefix_tree import Sequence as Tree
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class MicroBatch:
     positions: Tensor
     """(R, L) int64; restart at each branch and tree."""
     segments: Tensor
-    """(R, L, 2) int64, [tree, branch]; tree -1 is padding."""
+    """(R, L, 2) int64, [tree, branch]; tree -1 is padding. (R, L, 3) where responses share more
+    than the prompt: [tree, node, last node below it]."""
     targets: Tensor
     """(2, N) int64: flat index of the state that predicts, token id."""
     slots: Tensor
@@ -149,13 +151,16 @@ def collate(
     places = [rows.add(len(item.sequence.ids)) for item in laid]
     shape = (len(rows.free), width)
     ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    segments = np.full((*shape, 2), -1, np.int64)
+    deep = any(item.sequence.lasts is not None for item in laid)
+    segments = np.full((*shape, 3 if deep else 2), -1, np.int64)
     for tree, (item, (row, at)) in enumerate(zip(laid, places, strict=True)):
         here = slice(at, at + len(item.sequence.ids))
         ids[row, here] = item.sequence.ids
         positions[row, here] = item.sequence.positions
         segments[row, here, 0] = tree
         segments[row, here, 1] = item.sequence.branches
+        if deep:
+            segments[row, here, 2] = _lasts(item.sequence)
     sources, labels, slots, used = _targets(laid, places, width)
     lengths = np.bincount(slots, minlength=len(indices) * examples.slots)
     return MicroBatch(
@@ -170,6 +175,13 @@ def collate(
         separate_tokens=sum(examples.separate_tokens(int(i)) for i in indices) if ours else real,
         used=None if used is None else torch.from_numpy(used),
     )
+
+
+def _lasts(sequence: Tree) -> NDArray[np.int64]:
+    """Return (T,) the last node below each token's node."""
+    if sequence.lasts is not None:
+        return sequence.lasts
+    return np.where(sequence.branches == 0, sequence.branches.max(initial=0), sequence.branches)
 
 
 def _targets(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from modern_llm.data.batch.shared_starts import SHARED, shared_starts, tree_size
 from modern_llm.data.table.gaps import none, trained_of
 from modern_llm.data.table.token_table import STARTS, TokenTable
 
@@ -23,51 +24,80 @@ Ids = NDArray[np.int32]
 class Sequence:
     """One tree, laid out: T tokens, of which N are targets.
 
-    `sources[n]` is the offset of the state that predicts `labels[n]`: usually the token before, for
-    the first token of a branch the last one of the prefix. `slots[n]` names the sum it belongs to.
+    Nodes of the tree are numbered in the order of the layout, the prefix is node 0. `sources[n]` is
+    the offset of the state that predicts `labels[n]`: usually the token before, for the first token
+    of a node the last one of the node above. `slots[n]` says which entry of `answers` counts it.
     """
 
     ids: NDArray[np.int64]
     positions: NDArray[np.int64]
     branches: NDArray[np.int64]
+    """(T,) number of each token's node."""
+    lasts: NDArray[np.int64] | None
+    """(T,) number of the last node below each token's node; None in a tree whose responses share
+    the prefix alone."""
     sources: NDArray[np.int64]
     labels: NDArray[np.int64]
     slots: NDArray[np.int64]
+    answers: List[tuple[int, ...]]
+    """For each node after the prefix, the sums that its targets belong to."""
 
 
 def lay_out(
     prefix: Ids, branches: List[Ids], slots: List[int], gaps: List[Ids] | None = None
 ) -> Sequence:
-    """Return `[prefix | branch | branch ...]`; the positions of each branch continue the prefix's.
+    """Return `[prefix | response | response ...]`; positions of each continue the prefix's.
 
-    Only branch tokens are targets, without those in `gaps` (n, 2) of each branch. With an empty
-    prefix the first token of a branch has no token before it and is no target.
+    Responses that begin alike share these tokens too: `[prefix | start | rest | rest | response]`.
+    Only tokens of responses are targets, without those in `gaps` (n, 2) of each. With an empty
+    prefix the first token of a response has no token before it and is no target.
+
+    Args:
+        slots: the sum that each response belongs to.
     """
-    start = len(prefix)
-    sizes = [start, *(len(branch) for branch in branches)]
-    ids = np.concatenate([prefix, *branches]).astype(np.int64)
+    nodes = shared_starts(branches, gaps)
+    begin = len(prefix)
+    cells = [branches[node.of[0]][node.start : node.start + node.size] for node in nodes]
+    ids = np.concatenate([prefix, *cells]).astype(np.int64)
+    starts = [begin + node.start for node in nodes]
     positions = np.concatenate(
-        [np.arange(start), *(np.arange(start, start + size) for size in sizes[1:])]
+        [
+            np.arange(begin),
+            *(np.arange(at, at + len(c)) for at, c in zip(starts, cells, strict=True)),
+        ]
     )
+    sizes = [begin, *(node.size for node in nodes)]
     owners = np.repeat(np.arange(len(sizes)), sizes)
+    lasts = None
+    if any(node.below for node in nodes):
+        below = [len(nodes), *(node.below for node in nodes)]
+        lasts = np.repeat(np.arange(len(sizes)) + np.array(below), sizes)
+    ends = np.cumsum(sizes)
     sources, targets, sums = [], [], []
-    at = start
-    for branch, (slot, size) in enumerate(zip(slots, sizes[1:], strict=True)):
-        here = np.arange(at, at + size)
+    for number, node in enumerate(nodes):
+        here = np.arange(ends[number], ends[number + 1])
         before = here - 1
-        if size and start:
-            before[0] = start - 1
-        first = 0 if start else 1
+        above = ends[node.parent]
+        if node.size and above:
+            before[0] = above - 1
+        first = 0 if above else 1
         kept: Any = slice(first, None)  # a mask costs as much as all of the rest
-        if gaps is not None and len(gaps[branch]):
-            kept = first + np.flatnonzero(trained_of(gaps[branch], size)[first:])
+        if gaps is not None and len(gaps[node.of[0]]):
+            trained = trained_of(gaps[node.of[0]], len(branches[node.of[0]]))[node.start :]
+            kept = first + np.flatnonzero(trained[first : node.size])
         sources.append(before[kept])
         targets.append(here[kept])
-        sums.append(np.full(len(here[kept]), slot))
-        at += size
+        sums.append(np.full(len(here[kept]), number))
     target = np.concatenate(targets)
     return Sequence(
-        ids, positions, owners, np.concatenate(sources), ids[target], np.concatenate(sums)
+        ids,
+        positions,
+        owners,
+        lasts,
+        np.concatenate(sources),
+        ids[target],
+        np.concatenate(sums),
+        [tuple(slots[at] for at in node.of) for node in nodes],
     )
 
 
@@ -77,8 +107,8 @@ class Laid:
 
     sequence: Sequence
     uses: list[list[int]]
-    """For each slot of the sequence, the slots of the micro-batch (example * S + slot) that use
-    it: several if examples share an answer."""
+    """For each node of the sequence, the slots of the micro-batch (example * S + slot) that use
+    it: several if answers or examples share it."""
 
 
 def one_by_one(examples: Examples, indices: NDArray[np.int64]) -> list[Laid]:
@@ -88,7 +118,7 @@ def one_by_one(examples: Examples, indices: NDArray[np.int64]) -> list[Laid]:
         examples: anything that has `slots` and gives `sequences` of an index.
     """
     return [
-        Laid(sequence, [[at * examples.slots + slot] for slot in range(examples.slots)])
+        Laid(sequence, [[at * examples.slots + slot for slot in of] for of in sequence.answers])
         for at, index in enumerate(indices)
         for sequence in examples.sequences(int(index))
     ]
@@ -159,7 +189,10 @@ class Examples:
                 uses.append(at[index] * self.slots + slot)
             answers, gaps, uses = zip(*branches.values(), strict=True)
             prompt = self.table.ids(int(group[0]), "prompt")
-            result.append(Laid(lay_out(prompt, answers, range(len(answers)), gaps), list(uses)))
+            tree = lay_out(prompt, answers, range(len(answers)), gaps)
+            result.append(
+                Laid(tree, [[use for at in of for use in uses[at]] for of in tree.answers])
+            )
         return result
 
     def _answers(self, group: NDArray[np.int64]) -> Iterator[tuple[int, int, Ids, Ids]]:
@@ -175,11 +208,11 @@ class Examples:
         if len(group) == 1:
             return self.sizes(int(group[0]))
         distinct = {
-            (answer.tobytes(), gaps.tobytes()): len(answer)
+            (answer.tobytes(), gaps.tobytes()): (answer, gaps)
             for _, _, answer, gaps in self._answers(group)
         }
         prompt = int(self.table.lengths[int(group[0])][self._column["prompt"]])
-        return (prompt + sum(distinct.values()),)
+        return (tree_size(prompt, *zip(*distinct.values(), strict=True)),)
 
     def separate_tokens(self, index: int) -> int:
         """Return the tokens of one example if each answer had a row with its own prompt."""
@@ -209,13 +242,21 @@ class Examples:
         return [lay_out(empty, [piece], [0]) for piece in pieces]
 
     def sizes(self, index: int) -> tuple[int, ...]:
-        """Return the number of tokens of each sequence of one example, without reading its ids."""
+        """Return the number of tokens of each sequence of one example.
+
+        Ids are read only where answers are long enough to share a start.
+        """
         if self.documents:
             return tuple(len(sequence.ids) for sequence in self._documents(index))
         lengths = self.table.lengths[index]
         prompt = int(lengths[self._column["prompt"]])
         answers = [int(lengths[self._column[name]]) for name in self.present(index)]
-        return (prompt + sum(answers),) if self.trees else tuple(prompt + a for a in answers)
+        if not self.trees:
+            return tuple(prompt + a for a in answers)
+        if sum(answer >= SHARED for answer in answers) < 2:
+            return (prompt + sum(answers),)
+        _, _, ids, gaps = zip(*self._answers(np.array([index])), strict=True)
+        return (tree_size(prompt, ids, gaps),)
 
     def targets(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return (n, slots) numbers of target tokens of the given examples."""

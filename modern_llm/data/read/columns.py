@@ -102,10 +102,13 @@ def _kind(value: Any) -> str:
 def messages_in(values: Values, name: str) -> list[Message]:
     """Return a list of messages, `{"role", "content"}` or, as in ShareGPT, `{"from", "value"}`
     each, with all their other keys."""
-    items = column(values, name)
+    return _messages(column(values, name), f"column {name!r}")
+
+
+def _messages(items: Any, place: str) -> list[Message]:
     if not isinstance(items, list):
-        raise RowFault(f"column {name!r} is {_kind(items)}, expected a list of messages")
-    return [_message(item, f"column {name!r}, message {i}") for i, item in enumerate(items)]
+        raise RowFault(f"{place} is {_kind(items)}, expected a list of messages")
+    return [_message(item, f"{place}, message {i}") for i, item in enumerate(items)]
 
 
 def _message(item: Any, place: str) -> Message:
@@ -168,12 +171,16 @@ def same_turns(first: list[Message], second: list[Message]) -> bool:
 
 def turns_in(values: Values, name: str) -> list[Message]:
     """Return the messages of a column: a list, one message, or the words of the assistant."""
-    value = column(values, name)
+    return turns_of(column(values, name), f"column {name!r}")
+
+
+def turns_of(value: Any, place: str) -> list[Message]:
+    """Return the messages of a value: a list, one message, or the words of the assistant."""
     if isinstance(value, str):
-        return [{"role": "assistant", "content": text_in(values, name)}]
+        return [{"role": "assistant", "content": _text_of(value, place)}]
     if isinstance(value, Mapping):
-        return [_message(value, f"column {name!r}")]
-    return messages_in(values, name)
+        return [_message(value, place)]
+    return _messages(value, place)
 
 
 def answer_of(values: Values, name: str) -> tuple[list[Message], Message]:
@@ -215,6 +222,8 @@ def response_from(value: Any, place: str) -> Response:
         if message["role"] != "assistant":
             raise RowFault(f"{place} is a turn of the {message['role']!r}, not the assistant")
         return message
+    if isinstance(value, list):
+        raise RowFault(f"{place} has several turns: set data.targets: all to train on them")
     return _text_of(value, place)
 
 

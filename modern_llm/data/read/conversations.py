@@ -1,11 +1,12 @@
 """Whole conversations (`data.targets: all`): every turn of the assistant is trained on.
 
-A record then holds its turns from the first one that is trained on, or, of a pair, from the first
-one in which the two conversations differ.
+A record then holds its turns from the first one that is trained on, or, of several conversations,
+from the first one in which they differ.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from modern_llm.data.encode.message_keys import REASONING
@@ -25,6 +26,7 @@ from modern_llm.data.read.records import (
     Instruction,
     Message,
     PreferencePair,
+    Prompt,
     Turns,
 )
 
@@ -39,20 +41,39 @@ def is_whole(values: Values) -> bool:
 
 def whole_pair(values: Values, origin: str, before: str = "prompt") -> PreferencePair:
     """Two conversations with a common prefix; the column `before` may hold its start."""
-    chosen, rejected = (_ended(_side(values, name, before)) for name in ("chosen", "rejected"))
-    size = _shared(chosen, rejected)
-    if not size:
-        raise ContentFault("conversations that share no turn")
+    sides = [turns_in(values, name) for name in ("chosen", "rejected")]
+    prompt, (chosen, rejected), other = _split(values, sides, before)
     if [_said(message) for message in chosen] == [_said(message) for message in rejected]:
         raise ContentFault("equal responses")
-    first, second = ([without_weight(m) for m in side[:size]] for side in (chosen, rejected))
-    return PreferencePair(
-        complete(values, first),
-        _response(chosen[size:]),
-        _response(rejected[size:]),
-        origin,
-        None if first == second else complete(values, second),
-    )
+    return PreferencePair(prompt, chosen, rejected, origin, other)
+
+
+def whole_responses(
+    values: Values, sides: Sequence[list[Message]]
+) -> tuple[Prompt, list[Turns], Prompt | None]:
+    """Several conversations with a common prefix; the column `prompt` may hold its start.
+
+    Returns:
+        The turns that all share, what follows them in each, and the shared turns again where a
+        conversation has them with other keys.
+    """
+    return _split(values, sides, "prompt")
+
+
+def _split(
+    values: Values, sides: Sequence[list[Message]], before: str
+) -> tuple[Prompt, list[Turns], Prompt | None]:
+    """Split conversations into the turns that all share and the rest of each."""
+    sides = [_ended(_whole(values, side, before)) for side in sides]
+    size = min(_shared(sides[0], side) for side in sides[1:])
+    if not size:
+        raise ContentFault("conversations that share no turn")
+    first, *prompts = ([without_weight(m) for m in side[:size]] for side in sides)
+    others = [prompt for prompt in prompts if prompt != first]
+    if any(prompt != others[0] for prompt in others):
+        raise ContentFault("transcripts differ before the last turn")
+    second = complete(values, others[0]) if others else None
+    return complete(values, first), [_response(side[size:]) for side in sides], second
 
 
 def whole_instruction(
@@ -93,9 +114,8 @@ def with_earlier_answers(record: Any) -> Any:
     return Instruction(prompt, _response(turns[first:]), record.origin, record.numbers)
 
 
-def _side(values: Values, name: str, before: str) -> list[Message]:
-    """Return the whole conversation that ends as one column of the row does."""
-    turns = turns_in(values, name)
+def _whole(values: Values, turns: list[Message], before: str) -> list[Message]:
+    """Return the whole conversation that ends with the given turns."""
     start = values.get(before)
     if start is None:
         return turns

@@ -19,7 +19,9 @@ from modern_llm.data.read.columns import (
     messages_in,
     response_from,
     text_in,
+    turns_of,
 )
+from modern_llm.data.read.conversations import is_whole, whole_responses
 from modern_llm.data.read.formats import PREFERENCES, Format, Record
 from modern_llm.data.read.published import judged
 from modern_llm.data.read.records import (
@@ -30,26 +32,38 @@ from modern_llm.data.read.records import (
     Ranking,
     Response,
     RowFault,
+    Turns,
 )
 
 
 def listed_ranking(values: Values, origin: str) -> Ranking:
     """`prompt` and a list of `responses`, with `scores` (the highest is best) or `ranks` (the
     lowest is best); texts are literal, and messages are written by the chat template."""
+    responses = column(values, "responses")
+    if not isinstance(responses, list):
+        raise RowFault("column 'responses' is no list")
+    _refuse_count(responses)
+    if is_whole(values) and any(isinstance(item, list) for item in responses):
+        return _trajectories(values, responses, origin)
     prompt: Prompt = (
         messages_in(values, "prompt")
         if isinstance(values.get("prompt"), list)
         else text_in(values, "prompt")
     )
-    responses = column(values, "responses")
-    if not isinstance(responses, list):
-        raise RowFault("column 'responses' is no list")
-    _refuse_count(responses)
     found = [response_from(item, f"column 'responses', {n}") for n, item in enumerate(responses)]
     if isinstance(prompt, list):
         prompt = complete(values, prompt)
     scored = list(zip(_scores(values, len(found)), found, strict=True))
     return checked_ranking(prompt, scored, origin)
+
+
+def _trajectories(values: Values, responses: list[Any], origin: str) -> Ranking:
+    """Whole conversations, from the first turn in which they differ."""
+    places = (f"column 'responses', {number}" for number in range(len(responses)))
+    sides = [turns_of(item, place) for item, place in zip(responses, places, strict=True)]
+    prompt, turns, other = whole_responses(values, sides)
+    scored = list(zip(_scores(values, len(turns)), turns, strict=True))
+    return replace(checked_ranking(prompt, scored, origin), rejected_prompt=other)
 
 
 def listed_ranking_as_turns(values: Values, origin: str) -> Ranking:
@@ -94,7 +108,7 @@ def checked_ranking(prompt: Prompt, scored: Sequence[tuple[float, Any]], origin:
     """Return the responses of a prompt by their scores, the best one first."""
     if len(scored) < 2:
         raise ContentFault("fewer than two judged responses")
-    if any(is_empty(response) for _, response in scored):
+    if any(not isinstance(found, Turns) and is_empty(found) for _, found in scored):
         raise ContentFault("empty response")
     distinct: list[tuple[float, Response]] = []
     for score, response in sorted(scored, key=lambda item: -item[0]):

@@ -124,7 +124,8 @@ class Ranking:
             self.responses[better],
             self.responses[worse],
             self.origin,
-            numbers=numbers or None,
+            self.rejected_prompt,
+            numbers or None,
         )
 
 

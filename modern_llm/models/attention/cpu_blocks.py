@@ -1,7 +1,8 @@
 """Attention within trees on a CPU: one kernel call per unpadded part, without masks of whole rows.
 
 A tree `[prefix | response | response]` is computed as one causal sequence of the prefix and first
-response, then each other response as queries against the prefix and itself. Each part is split into
+response, then each other response as queries against the prefix and itself. Where responses share
+more than the prefix, each chain of nodes is such a sequence. Each part is split into
 short ranges of queries, because the kernel computes whole rectangles and wastes what is above the
 diagonal. Small trees share one call with a small mask. The blocks of a batch (`find_blocks`) are
 found once and used by all layers.
@@ -19,6 +20,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from modern_llm.models.attention.paths import paths
+
 # Trees are merged up to this many tokens: the overhead of a call equals the work of about
 # 96 x 96 scores.
 MERGE_BELOW = 96
@@ -28,31 +31,41 @@ MERGE_BELOW = 96
 QUERIES = 64
 
 Visible = Callable[[Tensor, Tensor, int | None], Tensor]
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Block:
     """Queries `[start, stop)` of a row, with the keys that they may see.
 
-    Keys are `[prefix, prefix_stop)`, which may be empty, then `[own, stop)`.
+    Keys are the ranges `above`, of the nodes above the queries', then `[own, stop)`.
     """
 
     row: int
     start: int
     stop: int
-    prefix: int
-    prefix_stop: int
+    above: tuple[Span, ...]
     own: int
     mask: Tensor | None
-    """(queries, keys) additive; None is causal, with `own` = `start` and an empty prefix range."""
+    """(queries, keys) additive; None is causal, with `own` = `start` and nothing above."""
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The ranges of the keys, in order."""
+        return (*self.above, (self.own, self.stop))
 
     def keys(self, tensor: Tensor) -> Tensor:
         """Return the part (1, H, keys, E) of (R, H, L, E) that holds the keys."""
-        own = tensor[self.row : self.row + 1, :, self.own : self.stop]
-        if self.prefix == self.prefix_stop:
-            return own
-        prefix = tensor[self.row : self.row + 1, :, self.prefix : self.prefix_stop]
-        return torch.cat([prefix, own], dim=2)
+        row = tensor[self.row : self.row + 1]
+        parts = [row[:, :, start:stop] for start, stop in self.spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def add_keys(self, total: Tensor, part: Tensor) -> None:
+        """Add `part` (1, H, keys, E) to the places in (R, H, L, E) that it belongs to."""
+        row, at = total[self.row : self.row + 1], 0
+        for start, stop in self.spans:
+            row[:, :, start:stop] += part[:, :, at : at + stop - start]
+            at += stop - start
 
     def queries(self, tensor: Tensor) -> Tensor:
         """Return the part (1, H, queries, E) of (R, H, L, E)."""
@@ -61,19 +74,24 @@ class Block:
 
 @dataclass(frozen=True)
 class Run:
-    """Tokens `[start, stop)` of a row that share tree and branch."""
+    """Tokens `[start, stop)` of a row that share tree and node; `last` as in `paths`."""
 
     row: int
     start: int
     stop: int
     tree: int
-    branch: int
+    node: int
+    last: int
+
+    def above(self, other: Run) -> bool:
+        """Whether a later run of the same tree sees this one."""
+        return self.node <= other.node <= self.last
 
 
 def runs_of(segments: Tensor) -> list[Run]:
-    """Return the runs of (R, L, 2) segments in order, without padding."""
+    """Return the runs of (R, L, 2) or (R, L, 3) segments in order, without padding."""
     rows, length, _ = segments.shape
-    flat = segments.reshape(-1, 2)
+    flat = torch.stack(paths(segments), -1).view(-1, 3)
     starts = torch.ones(len(flat), dtype=torch.bool)
     starts[1:] = (flat[1:] != flat[:-1]).any(-1)
     starts[::length] = True
@@ -81,8 +99,8 @@ def runs_of(segments: Tensor) -> list[Run]:
     ends = [*at[1:].tolist(), rows * length]
     found = zip(at.tolist(), ends, flat[at].tolist(), strict=True)
     return [
-        Run(start // length, start % length, start % length + end - start, tree, branch)
-        for start, end, (tree, branch) in found
+        Run(start // length, start % length, start % length + end - start, tree, node, last)
+        for start, end, (tree, node, last) in found
         if tree >= 0
     ]
 
@@ -108,14 +126,14 @@ def find_blocks(
     def masked(row: int, start: int, stop: int) -> Block:
         here = (slice(row, row + 1), slice(start, stop))
         seen = visible(segments[here], positions[here], window)[0]
-        return Block(row, start, stop, start, start, start, additive(seen, dtype))
+        return Block(row, start, stop, (), start, additive(seen, dtype))
 
     pending: tuple[int, int, int] | None = None
     for row, start, stop, runs in _trees(runs_of(segments)):
         # A window as long as the tree has no effect.
         cut = window is not None and stop - start > window
-        single = len(runs) == 1 or (len(runs) == 2 and runs[0].branch == 0)
-        alone = (single and not cut) or stop - start >= merge_below
+        chains = _chains(runs)
+        alone = (len(chains) == 1 and not cut) or stop - start >= merge_below
         if pending and (alone or pending[0] != row or stop - pending[1] > merge_below):
             blocks.append(masked(*pending))
             pending = None
@@ -124,7 +142,7 @@ def find_blocks(
         elif cut:
             blocks.append(masked(row, start, stop))
         else:
-            blocks += _of_tree(runs, dtype)
+            blocks += [block for above, chain in chains for block in _ranges(above, chain, dtype)]
     if pending:
         blocks.append(masked(*pending))
     return tuple(blocks)
@@ -134,28 +152,54 @@ def _trees(runs: Sequence[Run]) -> Iterator[tuple[int, int, int, list[Run]]]:
     """Yield (row, start, stop, runs) of each tree."""
     for (row, _), members in groupby(runs, key=lambda run: (run.row, run.tree)):
         tree = list(members)
-        if any(run.branch == 0 for run in tree[1:]) or len({r.branch for r in tree}) < len(tree):
-            raise ValueError("a tree must be its prefix (branch 0), then each other branch once")
+        seen: set[int] = set()
+        for run in tree:
+            if run.node in seen or (run.node == 0 and seen):
+                raise ValueError(
+                    "a tree must be its prefix (node 0), then each other node once, in one piece"
+                )
+            seen.add(run.node)
         yield row, tree[0].start, tree[-1].stop, tree
 
 
-def _of_tree(runs: list[Run], dtype: torch.dtype) -> list[Block]:
-    """Return the blocks of one tree without a window: prefix and first response, then the rest."""
-    start = runs[0].start
-    prefix_stop = runs[0].stop if runs[0].branch == 0 else start
-    whole = len(runs) > 1 and runs[0].branch == 0
-    blocks = _ranges(runs[0], start, runs[1 if whole else 0].stop, start, dtype)
-    for run in runs[2 if whole else 1 :]:
-        blocks += _ranges(run, start, run.stop, prefix_stop, dtype)
-    return blocks
+def _chains(runs: list[Run]) -> list[tuple[tuple[Span, ...], tuple[Run, int]]]:
+    """Split a tree into chains: runs that follow each other, each one seen by all after it.
 
-
-def _ranges(run: Run, prefix: int, stop: int, prefix_stop: int, dtype: torch.dtype) -> list[Block]:
-    """Split the queries from the start of `run` to `stop` into ranges of about equal length.
-
-    They see each other causally, and all of `[prefix, prefix_stop)`.
+    Returns:
+        For each chain the ranges that its tokens see before it, its first run and where it ends.
     """
-    own, seen = run.start, prefix_stop - prefix
+    chains: list[tuple[tuple[Span, ...], tuple[Run, int]]] = []
+    path: list[Run] = []
+    for run in runs:
+        while path and not path[-1].above(run):
+            path.pop()
+        if chains and path and path[-1].stop == run.start:
+            above, (first, _) = chains[-1]
+            chains[-1] = above, (first, run.stop)
+        else:
+            chains.append((_merged(path), (run, run.stop)))
+        path.append(run)
+    return chains
+
+
+def _merged(runs: list[Run]) -> tuple[Span, ...]:
+    """Return the ranges of tokens of some runs in order; runs that touch are one range."""
+    spans: list[Span] = []
+    for run in runs:
+        if spans and spans[-1][1] == run.start:
+            spans[-1] = spans[-1][0], run.stop
+        else:
+            spans.append((run.start, run.stop))
+    return tuple(spans)
+
+
+def _ranges(above: tuple[Span, ...], chain: tuple[Run, int], dtype: torch.dtype) -> list[Block]:
+    """Split the queries of a chain into ranges of about equal length.
+
+    They see each other causally, and all of `above`.
+    """
+    run, stop = chain
+    own, seen = run.start, sum(end - start for start, end in above)
     count = max(1, round((stop - own) / max(QUERIES, 8 * torch.get_num_threads())))
     edges = [own + (stop - own) * at // count for at in range(count + 1)]
     blocks = []
@@ -166,7 +210,7 @@ def _ranges(run: Run, prefix: int, stop: int, prefix_stop: int, dtype: torch.dty
             mask[:, seen + start - own :] = torch.full(
                 (size, size), float("-inf"), dtype=dtype
             ).triu_(1)
-        blocks.append(Block(run.row, start, end, prefix, prefix_stop, own, mask))
+        blocks.append(Block(run.row, start, end, above, own, mask))
     return blocks
 
 
@@ -193,7 +237,7 @@ def takes_groups() -> bool:
     draw = torch.Generator().manual_seed(0)
     query, grad = (torch.randn(1, 4, 8, 8, generator=draw) for _ in range(2))
     few = [torch.randn(1, 2, 8, 8, generator=draw) for _ in range(2)]
-    blocks = (Block(0, 0, 8, 0, 0, 0, None),)
+    blocks = (Block(0, 0, 8, (), 0, None),)
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
@@ -265,13 +309,9 @@ class BlockAttention(torch.autograd.Function):
                 attn_mask=block.mask,
                 scale=ctx.scale,
             )
-            shared = block.prefix_stop - block.prefix
             block.queries(grads[0]).copy_(parts[0])
             for total, part in zip(grads[1:], parts[1:], strict=True):
-                row = total[block.row : block.row + 1]
-                row[:, :, block.own : block.stop] += part[:, :, shared:]
-                if shared:
-                    row[:, :, block.prefix : block.prefix_stop] += part[:, :, :shared]
+                block.add_keys(total, part)
         return *grads, None, None
 
 

@@ -1,6 +1,6 @@
 """Attention within trees on a GPU: FlexAttention with a block mask built from segment ids.
 
-The mask of 128 x 128 blocks is made on the device from the first and last tree and branch of each
+The mask of 128 x 128 blocks is made on the device from the first and last tree and node of each
 block, without a mask of tokens and without waiting for the device.
 
 Letters: R rows, L tokens of a row, H heads, E head width, B blocks of a row.
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
+
+from modern_llm.models.attention.paths import paths
 
 SIDE = 128
 """Side of a block in tokens. Rows are padded to a multiple, so that there are few lengths."""
@@ -44,19 +46,19 @@ def block_mask(segments: Tensor, positions: Tensor, window: int | None) -> Block
     Blocks with any visible pair of tokens are computed and masked token by token; blocks in which
     all pairs are visible skip the mask.
     """
-    tree, branch = segments.unbind(-1)
+    tree, node, last = paths(segments)
     tree = torch.where(tree < 0, NO_TREE, tree)
 
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        there, here = tree[row, key], branch[row, key]
+        there, here = tree[row, key], node[row, query]
         # Out of place: inductor refuses a kernel whose mask function writes to a tensor.
         seen = (there == tree[row, query]) & (there < NO_TREE) & (key <= query)
-        seen = seen & ((here == 0) | (here == branch[row, query]))
+        seen = seen & (node[row, key] <= here) & (here <= last[row, key])
         if window is not None:
             seen = seen & (positions[row, query] - positions[row, key] < window)
         return seen | (query == key)
 
-    some, whole = _blocks(tree, branch, positions, window)
+    some, whole = _blocks(tree, node, last, positions, window)
     return BlockMask.from_kv_blocks(
         *_listed(some & ~whole),
         *_listed(whole),
@@ -67,14 +69,15 @@ def block_mask(segments: Tensor, positions: Tensor, window: int | None) -> Block
 
 
 def _blocks(
-    tree: Tensor, branch: Tensor, positions: Tensor, window: int | None
+    tree: Tensor, node: Tensor, last: Tensor, positions: Tensor, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """Return (R, B, B) [row, query, key] twice: some pair may be visible; all pairs are visible.
 
     The first is an upper bound, the second a lower one; blocks between are masked by token.
     """
     first_tree, last_tree = _extremes(tree, NO_TREE)
-    first, last = _extremes(branch, 0)
+    lowest, highest = _extremes(node, 0)
+    nearest, furthest = _extremes(last, 0)
     low, high = _extremes(positions, 0)
 
     def query(values: Tensor) -> Tensor:
@@ -83,17 +86,17 @@ def _blocks(
     def key(values: Tensor) -> Tensor:
         return values[:, None, :]
 
-    index = torch.arange(first.shape[1], device=tree.device)
+    index = torch.arange(lowest.shape[1], device=tree.device)
     before = index[None, :] < index[:, None]
     itself = index[None, :] == index[:, None]
     overlap = (key(last_tree) >= query(first_tree)) & (key(first_tree) <= query(last_tree))
     alone = (first_tree == last_tree) & (last_tree < NO_TREE)
     one_tree = query(alone) & key(alone) & (query(first_tree) == key(first_tree))
-    one_branch = (query(first) == query(last)) & (key(first) == key(last))
-    same = one_branch & (query(first) == key(first))
-    prefix = key(last) == 0
-    some = itself | (before & overlap & ~(one_tree & one_branch & ~same & ~prefix))
-    whole = before & one_tree & (prefix | same)
+    # A token is seen from its own node and from those below it: node to last.
+    apart = (key(lowest) > query(highest)) | (key(furthest) < query(lowest))
+    above = (key(highest) <= query(lowest)) & (key(nearest) >= query(highest))
+    some = itself | (before & overlap & ~(one_tree & apart))
+    whole = before & one_tree & above
     # A short last block is never whole: keys beyond the row are not visible.
     if tree.shape[1] % SIDE:
         whole[:, -1] = False

@@ -1,4 +1,4 @@
-"""Attention within prefix trees: a token sees only its own response and the prefix before it.
+"""Attention within prefix trees: a token sees only its own response and what is before it there.
 
 One function, registered with `transformers` under `TREE_ATTENTION`, is used by every layer that
 calls its `AttentionInterface`. Scaling, sliding window and soft-cap come from the layer; the
@@ -32,6 +32,7 @@ from modern_llm.models.attention.cpu_blocks import (
     has_kernel,
     takes_groups,
 )
+from modern_llm.models.attention.paths import paths
 
 TREE_ATTENTION = "modern_llm_tree"
 
@@ -65,22 +66,24 @@ def visible(segments: Tensor, positions: Tensor, window: int | None = None) -> T
     Args:
         segments: (R, L, 2) integers, [tree, branch] of each token. Branch 0 is the prefix, the
             others are responses. Tree -1 is padding, which sees only itself: the softmax of a token
-            without any visible key would be NaN.
+            without any visible key would be NaN. Or (R, L, 3) integers, [tree, node, last]: nodes
+            are numbered in the order of the row, `last` is the last node below the token's.
         positions: (R, L) integers. Windows are measured in positions, which continue after the
             prefix in each response.
         window: positions that a token looks back, itself included; None for all.
     """
-    if segments.ndim != 3 or segments.shape[:2] != positions.shape or segments.shape[2] != 2:
+    wrong = segments.ndim != 3 or segments.shape[:2] != positions.shape
+    if wrong or segments.shape[2] not in (2, 3):
         raise ValueError(
-            f"segments must be (R, L, 2), positions (R, L), got {tuple(segments.shape)}, "
-            f"{tuple(positions.shape)}"
+            f"segments must be (R, L, 2) or (R, L, 3), positions (R, L), got "
+            f"{tuple(segments.shape)}, {tuple(positions.shape)}"
         )
-    tree, branch = segments.unbind(-1)
+    tree, node, last = paths(segments)
     length = tree.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=tree.device).tril_()
     same_tree = (tree[:, :, None] == tree[:, None, :]) & (tree >= 0)[:, None, :]
-    on_path = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-    seen = causal & same_tree & on_path
+    above = (node[:, None, :] <= node[:, :, None]) & (node[:, :, None] <= last[:, None, :])
+    seen = causal & same_tree & above
     if window is not None:
         seen &= positions[:, :, None] - positions[:, None, :] < window
     return seen | torch.eye(length, dtype=torch.bool, device=tree.device)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from modern_llm.data.batch.collate import collate
 from modern_llm.data.batch.order import Sharing
 from modern_llm.data.batch.prefix_tree import Examples, lay_out
+from modern_llm.data.batch.shared_starts import SHARED, shared_starts
 from tests.helpers.models import Table
 
 
@@ -151,11 +152,8 @@ def test_merged_trees_give_every_pair_its_own_sums_and_lengths(picks, shared):
     merged = collate(Examples(Table(rows), trees=True), np.arange(len(rows)), shared=shared)
     apart = collate(Examples(Table(rows), trees=False), np.arange(len(rows)), shared=Sharing.ALONE)
     for batch in (merged, apart):
-        # Replaces a log-prob: depends on the label and on the position of its state.
-        states = batch.positions.flatten()[batch.targets[0]]
-        batch_sums = batch.sums(batch.targets[1].double() + 100 * states)
-        assert batch_sums.shape == (len(rows), 2)
-        assert torch_equal(batch_sums, apart)
+        assert batch_sums(batch).shape == (len(rows), 2)
+        assert torch_equal(batch_sums(batch), apart)
     assert merged.lengths.tolist() == apart.lengths.tolist()
     distinct = {(p, a) for p, a, b in picks} | {(p, b) for p, a, b in picks}
     assert merged.real_tokens == sum(len(prompts[p]) for p in {p for p, _, _ in picks}) + sum(
@@ -163,6 +161,84 @@ def test_merged_trees_give_every_pair_its_own_sums_and_lengths(picks, shared):
     )
 
 
+LONG = list(range(100, 100 + SHARED))
+"""A start long enough to be shared."""
+
+
+def test_responses_that_begin_alike_share_their_start():
+    tree = lay_out(
+        np.array([1, 2]), [np.array([*LONG, 3, 4]), np.array([9]), np.array([*LONG, 5])], [0, 1, 2]
+    )
+    n = len(LONG)
+    assert tree.ids.tolist() == [1, 2, *LONG, 3, 4, 5, 9]
+    assert tree.positions.tolist() == [0, 1, *range(2, 2 + n), 2 + n, 3 + n, 2 + n, 2]
+    assert tree.branches.tolist() == [0, 0, *[1] * n, 2, 2, 3, 4]
+    assert tree.lasts.tolist() == [4, 4, *[3] * n, 2, 2, 3, 4]
+    assert tree.labels.tolist() == [*LONG, 3, 4, 5, 9]
+    assert tree.sources.tolist() == [*range(1, 1 + n), 1 + n, 2 + n, 1 + n, 1]
+    assert tree.answers == [(0, 2), (0,), (2,), (1,)]
+    short = lay_out(np.array([1]), [np.array([*LONG[1:], 3]), np.array([*LONG[1:], 4])], [0, 1])
+    assert short.lasts is None, "a shorter start is not worth a node"
+
+
+def test_an_answer_that_begins_another_ends_inside_the_tree():
+    table = Table([[[1], LONG, [*LONG, 3]], [[7], [8], [9]]])
+    batch = collate(Examples(table, trees=True), np.array([0, 1]), shared=Sharing.LINE)
+    n = len(LONG)
+    assert batch.ids.tolist() == [[1, *LONG, 3, 7, 8, 9]]
+    assert batch.segments[0, -4:].tolist() == [[0, 2, 2], [1, 0, 2], [1, 1, 1], [1, 2, 2]]
+    assert batch.sums(batch.targets[1].double()).tolist() == [
+        [sum(LONG), sum(LONG) + 3], [8, 9]
+    ]  # fmt: skip
+    assert batch.lengths.tolist() == [[n, n + 1], [1, 1]]
+
+
+def test_starts_are_shared_only_as_far_as_both_train_on_the_same_tokens():
+    ids = np.array([*LONG, *LONG])
+    gaps = [np.array([[SHARED + 2, SHARED + 4]]), np.array([[SHARED + 2, SHARED + 9]])]
+    nodes = shared_starts([ids, ids], gaps)
+    assert [(node.of, node.start, node.size) for node in nodes] == [
+        ((0, 1), 0, SHARED + 4), ((0,), SHARED + 4, SHARED - 4), ((1,), SHARED + 4, SHARED - 4)
+    ]  # fmt: skip
+
+
+parts = st.lists(st.integers(0, 4), min_size=1, max_size=4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), parts, parts).filter(lambda pick: pick[1] != pick[2]),
+        min_size=1,
+        max_size=8,
+    ),
+    st.sampled_from(Sharing),
+)
+def test_trees_of_several_levels_give_every_pair_its_own_sums(picks, shared):
+    """Answers are made of a few pieces, some long; the sums must equal those of separate rows."""
+    prompts = [[], [11], [12, 13]]
+    pieces = [[21], [22, 23], *(list(range(at, at + SHARED + at % 3)) for at in (30, 70, 111))]
+    answers = [[[t for at in side for t in pieces[at]] for side in (a, b)] for _, a, b in picks]
+    rows = [[prompts[p], *both] for (p, _, _), both in zip(picks, answers, strict=True)]
+    examples = Examples(Table(rows), trees=True)
+    every = np.arange(len(rows))
+    merged = collate(examples, every, shared=shared)
+    apart = collate(Examples(Table(rows), trees=False), every, shared=Sharing.ALONE)
+    for batch in (merged, apart):
+        assert torch_equal(batch_sums(batch), apart)
+    assert merged.lengths.tolist() == apart.lengths.tolist()
+    sizes = [examples.group_sizes(group) for group in examples.together(every)]
+    assert merged.real_tokens == sum(map(sum, sizes))
+    assert merged.real_tokens <= sum(examples.separate_tokens(int(i)) for i in every)
+    one = [collate(examples, np.array([i]), shared=shared).real_tokens for i in every]
+    assert one == [sum(examples.sizes(int(i))) for i in every]
+
+
+def batch_sums(batch):
+    """Sum numbers that depend on a target's id and on the position of its state."""
+    states = batch.positions.flatten()[batch.targets[0]]
+    return batch.sums(batch.targets[1].double() + 100 * states)
+
+
 def torch_equal(sums, apart):
-    states = apart.positions.flatten()[apart.targets[0]]
-    return bool((sums == apart.sums(apart.targets[1].double() + 100 * states)).all())
+    return bool((sums == batch_sums(apart)).all())

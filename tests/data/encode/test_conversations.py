@@ -69,6 +69,24 @@ def test_pairs_have_the_ids_and_masks_of_transformers(make, template):
 
 
 @pytest.mark.parametrize("template", [MARKED, MEASURED], ids=["marked", "measured"])
+def test_rankings_of_trajectories_too(template):
+    """All share the question; two share a call and its result, which both are trained on."""
+    tokenizer = byte_level(chat=template)
+    sides = [[*COMMON[1:], *CHOSEN], [*COMMON[1:], answer("No.")], [call("Other.", 3)]]
+    row = {"tools": TOOLS, "prompt": COMMON[:1], "responses": sides, "scores": [1, 2, 0]}
+    prompt, *cells = whole(tokenizer, "pairs", row, rankings="whole")
+    for cell, side in zip(cells[:3], (sides[1], sides[0], sides[2]), strict=True):
+        assert joined(prompt, cell) == plain(tokenizer, [*COMMON[:1], *side], TOOLS, 1)
+    assert not any(ids for ids, _ in cells[3:])
+    with pytest.raises(RowFault, match="column 'responses', 0 has several turns: set data.targets"):
+        recipe = recipe_of(tokenizer, "pairs", rankings="whole")
+        RecordReader(recipe.formats, recipe.name, recipe.mode)(Row(row, "x:1"))
+    broken = {**row, "responses": [*sides[:2], [user("a question")]]}
+    with pytest.raises(ContentFault, match="no assistant turn"):
+        whole(tokenizer, "pairs", broken, rankings="whole")
+
+
+@pytest.mark.parametrize("template", [MARKED, MEASURED], ids=["marked", "measured"])
 @pytest.mark.parametrize("make", [byte_level, sentence_piece])
 def test_instructions_too(make, template):
     tokenizer = make(chat=template)

@@ -34,11 +34,42 @@ def layout(rows: list[list[list[int]]], padding: int) -> tuple[torch.Tensor, tor
     return segments, positions
 
 
+def nested(trees: list[list[tuple[int, int]]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return segments (1, L, 3) and positions of a row of trees of several levels.
+
+    Args:
+        trees: for each node how many nodes up from the one before its parent is (0: that one), and
+            its number of tokens.
+    """
+    segments, positions = [], []
+    for tree, nodes in enumerate(trees):
+        path: list[tuple[int, int]] = []  # number and end position of the nodes above
+        lasts = [0] * len(nodes)
+        rows = []
+        for number, (up, size) in enumerate(nodes):
+            del path[max(1, len(path) - up) :]
+            start = path[-1][1] if path else 0
+            path.append((number, start + size))
+            for above, _ in path:
+                lasts[above] = number
+            rows += [(number, start + at) for at in range(size)]
+        segments += [[tree, number, lasts[number]] for number, _ in rows]
+        positions += [position for _, position in rows]
+    segments += [[-1, -1, -1]] * padding
+    return torch.tensor([segments]), torch.tensor([positions + [0] * padding])
+
+
 def inputs(segments: torch.Tensor, groups: int = 1, dtype=torch.float64):
     g = torch.Generator().manual_seed(3)
     rows, length = segments.shape[:2]
     shapes = [(rows, HEADS * groups, length, WIDTH)] + [(rows, HEADS, length, WIDTH)] * 2
     return [torch.randn(shape, generator=g, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def on_path(segment: list[int], node: int) -> bool:
+    """Whether a node is at or below the one of a segment."""
+    _, here, *last = segment
+    return here <= node <= last[0] if last else here in (0, node)
 
 
 def written_out(query, key, value, segments, positions, window, scale, softcap):
@@ -48,7 +79,7 @@ def written_out(query, key, value, segments, positions, window, scale, softcap):
     out = []
     for r in range(len(segments)):
         for i in range(segments.shape[1]):
-            tree, branch = segments[r, i].tolist()
+            tree, node, *_ = segments[r, i].tolist()
             seen = [
                 j
                 for j in range(i + 1)
@@ -56,7 +87,7 @@ def written_out(query, key, value, segments, positions, window, scale, softcap):
                 or (
                     tree >= 0
                     and segments[r, j, 0] == tree
-                    and segments[r, j, 1] in (0, branch)
+                    and on_path(segments[r, j].tolist(), node)
                     and (window is None or positions[r, i] - positions[r, j] < window)
                 )
             ]
@@ -107,6 +138,55 @@ def test_blocks_and_masks_equal_the_token_by_token_attention(
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
+deep_tree = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 7)), min_size=1, max_size=9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(deep_tree, min_size=1, max_size=3),
+    st.integers(0, 3),
+    st.sampled_from([None, 3, 7]),
+    st.sampled_from([None, 1.5]),
+    st.sampled_from([0, 12]),
+)
+def test_trees_of_several_levels_equal_the_token_by_token_attention(
+    trees, padding, window, softcap, merge_below
+):
+    segments, positions = nested(trees, padding)
+    real = segments[..., 0] >= 0
+    tensors = inputs(segments, 2)
+    expected = written_out(*tensors, segments, positions, window, 0.3, softcap)[real]
+    upstream = torch.randn(expected.shape, dtype=torch.float64)
+    gradients = torch.autograd.grad((expected * upstream).sum(), tensors)
+    for backend in backends(torch.device("cpu")):
+        out = attend(backend, tensors, segments, positions, window, softcap, merge_below)[real]
+        torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+        ours = torch.autograd.grad((out * upstream).sum(), tensors)
+        for a, b in zip(ours, gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 3), st.integers(1, 200)), min_size=1, max_size=6),
+        min_size=1,
+        max_size=3,
+    ),
+    st.integers(0, 130),
+    st.sampled_from([None, 100]),
+)
+def test_block_masks_of_several_levels_cover_exactly_what_is_visible(trees, padding, window):
+    covers_exactly(*nested(trees, padding), window)
+
+
+def test_two_levels_are_the_same_in_both_forms():
+    segments, positions = layout([[[9, 6, 8, 3], [0, 4, 5]]], 2)
+    deep, same = nested([[(0, 9), (1, 6), (1, 8), (1, 3)]], 0)
+    assert torch.equal(positions[:, :26], same)
+    assert torch.equal(visible(segments, positions)[:, :26, :26], visible(deep, same))
+
+
 @pytest.mark.parametrize("window", [None, 20, 150])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_flex_forward_equals_the_dense_mask(window, softcap):
@@ -134,7 +214,11 @@ def test_flex_forward_equals_the_dense_mask(window, softcap):
     st.sampled_from([None, 5, 100, 200]),
 )
 def test_block_masks_cover_exactly_what_is_visible(trees, padding, window):
-    segments, positions = layout([trees], padding)
+    covers_exactly(*layout([trees], padding), window)
+
+
+def covers_exactly(segments, positions, window):
+    """Compare a block mask of one row with what is visible."""
     mask = attention_flex.block_mask(segments, positions, window)
     expected = visible(segments, positions, window)[0]
     length = len(expected)
@@ -193,7 +277,7 @@ def test_a_long_tree_is_computed_in_short_ranges_without_a_mask_of_its_row(monke
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     segments, positions = layout([[[300, 100, 50, 20], [150, 30, 30]]], 0)
     blocks = find_blocks(segments, positions, None, torch.float32, visible)
-    parts = [(b.own, b.stop, b.prefix_stop - b.prefix) for b in blocks]
+    parts = [(b.own, b.stop, sum(end - start for start, end in b.above)) for b in blocks]
     # Prefix and first response in six ranges that each see all before them, then other responses.
     assert parts == [
         *((0, stop, 0) for stop in (66, 133, 200, 266, 333, 400)),
@@ -213,6 +297,24 @@ def test_small_trees_share_a_call():
     segments, positions = layout([[[4, 2, 2]] * 30], 0)
     blocks = find_blocks(segments, positions, None, torch.float32, visible)
     assert [b.stop - b.start for b in blocks] == [96, 96, 48]
+
+
+def test_chains_of_nodes_are_computed_as_one_sequence():
+    # Prefix, a start of two responses, these two, another start after the prefix with two more.
+    segments, positions = nested(
+        [[(0, 70), (0, 60), (0, 50), (1, 50), (2, 60), (0, 50), (1, 50)]], 0
+    )
+    blocks = find_blocks(segments, positions, None, torch.float32, visible, 0)
+    found = {}
+    for block in blocks:
+        found.setdefault((block.above, block.own), []).append((block.start, block.stop))
+    spans = {key: (parts[0][0], parts[-1][1]) for key, parts in found.items()}
+    assert spans == {
+        ((), 0): (0, 180),
+        (((0, 130),), 180): (180, 230),
+        (((0, 70),), 230): (230, 340),
+        (((0, 70), (230, 290)), 340): (340, 390),
+    }
 
 
 def test_branches_out_of_order_are_refused():
