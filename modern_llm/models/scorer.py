@@ -22,6 +22,7 @@ from modern_llm.models.attention.prefix_tree import Backend, Parts, TreeMask, Tr
 from modern_llm.models.cpu.last_layer import narrows, needed_of
 from modern_llm.models.exact_parts import join, split
 from modern_llm.models.head import FusedHead, target_logprobs
+from modern_llm.models.mixers import Routes, routed
 from modern_llm.models.routers import RouterLoss, has_experts, without_router_loss
 
 
@@ -56,6 +57,8 @@ class Capabilities:
     """Backend of the tree attention."""
     windows: tuple[int | None, ...] = ()
     """Sliding windows of the layers; None is full attention."""
+    mixers: tuple[str, ...] = ()
+    """Classes of layers with a state, which run on one sequence per response (`models.mixers`)."""
     notes: tuple[str, ...] = ()
     """Reasons why a feature is off, one line each."""
 
@@ -80,7 +83,8 @@ class TokenScorer(nn.Module):
         self.log_squares = False
         """Whether a forward also returns `ScorerOutput.log_squares`, which WPO weighs pairs by."""
         self._router_loss = router_loss
-        self._narrows = capabilities.fused and narrows(model)
+        self.narrows = capabilities.fused and narrows(model)
+        """Whether the last layer computes only the states that predict a target."""
 
     @property
     def config(self):  # noqa: ANN201
@@ -127,7 +131,8 @@ class TokenScorer(nn.Module):
         real = segments[..., 0] >= 0
         if self.capabilities.trees:
             tree = self._masks(segments, positions, targets[0])
-            return self._forward_once(ids, real, targets, position_ids=positions, tree=tree)
+            with routed(Routes(segments) if self.capabilities.mixers else None):
+                return self._forward_once(ids, real, targets, position_ids=positions, tree=tree)
         if self.capabilities.padded:
             # The model computes positions itself: some models do not start at 0.
             return self._forward_once(ids, real, targets, attention_mask=real.long())
@@ -189,7 +194,7 @@ class TokenScorer(nn.Module):
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.model.dtype
         masks = TreeMasks(segments, positions, dtype, self.capabilities.backend, self.merge_below)
-        if self._narrows:
+        if self.narrows:
             masks.needed = needed_of(masks, sources, segments.shape[:2])
         if not self.capabilities.windows:
             self.asked = masks  # the probe reads the model's windows from it

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from modern_llm.config.errors import UserError
 from modern_llm.models.attention.flex import set_up_compiler
+from modern_llm.models.mixers import keep_routes, mixers_of
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -64,8 +65,11 @@ def recompute_activations(
         UserError: `offload`, and the model recomputes in a way of its own.
     """
     options: dict[str, object] = {"use_reentrant": False}
-    if selective:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _kept)
+    contexts = partial(create_selective_checkpoint_contexts, _kept) if selective else None
+    if mixers_of(model):
+        contexts = keep_routes(contexts)
+    if contexts is not None:
+        options["context_fn"] = contexts
     # Renamed in transformers 5.2x; the old name exists until version 6.
     new = getattr(model, "activation_checkpointing_enable", None)
     (new or model.gradient_checkpointing_enable)(options)

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from modern_llm.models.cpu.fused_ops import is_patched, patch_cpu_ops
 from modern_llm.models.cpu.last_layer import narrow_last_layer, narrows
 from modern_llm.models.head import FusedHead, fuse_head
+from modern_llm.models.mixers import gather_mixers, mixers_of
 from modern_llm.models.modes import held, hold
 from modern_llm.models.shapes import empty_model
 from modern_llm.models.training_mode import disable_dropout
@@ -108,6 +109,7 @@ def adopt(model: PreTrainedModel, measured: PreTrainedModel, *, dropout: bool | 
         patch_cpu_ops(model)
     if narrows(measured):
         narrow_last_layer(model)
+    gather_mixers(model, mixers_of(measured))
     head = measured.get_output_embeddings()
     if isinstance(head, FusedHead):
         fuse_head(model.get_output_embeddings(), head.transform)

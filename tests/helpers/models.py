@@ -46,6 +46,7 @@ CONFIGS = {
     "mixtral": lambda: tf.MixtralConfig(**SHAPE, num_local_experts=4, sliding_window=None),
     "granite": lambda: tf.GraniteConfig(**WITHOUT_HEAD_DIM, logits_scaling=3.0),
     "cohere": lambda: tf.CohereConfig(**WITHOUT_HEAD_DIM, logit_scale=0.3),
+    "mamba": lambda: tf.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2),
 }  # fmt: skip
 # Attention of their own, or kinds of layer that no mask describes: they use separate rows, and a
 # line in the log says so.
@@ -57,7 +58,6 @@ WITHOUT_TREES = {
         **SHAPE, num_local_experts=4, num_experts_per_tok=2,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     ),
-    "mamba": lambda: tf.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2),
 }  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers as tf
@@ -79,10 +81,12 @@ def test_a_cap_without_effect_on_new_weights_is_found_and_kept():
             logits_soft_cap=30.0, pad_token_id=0, bos_token_id=None, eos_token_id=2,
         )
     )  # fmt: skip
-    scorer, table = make_scorer(model), random_pairs([(20, 9, 6)])
+    plain, table = copy.deepcopy(model), random_pairs([(20, 9, 6)])
+    scorer = make_scorer(model)
     with torch.no_grad():
-        model.get_output_embeddings().weight *= 200
-    expected = plain_sums(model, table)
+        for each in (plain, model):
+            each.get_output_embeddings().weight *= 200
+    expected = plain_sums(plain, table)
     torch.testing.assert_close(score(scorer, table)[0].double(), expected, rtol=1e-5, atol=1e-3)
 
 

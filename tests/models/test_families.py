@@ -3,20 +3,16 @@ sequences."""
 
 from __future__ import annotations
 
-import copy
-
-import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES
 
 from modern_llm.config.errors import UserError
-from modern_llm.data.batch.collate import collate
 from modern_llm.data.batch.order import Sharing
-from modern_llm.data.batch.prefix_tree import Examples
 from modern_llm.models.load import make_scorer
 from tests.helpers.families import UNBUILT, build_family
+from tests.helpers.gradients import asked, plain
 from tests.helpers.models import random_pairs
 
 SIZES = [(120, 60, 75), (40, 90, 20), (7, 30, 130), (1, 5, 100)]
@@ -33,49 +29,10 @@ OPEN = {
 }
 
 
-def plain(model, table):
-    """Return sums and gradients in float64, one unpadded sequence at a time; in float32 for
-    families whose code supports only that."""
-    try:
-        return plain_in(torch.float64, model, table)
-    except RuntimeError:
-        return plain_in(torch.float32, model, table)
-
-
-def plain_in(dtype, model, table):
-    wide = copy.deepcopy(model).to(dtype)
-    wide.set_experts_implementation("eager")
-    sums = torch.zeros(len(table), 2, dtype=torch.float64)
-    for i in range(len(table)):
-        prompt = table.ids(i, "prompt").tolist()
-        for side, column in enumerate(("chosen", "rejected")):
-            ids = torch.tensor([prompt + table.ids(i, column).tolist()])
-            logits = wide(input_ids=ids, use_cache=False).logits[0].double()
-            logprobs = logits[:-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
-            total = logprobs[len(prompt) - 1 :].sum()
-            (total * WEIGHTS[i, side]).backward()
-            sums[i, side] = total.detach()
-    return sums, {n: p.grad for n, p in wide.named_parameters() if p.grad is not None}
-
-
-def asked(scorer, table, shared, groups):
-    """The same with the scorer, in forwards of the given groups."""
-    scorer.zero_grad()
-    examples = Examples(table, trees=scorer.capabilities.trees)
-    sums = torch.zeros(len(table), 2, dtype=torch.float64)
-    for group in groups:
-        batch = collate(examples, np.array(group), shared=shared)
-        output = scorer(batch.ids, batch.positions, batch.segments, batch.targets)
-        found = batch.sums(output.logprobs)
-        (found.double() * WEIGHTS[batch.examples]).sum().backward()
-        sums[batch.examples] = found.detach().double()
-    return sums, {n: p.grad for n, p in scorer.model.named_parameters() if p.grad is not None}
-
-
 def check(name):
     """Compare all row layouts; return the scorer's capabilities."""
     model, table = build_family(name), random_pairs(SIZES)
-    expected, gradients = plain(model, table)
+    expected, gradients = plain(model, table, WEIGHTS)
     scorer = make_scorer(model, dropout=False)
     model.train()
     ways = [Sharing.ALONE]
@@ -84,7 +41,7 @@ def check(name):
     norm = sum(float(g.square().sum()) for g in gradients.values()) ** 0.5
     for way in ways:
         for groups in ([[0, 1, 2, 3]], [[0], [1, 2], [3]]):
-            sums, ours = asked(scorer, table, way, groups)
+            sums, ours = asked(scorer, table, way, groups, WEIGHTS)
             torch.testing.assert_close(sums, expected, rtol=0, atol=1e-3)
             off = sum(float((ours[n] - g).square().sum()) for n, g in gradients.items()) ** 0.5
             assert off <= 1e-3 * norm, f"{way}: gradient is {off / norm:.1e} of its norm off"
