@@ -131,6 +131,11 @@ class TrainingConfig:
     """Recompute activations in the backward pass: less memory, about a third more time. selective
     keeps the results of matrix products and attention: less is saved, little is made again. offload
     keeps the layers' inputs in the host's memory (GPU only): least memory for long rows."""
+    sequence_parallel: Free[Positive] = 1
+    """Processes that share every row (Ulysses): each computes a part of its tokens, and in the
+    attention a part of the heads, whose number must be a multiple of it. For rows that are too long
+    for one device's memory. The number of processes is a multiple of it too; a forward of such a
+    group has so many times tokens_per_micro_batch."""
     compile: Free[bool] = False
     """`torch.compile` the decoder layers."""
     attention: Free[Literal["auto", "tree", "separate", "blocks", "flex", "mask"]] = "auto"
@@ -209,7 +214,11 @@ class TrainingConfig:
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
-        problems = [text for bad, text in (*self._rules(), *self._update_rules()) if bad]
+        problems = [
+            text
+            for bad, text in (*self._rules(), *self._split_rules(), *self._update_rules())
+            if bad
+        ]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -262,6 +271,21 @@ class TrainingConfig:
             (
                 self.max_steps is not None and self.warmup_steps > self.max_steps,
                 f"warmup_steps {self.warmup_steps} is above max_steps {self.max_steps}: lower it",
+            ),
+        ]
+
+    def _split_rules(self) -> list[tuple[bool, str]]:
+        """Return the rules of rows that processes share."""
+        parts = self.sequence_parallel
+        return [
+            (
+                parts > 1 and self.attention == "separate",
+                f"sequence_parallel {parts} needs the tree attention, got attention separate: use "
+                "auto",
+            ),
+            (
+                parts > 1 and self.compile,
+                f"sequence_parallel {parts} and compile exclude each other: keep one",
             ),
         ]
 

@@ -36,6 +36,7 @@ class Peers:
 
     def __init__(self, rank: int, world: int, group: dist.ProcessGroup | None = None):
         self.rank, self.world, self.group = rank, world, group
+        self.readers = 1  # processes that read the same part of the data and share its rows
         # Rank 0 checks this before it writes for all; it raises after the run's lock is lost.
         self.may_write: Callable[[], None] = lambda: None
 
@@ -43,6 +44,20 @@ class Peers:
     def is_main(self) -> bool:
         """Whether this is rank 0, the one that writes and prints."""
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of the data this process reads."""
+        return self.rank // self.readers
+
+    @property
+    def data_world(self) -> int:
+        """Number of parts that the data is distributed to."""
+        return self.world // self.readers
+
+    def gather_data(self, value: T) -> list[T]:
+        """Return the picklable `value` of one process of each part of the data, in order."""
+        return self.gather(value)[:: self.readers]
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the elementwise sum over all processes."""
@@ -179,6 +194,12 @@ class Peers:
 
 def own_group(name: str) -> dist.ProcessGroup:
     """Return the gloo group of all processes called `name`; the first call is a collective."""
+    timeout = timedelta(hours=MEETING_H)
+    return kept_group(name, lambda: dist.new_group(backend="gloo", timeout=timeout))
+
+
+def kept_group(name: str, make: Callable[[], dist.ProcessGroup]) -> dist.ProcessGroup:
+    """Return the group called `name` that `make` creates; the first call is a collective."""
     # Kept, because several stages may run one after another in one process.
     world, group = _groups.get(name, (None, None))
     if world is not dist.group.WORLD:
@@ -186,13 +207,13 @@ def own_group(name: str) -> dist.ProcessGroup:
         with around("collective.barrier"), waiting():
             dist.barrier()
         with around("collective.group"), waiting(), connecting(dist.get_rank()):
-            group = dist.new_group(backend="gloo", timeout=timedelta(hours=MEETING_H))
+            group = make()
         _groups[name] = dist.group.WORLD, group
     return group
 
 
 def forget_groups() -> None:
-    """Release the groups that `own_group` keeps."""
+    """Release the groups that `kept_group` keeps."""
     _groups.clear()
 
 

@@ -112,6 +112,7 @@ def refuse_contradictions(config: TrainingConfig, *, on_cpu: bool, world: int) -
     problems = [
         *_machine(config, on_cpu=on_cpu),
         *_computation(config),
+        *_sequence(config, world),
         *(_fsdp(world) if asked("ACCELERATE_USE_FSDP") else ()),
     ]
     if problems:
@@ -168,6 +169,18 @@ def _computation(config: TrainingConfig) -> Iterator[str]:
             f"{shown} of accelerate is not supported: remove parallelism_config, and shard with a "
             "ZeRO stage or FSDP2"
         )
+
+
+def _sequence(config: TrainingConfig, world: int) -> Iterator[str]:
+    """Yield a message where the processes do not form whole sequence groups."""
+    size = config.sequence_parallel
+    if world % size:
+        yield (
+            f"train.sequence_parallel {size} does not divide the {world} "
+            f"process{'es' * (world > 1)}: start a multiple of {size}, or use a divisor"
+        )
+    if size > 1 and asked("ACCELERATE_USE_FSDP"):
+        yield f"train.sequence_parallel {size} with FSDP is not supported: use a ZeRO stage or DDP"
 
 
 def _fsdp(world: int) -> Iterator[str]:

@@ -47,6 +47,7 @@ from modern_llm.distributed.health.termination import within
 from modern_llm.distributed.rendezvous.handshake import differences, join, whereabouts
 from modern_llm.distributed.rendezvous.input_files import named_in
 from modern_llm.distributed.rendezvous.interfaces import check_interface
+from modern_llm.distributed.sequence_group import SequenceGroup, sequence_group
 from modern_llm.distributed.shutdown import process_exit
 from modern_llm.storage.fault_points import around
 
@@ -66,6 +67,7 @@ class Runtime(Peers):
         self.accelerator, self.config = accelerator, config
         super().__init__(accelerator.process_index, accelerator.num_processes)
         self.device: torch.device = accelerator.device
+        self.sequence: SequenceGroup | None = None
         self.stopping: str | None = None  # the signal that all ranks have agreed to stop for
         self.flag: Any = None  # a `consensus.Flag`: the vote in progress
         # `busy`: whether a background save runs here. `all_idle`: whether none ran on any rank at
@@ -256,6 +258,8 @@ def start(config: TrainingConfig, record: dict[str, Any] | None = None) -> Runti
         plugin.dschf = None
     _check_started(accelerator, announced, deepspeed=deepspeed)
     runtime = Runtime(accelerator, config)
+    runtime.readers = config.sequence_parallel
+    runtime.sequence = sequence_group(runtime.readers)
     if runtime.is_main:
         log.info("%s", _start_line(runtime))
         if warning := launcher.missing_processes(runtime.world):
@@ -274,6 +278,8 @@ def _start_line(runtime: Runtime) -> str:
         torch.cuda.get_device_name(runtime.device) if cuda else runtime.device.type,
         f"precision {runtime.forward_dtype}",
     ]
+    if runtime.sequence is not None:
+        parts.append(f"rows split over {runtime.sequence.size}")
     if runtime.stage is not None:
         parts.append(f"ZeRO-{runtime.stage}")
     elif runtime.accelerator.distributed_type == DistributedType.FSDP:

@@ -32,7 +32,7 @@ from modern_llm.reference.nonfinite_pairs import LIST, leave_out, not_finite
 from modern_llm.reference.scoring import Scoring, score_everywhere
 from modern_llm.setup import tables
 from modern_llm.setup.micro_batches import sharing
-from modern_llm.setup.scorers import check_positions, set_up_frozen
+from modern_llm.setup.scorers import check_model, set_up_frozen
 from modern_llm.setup.tokenizer import choose_tokenizer
 from modern_llm.storage.atomic import write_file
 from modern_llm.storage.regular_files import read_text
@@ -83,13 +83,14 @@ def scored_pairs(
     max_prompt_length: int | None = None,
     mixed_precision: str = "no",
     hang_timeout: float | None = 600.0,
+    sequence_parallel: int = 1,
 ) -> Iterator[Scored]:
     """Yield the pairs of `data` with their sums, on every process, under a watchdog.
 
     The table is deleted when the context ends.
 
     Args:
-        hang_timeout: as `train.hang_timeout`.
+        hang_timeout, sequence_parallel: as in the section `train`.
     """
     if data.rankings == "whole":
         raise ConfigError(["data.rankings: whole: pairs are scored: use all_pairs or best_worst"])
@@ -101,13 +102,14 @@ def scored_pairs(
             batch_size=1,
             mixed_precision=mixed_precision,  # type: ignore[arg-type]
             hang_timeout=hang_timeout,
+            sequence_parallel=sequence_parallel,
         )
         runtime = distributed.start(config)
         then = "nothing was written: run the same command again"
         with runtime, Watchdog(runtime, nowhere, hang_timeout, then=lambda: then):
             policy = inspect_checkpoint(model)
             tokenizer, _ = choose_tokenizer(tokenizer_name, policy, config, data)
-            check_positions(max_length, policy, "max_length")
+            check_model(config, policy, max_length, "max_length")
             lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
             prepared = _read(runtime, data, tokenizer, folder / "data", lengths)
             models = {"policy": policy}
@@ -171,7 +173,7 @@ def score_pairs(
 
     Args:
         options: options of `scored_pairs`: `tokenizer_name`, `max_length`, `max_prompt_length`,
-            `mixed_precision`, `hang_timeout`.
+            `mixed_precision`, `hang_timeout`, `sequence_parallel`.
 
     Returns:
         `pairs`, `dropped` and `output`.

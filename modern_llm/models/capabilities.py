@@ -22,12 +22,14 @@ from modern_llm.models.attention.prefix_tree import (
     backends,
     register_tree_attention,
 )
+from modern_llm.models.attention.sequence import SequenceGroup
 from modern_llm.models.cpu.fused_ops import patch_cpu_ops, restore_ops
 from modern_llm.models.cpu.last_layer import narrow_last_layer
 from modern_llm.models.logits import bounds_of, fuse
 from modern_llm.models.mixers import gather_mixers, restore_mixers
 from modern_llm.models.modes import settle
 from modern_llm.models.quantized import product_dtype
+from modern_llm.models.row_split import check_split
 from modern_llm.models.scorer import Capabilities
 from modern_llm.models.subject import LONG, ROW, SHORT, TOLERANCE, TWIN_TOLERANCE, Subject
 from modern_llm.models.twin import twin_of
@@ -46,6 +48,7 @@ def probe(
     dropout: bool | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    sequence: SequenceGroup | None = None,
 ) -> Capabilities:
     """Measure the capabilities of `model` and set it up to use them.
 
@@ -56,16 +59,17 @@ def probe(
         dropout: whether the model trains with dropout; None if it is only scored.
         device, dtype: of the attention in the run; default: the model's. Sharded weights are probed
             on the host before, and the kernels of the attention on the device.
+        sequence: the processes that share the rows of the run; they probe together.
 
     Side effects: sets the fused head and the tree attention in `model` where they are exact.
 
     Raises:
-        UserError: a token's log-prob depends on later tokens; that is no causal language model.
+        UserError: a token's log-prob depends on later tokens, or rows cannot be split.
     """
     training = model.training
     model.eval()
     device, dtype = device or model.device, dtype or model.dtype
-    twin = _on_device(twin_of(model), device)
+    twin = _on_device(twin_of(model, 1 if sequence is None else sequence.size), device)
     # Long rows of the model itself: on a GPU they are cheap, without a twin the only evidence.
     long = twin is None or model.device.type == "cuda"
     tolerance = TOLERANCE[product_dtype(model, model.dtype)]
@@ -89,12 +93,9 @@ def probe(
     trial.fuse()
     if trees:
         trial.share(tried or backends(device), device, dtype)
+    check_split(trial.subjects, trial.capabilities, trial.notes, sequence)
     model.train(training)
-    for note in trial.notes:
-        if trial.refused and note.endswith(trial.refused):
-            log.warning("warning: %s: %s", type(model).__name__, note)
-        else:
-            log.info("%s: %s", type(model).__name__, note)
+    trial.log(type(model).__name__)
     return replace(trial.capabilities, windows=subjects[0].windows, notes=tuple(trial.notes))
 
 
@@ -113,6 +114,14 @@ class _Trial:
         self.refused = ""
         """Why the fastest backend of the tree attention is not used."""
         self._patched = False
+
+    def log(self, name: str) -> None:
+        """Write the notes on the model of that name."""
+        for note in self.notes:
+            if self.refused and note.endswith(self.refused):
+                log.warning("warning: %s: %s", name, note)
+            else:
+                log.info("%s: %s", name, note)
 
     def _why_not(self, ask: Callable[[Subject], str]) -> str:
         return next(filter(None, map(ask, self.subjects)), "")

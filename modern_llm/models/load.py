@@ -29,6 +29,7 @@ from modern_llm.config.errors import StorageError, UserError
 from modern_llm.config.printable import first_line
 from modern_llm.models import pt_checkpoint
 from modern_llm.models.adapters import base_of, merged
+from modern_llm.models.attention.sequence import SequenceGroup
 from modern_llm.models.capabilities import probe
 from modern_llm.models.routers import router_loss_of
 from modern_llm.models.run_checkpoint import checkpoint_folder, is_run_checkpoint, load_weights
@@ -247,6 +248,7 @@ def make_scorer(
     measured: PreTrainedModel | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    sequence: SequenceGroup | None = None,
 ) -> TokenScorer:
     """Probe `model` and wrap it.
 
@@ -260,6 +262,7 @@ def make_scorer(
         dropout: whether the model trains with dropout; False switches it off, with everything else
             that differs in training mode. None is for a model that is only scored.
         device, dtype: of the attention in the run, see `probe`.
+        sequence: the processes that split the rows of the run, see `TokenScorer`.
     """
     tried = None if attention in ("auto", "tree", "separate") else (attention,)
     probed = measured or model
@@ -273,6 +276,7 @@ def make_scorer(
         dropout=dropout,
         device=device,
         dtype=dtype,
+        sequence=sequence,
     )
     if measured is not None:
         adopt(model, measured, dropout=dropout)
@@ -282,7 +286,7 @@ def make_scorer(
             f"attention: {attention}: {type(model).__name__} cannot "
             f"({'; '.join(capabilities.notes)}); use attention: auto or separate"
         )
-    return TokenScorer(model, capabilities, routers)
+    return TokenScorer(model, capabilities, routers, sequence)
 
 
 def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:

@@ -8,6 +8,7 @@ Letters: R rows, L tokens of a row, N target tokens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +19,14 @@ from transformers import PreTrainedModel
 
 from modern_llm.models.attention.cpu_blocks import MERGE_BELOW
 from modern_llm.models.attention.flex import SIDE
-from modern_llm.models.attention.prefix_tree import Backend, Parts, TreeMask, TreeMasks
+from modern_llm.models.attention.prefix_tree import (
+    Backend,
+    Parts,
+    SplitRows,
+    TreeMask,
+    TreeMasks,
+)
+from modern_llm.models.attention.sequence import SequenceGroup, joined
 from modern_llm.models.cpu.last_layer import narrows, needed_of
 from modern_llm.models.exact_parts import join, split
 from modern_llm.models.head import FusedHead, target_logprobs
@@ -68,6 +76,8 @@ class TokenScorer(nn.Module):
 
     Args:
         router_loss: see `routers.router_loss_of`; None computes none.
+        sequence: the processes that call this scorer with the same rows and compute a part of their
+            tokens each; all of them get all log-probs. None computes alone.
     """
 
     def __init__(
@@ -75,6 +85,7 @@ class TokenScorer(nn.Module):
         model: PreTrainedModel,
         capabilities: Capabilities,
         router_loss: RouterLoss | None = None,
+        sequence: SequenceGroup | None = None,
     ):
         super().__init__()
         self.model = model
@@ -83,7 +94,9 @@ class TokenScorer(nn.Module):
         self.log_squares = False
         """Whether a forward also returns `ScorerOutput.log_squares`, which WPO weighs pairs by."""
         self._router_loss = router_loss
-        self.narrows = capabilities.fused and narrows(model)
+        self.sequence = sequence
+        # A process of a group may have no state that predicts a target.
+        self.narrows = capabilities.fused and narrows(model) and sequence is None
         """Whether the last layer computes only the states that predict a target."""
 
     @property
@@ -126,9 +139,13 @@ class TokenScorer(nn.Module):
                 f"ids and positions must be (R, L), segments (R, L, 2), got {tuple(ids.shape)}, "
                 f"{tuple(positions.shape)}, {tuple(segments.shape)}"
             )
-        if self.capabilities.trees and self.capabilities.backend == "flex":
-            ids, positions, segments, targets = _whole_blocks(ids, positions, segments, targets)
+        blocks = SIDE if self.capabilities.trees and self.capabilities.backend == "flex" else 1
+        parts = 1 if self.sequence is None else self.sequence.size
+        whole = _padded(math.lcm(blocks, parts), ids, positions, segments, targets)
+        ids, positions, segments, targets = whole
         real = segments[..., 0] >= 0
+        if self.sequence is not None:
+            return self._forward_part(self.sequence, ids, positions, segments, targets)
         if self.capabilities.trees:
             tree = self._masks(segments, positions, targets[0])
             with routed(Routes(segments) if self.capabilities.mixers else None):
@@ -137,6 +154,31 @@ class TokenScorer(nn.Module):
             # The model computes positions itself: some models do not start at 0.
             return self._forward_once(ids, real, targets, attention_mask=real.long())
         return self._forward_row_by_row(ids, real, targets)
+
+    def _forward_part(
+        self,
+        group: SequenceGroup,
+        ids: Tensor,
+        positions: Tensor,
+        segments: Tensor,
+        targets: Tensor,
+    ) -> ScorerOutput:
+        """Compute this process's part of every row; return the log-probs of all targets."""
+        rows, length = ids.shape
+        part = length // group.size
+        here = slice(group.rank * part, (group.rank + 1) * part)
+        sources, labels = targets.unbind(0)
+        row, at = sources // length, sources % length - here.start
+        mine = ((at >= 0) & (at < part)).nonzero().flatten()
+        own = torch.stack([(row * part + at)[mine], labels[mine]])
+        tree = self._masks(segments, positions, sources)
+        more = {"position_ids": positions[:, here], "tree": tree}
+        output = self._forward_once(ids[:, here], segments[..., 0] >= 0, own, **more)
+        logprobs, squares = (
+            None if found is None else joined(found, mine, len(sources), group)
+            for found in (output.logprobs, output.log_squares)
+        )
+        return ScorerOutput(split(logprobs), output.aux_loss, squares)
 
     def _forward_row_by_row(self, ids: Tensor, real: Tensor, targets: Tensor) -> ScorerOutput:
         """Run one forward per row, without padding."""
@@ -184,12 +226,15 @@ class TokenScorer(nn.Module):
             logprobs, squares = _plain_logprobs(outputs.logits, sources, labels, self.log_squares)
         aux = None
         if self._router_loss is not None:
-            aux = self._router_loss(outputs.router_logits, real)
+            logits = outputs.router_logits
+            if self.sequence is not None:
+                logits = tuple(_whole_rows(each, real.shape, self.sequence) for each in logits)
+            aux = self._router_loss(logits, real)
         return ScorerOutput(split(logprobs), aux, squares)
 
     def _masks(
         self, segments: Tensor, positions: Tensor, sources: Tensor
-    ) -> dict[int | None, TreeMask] | Parts:
+    ) -> dict[int | None, TreeMask] | Parts | SplitRows:
         device = segments.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.model.dtype
@@ -198,21 +243,24 @@ class TokenScorer(nn.Module):
             masks.needed = needed_of(masks, sources, segments.shape[:2])
         if not self.capabilities.windows:
             self.asked = masks  # the probe reads the model's windows from it
-            return masks
+            return masks if self.sequence is None else SplitRows(masks, self.sequence)
         if masks.needed is not None:
             return masks
         known = {window: masks[window] for window in self.capabilities.windows}
+        if self.sequence is not None:
+            return SplitRows(known, self.sequence)
         return Parts(known) if self.capabilities.backend == "blocks" else known
 
 
-def _whole_blocks(
-    ids: Tensor, positions: Tensor, segments: Tensor, targets: Tensor
+def _padded(
+    multiple: int, ids: Tensor, positions: Tensor, segments: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pad rows to a multiple of FlexAttention's blocks: the kernels then need no bounds checks, and
-    there are few lengths. Batches for training are padded already; rows that callers make are not.
+    """Pad rows to a multiple of FlexAttention's blocks, whose kernels then need no bounds checks
+    and see few lengths, and to parts of equal length. Batches for training are padded already; rows
+    that callers make are not.
     """
     length = ids.shape[1]
-    short = -length % SIDE
+    short = -length % multiple
     if not short:
         return ids, positions, segments, targets
     sources, labels = targets.unbind(0)
@@ -223,6 +271,15 @@ def _whole_blocks(
         F.pad(segments, (0, 0, 0, short), value=-1),
         torch.stack([sources, labels]),
     )
+
+
+def _whole_rows(values: Tensor, shape: torch.Size, group: SequenceGroup) -> Tensor:
+    """Return (R * L, ...) of all processes from the (R * l, ...) of this one."""
+    rows, length = shape
+    part = length // group.size
+    own = torch.arange(group.rank * part, (group.rank + 1) * part, device=values.device)
+    starts = torch.arange(rows, device=values.device)[:, None] * length
+    return joined(values, (starts + own).flatten(), rows * length, group)
 
 
 def _plain_logprobs(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from modern_llm.config.printable import first_line
 from modern_llm.models.attention.cpu_blocks import MERGE_BELOW
 from modern_llm.models.attention.prefix_tree import TREE_ATTENTION, Call
+from modern_llm.models.attention.sequence import SequenceGroup
 from modern_llm.models.find_mixers import find_mixers
 from modern_llm.models.logits import LastStates
 from modern_llm.models.probe_rows import plain, plain_all, random_pairs, rows
@@ -59,6 +60,8 @@ class Subject:
         gradients: bool = False,
     ):
         self.model, self.tolerance, self.gradients = model, tolerance, gradients
+        self.sequence: SequenceGroup | None = None
+        """The processes over which rows are split in the forwards that are compared."""
         self.native = model.config._attn_implementation
         self.pairs = random_pairs(model, sizes)
         self._expected = self._measured(lambda: plain_all(model, self.pairs))
@@ -77,6 +80,8 @@ class Subject:
             weights = torch.linspace(-1, 1, len(logprobs), device=logprobs.device)
             logprobs.mul(weights).sum().backward()
         found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        if self.sequence is not None:  # each process has the gradient of its tokens
+            found = {name: self.sequence.sum(grad) for name, grad in found.items()}
         self.model.zero_grad(set_to_none=True)
         return logprobs.detach(), found
 
@@ -103,13 +108,14 @@ class Subject:
             return f"the tree attention is refused ({first_line(error)})"
         if self.model.config._attn_implementation != TREE_ATTENTION:
             return "the architecture has an attention of its own"
+        self.shared = capabilities
         why = self.differs(capabilities)
         return f"the tree attention {why}" if why else ""
 
     def differs(self, capabilities: Capabilities) -> str:
         """Return how the results of a scorer with `capabilities` differ, or ""."""
         for merge_below in (0, MERGE_BELOW) if capabilities.trees else (0,):
-            scorer = TokenScorer(self.model, capabilities)
+            scorer = TokenScorer(self.model, capabilities, sequence=self.sequence)
             # The probe's short trees must test the code paths of long and of short trees.
             scorer.merge_below = merge_below
             inputs = rows(self.pairs, self.model.device, capabilities.trees)
@@ -118,7 +124,9 @@ class Subject:
             if why:
                 return why
         if capabilities.trees:
-            self.windows, self.calls = tuple(scorer.asked), scorer.asked.calls
+            self.windows = tuple(scorer.asked)
+            if self.sequence is None:
+                self.calls = scorer.asked.calls
         return ""
 
     def pads(self, capabilities: Capabilities) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -32,11 +33,13 @@ FIRST_LENGTH = 12
 MOST_PARAMETERS = 20_000_000
 VOCABULARY = 256
 FEW_LAYERS = 4
+HEADS = 4
 # Standard deviation of the twin's logits. Those of a new model are near 0, where caps do nothing.
 LOGITS = 15.0
 # Fields for the width of a layer, with the twin's values.
 WIDTHS = {
-    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
     "head_dim": 16, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
     "shared_intermediate_size": 32, "ffn_dim": 96, "n_inner": 96, "word_embed_proj_dim": 64,
     "embedding_size": 64, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
@@ -67,14 +70,18 @@ def one_thread() -> Iterator[None]:
 
 
 @torch.no_grad()
-def twin_of(model: PreTrainedModel) -> PreTrainedModel | None:
-    """Return the twin in float32 on the CPU, in evaluation mode; None if it cannot be built."""
+def twin_of(model: PreTrainedModel, parts: int = 1) -> PreTrainedModel | None:
+    """Return the twin in float32 on the CPU, in evaluation mode; None if it cannot be built.
+
+    Args:
+        parts: number that divides its heads.
+    """
     kind = type(model)
     with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(0)
         try:
             config = _fewer_layers(kind, _plain_copy(model.config))
-            for narrow in _narrower(config):
+            for narrow in _narrower(config, math.lcm(HEADS, parts)):
                 twin = _at_work(kind, narrow)
                 if twin is not None:
                     _enliven(twin)
@@ -205,15 +212,16 @@ def _signature(module: nn.Module) -> str:
     return f"{type(module).__name__}{sorted(settings.items(), key=str)}{shapes}"
 
 
-def _narrower(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+def _narrower(config: PretrainedConfig, heads_of: int) -> Iterator[PretrainedConfig]:
     """Yield configurations to try: `WIDTHS`, a share of the original widths, unchanged."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     groups = getattr(text, "num_key_value_heads", None)
     ends = {"vocab_size": VOCABULARY, "max_position_embeddings": 2 * LONGEST}
-    widths = {n: v for n, v in (WIDTHS | ends).items() if _positive(getattr(text, n, None))}
+    every = WIDTHS | ends | {"num_attention_heads": heads_of}
+    widths = {n: v for n, v in every.items() if _positive(getattr(text, n, None))}
     if isinstance(groups, int):
-        widths["num_key_value_heads"] = {heads: 4, 1: 1}.get(groups, 2)
+        widths["num_key_value_heads"] = {heads: heads_of, 1: 1}.get(groups, 2)
     shares: list[dict[str, Any]] = [widths]
     for share in (16, 8, 4, 3, 2):
         fields = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")

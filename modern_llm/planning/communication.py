@@ -7,9 +7,10 @@ that in a reduction to all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from modern_llm.planning.memory import FLOAT32, ParallelLayout, Parameter
+from modern_llm.planning.memory import FLOAT32, ITEM, ParallelLayout, Parameter, Sizes
 
 KEPT = 1_000_000_000
 """Elements that ZeRO-3 keeps gathered between forward and backward (`stage3_max_live_parameters`,
@@ -50,3 +51,24 @@ def sent_bytes(
     times = {"all-reduce": 2}
     messages = message_bytes(parameters, setting, forwards)
     return {kind: int(times.get(kind, 1) * share * size) for kind, size in messages.items()}
+
+
+def exchanged_bytes(sizes: Sizes, setting: ParallelLayout) -> int:
+    """Return the bytes that one process sends in the attention of one layer in a forward, where
+    processes share the rows (`train.sequence_parallel`); its backward sends as many.
+
+    N processes exchange queries, keys, values and the result, and keep 1 / N of each. Key heads are
+    repeated until N divides their number.
+    """
+    parts = setting.sequence_parallel
+    key_heads = sizes.kv_heads * parts // math.gcd(sizes.kv_heads, parts)
+    each = 2 * (sizes.heads + key_heads) * sizes.head_dim * ITEM[setting.precision]
+    return setting.tokens * each * (parts - 1) // parts
+
+
+def sent_by_attention(sizes: Sizes, setting: ParallelLayout, forwards: int) -> dict[str, int]:
+    """Return the bytes that one process sends for the attention in an optimizer step, by kind."""
+    if setting.sequence_parallel == 1:
+        return {}
+    passes = 3 if setting.checkpointing else 2  # recomputation exchanges again
+    return {"all-to-all": forwards * passes * sizes.layers * exchanged_bytes(sizes, setting)}

@@ -78,8 +78,10 @@ class ParallelLayout:
     """Elements that ZeRO-3 steps at once (`sub_group_size`)."""
     reference: bool = False
     """Whether a reference model is loaded beside the policy."""
+    sequence_parallel: int = 1
+    """Processes that share the rows of a forward."""
     tokens: int = 16_384
-    """Tokens of one forward, padding included."""
+    """Tokens of one forward on one process, padding included."""
     targets: int | None = None
     """Target positions among them; by default all."""
     checkpointing: bool = False

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from modern_llm.config import LoraConfig
 from modern_llm.config.errors import ConfigError, UserError
-from modern_llm.planning.communication import sent_bytes
+from modern_llm.planning.communication import sent_by_attention, sent_bytes
 from modern_llm.planning.memory import ParallelLayout, Parameter, Sizes, plan_memory
 from modern_llm.storage.untrusted import finite, json_lines
 
@@ -81,6 +81,7 @@ class PlanRequest:
     optimizer: str = "adamw"
     offload_activations: bool = False
     moving_reference: bool = False
+    sequence_parallel: int = 1
 
     def __post_init__(self) -> None:
         problems = []
@@ -104,6 +105,11 @@ class PlanRequest:
         if self.gpus % self.gpus_per_node and self.gpus > self.gpus_per_node:
             problems.append(
                 f"gpus {self.gpus} is no multiple of gpus_per_node {self.gpus_per_node}: change one"
+            )
+        if self.gpus % self.sequence_parallel:
+            problems.append(
+                f"sequence_parallel {self.sequence_parallel} does not divide the {self.gpus} GPUs: "
+                "change one"
             )
         if problems:
             raise ConfigError(problems)
@@ -220,7 +226,13 @@ class _Planner:
     def __init__(self, parameters: Sequence[Parameter], sizes: Sizes, request: PlanRequest):
         self._parameters, self._sizes, self._request = parameters, sizes, request
         self._usable = int(USABLE * request.gpu_memory)
-        self._least = -(-max(request.longest, STEP) // STEP) * STEP
+        longest = -(-request.longest // request.sequence_parallel)
+        self._least = -(-max(longest, STEP) // STEP) * STEP
+        if sizes.heads % request.sequence_parallel:
+            raise UserError(
+                f"sequence_parallel {request.sequence_parallel} does not divide the {sizes.heads} "
+                f"attention heads of {request.model}: use a divisor"
+            )
 
     def presets(self) -> list[str]:
         """Return the presets that run on this number of machines."""
@@ -247,7 +259,8 @@ class _Planner:
             "device": memory.device,
             "device_total": memory.device_total,
             "host": memory.host,
-            "sent": sent_bytes(self._parameters, setting, 1),
+            "sent": sent_bytes(self._parameters, setting, 1)
+            | sent_by_attention(self._sizes, setting, 1),
         }
 
     def _tokens(self, name: str, live: bool, checkpointing: bool) -> int | None:
@@ -283,6 +296,7 @@ class _Planner:
             weights=self._request.weights,
             optimizer=self._request.optimizer,
             moving_reference=self._request.moving_reference,
+            sequence_parallel=self._request.sequence_parallel,
             offload_activations=checkpointing and self._request.offload_activations,
         )
         return replace(setting, **PRESETS[name].setting)
@@ -305,6 +319,8 @@ def _launch(request: PlanRequest, row: dict[str, Any]) -> str:
     if row["checkpointing"]:
         mode = "offload" if request.offload_activations else "true"
         words.append(f"--train.gradient_checkpointing {mode}")
+    if request.sequence_parallel > 1:
+        words.append(f"--train.sequence_parallel {request.sequence_parallel}")
     if request.weights != "float32":
         words.append(f"--train.weights {request.weights}")
     if request.optimizer != "adamw":

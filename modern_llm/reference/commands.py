@@ -30,7 +30,7 @@ from modern_llm.reference.store.store import ReferenceStore
 from modern_llm.reference.template_day import remember_day, with_template_day
 from modern_llm.setup import tables
 from modern_llm.setup.labelled import UNIT, read_labelled, with_others
-from modern_llm.setup.scorers import check_positions
+from modern_llm.setup.scorers import check_model
 from modern_llm.setup.tokenizer import check_agreement, choose_tokenizer
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def opened(
     name = request.tokenizer_name
     tokenizer, others = choose_tokenizer(name, checkpoint, request.train, data)
     place = f"{request.dpo.section_name}.max_length"
-    check_positions(request.dpo.max_length, checkpoint, place)
+    check_model(request.train, checkpoint, request.dpo.max_length, place)
     check_agreement(tokenizer, others, data)
     then = "committed values are stored: the same command scores only what is missing"
     watched = Watchdog(runtime, nowhere, request.train.hang_timeout, then=lambda: then)

@@ -27,10 +27,13 @@ R = TypeVar("R")
 def lanes(module: nn.Module, device: torch.device) -> int:
     """Return how many forwards of `module` may run at once; 1 if it is not known to be thread-safe.
 
-    A module wrapped by DeepSpeed or FSDP runs collectives in its forward, routers record their
+    A module wrapped by DeepSpeed or FSDP, or whose rows are split over processes, runs collectives
+    in its forward, routers record their
     choices in the model, and a rotary scaling that depends on the length changes its tables.
     """
     if device.type != "cpu" or type(module) is not TokenScorer or module.has_experts:
+        return 1
+    if module.sequence is not None:
         return 1
     kinds = {str(getattr(part, "rope_type", "default")) for part in module.modules()}
     if any("dynamic" in kind or "longrope" in kind for kind in kinds):

@@ -219,7 +219,7 @@ class _Pass:
     def _kept(self, trees: AnswerBatches, groups: list[Indices]) -> Entries:
         """Score groups on all ranks, commit the finite values and return all, on every rank."""
         mine, failure = self._score_share(trees, groups)
-        parts = [part for part in self._runtime.gather(mine) if len(part)]
+        parts = [part for part in self._runtime.gather_data(mine) if len(part)]
         found = concatenate(parts, tokens=self._scoring.tokens)
         good = found.take(np.flatnonzero(np.isfinite(found.sums)))
         self._runtime.on_main(lambda: self._store.append(good))
@@ -235,7 +235,7 @@ class _Pass:
 
         Every rank makes the same number of forwards, also when one fails or is asked to stop.
         """
-        world, rank = self._runtime.world, self._runtime.rank
+        world, rank = self._runtime.data_world, self._runtime.data_rank
         groups = groups + [np.zeros(0, np.int64)] * (-len(groups) % world)
         scored: list[Entries] = []
         failure: Exception | None = None

@@ -342,7 +342,7 @@ class ReferencePass:
         assert self._scorer is not None
         table = pending.answers.table
         source = make_source(self._runtime, self._config, table, self._scorer, responses=responses)
-        mine = [source.collate(part) for part in source.parts(sample)[self._runtime.rank]]
+        mine = [source.collate(part) for part in source.parts(sample)[source.rank]]
         failure: Exception | None = None
         found: list[tuple[Indices, Values]] = []
         heartbeat.enter("scoring answers")
@@ -351,7 +351,7 @@ class ReferencePass:
         except Exception as error:
             failure = error
         self._runtime.raise_together(failure)
-        everyone = [part for parts in self._runtime.gather(found) for part in parts]
+        everyone = [part for parts in self._runtime.gather_data(found) for part in parts]
         rows, sums = (np.concatenate(column) for column in zip(*everyone, strict=True))
         order = np.argsort(rows, kind="stable")
         return rows[order], sums[order]

@@ -51,7 +51,7 @@ class Scoring:
         self._runtime, self._module, self._shared = runtime, module, shared
         self.tokens = tokens
         automatic = FORWARD_TOKENS.get(runtime.device.type, 8192)
-        self.budget = config.most_tokens or automatic
+        self.budget = (config.most_tokens or automatic) * config.sequence_parallel
 
     def lay_out(
         self,
@@ -189,10 +189,10 @@ def score_everywhere(
 def _score_on_all(runtime: Runtime, scoring: Scoring, trees: AnswerBatches) -> Entries:
     """Score trees in an equal number of forwards on every rank; return all values, unordered."""
     groups = trees.groups()
-    groups += [np.zeros(0, np.int64)] * (-len(groups) % runtime.world)
+    groups += [np.zeros(0, np.int64)] * (-len(groups) % runtime.data_world)
     mine: list[Entries] = []
     failure: Exception | None = None
-    groups = groups[runtime.rank :: runtime.world]
+    groups = groups[runtime.data_rank :: runtime.data_world]
     results = scoring(trees, groups)
     for _ in groups:
         with heartbeat.quick("scoring"):
@@ -207,5 +207,5 @@ def _score_on_all(runtime: Runtime, scoring: Scoring, trees: AnswerBatches) -> E
     runtime.raise_together(failure)
     if runtime.stopping:
         consensus.check(runtime, "while it scored, with nothing written")
-    everyone = [part for parts in runtime.gather(mine) for part in parts]
+    everyone = [part for parts in runtime.gather_data(mine) for part in parts]
     return concatenate(everyone, tokens=scoring.tokens)

@@ -120,8 +120,9 @@ def make_source(
         examples,
         order,
         budget,
-        rank=runtime.rank,
-        world=runtime.world,
+        rank=runtime.data_rank,
+        world=runtime.data_world,
+        processes=config.sequence_parallel,
         shared=shared,
         # Compiled kernels need few lengths, multiples of one number.
         align=SIDE if scorer.capabilities.backend == "flex" or config.compile else 1,
@@ -160,6 +161,7 @@ def token_budget(
         tokens = None if count is not None else AUTO_TOKENS.get(runtime.device.type, 8192)
         return Budget(tokens=tokens, examples=count)
     tokens, index = largest_example(examples, shared=shared)
+    tokens = -(-tokens // config.sequence_parallel)
     if tokens > config.most_tokens:
         raise UserError(
             f"{examples.table.origin(index)}: takes {tokens} tokens, above "

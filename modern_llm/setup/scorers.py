@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from modern_llm.config import TrainingConfig
 from modern_llm.config.errors import UserError
@@ -25,6 +25,16 @@ from modern_llm.models.unread import first_layers, has_unread
 log = logging.getLogger(__name__)
 
 
+def check_model(config: TrainingConfig, checkpoint: Checkpoint, length: int, setting: str) -> None:
+    """Refuse a model that this run cannot use, before its weights are read.
+
+    Args:
+        length: most tokens of a sequence, which `setting` names.
+    """
+    check_split(config, checkpoint.config)
+    check_positions(length, checkpoint, setting)
+
+
 def check_positions(length: int, checkpoint: Checkpoint, setting: str) -> None:
     """Refuse sequences longer than the model has positions, or than its positions are stable."""
     positions = checkpoint.positions
@@ -39,6 +49,29 @@ def check_positions(length: int, checkpoint: Checkpoint, setting: str) -> None:
         raise UserError(
             f"{setting} {length} is above the {positions} positions that the model is made for: "
             "lower it"
+        )
+
+
+def check_split(config: TrainingConfig, model: PretrainedConfig) -> None:
+    """Refuse `train.sequence_parallel` for a model whose configuration shows that it cannot work.
+
+    What the configuration does not show, the probe finds.
+    """
+    parts, text = config.sequence_parallel, model.get_text_config()
+    if parts == 1:
+        return
+    place = f"train.sequence_parallel {parts}: the model ({model.model_type})"
+    heads = getattr(text, "num_attention_heads", None)
+    if isinstance(heads, int) and heads % parts:
+        raise UserError(
+            f"{place} has {heads} attention heads, which {parts} processes cannot share evenly: "
+            "use a divisor"
+        )
+    kinds = set(map(str, getattr(text, "layer_types", None) or ()))
+    states = sorted(k for k in kinds if "attention" not in k or "linear" in k)
+    if states:
+        raise UserError(
+            f"{place} has {states[0]} layers, which read a row from its start to its end: use 1"
         )
 
 
@@ -111,6 +144,7 @@ def _probed(
         "lean": _lean(runtime, config),
         "device": runtime.device,
         "dtype": runtime.attention_dtype,
+        "sequence": runtime.sequence,
     }
     if not has_unread(model):
         return make_scorer(model, **options)
@@ -155,6 +189,7 @@ def _lean(runtime: Runtime, config: TrainingConfig) -> bool:
 
 def set_up_frozen(runtime: Runtime, checkpoint: Checkpoint, config: TrainingConfig) -> TokenScorer:
     """Load and probe a frozen model."""
+    check_split(config, checkpoint.config)
     model = load_to_shard(runtime, checkpoint, sharded=runtime.shards_frozen)
     if not runtime.shards_frozen:  # else its engine places it
         model.to(runtime.device)

@@ -59,7 +59,9 @@ def accumulate(context: TrainingContext, step: int, began: float) -> Gradients:
     """
     runtime, engine, task = context.runtime, context.engine, context.task
     while True:
-        alone = runtime.world > 1 and engine.recovers and task.budget.searching
+        # Processes that share their rows communicate in every forward.
+        apart = runtime.sequence is None
+        alone = runtime.world > 1 and apart and engine.recovers and task.budget.searching
         found = _attempt(context, step, began, alone=alone)
         failed = isinstance(found, _OutOfMemory)
         if failed:
@@ -107,7 +109,9 @@ def _attempt(
                 last = at == len(batches) - 1
                 with engine.forward_backward(last and not alone):
                     result = task.run(engine.model, batch)
-                    if runtime.stage != 3:  # under ZeRO-3 a forward waits for other ranks' weights
+                    # Under ZeRO-3 a forward waits for other ranks' weights, of a split row for
+                    # their tokens.
+                    if runtime.stage != 3 and runtime.sequence is None:
                         busy = time.perf_counter() - began
                     losses.append(result.loss.detach())
                     loss = result.loss * scale

@@ -25,7 +25,7 @@ from modern_llm.reference.reference_pass import ReferencePass
 from modern_llm.reference.template_day import remember_day, with_template_day
 from modern_llm.setup import policy, tables
 from modern_llm.setup.micro_batches import make_sources
-from modern_llm.setup.scorers import check_positions
+from modern_llm.setup.scorers import check_model
 from modern_llm.setup.tokenizer import answer_ends, check_agreement, choose_tokenizer
 from modern_llm.training import stage
 from modern_llm.training.from_memory import DataLike, ModelLike, TokenizerLike, inputs_of
@@ -81,7 +81,7 @@ def run_dpo(
         return run.final
     checkpoint = inspect_checkpoint(start)
     tokenizer, others = choose_tokenizer(tokenizer_name, checkpoint, train_config, data)
-    check_positions(dpo_config.max_length, checkpoint, "dpo.max_length")
+    check_model(train_config, checkpoint, dpo_config.max_length, "dpo.max_length")
     check_agreement(tokenizer, others, data)
     with outcome_recorded(runtime, run):
         find = cache(partial(ReferencePass, runtime, checkpoint, train_config, dpo_config))

@@ -26,7 +26,7 @@ from modern_llm.reference.template_day import remember_day, with_template_day
 from modern_llm.setup import policy, tables
 from modern_llm.setup.labelled import UNIT, check_evaluation, imbalance, read_labelled, with_others
 from modern_llm.setup.micro_batches import make_sources
-from modern_llm.setup.scorers import check_positions
+from modern_llm.setup.scorers import check_model
 from modern_llm.setup.tokenizer import answer_ends, check_agreement, choose_tokenizer
 from modern_llm.training import stage
 from modern_llm.training.from_memory import DataLike, ModelLike, TokenizerLike, inputs_of
@@ -84,7 +84,7 @@ def run_kto(
         return run.final
     checkpoint = inspect_checkpoint(start)
     tokenizer, others = choose_tokenizer(tokenizer_name, checkpoint, train_config, data)
-    check_positions(kto_config.max_length, checkpoint, "kto.max_length")
+    check_model(train_config, checkpoint, kto_config.max_length, "kto.max_length")
     check_agreement(tokenizer, others, data)
     with outcome_recorded(runtime, run):
         find = cache(partial(ReferencePass, runtime, checkpoint, train_config, kto_config))

@@ -10,11 +10,11 @@ from typing import Any
 from modern_llm.config import DocumentDatasetConfig, ModernLLMConfig, TrainingConfig
 from modern_llm.data.table.build import prepare_tables
 from modern_llm.distributed.notebook import one_line_errors
-from modern_llm.models.build import build_model
+from modern_llm.models.build import build_model, to_transformers_config
 from modern_llm.models.build_later import build_model_later
 from modern_llm.setup import tables
 from modern_llm.setup.micro_batches import make_sources
-from modern_llm.setup.scorers import set_up_scorer
+from modern_llm.setup.scorers import check_split, set_up_scorer
 from modern_llm.setup.tokenizer import check_agreement, choose_tokenizer
 from modern_llm.training import stage
 from modern_llm.training.from_memory import DataLike, TokenizerLike, inputs_of
@@ -58,6 +58,7 @@ def run_training(
     )
     if run.finished():
         return run.final
+    check_split(train_config, to_transformers_config(model_config))
     tokenizer, others = choose_tokenizer(tokenizer_name, None, train_config)
     check_agreement(tokenizer, others, data)
     with outcome_recorded(runtime, run):

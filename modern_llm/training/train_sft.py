@@ -16,7 +16,7 @@ from modern_llm.reference.adapter_free import base_fingerprint
 from modern_llm.reference.template_day import with_template_day
 from modern_llm.setup import policy, tables
 from modern_llm.setup.micro_batches import make_sources
-from modern_llm.setup.scorers import check_positions
+from modern_llm.setup.scorers import check_model
 from modern_llm.setup.tokenizer import answer_ends, check_agreement, choose_tokenizer
 from modern_llm.training import stage
 from modern_llm.training.from_memory import DataLike, ModelLike, TokenizerLike, inputs_of
@@ -68,7 +68,7 @@ def run_sft(
     tokenizer, others = choose_tokenizer(tokenizer_name, checkpoint, train_config, data)
     default = kind_of(data).default_length
     max_length = data.max_length or min(default, checkpoint.positions or default)
-    check_positions(max_length, checkpoint, "data.max_length")
+    check_model(train_config, checkpoint, max_length, "data.max_length")
     check_agreement(tokenizer, others, data)
     with outcome_recorded(runtime, run):
         data = with_template_day(runtime, tokenizer, data, run.record)

@@ -107,10 +107,14 @@ class Window:
 
 
 def over_ranks(runtime: Runtime, sums: dict[str, Tensor]) -> dict[str, float]:
-    """Sum all statistics over the ranks in one reduction, in float64 where the device has it."""
+    """Sum all statistics over the ranks in one reduction, in float64 where the device has it.
+
+    The processes of a sequence group have the same ones, which count once.
+    """
     names = sorted(sums)
     stacked = torch.stack([_wide(sums[name].to(runtime.device)) for name in names])
-    return dict(zip(names, runtime.sum(stacked).tolist(), strict=True))
+    total = runtime.sum(stacked) / runtime.readers
+    return dict(zip(names, total.tolist(), strict=True))
 
 
 def add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:

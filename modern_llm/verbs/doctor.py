@@ -27,14 +27,22 @@ class DoctorSettings(Settings):
 def doctor(settings: DoctorSettings) -> dict[str, Any]:
     """Make every check, show them, and raise the first problem as the one-line error."""
     from modern_llm.storage.file_digests import cache_root
-    from modern_llm.verbs.doctor_checks import as_result, examine_machine, problems_of
+    from modern_llm.verbs.doctor_checks import (
+        as_result,
+        examine_machine,
+        problems_of,
+        sharing_rows,
+    )
     from modern_llm.verbs.stages import read_stage
     from modern_llm.verbs.terminal import show_checks
 
-    place = settings.output_dir
-    if place is None and settings.config is not None:
-        place = Path(read_stage(settings.config)[1].train.output_dir)
+    place, stage, run = settings.output_dir, None, None
+    if settings.config is not None:
+        stage, run = read_stage(settings.config)
+        place = place or Path(run.train.output_dir)
     checks = examine_machine([place or Path(), cache_root()], group=not settings.skip_group)
+    if stage is not None and run is not None and run.train.sequence_parallel > 1:
+        checks.append(sharing_rows(run.train, stage.checkpoint(run) or run.model))
     result = as_result(checks)
     if not settings.json_output:
         show_checks(result)

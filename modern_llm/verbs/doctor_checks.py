@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from modern_llm.config import ModernLLMConfig, TrainingConfig
+from modern_llm.config.errors import UserError
 from modern_llm.config.versions import installed
 from modern_llm.distributed.build_locks import build_locks, lock_folders
 from modern_llm.storage.fault_points import around
@@ -170,6 +172,34 @@ def hub() -> Check:
         text = f"{constants.ENDPOINT} does not answer ({type(error).__name__})"
         return Check("hub", "note", text, "use local folders, or set HF_ENDPOINT or the proxy")
     return Check("hub", "ok", f"{constants.ENDPOINT} answers, {token}")
+
+
+def sharing_rows(config: TrainingConfig, model: str | ModernLLMConfig) -> Check:
+    """Whether processes can share the rows of this run (`train.sequence_parallel`).
+
+    Args:
+        model: its checkpoint, or the shape of a new one.
+    """
+    import torch
+
+    from modern_llm.models.build import to_transformers_config
+    from modern_llm.models.load import inspect_checkpoint
+    from modern_llm.setup.scorers import check_split
+
+    name, parts, gpus = "sequence_parallel", config.sequence_parallel, torch.cuda.device_count()
+    try:
+        if isinstance(model, ModernLLMConfig):
+            check_split(config, to_transformers_config(model))
+        else:
+            check_split(config, inspect_checkpoint(model).config)
+    except UserError as error:
+        return Check(name, "problem", str(error), "see train.sequence_parallel")
+    if gpus % parts:
+        found = f"groups of {parts} processes do not fit the {gpus} GPUs of this machine evenly"
+        return Check(
+            name, "note", found, "groups over machines wait for the network in every layer"
+        )
+    return Check(name, "ok", f"{parts} processes can share the rows of this model")
 
 
 GROUP = """

@@ -45,6 +45,9 @@ class PairsSettings(Settings):
     """Seconds without progress after which a process that others wait for counts as hung, as
     train.hang_timeout; one process alone is only warned. null watches nothing."""
 
+    sequence_parallel: Annotated[int, Field(gt=0)] = 1
+    """Processes that share every row, as train.sequence_parallel."""
+
     def section(self) -> PreferenceDatasetConfig:
         """Return what is read."""
         return build_section(
@@ -67,4 +70,5 @@ class PairsSettings(Settings):
             "max_prompt_length": self.max_prompt_length,
             "mixed_precision": self.mixed_precision,
             "hang_timeout": self.hang_timeout,
+            "sequence_parallel": self.sequence_parallel,
         }

@@ -43,7 +43,9 @@ class PlanSettings(Settings):
     max_length: Positive | None = None
     """Tokens of prompt and response together; 512 by default."""
     tokens_per_micro_batch: Positive | None = None
-    """Tokens of one forward; the largest that fits by default."""
+    """Tokens of one forward on one GPU; the largest that fits by default."""
+    sequence_parallel: Positive | None = None
+    """GPUs that share every row, as `train.sequence_parallel`; 1 by default."""
     gradient_checkpointing: bool | Literal["offload"] | None = None
     """Recompute activations; only where it is needed to fit by default."""
     steps: Positive | None = None
@@ -125,5 +127,6 @@ def _request(
         weights=settings.weights or (train.weights if train else "float32"),
         offload_activations=offload,
         moving_reference=bool(getattr(getattr(run, "dpo", None), "reference_sync_every", None)),
+        sequence_parallel=settings.sequence_parallel or (train.sequence_parallel if train else 1),
         optimizer=settings.optimizer or (train.optimizer if train else "adamw"),
     )

@@ -228,7 +228,7 @@ def test_layers_are_compiled_once_for_all_lengths(backend, monkeypatch):
 
 def test_compiled_runs_pad_rows_to_a_multiple_and_log_it():
     table = random_pairs(PAIRS)
-    runtime = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
+    runtime = SimpleNamespace(data_rank=0, data_world=1, device=torch.device("cpu"))
     areas = {}
     for compiled in (False, True):
         config = TrainingConfig(

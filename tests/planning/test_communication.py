@@ -14,8 +14,13 @@ from modern_llm.distributed.runtime import start
 from modern_llm.models.load import make_scorer
 from modern_llm.models.shapes import parameter_shapes
 from modern_llm.planning import communication
-from modern_llm.planning.communication import message_bytes, sent_bytes
-from modern_llm.planning.memory import ParallelLayout, Parameter
+from modern_llm.planning.communication import (
+    exchanged_bytes,
+    message_bytes,
+    sent_by_attention,
+    sent_bytes,
+)
+from modern_llm.planning.memory import ParallelLayout, Parameter, Sizes
 from modern_llm.training.optimizers import make_optimizer
 from tests.distributed.test_frozen_engine import arguments
 from tests.helpers.ranks import run_ranks
@@ -105,3 +110,15 @@ def test_what_a_ring_sends():
         "all-gather": 3 * 180,
         "reduce-scatter": 3 * 100,
     }
+
+
+def test_what_attention_sends_where_processes_share_rows():
+    sizes = Sizes(layers=3, hidden=32, mlp=64, heads=8, kv_heads=2, head_dim=4, vocabulary=100)
+    assert sent_by_attention(sizes, ParallelLayout(world=4), 2) == {}
+    layout = ParallelLayout(world=4, sequence_parallel=4, tokens=100, precision="bf16")
+    # Queries and results of 8 heads, keys and values of 2 that are repeated to 4.
+    assert exchanged_bytes(sizes, layout) == 100 * (8 + 8 + 4 + 4) * 4 * 2 * 3 // 4
+    forward = exchanged_bytes(sizes, layout)
+    assert sent_by_attention(sizes, layout, 2) == {"all-to-all": 2 * 2 * 3 * forward}
+    again = ParallelLayout(sequence_parallel=4, tokens=100, precision="bf16", checkpointing=True)
+    assert sent_by_attention(sizes, again, 1) == {"all-to-all": 3 * 3 * forward}

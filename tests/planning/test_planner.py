@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from modern_llm.cli import main
 from modern_llm.config import LoraConfig, ModernLLMConfig
-from modern_llm.config.errors import ConfigError
+from modern_llm.config.errors import ConfigError, UserError
 from modern_llm.models.adapters import add_adapters
 from modern_llm.models.build import build_model
 from modern_llm.planning.memory import ParallelLayout, Parameter, Sizes, plan_memory
@@ -252,3 +252,18 @@ def test_adapters_need_far_less_and_quantized_ones_are_not_planned(eight_billion
     assert small["device"]["optimizer"] < 0.02 * whole["device"]["optimizer"]
     with pytest.raises(ConfigError, match="lora.quantize"):
         planned(eight_billion, lora=LoraConfig(quantize="nf4"))
+
+
+def test_gpus_that_share_rows_hold_a_part_of_the_longest_and_say_what_they_send(eight_billion):
+    whole, shared = (
+        planned(eight_billion, longest=65_536, sequence_parallel=size, checkpointing=True)
+        for size in (1, 4)
+    )
+    for alone, part in zip(whole["rows"], shared["rows"], strict=True):
+        assert part["fits"] or not alone["fits"]
+        assert part["sent"].pop("all-to-all") > 0 and set(part["sent"]) == set(alone["sent"])
+    assert "--train.sequence_parallel 4" in shared["launch"]
+    with pytest.raises(ConfigError, match="sequence_parallel 3 does not divide the 8 GPUs"):
+        planned(eight_billion, sequence_parallel=3)
+    with pytest.raises(UserError, match="does not divide the 32 attention heads"):
+        planned(eight_billion, gpus=24, sequence_parallel=24)

@@ -19,7 +19,7 @@ from tests.helpers.text import make_checkpoint, make_tokenizer, transcripts, wri
 KEY = "in the key"
 FREE = "not in the key"
 TOKENS = "asks for the values of every token"
-ELSEWHERE = "no local data can change it; what it reads is in the key by its content"
+ELSEWHERE = "no local data or single process can change it; what it reads is in the key by content"
 
 # field -> (class, another value, what else must be said with it)
 FIELDS = {
@@ -55,6 +55,7 @@ FIELDS = {
         "weights": (KEY, "bfloat16", {"mixed_precision": "bf16"}),
         "optimizer": (FREE, "adafactor", {}),
         "gradient_checkpointing": (FREE, True, {}),
+        "sequence_parallel": (ELSEWHERE, None, {}),
         "compile": (FREE, True, {}),
         "attention": (FREE, "separate", {}),
         "attn_implementation": (FREE, "eager", {"attention": "separate"}),

@@ -86,7 +86,7 @@ def test_a_frozen_model_is_probed_for_the_device_and_precision_of_the_run(
     runtime = SimpleNamespace(
         stage=stage, device=torch.device("cuda", 0), attention_dtype=torch.bfloat16,
         rounds_weights=False, is_main=True, shards_weights=stage == 3,
-        shards_frozen=stage is not None,
+        shards_frozen=stage is not None, sequence=None,
     )  # fmt: skip
     settings = TrainingConfig(run_name="t", output_dir=tmp_path)
     with pytest.raises(StopIteration):

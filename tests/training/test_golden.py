@@ -30,9 +30,9 @@ LAYOUTS = {
 
 
 class OneProcess:
-    rank, world = 0, 1
+    data_rank, world = 0, 1
 
-    def gather(self, value):
+    def gather_data(self, value):
         return [value]
 
 

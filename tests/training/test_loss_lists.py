@@ -36,12 +36,12 @@ CONFIGS = {
 
 
 class Gathered:
-    """A runtime of which `gather` returns the values of all ranks, if there are several."""
+    """A runtime of which `gather_data` returns the values of all ranks, if there are several."""
 
     def __init__(self, rank, world):
-        self.rank, self.world = rank, world
+        self.data_rank, self.world = rank, world
 
-    def gather(self, value):
+    def gather_data(self, value):
         assert self.world == 1
         return [value]
 

@@ -35,3 +35,17 @@ def test_a_stale_lock_is_status_2(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(build_locks, "oldest_compiler", lambda: None)
     assert main(["doctor", "--skip_group"]) == 2
     assert f"remove {tmp_path / 'lock'}" in capsys.readouterr().err
+
+
+def test_rows_that_processes_cannot_share_are_status_2(run_file, capsys):
+    for size, status in ((2, 0), (3, 2)):
+        file = run_file(train={"sequence_parallel": size})
+        assert main(["doctor", "--config", str(file), "--skip_group", "--json"]) == status
+        out, err = capsys.readouterr()
+        (check,) = (
+            check
+            for check in json.loads(out.splitlines()[-1])["checks"]
+            if check["name"] == "sequence_parallel"
+        )
+        assert check["state"] == ("problem" if status else "ok")
+    assert "has 4 attention heads, which 3 processes cannot share evenly" in err

@@ -46,6 +46,7 @@ class BatchSource:
         flops: counts the ideal operations of a micro-batch, from how many tokens each of its tokens
             sees and the number of targets.
         auto: whether the token budget was chosen here and may be lowered.
+        processes: number of those that share a forward; the tokens of the budget are those of one.
     """
 
     def __init__(
@@ -60,18 +61,25 @@ class BatchSource:
         align: int = 1,
         flops: Callable[[Tensor, int], float] | None = None,
         auto: bool = False,
+        processes: int = 1,
     ):
         self.examples, self.order, self.budget = examples, order, budget
         self.rank, self.world, self.shared, self.align = rank, world, shared, align
-        self._flops, self.auto = flops, auto
+        self._flops, self.auto, self._processes = flops, auto, processes
 
     @property
     def most_tokens(self) -> int | None:
-        """Most tokens of one forward, None where only examples bound it."""
+        """Most tokens of one forward on one process, None where only examples bound it."""
         return self.budget.tokens
 
+    @property
+    def _whole(self) -> Budget:
+        """Limits of a forward on all processes that share it."""
+        tokens = self.budget.tokens
+        return replace(self.budget, tokens=tokens and tokens * self._processes)
+
     def limit(self, tokens: int) -> None:
-        """Lower the token budget of all later forwards."""
+        """Lower the token budget of all later forwards on one process."""
         self.budget = replace(self.budget, tokens=tokens)
 
     def collate(self, indices: Indices, examples: Examples | None = None) -> MicroBatch:
@@ -101,18 +109,19 @@ class BatchSource:
         return sum(sum(self.examples.group_sizes(group)) for group in groups)
 
     def largest_forward(self, step: int) -> int:
-        """Return the tokens, padding included, of the largest forward of a step over all ranks."""
+        """Return the tokens of the largest forward of a step on one process, padding included."""
         parts = [part for rank in self.parts(self.order.step(step)) for part in rank]
         groups = [self.examples.together(part) for part in parts]
-        return max(
+        tokens = max(
             area([self.examples.group_sizes(group) for group in part], shared=self.shared)
             for part in groups
         )
+        return -(-tokens // self._processes)
 
     def largest_example(self) -> tuple[int, str]:
-        """Return (padded tokens, origin) of the largest example."""
+        """Return (padded tokens on one process, origin) of the largest example."""
         tokens, index = largest_example(self.examples, shared=self.shared)
-        return tokens, self.examples.table.origin(index)
+        return -(-tokens // self._processes), self.examples.table.origin(index)
 
     def in_order(self, group: int) -> Iterator[Lazy]:
         """Yield this rank's part of every example once, `group` examples at a time."""
@@ -128,7 +137,7 @@ class BatchSource:
             np.arange(len(groups)),
             sizes.__getitem__,
             world=self.world,
-            budget=self.budget,
+            budget=self._whole,
             shared=self.shared,
             count_of=lambda at: len(groups[at]),
         )
@@ -152,9 +161,10 @@ class BatchSource:
         return groups
 
     def _exceeds(self, group: Indices) -> bool:
-        if self.budget.examples is not None and len(group) > self.budget.examples:
+        whole = self._whole
+        if whole.examples is not None and len(group) > whole.examples:
             return True
-        tokens = self.budget.tokens
+        tokens = whole.tokens
         return tokens is not None and sum(self.examples.group_sizes(group)) > tokens
 
 

@@ -33,6 +33,7 @@ from modern_llm.models.attention.cpu_blocks import (
     takes_groups,
 )
 from modern_llm.models.attention.paths import paths
+from modern_llm.models.attention.sequence import SequenceGroup, repeats, to_heads, to_tokens
 
 TREE_ATTENTION = "modern_llm_tree"
 
@@ -147,6 +148,24 @@ class Parts:
         return _attend(query, key, value, self._masks, *of)
 
 
+class SplitRows:
+    """Masks of whole rows, of which each process of a group has a part (`sequence`)."""
+
+    def __init__(self, masks: Mapping[int | None, TreeMask], group: SequenceGroup):
+        self._masks, self._group = masks, group
+
+    @torch.compiler.disable
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *of: object) -> tuple:
+        """Attend as `tree_attention` does, to the tokens of all processes."""
+        query, key, value = _as_autocast(query, key, value)
+        times = repeats(key.shape[1], self._group.size)
+        if times > 1:
+            key, value = (each.repeat_interleave(times, dim=1) for each in (key, value))
+        heads = (to_heads(each, self._group) for each in (query, key, value))
+        out, weights = _attend(*heads, self._masks, *of)
+        return to_tokens(out, self._group), weights
+
+
 def tree_attention(
     module: nn.Module,
     query: Tensor,
@@ -157,7 +176,7 @@ def tree_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    tree: Mapping[int | None, TreeMask] | Parts | None = None,
+    tree: Mapping[int | None, TreeMask] | Parts | SplitRows | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attend within the trees of `tree`.
@@ -182,7 +201,7 @@ def tree_attention(
         tree.calls.add(
             Call(heads, key_heads, width, value.shape[3], scaling, softcap, sliding_window)
         )
-    if isinstance(tree, Parts):
+    if isinstance(tree, (Parts, SplitRows)):
         return tree.attend(query, key, value, scaling, dropout, sliding_window, softcap)
     return _attend(query, key, value, tree, scaling, dropout, sliding_window, softcap)
 
@@ -198,11 +217,7 @@ def _attend(
     softcap: float | None,
 ) -> tuple[Tensor, None]:
     mask = tree[sliding_window]
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        # SDPA does this under autocast: rotary tables leave queries and keys in float32.
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = _as_autocast(query, key, value)
     if isinstance(mask, flex.BlockMask):
         out = flex.attend(query, key, value, mask, scaling, softcap, dropout)
         return out.transpose(1, 2).contiguous(), None
@@ -227,6 +242,14 @@ def _attend(
     else:
         out = blockwise(query, key, value, mask, dense)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Convert as SDPA does under autocast: rotary tables leave queries and keys in float32."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
 def _softcapped(

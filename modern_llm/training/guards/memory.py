@@ -35,7 +35,7 @@ MEMORY = {
     "model": "",
     "lora": "",
     "train": "attention batch_size compile gradient_accumulation_steps gradient_checkpointing "
-    "micro_batch_size mixed_precision",
+    "micro_batch_size mixed_precision sequence_parallel",
     "data": "max_length max_prompt_length",
     "dpo": "group_by_prompt loss_type max_length max_prompt_length reference reference_checkpoint",
     "kto": "loss_type max_length max_prompt_length reference reference_checkpoint",

@@ -97,7 +97,7 @@ def _write_examples(
         {"rank": runtime.rank, "micro_batch": at, "loss": float(loss), "examples": examples}
         for at, (loss, examples) in enumerate(zip(losses, task.origins(step), strict=True))
     ]
-    parts = [part for share in runtime.gather(mine) for part in share]
+    parts = [part for share in runtime.gather_data(mine) for part in share]
     bad = [part for part in parts if not math.isfinite(part["loss"])]
     path = Path(context.config.output_dir) / f"nonfinite-step-{step + 1:08d}.json"
     if runtime.is_main:

@@ -53,11 +53,12 @@ def open_run(
     record = record_of(**sections, plugins=loaded_plugins() or None, train=config)
     runtime = start(config, record)
     check_optimizer(runtime, config)
-    if config.batch_size < runtime.world:
+    if config.batch_size < runtime.data_world:
+        most = config.batch_size * config.sequence_parallel
         raise UserError(
-            f"train.batch_size {config.batch_size} is smaller than the {runtime.world} processes, "
-            f"so that some would have no examples: use at least {runtime.world}, or start at most "
-            f"{config.batch_size} processes"
+            f"train.batch_size {config.batch_size} is smaller than the {runtime.data_world} "
+            f"processes, so that some would have no examples: use at least {runtime.data_world}, "
+            f"or start at most {most} processes"
         )
     run = RunFolder(config, record)
     run.refuse_odd_files()

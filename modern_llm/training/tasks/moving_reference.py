@@ -131,4 +131,4 @@ class MovingReference:
             pairs = pairs[~done[pairs]]
             done[pairs] = True
             if len(pairs):
-                yield from Lazy(self._source, self._source.parts(pairs)[self._runtime.rank])
+                yield from Lazy(self._source, self._source.parts(pairs)[self._source.rank])

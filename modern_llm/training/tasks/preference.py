@@ -128,7 +128,7 @@ class PreferenceTask(SourceTask):
         with torch.no_grad():
             policies = [self._score(model, batch).policy for batch in micro_batches]
         mine = torch.cat(policies).detach()
-        everyone = self._runtime.gather(
+        everyone = self._runtime.gather_data(
             (
                 mine.cpu(),
                 torch.cat([batch.reference for batch in micro_batches]).cpu(),
@@ -142,7 +142,7 @@ class PreferenceTask(SourceTask):
             terms = self._terms(policy, reference, lengths, mean_length)
             total = total_of(terms, self._config.coefficients).sum()
             (slopes,) = torch.autograd.grad(total, policy)
-        start = sum(len(part[0]) for part in everyone[: self._runtime.rank])
+        start = sum(len(part[0]) for part in everyone[: self._runtime.data_rank])
         shares = {name: term.detach().sum() / max(len(policy), 1) for name, term in terms.items()}
         prepared = []
         for batch in micro_batches:

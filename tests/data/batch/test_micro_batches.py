@@ -137,7 +137,7 @@ def test_the_worst_shapes_are_those_of_plain_sequences(sizes):
 def test_an_answer_above_the_budget_names_the_setting():
     table = random_pairs([(5, 4, 7), (9, 300, 4)])
     table.origin = lambda index: f"pairs.jsonl:{index + 1}"
-    runtime = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
+    runtime = SimpleNamespace(data_rank=0, data_world=1, device=torch.device("cpu"))
     config = TrainingConfig(
         run_name="b", output_dir=Path("unused"), batch_size=2, tokens_per_micro_batch=200
     )
