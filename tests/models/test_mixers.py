@@ -168,7 +168,7 @@ def test_an_unknown_mixer_is_found_by_its_results():
     table = random_pairs(SIZES)
     expected, _ = plain_in(torch.float32, copy.deepcopy(model), table, WEIGHTS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capabilities, "twin_of", lambda model: None)  # it is not of the class
+        patch.setattr(capabilities, "twin_of", lambda *of: None)  # it is not of the class
         scorer = make_scorer(model, dropout=False)
     assert scorer.capabilities.mixers == ("Reversing",)
     sums, _ = asked(scorer, table, Sharing.LINE, [[0, 1, 2]], WEIGHTS)
