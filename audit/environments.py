@@ -22,6 +22,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 LISTS = HERE / "environments"
 TORCH = "torch==2.13.0"
+LEFT_OUT = ("torchvision",)
+"""Not in the lists: no check needs it, and its build for CUDA fails beside a torch for CPUs."""
 PACKAGES = {
     "modern_llm": "",
     "trl": "trl==1.16.0",
@@ -42,7 +44,7 @@ def make(folder: Path, name: str) -> str:
     """Make an environment; return pip's reason if it cannot be made, else an empty text."""
     venv.create(folder / name, with_pip=True, clear=True)
     pip = [str(python_of(folder, name)), "-m", "pip", "install", "--quiet"]
-    words = ["-r", str(LISTS / f"{name}.txt")]
+    words = ["--no-deps", "-r", str(LISTS / f"{name}.txt")]  # the lists are complete
     if name == "modern_llm":
         root = HERE.parent
         words = ["-c", str(root / "constraints.txt"), "-e", f"{root}[lora]"]
@@ -66,17 +68,19 @@ def resolve(name: str) -> tuple[list[str], str]:
     with tempfile.TemporaryDirectory() as place:
         report, limits = Path(place, "report.json"), Path(place, "limits.txt")
         limits.write_text(f"{TORCH}\n")
-        words = ["install", "--dry-run", "--ignore-installed", "--quiet", "-c", str(limits)]
+        words = ["install", "--dry-run", "--ignore-installed", "-c", str(limits)]
         done = subprocess.run(
             [sys.executable, "-m", "pip", *words, "--report", str(report), PACKAGES[name]],
             capture_output=True,
             text=True,
         )
         if done.returncode:
-            return [], reason(done.stderr)
+            package = re.findall(r"^\s*Collecting (\S+)", done.stdout, re.M)[-1:]
+            return [], ": ".join([*package, reason(done.stderr)])
         found = json.loads(report.read_text())["install"]
     # Without the tag of a build: the index of each machine has its own.
     pins = [f"{i['metadata']['name']}=={i['metadata']['version'].split('+')[0]}" for i in found]
+    pins = [pin for pin in pins if pin.partition("==")[0] not in LEFT_OUT]
     return sorted(pins, key=str.lower), ""
 
 

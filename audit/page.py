@@ -11,7 +11,7 @@ from typing import Any
 
 from checks import NAMES as CHECKS
 from environments import PACKAGES
-from frame import HERE, HOLDS, NOT_HERE
+from frame import HERE, HOLDS
 from trainers import TITLES
 
 RESULTS = HERE / "results"
@@ -33,11 +33,13 @@ def shown(cells: Cells) -> list[str]:
 
 
 def verdict(cells: Cells, trainer: str, check: str) -> str:
-    """Return the verdict of a cell; a trainer that cannot be installed runs nowhere."""
+    """Return the verdict of a cell; where nothing ran, that of the installation."""
     if (trainer, check) in cells:
         return cells[trainer, check]["verdict"]
     install = cells.get((trainer, "install"))
-    return NOT_HERE if install and install["verdict"] != HOLDS else NOT_RUN
+    if not install or install["verdict"] == HOLDS or check in install["figures"].get("not_for", ()):
+        return NOT_RUN
+    return install["verdict"]
 
 
 def title(check: str) -> str:
@@ -55,12 +57,11 @@ def clean(text: str) -> str:
 
 
 def verdicts(cells: Cells, names: list[str]) -> list[str]:
-    """Return the table of verdicts, one column a trainer that runs."""
-    running = [name for name in names if any((name, check) in cells for check in CHECKS)]
-    rows = [["check", *(TITLES[name] for name in running)]]
+    """Return the table of verdicts, one column a trainer."""
+    rows = [["check", *(TITLES[name] for name in names)]]
     for check in CHECKS:
         rows.append([f"[{title(check)}](#{anchor(check)})"])
-        rows[-1] += [verdict(cells, name, check) for name in running]
+        rows[-1] += [verdict(cells, name, check) for name in names]
     return table(rows)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -25,7 +26,6 @@ RESULTS = HERE / "results"
 
 def cell(trainer: Trainer, check: str, folder: Path, about: dict[str, Any]) -> dict[str, Any]:
     """Run one check of one trainer."""
-    folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     try:
         outcome = importlib.import_module(f"checks.{check}").run(trainer, folder)
@@ -108,6 +108,7 @@ def run_trainer(name: str, python: Path, root: Path, given: argparse.Namespace) 
     status = 0
     about = Trainer(name, python, root / "about").call("about")
     for check in named(given.check, CHECKS, "check"):
+        shutil.rmtree(root / check, ignore_errors=True)  # of a call before, under --keep
         trainer = Trainer(name, python, root / check / "calls", given.model)
         result = cell(trainer, check, root / check, about)
         write(result, given.results)

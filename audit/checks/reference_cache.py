@@ -1,9 +1,9 @@
 """Stored reference values are never those of other weights, tokenizer or truncation.
 
-All runs share one cache. The second has other weights, the third another tokenizer, the fourth
-another `max_length`; the fifth has the first's model again. Each must start at a loss of ln 2: a
-value of an earlier run gives another loss. How many responses are scored again under another
-learning rate is told and not judged.
+All runs share one cache, which the first's reference fills before. The second has other weights,
+the third another tokenizer, the fourth another `max_length`; the fifth has the first's model again.
+Each must start at a loss of ln 2: a value of an earlier run gives another loss. How many responses
+are scored again under another learning rate is told and not judged.
 """
 
 import math
@@ -28,12 +28,14 @@ def run(trainer: Trainer, folder: Path) -> Outcome:
         "other truncation": {"model": first, "max_length": 32},
         "first again": {"model": first},
     }
+    asked = {"model": first, "rows": rows}
+    trainer.call("score_reference", out=folder / "fill", rate=1e-3, **asked)
     off = {}
     for number, (name, asked) in enumerate(runs.items()):
         out = folder / f"out-{number}"
         answer = trainer.call("train", rows=rows, out=out, batch=8, steps=1, **asked)
         off[name] = abs(answer["losses"][0] - math.log(2))
-    again = trainer.call("score_reference", model=first, rows=rows, out=folder / "again", rate=5e-4)
+    again = trainer.call("score_reference", out=folder / "again", rate=5e-4, **asked)
     stale = [name for name, value in off.items() if value > BOUND]
     text = f"at most {max(off.values()):.0e} from ln 2"
     if stale:

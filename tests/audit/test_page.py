@@ -42,7 +42,7 @@ def test_every_result_is_whole_and_of_a_known_check():
     for (trainer, check), cell in cells.items():
         assert check in (*NAMES, "install") and trainer in page.PACKAGES
         assert cell["verdict"] in frame.VERDICTS
-        assert cell["sentence"] and cell["command"].startswith("python audit/")
+        assert cell["sentence"] and cell["command"].startswith("python ")
         assert {"version", "figures", "seconds"} <= cell.keys()
 
 
@@ -62,9 +62,10 @@ def test_every_check_says_what_it_asks():
 def test_a_trainer_that_cannot_be_installed_runs_nowhere():
     import page
 
-    install = {"verdict": "does not run here", "sentence": "no wheel"}
+    install = {"verdict": "does not run here", "figures": {"not_for": ["packing"]}}
     cells = {("openrlhf", "install"): install}
     assert page.verdict(cells, "openrlhf", "resume") == "does not run here"
+    assert page.verdict(cells, "openrlhf", "packing") == "not run"
     assert page.verdict(cells, "trl", "resume") == "not run"
 
 
