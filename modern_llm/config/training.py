@@ -136,6 +136,10 @@ class TrainingConfig:
     attention a part of the heads, whose number must be a multiple of it. For rows that are too long
     for one device's memory. The number of processes is a multiple of it too; a forward of such a
     group has so many times tokens_per_micro_batch."""
+    mlp_chunk: Free[Positive | None] = None
+    """Tokens that a feed-forward layer computes at a time, and again in the backward pass: long
+    rows then hold its inner products for so many tokens alone. 8192 suits rows of 32,000 tokens and
+    more; off by default."""
     compile: Free[bool] = False
     """`torch.compile` the decoder layers."""
     attention: Free[Literal["auto", "tree", "separate", "blocks", "flex", "mask"]] = "auto"
@@ -246,6 +250,16 @@ class TrainingConfig:
                 self.attn_implementation is not None and self.attention != "separate",
                 f"attn_implementation {self.attn_implementation} has no effect with attention "
                 f"{self.attention}, which may replace it: set attention to separate",
+            ),
+            (
+                self.mlp_chunk is not None and self.compile,
+                "mlp_chunk and compile exclude each other: the compiler would make a graph for "
+                "every number of pieces; keep one",
+            ),
+            (
+                self.mlp_chunk is not None and self.gradient_checkpointing == "selective",
+                "mlp_chunk and gradient_checkpointing selective exclude each other: the second "
+                "keeps the products that the first does not; use true",
             ),
             (
                 self.generate_every is None and self.generate_prompts is not None,

@@ -20,6 +20,8 @@ NORMS = {(4, 4): 24, (4, 2): 26, (2, 2): 16}
 """Bytes per element of the hidden width that the two norms of a layer keep, by the bytes of a
 weight and of an operand of a product: their inputs, normalised inputs and outputs. Norms compute in
 float32."""
+STATES = 8
+"""Gradients as wide as a hidden state that the backward of a layer has at once, at most."""
 LEAST_8BIT, BLOCK_8BIT, CODES = 4096, 256, 2 * 256 * FLOAT32
 """bitsandbytes: elements of a parameter from which on its moments have 8 bits, elements that share
 a scale, and bytes of the two tables of codes."""
@@ -88,6 +90,8 @@ class ParallelLayout:
     """Whether activations are recomputed in the backward pass."""
     offload_activations: bool = False
     """Whether the inputs that recomputation starts from are in the host's memory."""
+    mlp_chunk: int | None = None
+    """Tokens that a feed-forward layer computes at a time (`train.mlp_chunk`); all by default."""
     moving_reference: bool = False
     """Whether the reference follows the policy (`dpo.reference_sync_every`)."""
     background_saving: bool = False
@@ -205,18 +209,32 @@ def activation_bytes(sizes: Sizes, setting: ParallelLayout) -> int:
 
     A decoder layer with a gated MLP keeps for each token `NORMS`, the queries and the attention's
     result (2 heads x head_dim), keys and values, and four products of the MLP (4f). With
-    `checkpointing` one layer of that, and each layer's input, in the dtype of the weights.
+    `checkpointing` one layer of that, and each layer's input, in the dtype of the weights. With
+    `mlp_chunk` the products of the MLP are kept for one piece of one layer.
     """
     width = sizes.heads * sizes.head_dim
-    products = 2 * width + 2 * sizes.kv_heads * sizes.head_dim + 4 * sizes.mlp
+    products = 2 * width + 2 * sizes.kv_heads * sizes.head_dim
+    inner, at_once, piece = 4 * sizes.mlp, setting.tokens, 0
+    if setting.mlp_chunk is not None and setting.mlp_chunk < setting.tokens:
+        at_once = setting.mlp_chunk
+        inner, piece = 0, ITEM[setting.precision] * inner * at_once
+    products += inner
+    piece += _in_the_backward(sizes, setting, at_once)
     if setting.row is not None:
         products += 2 * sizes.heads * setting.row
     norms = NORMS[setting.item, ITEM[setting.precision]]
     layer = ITEM[setting.precision] * products + norms * sizes.hidden
     if setting.checkpointing:
         inputs = 0 if setting.offload_activations else input_bytes(sizes, setting)
-        return setting.tokens * layer + inputs
-    return setting.tokens * layer * sizes.layers
+        return setting.tokens * layer + inputs + piece
+    return setting.tokens * layer * sizes.layers + piece
+
+
+def _in_the_backward(sizes: Sizes, setting: ParallelLayout, at_once: int) -> int:
+    """Return the bytes of the gradients of one layer while it is differentiated: of two products of
+    the MLP for so many tokens, or of `STATES` hidden states, which is never at the same time."""
+    inner = 2 * sizes.mlp * at_once + sizes.hidden * setting.tokens
+    return ITEM[setting.precision] * max(inner, STATES * sizes.hidden * setting.tokens)
 
 
 def input_bytes(sizes: Sizes, setting: ParallelLayout) -> int:

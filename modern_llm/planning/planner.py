@@ -82,6 +82,7 @@ class PlanRequest:
     offload_activations: bool = False
     moving_reference: bool = False
     sequence_parallel: int = 1
+    mlp_chunk: int | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -298,6 +299,7 @@ class _Planner:
             moving_reference=self._request.moving_reference,
             sequence_parallel=self._request.sequence_parallel,
             offload_activations=checkpointing and self._request.offload_activations,
+            mlp_chunk=self._request.mlp_chunk,
         )
         return replace(setting, **PRESETS[name].setting)
 
@@ -321,6 +323,8 @@ def _launch(request: PlanRequest, row: dict[str, Any]) -> str:
         words.append(f"--train.gradient_checkpointing {mode}")
     if request.sequence_parallel > 1:
         words.append(f"--train.sequence_parallel {request.sequence_parallel}")
+    if request.mlp_chunk is not None:
+        words.append(f"--train.mlp_chunk {request.mlp_chunk}")
     if request.weights != "float32":
         words.append(f"--train.weights {request.weights}")
     if request.optimizer != "adamw":

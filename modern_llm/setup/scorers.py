@@ -12,6 +12,7 @@ from modern_llm.config.errors import UserError
 from modern_llm.config.printable import first_line
 from modern_llm.distributed.freed_memory import large_blocks_apart
 from modern_llm.distributed.runtime import Runtime
+from modern_llm.models.chunked_mlp import chunk_feed_forward
 from modern_llm.models.load import Checkpoint, load_model, make_scorer
 from modern_llm.models.load_later import CannotWait, load_model_later
 from modern_llm.models.scorer import TokenScorer
@@ -127,12 +128,20 @@ def set_up_scorer(
             f"{model.num_parameters():,}",
             rows,
         )
+    _chunk(model, config)
     if config.gradient_checkpointing:
         mode = config.gradient_checkpointing
         recompute_activations(model, selective=mode == "selective", offload=mode == "offload")
     if config.compile:
         compile_layers(model)
     return scorer
+
+
+def _chunk(model: PreTrainedModel, config: TrainingConfig) -> None:
+    """Split the feed-forward layers' rows where `train.mlp_chunk` says so."""
+    if config.mlp_chunk is not None:
+        measured = first_layers(model) if has_unread(model) else None
+        chunk_feed_forward(model, config.mlp_chunk, measured)
 
 
 def _probed(
@@ -197,4 +206,5 @@ def set_up_frozen(runtime: Runtime, checkpoint: Checkpoint, config: TrainingConf
     _set_kernel(model, config)
     scorer = _probed(runtime, model, config)
     _refuse_rows_alone(runtime, scorer)
+    _chunk(model, config)
     return scorer.eval().requires_grad_(False)

@@ -48,6 +48,8 @@ class PlanSettings(Settings):
     """GPUs that share every row, as `train.sequence_parallel`; 1 by default."""
     gradient_checkpointing: bool | Literal["offload"] | None = None
     """Recompute activations; only where it is needed to fit by default."""
+    mlp_chunk: Positive | None = None
+    """As `train.mlp_chunk`; off by default."""
     steps: Positive | None = None
     """Optimizer steps of the run, for the time."""
     batch_size: Positive | None = None
@@ -129,4 +131,5 @@ def _request(
         moving_reference=bool(getattr(getattr(run, "dpo", None), "reference_sync_every", None)),
         sequence_parallel=settings.sequence_parallel or (train.sequence_parallel if train else 1),
         optimizer=settings.optimizer or (train.optimizer if train else "adamw"),
+        mlp_chunk=settings.mlp_chunk or (train and train.mlp_chunk),
     )

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modern_llm.config import LoraConfig, TrainingConfig
 from modern_llm.distributed.runtime import start
+from modern_llm.models.chunked_mlp import chunk_feed_forward
 from modern_llm.models.load import inspect_checkpoint, make_scorer
 from modern_llm.models.shapes import decoder_sizes, parameter_shapes
 from modern_llm.models.training_mode import recompute_activations
@@ -152,12 +153,16 @@ def sizes(**changes) -> Sizes:
     return Sizes(**decoder_sizes(LlamaConfig(**(ODD | changes))))
 
 
-def kept_by(layers: int, mode: str, checkpointing: bool) -> tuple[int, int]:
+def kept_by(
+    layers: int, mode: str, checkpointing: bool, chunk: int | None = None
+) -> tuple[int, int]:
     """Bytes that a forward of 256 tokens keeps for its backward, and the casts of weights in it."""
     config = LlamaConfig(**WIDE | {"num_hidden_layers": layers})
     scorer = make_scorer(AutoModelForCausalLM.from_config(config), "blocks", lean=False).train()
     if mode == "weights":
         scorer.to(torch.bfloat16)
+    if chunk is not None:
+        chunk_feed_forward(scorer.model, chunk)
     if checkpointing:
         recompute_activations(scorer.model)
     parameters = {p.untyped_storage().data_ptr() for p in scorer.parameters()}
@@ -194,11 +199,13 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_kept_activations_are_what_autograd_keeps(mode, checkpointing):
-    setting = replace(MODES[mode], checkpointing=checkpointing)
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_kept_activations_are_what_autograd_keeps(mode, checkpointing, chunk):
+    setting = replace(MODES[mode], checkpointing=checkpointing, mlp_chunk=chunk)
     wide = [Sizes(**decoder_sizes(LlamaConfig(**WIDE | {"num_hidden_layers": n}))) for n in (2, 4)]
     planned = activation_bytes(wide[1], setting) - activation_bytes(wide[0], setting)
-    measured = kept_by(4, mode, checkpointing)[0] - kept_by(2, mode, checkpointing)[0]
+    four, two = (kept_by(layers, mode, checkpointing, chunk)[0] for layers in (4, 2))
+    measured = four - two
     assert planned == pytest.approx(measured, rel=0.02)
 
 
@@ -242,6 +249,9 @@ def test_parts_move_as_they_must():
     assert low.device["reference"] == low.device["parameters"]
     with_, without = of(checkpointing=True), of()
     assert with_.device["activations"] < without.device["activations"]
+    pieces = of(mlp_chunk=4096).device["activations"]
+    assert pieces < of(mlp_chunk=8192).device["activations"] < without.device["activations"]
+    assert of(mlp_chunk=10**6).device == without.device
     assert of(row=64).device["activations"] > without.device["activations"]
     assert of(targets=10).device["head"] < without.device["head"]
     frozen = [*parameters, Parameter((1000, 1000), trained=False)]

@@ -56,6 +56,7 @@ FIELDS = {
         "optimizer": (FREE, "adafactor", {}),
         "gradient_checkpointing": (FREE, True, {}),
         "sequence_parallel": (ELSEWHERE, None, {}),
+        "mlp_chunk": (FREE, 7, {}),
         "compile": (FREE, True, {}),
         "attention": (FREE, "separate", {}),
         "attn_implementation": (FREE, "eager", {"attention": "separate"}),

@@ -193,6 +193,8 @@ def test_losses_do_not_depend_on_micro_batches(tmp_path, tiny_checkpoint, tiny_p
     [
         ({"gradient_checkpointing": True}, None),
         ({"gradient_checkpointing": "selective"}, None),
+        ({"gradient_checkpointing": True, "mlp_chunk": 7}, None),
+        ({"mlp_chunk": 7}, None),
         ({"compile": True}, "aot_eager"),
         ({"compile": True, "gradient_checkpointing": "selective"}, "aot_eager"),
         # The C++ compiler takes two minutes on two cores; the graphs are the same.

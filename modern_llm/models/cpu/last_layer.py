@@ -109,14 +109,14 @@ def narrow_last_layer(model: nn.Module) -> bool:
     def narrow_product(self: nn.Module, x: Tensor) -> Tensor:
         states, here.states = getattr(here, "states", None), None
         if states is None:
-            return multiply(self, x)
+            return narrow_product.inner(self, x)
         flat = x.flatten(0, -2)
-        found = multiply(self, flat.index_select(0, states))
+        found = narrow_product.inner(self, flat.index_select(0, states))
         out = found.new_zeros(len(flat), found.shape[-1]).index_copy(0, states, found)
         return out.view(*x.shape[:-1], -1)
 
     set_forward(attention, narrow_attention)
-    narrow_product.narrow = True
+    narrow_product.narrow, narrow_product.inner = True, multiply
     set_forward(mlp, narrow_product)
     return True
 
