@@ -24,6 +24,7 @@ from measuring import Figure, read_lines, spread  # noqa: E402
 RUNS = {
     "bench_dpo_trl.py": (["--only_ours", "--steps=2", "--repeats=1"], 0),
     "bench_trees.py": (["--kinds=grouped", "--steps=2", "--repeats=1"], 1),
+    "bench_mixers.py": (["--models=lfm2", "--pairs=2", "--repeats=1"], 2),
     "bench_model.py": (["--steps=2", "--repeats=1"], 2),
     "bench_data.py": (["--pairs=200", "--repeats=1"], 2),
     "bench_loop.py": (["--steps=3", "--repeats=1"], 1),
