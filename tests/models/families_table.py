@@ -58,7 +58,7 @@ def finding(family: str) -> Finding:
 def _plain(reason: str) -> str:
     """Return a reason without measured numbers, which differ between machines."""
     reason = re.sub(r"^\w+: ", "", reason)
-    reason = re.sub(r" by [\d.e+-]+ nats a token| by [\d.]+% of the gradient", "", reason)
+    reason = re.sub(r" by [\d.e+-]+ nats a token| by [\w.]+% of the gradient", "", reason)
     reason = re.sub(r" \((of a small model of this architecture, )?up to \d+ tokens\)", "", reason)
     return reason.replace("|", "\\|")
 

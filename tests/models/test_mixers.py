@@ -20,6 +20,7 @@ from modern_llm.models.training_mode import recompute_activations
 from tests.helpers.families import build_family
 from tests.helpers.gradients import asked, plain_in
 from tests.helpers.models import Table, random_pairs
+from tests.models.families_table import MIXED, REFUSED, ROWS, TREES, finding, table
 
 MIXERS = {
     "qwen3_next": "Qwen3NextGatedDeltaNet",
@@ -173,3 +174,13 @@ def test_an_unknown_mixer_is_found_by_its_results():
     assert scorer.capabilities.mixers == ("Reversing",)
     sums, _ = asked(scorer, table, Sharing.LINE, [[0, 1, 2]], WEIGHTS)
     torch.testing.assert_close(sums, expected, rtol=0, atol=1e-3)
+
+
+def test_the_table_of_families_says_how_each_runs_and_why():
+    llama, falcon, lfm2, draft = map(finding, ("llama", "falcon", "lfm2", "gemma4_assistant"))
+    assert (llama.way, llama.why) == (TREES, "")
+    assert (lfm2.way, lfm2.why) == (MIXED, "Lfm2ShortConv")
+    assert (falcon.way, falcon.why) == (ROWS, "the architecture has an attention of its own")
+    assert draft.way == REFUSED and "draft model" in draft.why
+    text = table([llama, falcon, lfm2, draft])
+    assert "| trees | 1 |" in text and "| `lfm2` | Lfm2ShortConv |" in text
