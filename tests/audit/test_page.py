@@ -115,6 +115,7 @@ def test_a_stale_reference_is_judged_and_named(tmp_path):
     from checks import reference_cache
 
     def answer(operation, processes, request):
+        assert request["model"] and request["rows"]
         stale = request.get("max_length") == 32
         return {"losses": [0.7 if stale else 0.693147], "scored": 0}
 
