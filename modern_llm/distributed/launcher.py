@@ -179,8 +179,6 @@ def _sequence(config: TrainingConfig, world: int) -> Iterator[str]:
             f"train.sequence_parallel {size} does not divide the {world} "
             f"process{'es' * (world > 1)}: start a multiple of {size}, or use a divisor"
         )
-    if size > 1 and asked("ACCELERATE_USE_FSDP"):
-        yield f"train.sequence_parallel {size} with FSDP is not supported: use a ZeRO stage or DDP"
 
 
 def _fsdp(world: int) -> Iterator[str]:

@@ -107,6 +107,12 @@ class Scoring:
         self, trees: AnswerBatches, group: NDArray[np.int64], error: RuntimeError
     ) -> Iterator[tuple[NDArray[np.int64], Entries]]:
         """Halve the budget for the rest of the pass and score the group in parts."""
+        if self._runtime.sequence is not None:  # the others of the group wait in this forward
+            raise UserError(
+                "a forward does not fit into memory, and processes that share its rows "
+                "(sequence_parallel) cannot repeat it one by one: lower "
+                "train.tokens_per_micro_batch or max_length"
+            ) from error
         if len(group) < 2:
             origin = trees.answers.origin(int(trees.entries(group)[0])) if len(group) else "nothing"
             raise UserError(

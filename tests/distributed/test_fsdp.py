@@ -74,3 +74,29 @@ def test_the_recipe_names_the_weights_that_are_used(precision):
     runtime.freeze(scorer)
     assert {p.dtype for p in scorer.parameters()} == {low}
     assert {name: buffer.dtype for name, buffer in scorer.named_buffers()} == buffers
+
+
+def sharing_rows(size: int) -> tuple:
+    """Return sums and gradients where `size` processes shard the weights and share the rows."""
+    from modern_llm.distributed.sequence_group import sequence_group
+
+    torch.distributed.init_process_group("gloo")
+    scorer = make_scorer(make_model("llama"), sequence=sequence_group(size))
+    for layer in decoder_layers(scorer.model):
+        fully_shard(layer)
+    fully_shard(scorer)
+    sums, _ = score(scorer, random_pairs([(6, 30, 5), (2, 40, 11)]))
+    # The loop's factor: FSDP averages over all processes.
+    (sums.sum() * torch.distributed.get_world_size()).backward()
+    return sums.detach(), {n: p.grad.full_tensor() for n, p in scorer.named_parameters()}
+
+
+@pytest.mark.slow
+def test_processes_that_share_rows_give_the_gradient_of_one():
+    scorer = make_scorer(make_model("llama"))
+    expected, _ = score(scorer, random_pairs([(6, 30, 5), (2, 40, 11)]))
+    expected.sum().backward()
+    for sums, grads in run_ranks(sharing_rows, 2, 2, timeout=120):
+        torch.testing.assert_close(sums, expected.detach(), rtol=1e-5, atol=1e-5)
+        for name, parameter in scorer.named_parameters():
+            torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-4)

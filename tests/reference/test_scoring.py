@@ -123,6 +123,10 @@ def test_forwards_are_halved_until_they_fit(caplog):
     assert scoring.budget <= 60 < max(forwards)
     assert "out of memory: forwards of" in caplog.text
     tiny = Scoring(runtime, Small(), config(tokens_per_micro_batch=4000), shared=Sharing.ROWS)
+    runtime.sequence = object()  # processes that share the rows wait in the forward that failed
+    with pytest.raises(UserError, match=r"share its rows .* lower train.tokens_per_micro_batch"):
+        score_everywhere(runtime, tiny, Answers(table))
+    runtime.sequence = None
     long = Named([[list(range(3, 70)), [3], [4]]])
     with pytest.raises(UserError, match=r"pairs:0: its forward alone does not fit"):
         score_everywhere(runtime, tiny, Answers(long))

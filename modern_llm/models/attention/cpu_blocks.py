@@ -203,15 +203,25 @@ def _ranges(above: tuple[Span, ...], chain: tuple[Run, int], dtype: torch.dtype)
     count = max(1, round((stop - own) / max(QUERIES, 8 * torch.get_num_threads())))
     edges = [own + (stop - own) * at // count for at in range(count + 1)]
     blocks = []
+    # Masks of equally many queries are views of the widest: apart, those of a long row would take
+    # as much memory as the scores of all its tokens.
+    widest: dict[int, Tensor] = {}
     for start, end in zip(edges, edges[1:], strict=False):
         size, mask = end - start, None
         if seen or start > own:
-            mask = torch.zeros(size, seen + end - own, dtype=dtype)
-            mask[:, seen + start - own :] = torch.full(
-                (size, size), float("-inf"), dtype=dtype
-            ).triu_(1)
+            if size not in widest:
+                widest[size] = _causal(size, seen + stop - own, dtype)
+            mask = widest[size][:, stop - end :]
         blocks.append(Block(run.row, start, end, above, own, mask))
     return blocks
+
+
+def _causal(queries: int, keys: int, dtype: torch.dtype) -> Tensor:
+    """Return the mask (queries, keys) of queries that are the last of the keys."""
+    mask = torch.zeros(queries, keys, dtype=dtype)
+    own = torch.full((queries, queries), float("-inf"), dtype=dtype).triu_(1)
+    mask[:, keys - queries :] = own
+    return mask
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
