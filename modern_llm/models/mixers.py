@@ -152,7 +152,7 @@ def gather_mixers(model: nn.Module, kinds: Iterable[type]) -> None:
 
 
 def _gathering(forward: Callable) -> Callable:
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable
     def gathering(self: nn.Module, *args: object, **kwargs: object) -> Any:
         routes = _routes()
         if routes is None:

@@ -16,7 +16,7 @@ from modern_llm.data.batch.prefix_tree import Examples
 from modern_llm.models import capabilities
 from modern_llm.models.load import make_scorer
 from modern_llm.models.mixers import Routes, mixers_of, restore_mixers, routed
-from modern_llm.models.training_mode import recompute_activations
+from modern_llm.models.training_mode import decoder_layers, recompute_activations
 from tests.helpers.families import build_family
 from tests.helpers.gradients import asked, plain_in
 from tests.helpers.models import Table, random_pairs
@@ -184,3 +184,17 @@ def test_the_table_of_families_says_how_each_runs_and_why():
     assert draft.way == REFUSED and "draft model" in draft.why
     text = table([llama, falcon, lfm2, draft])
     assert "| trees | 1 |" in text and "| `lfm2` | Lfm2ShortConv |" in text
+
+
+@pytest.mark.slow
+def test_compiled_layers_run_their_mixers_on_sequences():
+    table, found = random_pairs(SIZES), []
+    for compiled in (False, True):
+        scorer = make_scorer(build_family("mamba2"), dropout=False).train()
+        if compiled:
+            for layer in decoder_layers(scorer.model):
+                layer.compile(dynamic=True, backend="eager")
+        logprobs = [forward(scorer, table, indices) for indices in ((0, 1, 2), (1,))]
+        torch.cat(logprobs).sum().backward()
+        found.append((logprobs, {n: p.grad for n, p in scorer.model.named_parameters()}))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
