@@ -57,6 +57,7 @@ print(status("VmHWM") - before, len(sources))
 """
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("tokens", "chunk"),
     [
