@@ -23,6 +23,8 @@ USABLE = 0.9
 """Share of a GPU's memory that is planned with: the rest is CUDA's context and fragments."""
 STEP = 1024
 MOST_TOKENS = 65_536
+LONG_ROW_CHUNK = 8192
+"""`train.mlp_chunk` that is proposed: pieces large enough to keep a GPU busy."""
 UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20, "TB": 10**12}
 
 
@@ -162,13 +164,14 @@ def plan(
     Returns:
         `rows` (one for each preset, with the reference cached and live: bytes by part, whether it
         fits, the largest token budget, and `sent`, the bytes that a GPU sends in a step of one
-        forward by kind), `recommended`, `launch`, and, where a throughput is known,
+        forward by kind), `recommended`, `launch`, `fits_with` (options with which it would fit, if
+        nothing fits), and, where a throughput is known,
         `seconds` and `cost`.
     """
     parameters = with_adapters(shapes, request.lora)
     planner = _Planner(parameters, Sizes(**sizes), request)
     rows = [planner.row(name, live) for name in planner.presets() for live in (False, True)]
-    best = next((row for row in rows if row["fits"] and row["reference"] == "cache"), None)
+    best = next(filter(_is_choice, rows), None)
     result: dict[str, Any] = {
         "model": request.model,
         "parameters": sum(p.numel for p in parameters),
@@ -182,8 +185,29 @@ def plan(
         "tokens_per_micro_batch": best and best["tokens"],
         "gradient_checkpointing": best and best["checkpointing"],
         "launch": best and _launch(request, best),
+        "fits_with": None if best else _what_would_fit(parameters, Sizes(**sizes), request),
     }
     return result | _time(request)
+
+
+def _is_choice(row: dict[str, Any]) -> bool:
+    return row["fits"] and row["reference"] == "cache"
+
+
+def _what_would_fit(
+    parameters: Sequence[Parameter], sizes: Sizes, request: PlanRequest
+) -> str | None:
+    """Return the options with which rows as long as these fit, the cheapest first; None if none."""
+    chunk = request.mlp_chunk or LONG_ROW_CHUNK
+    for parts in (1, 2, 4, 8):
+        if request.gpus % parts or sizes.heads % parts:
+            continue
+        asked = replace(request, mlp_chunk=chunk, sequence_parallel=parts)
+        planner = _Planner(parameters, sizes, asked)
+        if any(_is_choice(planner.row(name, False)) for name in planner.presets()):
+            split = f" --sequence_parallel {parts}" if parts > 1 else ""
+            return f"--mlp_chunk {chunk}{split}"
+    return None
 
 
 def with_adapters(shapes: dict[str, tuple[int, ...]], lora: LoraConfig | None) -> list[Parameter]:

@@ -95,14 +95,16 @@ def _request(settings: InspectSettings) -> tuple[DatasetConfig, Setup, str | Non
     The command line comes before the configuration file, and that before the kind's defaults.
     """
     from modern_llm.data.encode.kinds import kind_named, kind_of
-    from modern_llm.data.inspect.warnings import Setup
+    from modern_llm.data.inspect.warnings import GPU_TOKENS, Setup
     from modern_llm.data.table.build import holds_ids
 
     section = place = None
-    batch, length, prompt = 32, None, None
+    batch, length, prompt, tokens = 32, None, None, None
     if settings.config is not None:
         stage, run = read_stage(settings.config)
         section, batch = _named_section(run), run.train.batch_size
+        parts = run.train.sequence_parallel
+        tokens = (run.train.most_tokens or (parts > 1 and GPU_TOKENS) or 0) * parts or None
         (length, prompt), place = stage.lengths(run), _tokenizer_of(run, stage.checkpoint(run))
         found = kind_of(section).name
         if settings.kind not in (None, found):
@@ -120,6 +122,7 @@ def _request(settings: InspectSettings) -> tuple[DatasetConfig, Setup, str | Non
         settings.batch_size or batch,
         section.max_dropped,
         section.on_bad_row,
+        tokens,
     )
     if settings.max_prompt_length is not None:
         prompt = settings.max_prompt_length

@@ -40,6 +40,8 @@ def show_plan(result: dict[str, Any], console: Console | None = None) -> None:
         console.print("* with gradient_checkpointing", highlight=False)
     if result["recommended"] is None:
         console.print("nothing fits: more GPUs, larger ones, LoRA, or a shorter max_length")
+        if result["fits_with"]:
+            console.print(f"long rows fit with: plan {result['fits_with']}", highlight=False)
     else:
         console.print(f"recommended: {result['recommended']}", style="bold", highlight=False)
         console.print(Text(result["launch"]), soft_wrap=True)

@@ -267,3 +267,18 @@ def test_gpus_that_share_rows_hold_a_part_of_the_longest_and_say_what_they_send(
         planned(eight_billion, sequence_parallel=3)
     with pytest.raises(UserError, match="does not divide the 32 attention heads"):
         planned(eight_billion, gpus=24, sequence_parallel=24)
+
+
+def test_long_rows_that_do_not_fit_name_the_options_with_which_they_do(eight_billion):
+    def of(**changes):
+        return planned(eight_billion, longest=260_000, **changes)
+
+    found = of()
+    assert found["recommended"] is None and found["fits_with"] is not None
+    words = found["fits_with"].split()
+    assert words[::2] == ["--mlp_chunk", "--sequence_parallel"]
+    chunk, parts = map(int, words[1::2])
+    assert of(mlp_chunk=chunk, sequence_parallel=parts)["recommended"] is not None
+    assert of(mlp_chunk=chunk, sequence_parallel=parts // 2)["recommended"] is None
+    assert of(gpu_memory=10**9)["fits_with"] is None
+    assert planned(eight_billion)["fits_with"] is None

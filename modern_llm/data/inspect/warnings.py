@@ -19,6 +19,8 @@ from modern_llm.data.table.iterate import FELL_BACK
 # Shares above which a finding is worth a line.
 CUT_PROMPTS, CUT_ANSWERS, REPEATED, LONGER_CHOSEN = 0.05, 0.01, 0.01, 0.6
 LENGTH_RATIO = 1.2
+GPU_TOKENS = 16_384
+"""Tokens of one forward that a GPU takes by default."""
 LENGTHS = {"preferences": "dpo", "labelled": "kto"}
 """Section with `max_length`, where that is not the data section."""
 ALPHA_Z = 3.0
@@ -34,6 +36,8 @@ class Setup:
     batch_size: int
     max_dropped: float
     on_bad_row: str
+    tokens: int | None = None
+    """Most tokens of one forward; None where the device decides."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,27 @@ def _truncated(source: Examined, setup: Setup) -> Entries:
     return entries
 
 
+def _long(source: Examined, setup: Setup) -> Entries:
+    if "prompt" not in source.columns or not len(source.pairs):
+        return []
+    # All responses to a prompt are computed together.
+    tokens = np.sum([source.kept[name] for name in source.columns], axis=0)
+    budget, longest = setup.tokens or GPU_TOKENS, int(tokens.max())
+    if longest <= budget:
+        return []
+    share = float((tokens > budget).mean())
+    parts = 1 << max(0, (-(-longest // budget) - 1).bit_length())
+    place = "of train.tokens_per_micro_batch, and the run would stop"
+    if setup.tokens is None:
+        place = "that a GPU takes in one forward by default"
+    text = (
+        f"{share:.1%} of the rows have more tokens than the {budget:,} {place}; the longest has "
+        f"{longest:,}: on one process set tokens_per_micro_batch {longest}, gradient_checkpointing "
+        f"true and mlp_chunk 8192, or let {parts} processes share each row"
+    )
+    return [(text, f"train.sequence_parallel: {parts}")]
+
+
 def _unended(source: Examined, setup: Setup) -> Entries:
     entries = []
     for name, count in source.unended.items():
@@ -187,6 +212,7 @@ RULES: tuple[Callable[[Examined, Setup], Entries], ...] = (
     _broken,
     _dropped,
     _truncated,
+    _long,
     _unended,
     _repetitions,
     _longer,

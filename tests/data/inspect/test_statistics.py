@@ -20,9 +20,9 @@ PAIR = ("prompt", "chosen", "rejected")
 def look(tokenizer):
     """Inspect a section with the plain tokenizer."""
 
-    def run(config, kind="preferences", length=512, batch=4, **options):
+    def run(config, kind="preferences", length=512, batch=4, tokens=None, **options):
         recipe = recipe_of(config, tokenizer, length)
-        setup = Setup(kind, length, batch, config.max_dropped, config.on_bad_row)
+        setup = Setup(kind, length, batch, config.max_dropped, config.on_bad_row, tokens)
         return inspection(examine(config, recipe, **options), setup, tokenizer)
 
     return run
@@ -34,6 +34,25 @@ def row(i, prompt="How far is {}?", chosen=" {} miles.", rejected=" Guess {}."):
 
 def settings_of(result):
     return [w["setting"] for w in result["warnings"]]
+
+
+def test_rows_above_the_budget_name_what_makes_them_fit(look, jsonl):
+    rows = [row(i) for i in range(9)] + [row(9, prompt="far " * 300)]
+    config = PreferenceDatasetConfig(dataset_name=str(jsonl(rows)))
+    assert not any("sequence" in setting for setting in settings_of(look(config, length=4096)))
+    result = look(config, length=4096, tokens=100)
+    lengths = result["sources"][0]["lengths"]
+    longest = sum(lengths[name]["max"] for name in PAIR) + 2  # and the two end tokens
+    (found,) = [w for w in result["warnings"] if "sequence_parallel" in w["setting"]]
+    assert "10.0% of the rows have more tokens than the 100 of train.tokens" in found["message"]
+    assert "the run would stop" in found["message"]
+    assert f"tokens_per_micro_batch {longest}, gradient_checkpointing true" in found["message"]
+    parts = int(found["setting"].rpartition(" ")[2])
+    assert parts & (parts - 1) == 0 and 100 * parts >= longest > 100 * parts // 2
+    long = [row(i, prompt="far " * 19_000) for i in range(4)]
+    config = PreferenceDatasetConfig(dataset_name=str(jsonl(long)))
+    (found,) = [w for w in look(config, length=40_000)["warnings"] if "sequence" in w["setting"]]
+    assert "100.0% of the rows" in found["message"] and "by default" in found["message"]
 
 
 def test_planted_faults_are_found(look, jsonl, tokenizer):
