@@ -182,6 +182,8 @@ def _circumstances(runtime: Runtime, run: RunFolder) -> str:
         values = run.record.get(section)
         if isinstance(values, dict) and names:
             values = {name: values.get(name) for name in names.split()}
+            if values.get("sequence_parallel") in (None, 1):  # absent where earlier versions wrote
+                values.pop("sequence_parallel", None)
         settings[section] = values
     facts = json.dumps([device, settings], sort_keys=True, default=str)
     return hashlib.sha256(facts.encode()).hexdigest()

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,3 +208,13 @@ def test_another_error_is_not_taken_for_out_of_memory(
     with pytest.raises(RuntimeError, match="illegal memory access"):
         call(tmp_path / "run", tiny_checkpoint, tiny_pairs)
     assert is_out_of_memory(RuntimeError("[enforce fail] can't allocate memory: 9 bytes"))
+
+
+def test_a_budget_depends_on_how_many_processes_share_rows_and_earlier_ones_are_read():
+    runtime = SimpleNamespace(device=torch.device("cpu"))
+
+    def digest(**train) -> str:
+        return token_budget._circumstances(runtime, SimpleNamespace(record={"train": train}))
+
+    assert digest(batch_size=4) == digest(batch_size=4, sequence_parallel=1)
+    assert digest(batch_size=4) != digest(batch_size=4, sequence_parallel=2)
