@@ -225,6 +225,13 @@ class InstructionDatasetConfig(ConversationDatasetConfig):
     format: Fixed[str] = "auto"
     """How rows are read: alpaca, messages, strings, capybara or token_ids; by default found by
     their columns."""
+    streaming: Fixed[bool] = False
+    """Tokenize the data in windows while the run trains, so that the disk never holds all of it: a
+    data set of the Hub is read row by row over the network, local files from where they are. Needs
+    train.max_steps; examples are shuffled within a window."""
+    streaming_window: Fixed[Annotated[int, Field(gt=0)] | None] = None
+    """Examples of a window of `streaming`, rounded up to whole optimizer steps; by default
+    10,000."""
     max_length: Fixed[Annotated[int, Field(ge=2)] | None] = None
     """Tokens of prompt and answer together; by default the model's positions, at most 1,024."""
     max_prompt_length: Fixed[Annotated[int, Field(ge=0)] | None] = None
@@ -239,6 +246,22 @@ class InstructionDatasetConfig(ConversationDatasetConfig):
                 f"max_prompt_length {prompt} leaves no token for the answer in max_length {total}: "
                 "lower it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_pass_in_windows(self) -> InstructionDatasetConfig:
+        problems = []
+        if not self.streaming and self.streaming_window is not None:
+            problems.append("streaming_window has no effect without streaming: leave it out")
+        if self.streaming and self.sources is not None:
+            problems.append("streaming reads one data set, not sources: name it in dataset_name")
+        if self.streaming and self.order not in (RANDOM, LENGTH):
+            problems.append(
+                f"streaming knows no order of all rows, as order {self.order!r} is: "
+                f"use {RANDOM} or {LENGTH}, which hold within a window"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
 

@@ -53,7 +53,7 @@ class Prefetch:
             made = self._make(step)
         batches, denominator = made.result.result()
         self._denominator = step, denominator
-        if step + 1 < self._total:
+        if step + 1 < self._total and self._task.ready(step + 1):
             self._made = self._make(step + 1)
         return batches
 

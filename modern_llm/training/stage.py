@@ -32,6 +32,7 @@ from modern_llm.training.run.data_changes import check_data, find_checkpoint
 from modern_llm.training.run.dry_run import DryRun
 from modern_llm.training.run.folder import RunFolder
 from modern_llm.training.run.summary import write_summary
+from modern_llm.training.streaming import Stream
 from modern_llm.training.task import Task
 
 log = logging.getLogger(__name__)
@@ -55,11 +56,13 @@ def build_tables(
     build: Callable[..., Prepared],
     dry_run: DryRun | None,
     callbacks: Sequence[Any] = (),
+    stream: Stream | None = None,
 ) -> StageData:
     """Return the token tables: built once per machine, mapped and compared by every process.
 
     Args:
         callbacks: objects with methods of `Callback`.
+        stream: given where the tables are made in windows while the run trains.
 
     Raises:
         UserError: the data cannot fill one step, or differs from what was trained on; an object is
@@ -67,9 +70,13 @@ def build_tables(
     """
     config, own = run.config, Callbacks(callbacks)
     checkpoint = None if dry_run else find_checkpoint(runtime, run)
-    prepared = read_tables(runtime, run.data, build)
+    if stream is not None:
+        prepared = stream.open(checkpoint)
+    else:
+        prepared = read_tables(runtime, run.data, build)
     prepared.order_keys()  # refuses a column that no row has
-    if len(prepared.train) < config.batch_size:
+    resumed_stream = stream is not None and checkpoint is not None  # maybe in a short window
+    if len(prepared.train) < config.batch_size and not resumed_stream:
         raise UserError(
             f"{len(prepared.train)} examples are left to train on, fewer than one batch of "
             f"train.batch_size {config.batch_size}: lower it, or add data"
@@ -82,6 +89,9 @@ def build_tables(
         )
     if dry_run:
         return StageData(dry_run.first_step_only(prepared, config), Resume(), dry_run)
+    if stream is not None:
+        stream.resume.checkpoint = checkpoint
+        return StageData(prepared, stream.resume, callbacks=own)
     return StageData(*check_data(runtime, run, prepared, checkpoint), callbacks=own)
 
 

@@ -58,6 +58,9 @@ class Task(Protocol):
     def steps_in(self, epochs: float) -> int:
         """Return the number of optimizer steps in `epochs` epochs."""
 
+    def ready(self, step: int) -> bool:
+        """Whether the micro-batches of `step` may be built before the step before it has ended."""
+
     def micro_batches(self, step: int) -> Sequence[Any]:
         """Return this rank's micro-batches of `step` (from 0); every rank gets the same number."""
 

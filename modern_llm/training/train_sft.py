@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from modern_llm.training.from_memory import DataLike, ModelLike, TokenizerLike, 
 from modern_llm.training.run.dry_run import DryRun
 from modern_llm.training.run.opening import open_run
 from modern_llm.training.run.outcome import outcome_recorded
+from modern_llm.training.streaming import Stream, refuse_streaming
 from modern_llm.training.tasks.language import LanguageTask
 
 
@@ -53,6 +55,7 @@ def run_sft(
     start, data, tokenizer_name = inputs_of(
         train_config, pretrain_checkpoint, dataset_config, tokenizer_name, InstructionDatasetConfig
     )
+    refuse_streaming(train_config, data)
     runtime, run = open_run(
         train_config,
         pretrain_checkpoint=start,
@@ -70,20 +73,19 @@ def run_sft(
     max_length = data.max_length or min(default, checkpoint.positions or default)
     check_model(train_config, checkpoint, max_length, "data.max_length")
     check_agreement(tokenizer, others, data)
-    with outcome_recorded(runtime, run):
+    with outcome_recorded(runtime, run), ExitStack() as ends_with:
         data = with_template_day(runtime, tokenizer, data, run.record)
-        build = partial(
-            prepare_tables,
-            data,
-            tokenizer,
-            max_length=max_length,
-            max_prompt_length=data.max_prompt_length,
-        )
-        inputs = stage.build_tables(runtime, run, build, dry_run, callbacks)
+        lengths = {"max_length": max_length, "max_prompt_length": data.max_prompt_length}
+        build = partial(prepare_tables, data, tokenizer, **lengths)
+        windows = partial(Stream, runtime, run, data, tokenizer, **lengths)
+        stream = ends_with.enter_context(windows()) if data.streaming else None
+        inputs = stage.build_tables(runtime, run, build, dry_run, callbacks, stream)
         tables.check_ids_fit(inputs.tables, tokenizer, checkpoint.vocabulary)
         scorer = policy.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=True)
         source, evaluation = make_sources(runtime, train_config, inputs.tables, scorer)
+        source = stream.source(scorer, checkpoint.vocabulary) if stream else source
         task = LanguageTask(source, evaluation, scorer.aux_coefficient)
+        task.between = stream
         inputs.resume.fingerprints.update(base_fingerprint(runtime, checkpoint, lora_config))
         ends = answer_ends(tokenizer, data, inputs.tables)
         return stage.train_and_export(runtime, scorer, task, run, tokenizer, inputs, ends)

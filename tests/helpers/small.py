@@ -48,6 +48,9 @@ class Fit:
     def steps_in(self, epochs: float) -> int:
         return STEPS
 
+    def ready(self, step: int) -> bool:
+        return True
+
     def micro_batches(self, step: int) -> list[Batch]:
         generator = torch.Generator().manual_seed(step)
         rows = torch.randn(4, self.width, generator=generator)

@@ -26,7 +26,7 @@ class Numbers:
         self.budget = SimpleNamespace(tokens=100)
         self.made: list[tuple[int, int, str]] = []
         self.breaks_at, self.began = breaks_at, {step: threading.Event() for step in range(9)}
-        self.consumed = "the task's own"
+        self.consumed, self.later = "the task's own", {}
 
     def micro_batches(self, step):
         self.made.append((step, self.budget.tokens, threading.current_thread().name))
@@ -37,6 +37,9 @@ class Numbers:
 
     def denominator(self, step):
         return float(step)
+
+    def ready(self, step):
+        return step not in self.later
 
 
 def workers() -> list[str]:
@@ -56,6 +59,16 @@ def test_each_step_gets_its_batches_and_the_next_ones_are_built_meanwhile():
     assert [step for step, _, _ in task.made] == [0, 1, 2, 3], "none beyond the last step"
     assert all(name.startswith("batches") for _, _, name in task.made)
     assert not workers()
+
+
+def test_the_first_step_of_another_window_is_not_built_in_advance():
+    task = Numbers()
+    task.later = {2}
+    with Prefetch(task, CPU, 4) as ahead:
+        ahead.micro_batches(0)
+        ahead.micro_batches(1)
+        assert not task.began[2].wait(0.2)
+        assert ahead.micro_batches(2) == [20, 21] and task.began[3].wait(10)
 
 
 def test_an_error_is_raised_by_the_step_that_needs_the_batch():

@@ -245,7 +245,10 @@ NO_EQUIVALENT = {
         "min_sample_len excess_length_strategy"
     ),
     "equal rows are kept; modern-llm inspect counts them": "dataset_exact_deduplication",
-    "data is tokenised once into a table on disk": "streaming push_dataset_to_hub",
+    "data.streaming with train.max_steps reads instructions in windows; pairs are tokenised once": (
+        "streaming"
+    ),
+    "data is tokenised once into a table on disk": "push_dataset_to_hub",
     "the model's own configuration is used": (
         "model_config overrides_of_model_config overrides_of_model_kwargs cls_model_config"
     ),

@@ -126,7 +126,10 @@ NO_EQUIVALENT = {
         "badam_update_ratio badam_mask_mode badam_verbose"
     ),
     "sources are mixed by data.sources with a weight each": (
-        "mix_strategy interleave_probs buffer_size streaming eval_on_each_dataset"
+        "mix_strategy interleave_probs eval_on_each_dataset"
+    ),
+    "data.streaming with train.max_steps reads instructions in windows; pairs are tokenised once": (
+        "buffer_size streaming"
     ),
     "the prompt is never trained on": "train_on_prompt",
     "the tokenizer's own template writes system words, tools and thoughts": (

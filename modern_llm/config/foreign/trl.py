@@ -99,7 +99,9 @@ NO_EQUIVALENT = {
     "one set of adapters on a whole model": (
         "use_bnb_nested_quant model_adapter_name ref_adapter_name"
     ),
-    "data is tokenised once into a table on disk": "dataset_streaming streaming",
+    "data.streaming with train.max_steps reads instructions in windows; pairs are tokenised once": (
+        "dataset_streaming streaming"
+    ),
     "models are not patched": "ignore_bias_buffers",
     "set environment variables in the shell": "env",
 }

@@ -90,6 +90,18 @@ class BatchSource:
         reach = batch.positions[batch.segments[..., 0] >= 0] + 1
         return replace(batch, flops=self._flops(reach, batch.targets.shape[1]))
 
+    def ready(self, step: int) -> bool:
+        """Whether the examples of `step` are known before the step before it has ended."""
+        return True
+
+    def steps_in(self, epochs: float) -> int:
+        """Return the number of optimizer steps in `epochs` epochs."""
+        return self.order.steps_in(epochs)
+
+    def consumed(self, steps: int) -> int:
+        """Return the number of examples in the first `steps` steps."""
+        return self.order.consumed(steps)
+
     def micro_batches(self, step: int) -> Lazy:
         """Return this rank's part of a training step."""
         return Lazy(self, self.parts(self.order.step(step))[self.rank])

@@ -153,6 +153,21 @@ def prepare_tables(
     return replace(found, order=order)
 
 
+def evaluation_table(
+    config: DatasetConfig, recipe: Recipe, folder: Path, check: Callable[[], None] | None
+) -> DataReport:
+    """Write the table `evaluation` of a section's evaluation data into `folder`, beside a stream
+    that it is trained on."""
+    source = evaluation_source(config)
+    assert source is not None
+    with new_folder(folder) as new:
+        dropped = new / "dropped_rows.jsonl"
+        with around("dropped.make"), dropped.open("w", encoding="utf-8") as out:
+            build = _Build(replace(config, eval_fraction=None), recipe, new, out, check)
+            (report,) = build.tables([WeightedSource(source)], "evaluation")
+    return report
+
+
 def sample_texts(config: DatasetConfig, count: int = 64) -> list[str]:
     """Return the texts of the first `count` rows of each source that are good, to compare
     tokenizers on."""
@@ -226,6 +241,8 @@ def _section(config: DatasetConfig) -> dict[str, Any]:
     for values in (options, *(options["sources"] or ())):
         if values["columns"] is None:
             del values["columns"]
+    if "streaming_window" in options:  # the tables of a stream are not these
+        del options["streaming"], options["streaming_window"]
     if options.get("targets") == "last":  # likewise
         del options["targets"]
     return options

@@ -97,7 +97,7 @@ def _open(
         subset=subset,
         text_column=config.text_column if documents else None,
         evaluation=evaluation,
-        streaming=documents and config.streaming,
+        streaming=getattr(config, "streaming", False),
     )
     return RenamedColumns(source, columns) if columns else source
 
@@ -111,7 +111,7 @@ def read_items(
         DataError: the first broken row with its place, and how many there are.
     """
     report = drops.report
-    reader = _RowReader(recipe)
+    reader = RowReader(recipe)
     first: Broken | None = None
     broken = stop = 0
     for row in islice(source, config.max_examples):
@@ -143,7 +143,7 @@ def read_items(
         report.notes.append(f"{report.source}: columns that are not read: {names}")
 
 
-class _RowReader:
+class RowReader:
     """Converter of rows to items or dropped rows; the first row that fits decides the format."""
 
     def __init__(self, recipe: Recipe):

@@ -58,10 +58,9 @@ class Saver:
         self._engine, self._guards = context.engine, context.guards
         self._context = context
         runtime, run = context.runtime, context.run
-        self._files = resume.model_files
+        self._files, self._resume = resume.model_files, resume
         self._facts = {
             **resume.fingerprints,
-            **resume.data,
             "world": runtime.world,
             "configuration": digest_of(run.record),
         }
@@ -110,7 +109,8 @@ class Saver:
     def _save(self, step: int, examples: int, *, must: bool, pending_evaluation: bool) -> None:
         self._runtime.on_main(self._run.lock.check)
         context = self._context
-        facts = {**self._facts, "examples": examples, WINDOW: context.window.saved(self._runtime)}
+        facts = {**self._facts, **self._resume.data, "examples": examples}
+        facts[WINDOW] = context.window.saved(self._runtime)
         # Each rank has its own, by its free memory.
         facts[HEAD_ROWS] = self._runtime.gather(training_rows(self._engine.inner))
         if context.best is not None:

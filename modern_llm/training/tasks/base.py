@@ -24,7 +24,7 @@ class SourceTask(ABC):
     """The part of a `Task` that depends only on the data; subclasses add an objective.
 
     Args:
-        source: training examples.
+        source: training examples; a `WindowedSource` of a stream is one too.
         evaluation: held-out examples, if any.
         aux_coefficient: weight of the routers' load-balancing loss in the gradient; 0 for none.
             That loss is a mean over the real tokens of each micro-batch, weighted by their number.
@@ -40,7 +40,7 @@ class SourceTask(ABC):
 
     def steps_in(self, epochs: float) -> int:
         """Return the number of optimizer steps in `epochs` epochs."""
-        return self._source.order.steps_in(epochs)
+        return self._source.steps_in(epochs)
 
     def origins(self, step: int) -> list[list[str]]:
         """Return `file:line` of the examples of each micro-batch."""
@@ -48,7 +48,11 @@ class SourceTask(ABC):
 
     def consumed(self, steps: int) -> int:
         """Return the number of examples in the first `steps` steps."""
-        return self._source.order.consumed(steps)
+        return self._source.consumed(steps)
+
+    def ready(self, step: int) -> bool:
+        """Whether the examples of `step` are known before the step before it has ended."""
+        return self._source.ready(step)
 
     @abstractmethod
     def denominator(self, step: int) -> float:
