@@ -301,7 +301,7 @@ def test_other_data_on_resume_is_refused(files, tmp_path):
         run(data, tmp_path / "run")
     changed[32]["prompt"] += "?"  # in the window of the checkpoint
     write_jsonl(data.data, changed)
-    with pytest.raises(UserError, match="row 26 and the rows after it.*forbidden"):
+    with pytest.raises(UserError, match="row 25 and the rows after it.*forbidden"):
         run(data, tmp_path / "run", accept_change=True)
     changed[32] = rows()[32]
     write_jsonl(data.data, changed)
