@@ -18,7 +18,12 @@ import pytest
 import yaml
 
 from modern_llm.cli import VERBS, _split
-from modern_llm.config import DocumentDatasetConfig, PreferenceDatasetConfig, TrainingConfig
+from modern_llm.config import (
+    DocumentDatasetConfig,
+    InstructionDatasetConfig,
+    PreferenceDatasetConfig,
+    TrainingConfig,
+)
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.kto import KTOConfig
 from modern_llm.objectives.catalogue import LOSSES
@@ -126,7 +131,8 @@ def test_options_named_in_tables_exist():
     sections = {
         "train": TrainingConfig.__pydantic_fields__,
         "data": PreferenceDatasetConfig.__pydantic_fields__
-        | DocumentDatasetConfig.__pydantic_fields__,
+        | DocumentDatasetConfig.__pydantic_fields__
+        | InstructionDatasetConfig.__pydantic_fields__,
     }
     sections["dpo"] = DPOConfig.__pydantic_fields__
     sections["kto"] = KTOConfig.__pydantic_fields__
