@@ -210,21 +210,9 @@ class ConversationDatasetConfig(DatasetConfig):
 
 
 @section
-class InstructionDatasetConfig(ConversationDatasetConfig):
-    """Instructions with answers: Alpaca fields, message lists, or `prompt`/`response` strings."""
+class StreamedDatasetConfig(ConversationDatasetConfig):
+    """Data of the stages that can train while it is read."""
 
-    read: ClassVar[tuple[str, ...]] = (
-        "instruction", "input", "output", "prompt", "response", "completion", "messages",
-        "conversations", "conversation", "history", "system", "tools", "prompt_ids",
-        "response_ids", "response_targets", "completion_ids", "completion_targets",
-    )  # fmt: skip
-
-    formats: ClassVar[list[str]] = [
-        "auto", "alpaca", "messages", "strings", "capybara", "token_ids",
-    ]  # fmt: skip
-    format: Fixed[str] = "auto"
-    """How rows are read: alpaca, messages, strings, capybara or token_ids; by default found by
-    their columns."""
     streaming: Fixed[bool] = False
     """Tokenize the data in windows while the run trains, so that the disk never holds all of it: a
     data set of the Hub is read row by row over the network, local files from where they are. Needs
@@ -232,24 +220,9 @@ class InstructionDatasetConfig(ConversationDatasetConfig):
     streaming_window: Fixed[Annotated[int, Field(gt=0)] | None] = None
     """Examples of a window of `streaming`, rounded up to whole optimizer steps; by default
     10,000."""
-    max_length: Fixed[Annotated[int, Field(ge=2)] | None] = None
-    """Tokens of prompt and answer together; by default the model's positions, at most 1,024."""
-    max_prompt_length: Fixed[Annotated[int, Field(ge=0)] | None] = None
-    """Tokens of the prompt's end that are kept at least when prompt and answer are too long; by
-    default half of max_length."""
 
     @model_validator(mode="after")
-    def _room_for_an_answer(self) -> InstructionDatasetConfig:
-        prompt, total = self.max_prompt_length, self.max_length
-        if prompt is not None and total is not None and prompt >= total:
-            raise ValueError(
-                f"max_prompt_length {prompt} leaves no token for the answer in max_length {total}: "
-                "lower it"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _one_pass_in_windows(self) -> InstructionDatasetConfig:
+    def _one_pass_in_windows(self) -> StreamedDatasetConfig:
         problems = []
         if not self.streaming and self.streaming_window is not None:
             problems.append("streaming_window has no effect without streaming: leave it out")
@@ -266,7 +239,40 @@ class InstructionDatasetConfig(ConversationDatasetConfig):
 
 
 @section
-class PreferenceDatasetConfig(ConversationDatasetConfig):
+class InstructionDatasetConfig(StreamedDatasetConfig):
+    """Instructions with answers: Alpaca fields, message lists, or `prompt`/`response` strings."""
+
+    read: ClassVar[tuple[str, ...]] = (
+        "instruction", "input", "output", "prompt", "response", "completion", "messages",
+        "conversations", "conversation", "history", "system", "tools", "prompt_ids",
+        "response_ids", "response_targets", "completion_ids", "completion_targets",
+    )  # fmt: skip
+
+    formats: ClassVar[list[str]] = [
+        "auto", "alpaca", "messages", "strings", "capybara", "token_ids",
+    ]  # fmt: skip
+    format: Fixed[str] = "auto"
+    """How rows are read: alpaca, messages, strings, capybara or token_ids; by default found by
+    their columns."""
+    max_length: Fixed[Annotated[int, Field(ge=2)] | None] = None
+    """Tokens of prompt and answer together; by default the model's positions, at most 1,024."""
+    max_prompt_length: Fixed[Annotated[int, Field(ge=0)] | None] = None
+    """Tokens of the prompt's end that are kept at least when prompt and answer are too long; by
+    default half of max_length."""
+
+    @model_validator(mode="after")
+    def _room_for_an_answer(self) -> InstructionDatasetConfig:
+        prompt, total = self.max_prompt_length, self.max_length
+        if prompt is not None and total is not None and prompt >= total:
+            raise ValueError(
+                f"max_prompt_length {prompt} leaves no token for the answer in max_length {total}: "
+                "lower it"
+            )
+        return self
+
+
+@section
+class PreferenceDatasetConfig(StreamedDatasetConfig):
     """Preference pairs; `DPOConfig` sets their lengths."""
 
     values: ClassVar[dict[str, float]] = {"weight": 1.0, "margin": 0.0}

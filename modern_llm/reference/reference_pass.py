@@ -187,6 +187,27 @@ class ReferencePass:
             values = [self._values(pending) for pending in self.pending]
         return {pending.what: found for pending, found in zip(self.pending, values, strict=True)}
 
+    def values_of_window(self, table: TokenTable) -> Values | None:
+        """Return the values of pairs that were not known before the training; a collective.
+
+        The reference is loaded beside the policy where the store lacks some of them.
+
+        Raises:
+            StorageError: values are missing and may not be scored, or could not be written.
+        """
+        if self.store is None:
+            return None
+        before, store = self.pending, self.store
+        self.register(training_pairs=table)
+        (pending,) = self.pending
+        try:
+            self._runtime.on_main(self.check_store)
+            keys, tokens = pending.answers.keys, self._dpo.per_token
+            known = self._runtime.on_main(lambda: bool(store.known(keys, tokens=tokens).all()))
+            return self._values(pending) if known else self.compute(None)[pending.what]
+        finally:
+            self.pending = before
+
     def reference_model(self, policy: TokenScorer) -> nn.Module | None:
         """Return the frozen model of `reference: model`, else None."""
         if self._dpo.reference != "model" or not self._dpo.needs_reference:

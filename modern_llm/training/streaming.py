@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,11 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from modern_llm.config import InstructionDatasetConfig, TrainingConfig
-from modern_llm.config.errors import ConfigError, UserError
+from modern_llm.config import TrainingConfig
+from modern_llm.config.data import StreamedDatasetConfig
+from modern_llm.config.errors import ConfigError, Stopped, UserError
 from modern_llm.data.batch.micro_batches import BatchSource
-from modern_llm.data.batch.windowed import WindowedSource
+from modern_llm.data.batch.windowed import WindowedSource, leave_out_of_steps
 from modern_llm.data.encode.pipeline import recipe_of
 from modern_llm.data.table.build import Prepared, evaluation_table
 from modern_llm.data.table.counts import DataReport
@@ -47,8 +50,13 @@ class _Closed(Exception):
     """The run ended while a window was made."""
 
 
-def refuse_streaming(config: TrainingConfig, data: InstructionDatasetConfig) -> None:
+def refuse_streaming(
+    config: TrainingConfig, data: StreamedDatasetConfig, *, moving: bool = False
+) -> None:
     """Refuse settings that need all rows before the first step.
+
+    Args:
+        moving: whether the reference follows the policy.
 
     Raises:
         ConfigError: `data.streaming` with one of them.
@@ -56,6 +64,11 @@ def refuse_streaming(config: TrainingConfig, data: InstructionDatasetConfig) -> 
     if not data.streaming:
         return
     problems = []
+    if moving:
+        problems.append(
+            "data.streaming and dpo.reference_sync_every exclude each other: pairs would be scored "
+            "for two kinds of windows; keep one"
+        )
     if config.max_steps is None:
         problems.append(
             "data.streaming needs train.max_steps: how many steps an epoch has is not known before "
@@ -81,7 +94,7 @@ class Stream:
         self,
         runtime: Runtime,
         run: RunFolder,
-        data: InstructionDatasetConfig,
+        data: StreamedDatasetConfig,
         tokenizer: PreTrainedTokenizerBase | None,
         *,
         max_length: int,
@@ -90,7 +103,6 @@ class Stream:
         self._runtime, self._run, self._data = runtime, run, data
         self._tokenizer = tokenizer
         self._recipe = recipe_of(data, tokenizer, max_length, max_prompt_length)
-        self._vocabulary: int | None = None
         self._folder = run.data / "windows"
         self._makes = runtime.accelerator.is_local_main_process
         self._reader: WindowReader | None = None
@@ -143,18 +155,34 @@ class Stream:
         report, order = self.window.report, self._data.order
         return Prepared(self.window.table, evaluation, report, held, (report,), order=order)
 
-    def source(self, scorer: TokenScorer, vocabulary: int | None) -> WindowedSource:
+    def source(
+        self,
+        scorer: TokenScorer,
+        *vocabularies: int | None,
+        examine: Callable[[Prepared], tuple[int, ...]] | None = None,
+        group_by_prompt: bool = False,
+    ) -> WindowedSource:
         """Return the training source.
 
         Args:
-            vocabulary: rows of the embedding; ids outside are refused in every window.
+            vocabularies: rows of the embeddings; ids outside are refused in every window.
+            examine: called on all processes with every window before its first step; returns the
+                rows that its steps go without.
+            group_by_prompt: see `make_sources`.
         """
 
         def make(window: Window) -> BatchSource:
-            found, _ = make_sources(runtime, config, self._prepared(window), scorer)
+            prepared = self._prepared(window)
+            check_ids_fit(prepared, self._tokenizer, *vocabularies)
+            without = examine(prepared) if examine is not None else ()
+            found, _ = make_sources(
+                runtime, config, prepared, scorer, group_by_prompt=group_by_prompt
+            )
+            if without:
+                leave_out_of_steps(found, without)
             return found
 
-        runtime, config, self._vocabulary = self._runtime, self._run.config, vocabulary
+        runtime, config = self._runtime, self._run.config
         self._source = WindowedSource(make, self.window)
         return self._source
 
@@ -183,9 +211,10 @@ class Stream:
             self.window = Window.open(self._folder / f"{number:08d}")
             runtime.agree(self.window.table.digest, "the training data")
         assert self._source is not None
-        check_ids_fit(self._prepared(self.window), self._tokenizer, self._vocabulary)
-        self._source.open(self.window)
         self._record(self.window)
+        # If a signal stops the reference pass, the loop saves, and the resumed run repeats it.
+        with heartbeat.phase("preparing the next window", step), suppress(Stopped):
+            self._source.open(self.window)
         if runtime.is_main:
             self._log(self.window, time.perf_counter() - began)
         if self._makes:
@@ -197,7 +226,8 @@ class Stream:
         return {}
 
     def _prepared(self, window: Window) -> Prepared:
-        return Prepared(window.table, None, window.report, order=self._data.order)
+        report = window.report
+        return Prepared(window.table, None, report, parts=(report,), order=self._data.order)
 
     def _advance(self, end: int) -> None:
         """Start to make the next window in the thread, unless the run ends in this one."""

@@ -5,7 +5,8 @@ The reference scores every response once, before step 1; `MODERN_LLM_CACHE` keep
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from modern_llm.config import LoraConfig, PreferenceDatasetConfig, TrainingConfi
 from modern_llm.config.data import RANDOM
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.errors import ConfigError
+from modern_llm.data.batch.windowed import WindowedSource
 from modern_llm.data.table.build import Prepared, prepare_tables
 from modern_llm.distributed.notebook import one_line_errors
 from modern_llm.distributed.runtime import Runtime
@@ -33,7 +35,9 @@ from modern_llm.training.run.dry_run import DryRun
 from modern_llm.training.run.folder import RunFolder
 from modern_llm.training.run.opening import open_run
 from modern_llm.training.run.outcome import outcome_recorded
+from modern_llm.training.streaming import Stream, refuse_streaming
 from modern_llm.training.tasks.preference import PreferenceTask
+from modern_llm.training.window_values import WindowValues, refuse_values
 
 __all__ = ["DPOConfig", "run_dpo"]
 
@@ -67,6 +71,7 @@ def run_dpo(
     given = (train_config, sft_checkpoint, preference_config, tokenizer_name)
     start, data, tokenizer_name = inputs_of(*given, PreferenceDatasetConfig)
     dpo_config.refuse_rankings(data.rankings)
+    refuse_streaming(train_config, data, moving=dpo_config.reference_sync_every is not None)
     runtime, run = open_run(
         train_config,
         dry_run,
@@ -83,18 +88,25 @@ def run_dpo(
     tokenizer, others = choose_tokenizer(tokenizer_name, checkpoint, train_config, data)
     check_model(train_config, checkpoint, dpo_config.max_length, "dpo.max_length")
     check_agreement(tokenizer, others, data)
-    with outcome_recorded(runtime, run):
+    with outcome_recorded(runtime, run), ExitStack() as ends_with:
         find = cache(partial(ReferencePass, runtime, checkpoint, train_config, dpo_config))
         data = with_template_day(runtime, tokenizer, data, run.record, lambda: find().store)
         build = partial(prepare_tables, data, tokenizer, **_lengths(dpo_config))
-        inputs = stage.build_tables(runtime, run, build, dry_run, callbacks)
+        windows = partial(Stream, runtime, run, data, tokenizer, **_lengths(dpo_config))
+        stream = ends_with.enter_context(windows()) if data.streaming else None
+        inputs = stage.build_tables(runtime, run, build, dry_run, callbacks, stream)
         _check_tables(dpo_config, inputs.tables)
         reference = find()
         tables.check_ids_fit(inputs.tables, tokenizer, checkpoint.vocabulary, reference.vocabulary)
         reference.look_up(inputs.tables)
         runtime.on_main(lambda: remember_day(tokenizer, data, reference.store))
         scorer = policy.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=False)
-        task = _task(runtime, run, scorer, dpo_config, data, inputs.tables, reference)
+        vocabularies = (checkpoint.vocabulary, reference.vocabulary)
+        # A dry run computes the first step of the first window alone.
+        windowed = stream is not None and not dry_run
+        source = partial(stream.source, scorer, *vocabularies) if windowed else None
+        task = _task(runtime, run, scorer, dpo_config, data, inputs.tables, reference, source)
+        task.between = stream or task.between
         base = base_fingerprint(runtime, checkpoint, lora_config)
         inputs.resume.fingerprints.update(base, reference=reference.digest, plan=task.plan)
         ends = answer_ends(tokenizer, data, inputs.tables)
@@ -111,14 +123,7 @@ def _check_tables(config: DPOConfig, prepared: Prepared) -> None:
         raise ConfigError(
             [f"dpo.group_by_prompt and data.order {prepared.order}: both order the pairs: keep one"]
         )
-    found = [table for table in (prepared.train, prepared.evaluation) if table is not None]
-
-    def given(name: str) -> bool:
-        default = PreferenceDatasetConfig.values[name]
-        values = (table.values(name) for table in found)
-        return any(numbers is not None and (numbers != default).any() for numbers in values)
-
-    config.refuse_values(weights=given("weight"), margins=given("margin"))
+    refuse_values(config, prepared)
 
 
 def _task(
@@ -129,20 +134,28 @@ def _task(
     data: PreferenceDatasetConfig,
     prepared: Prepared,
     reference: ReferencePass,
+    windows: Callable[..., WindowedSource] | None,
 ) -> PreferenceTask:
     """Compute the missing reference values, and return the task without non-finite pairs.
+
+    Args:
+        windows: makes the training source where the pairs come in windows.
 
     Must run before the loop loads a checkpoint: here the scorer still has the initial weights, on
     resume too, so that the reference is never a trained policy.
     """
     values = reference.compute(scorer)
+    stored: Any = values.get("training pairs")
+    if windows is not None:
+        stored = WindowValues(runtime, dpo_config, data, reference, stored, run.data)
+        values = {"evaluation pairs": values.get("evaluation pairs")}
     scorer.log_squares = dpo_config.use_weighting
     left_out = exclude_from_run(
         runtime,
         prepared,
         values,
         max_dropped=data.max_dropped,
-        batch_size=run.config.batch_size,
+        batch_size=1 if windows else run.config.batch_size,
         folder=run.data,
     )
     source, evaluation = make_sources(
@@ -153,11 +166,14 @@ def _task(
         group_by_prompt=dpo_config.group_by_prompt,
         left_out=left_out,
     )
+    if windows is not None:
+        source = windows(examine=stored.look, group_by_prompt=dpo_config.group_by_prompt)
+        stored = stored.current
     return PreferenceTask(
         runtime,
         dpo_config,
         source,
-        values.get("training pairs"),
+        stored,
         evaluation,
         values.get("evaluation pairs"),
         scorer.aux_coefficient,

@@ -121,6 +121,8 @@ FIELDS = {
         "rankings": (FREE, "all_pairs", {}),
         "targets": (ELSEWHERE, None, {}),
         "order": (FREE, "length", {}),
+        "streaming": (ELSEWHERE, None, {}),
+        "streaming_window": (ELSEWHERE, None, {}),
         "format": (FREE, "hh", {}),
         "template": (KEY, "Q: {{prompt}}", {}),
         "template_date": (ELSEWHERE, None, {}),

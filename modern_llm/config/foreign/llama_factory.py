@@ -128,7 +128,7 @@ NO_EQUIVALENT = {
     "sources are mixed by data.sources with a weight each": (
         "mix_strategy interleave_probs eval_on_each_dataset"
     ),
-    "data.streaming with train.max_steps reads instructions in windows; pairs are tokenised once": (
+    "data.streaming with train.max_steps reads instructions and pairs in windows": (
         "buffer_size streaming"
     ),
     "the prompt is never trained on": "train_on_prompt",

@@ -99,7 +99,7 @@ NO_EQUIVALENT = {
     "one set of adapters on a whole model": (
         "use_bnb_nested_quant model_adapter_name ref_adapter_name"
     ),
-    "data.streaming with train.max_steps reads instructions in windows; pairs are tokenised once": (
+    "data.streaming with train.max_steps reads instructions and pairs in windows": (
         "dataset_streaming streaming"
     ),
     "models are not patched": "ignore_bias_buffers",

@@ -90,6 +90,11 @@ class BatchSource:
         reach = batch.positions[batch.segments[..., 0] >= 0] + 1
         return replace(batch, flops=self._flops(reach, batch.targets.shape[1]))
 
+    def at(self, step: int) -> tuple[BatchSource, int]:
+        """Return the source of a step, and the step that its order knows it as: itself, unless the
+        examples come in windows."""
+        return self, step
+
     def ready(self, step: int) -> bool:
         """Whether the examples of `step` are known before the step before it has ended."""
         return True

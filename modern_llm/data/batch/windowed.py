@@ -6,9 +6,31 @@ The order within a window is drawn from (seed, number of the window), as that of
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
 
 from modern_llm.data.batch.micro_batches import BatchSource, Lazy
+from modern_llm.data.batch.order import Indices, Order
 from modern_llm.data.table.windows import Window
+
+
+@dataclass(frozen=True)
+class _Without(Order):
+    """The same steps without some examples, so that later steps stay what they are."""
+
+    without: tuple[int, ...] = ()
+
+    def step(self, step: int) -> Indices:
+        """Return the other examples of a step, maybe none."""
+        found = super().step(step)
+        return found[~np.isin(found, self.without)]
+
+
+def leave_out_of_steps(source: BatchSource, rows: tuple[int, ...]) -> None:
+    """Let the steps that would have some examples go without them."""
+    known = {field.name: getattr(source.order, field.name) for field in fields(Order)}
+    source.order = _Without(**known, without=rows)
 
 
 class WindowedSource:
@@ -34,6 +56,11 @@ class WindowedSource:
         if self._tokens is not None:
             source.limit(self._tokens)
         self._before, self.window, self._source = (self.window, self._source), window, source
+
+    @property
+    def order(self) -> Order:
+        """The order of the current window's examples."""
+        return self._source.order
 
     def ready(self, step: int) -> bool:
         """Whether the examples of `step` are in the current window."""
@@ -63,34 +90,34 @@ class WindowedSource:
 
     def micro_batches(self, step: int) -> Lazy:
         """Return this rank's part of a training step."""
-        source, at = self._of(step)
+        source, at = self.at(step)
         return source.micro_batches(at)
 
     def origins(self, step: int) -> list[list[str]]:
         """Return the origins of the examples of each micro-batch of this rank."""
-        source, at = self._of(step)
+        source, at = self.at(step)
         return source.origins(at)
 
     def targets(self, step: int) -> int:
         """Return the target tokens of a step over all ranks."""
-        source, at = self._of(step)
+        source, at = self.at(step)
         return source.targets(at)
 
     def tokens(self, step: int) -> int:
         """Return the real tokens that are computed in a step over all ranks."""
-        source, at = self._of(step)
+        source, at = self.at(step)
         return source.tokens(at)
 
     def largest_forward(self, step: int) -> int:
         """Return the tokens of the largest forward of a step over all ranks."""
-        source, at = self._of(step)
+        source, at = self.at(step)
         return source.largest_forward(at)
 
     def largest_example(self) -> tuple[int, str]:
         """Return (padded tokens, origin) of the largest example of the window."""
         return self._source.largest_example()
 
-    def _of(self, step: int) -> tuple[BatchSource, int]:
+    def at(self, step: int) -> tuple[BatchSource, int]:
         """Return the source of a step, and the step that its order knows it as."""
         window, source = self.window, self._source
         if step < window.start.step:

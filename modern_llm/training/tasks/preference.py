@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -52,7 +52,6 @@ class PreferenceTask(SourceTask):
     slopes micro-batch by micro-batch. So the loss does not depend on micro-batching.
     """
 
-    between: MovingReference | None = None
     judged_by = frozenset(("loss", *HIGHER_IS_BETTER))
 
     def __init__(
@@ -60,22 +59,29 @@ class PreferenceTask(SourceTask):
         runtime: Runtime,
         config: DPOConfig,
         source: BatchSource,
-        reference: Reference,
+        reference: Reference | Callable[[], Reference],
         evaluation: BatchSource | None,
         evaluation_reference: Reference,
         aux_coefficient: float,
         *,
         live: nn.Module | None = None,
     ):
-        """`live` is a frozen reference model that runs in every step and replaces stored values."""
+        """Make the task.
+
+        Args:
+            reference: stored values; where the training pairs come in windows, a function that
+                returns those of the current one.
+            live: a frozen reference model that runs in every step and replaces stored values.
+        """
         super().__init__(source, evaluation, aux_coefficient)
         self._live = live
         self._runtime, self._config = runtime, config
         self._reference, self._evaluation_reference = reference, evaluation_reference
+        self._moving: MovingReference | None = None
         if config.reference_sync_every is not None:
-            assert reference is not None
+            assert reference is not None and not callable(reference)
             self._reference = None  # the prefetch would read a value before it is scored
-            self.between = MovingReference(
+            self.between = self._moving = MovingReference(
                 runtime,
                 source,
                 reference,
@@ -91,17 +97,19 @@ class PreferenceTask(SourceTask):
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of `step` with the columns that are known before it."""
-        mean_length = self._mean_length(self._source, self._source.order.step(step))
-        batches = self._source.micro_batches(step)
-        table = self._source.examples.table
-        return [_fill(batch, table, self._reference, mean_length) for batch in batches]
+        source, at = self._source.at(step)
+        mean_length = self._mean_length(source, source.order.step(at))
+        table, found = source.examples.table, self._reference
+        reference = found() if callable(found) else found
+        return [_fill(batch, table, reference, mean_length) for batch in source.micro_batches(at)]
 
     def denominator(self, step: int) -> float:
         """Return the number of pairs in the whole step, each counted by its weight."""
-        pairs = self._source.order.step(step)
-        weights = self._source.examples.table.values("weight")
+        source, at = self._source.at(step)
+        pairs = source.order.step(at)
+        weights = source.examples.table.values("weight")
         if weights is None:
-            return float(len(pairs))
+            return float(len(pairs)) or 1.0  # of a window, a step may have lost its pairs
         return float(weights[pairs].sum()) or 1.0  # pairs of weight 0 alone: the loss is 0
 
     def prepare(
@@ -113,9 +121,9 @@ class PreferenceTask(SourceTask):
                 replace(batch, reference=self._reference_sums(self._live, batch))
                 for batch in micro_batches
             ]
-        if self.between is not None and model.training:
+        if self._moving is not None and model.training:
             # Evaluations keep the first reference, so that they compare with each other.
-            micro_batches = [self.between.fill(batch) for batch in micro_batches]
+            micro_batches = [self._moving.fill(batch) for batch in micro_batches]
         self._weigh_routers(model, step)
         if not self._config.looks_across_pairs:
             return micro_batches
