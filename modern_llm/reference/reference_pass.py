@@ -30,6 +30,7 @@ from modern_llm.reference.adapter_free import AdapterFreePolicy
 from modern_llm.reference.agreement import BOUND, must_agree
 from modern_llm.reference.answers import Answers
 from modern_llm.reference.fill import FillReport, fill, values_of
+from modern_llm.reference.length_weights import desensitised
 from modern_llm.reference.locate import find_store
 from modern_llm.reference.scoring import Scoring
 from modern_llm.reference.store.entries import Entries
@@ -84,7 +85,7 @@ class ReferencePass:
         self.store: ReferenceStore | None = None
         self.checkpoint: Checkpoint | None = policy
         self.pending: list[PendingTable] = []
-        self._is_policy = dpo.reference_checkpoint is None
+        self._policy, self._is_policy = policy, dpo.reference_checkpoint is None
         self._scorer: TokenScorer | None = None  # of the frozen module, while it is loaded
         if not dpo.needs_reference:
             if runtime.is_main:
@@ -100,6 +101,11 @@ class ReferencePass:
     def vocabulary(self) -> int | None:
         """Rows of the reference's embedding; None if only its values are available."""
         return None if self.checkpoint is None else self.checkpoint.vocabulary
+
+    @property
+    def vocabularies(self) -> tuple[int | None, ...]:
+        """The same of the policy and of the reference."""
+        return self._policy.vocabulary, self.vocabulary
 
     def register(self, **tables: TokenTable | None) -> None:
         """Set the tables whose pairs need values, each under its name in the log."""
@@ -376,23 +382,3 @@ class ReferencePass:
         rows, sums = (np.concatenate(column) for column in zip(*everyone, strict=True))
         order = np.argsort(rows, kind="stable")
         return rows[order], sums[order]
-
-
-def desensitised(found: Entries, pairs: NDArray[np.int64], alpha: float) -> Values:
-    """Return the length-desensitised sums (P, 2) of some pairs (LD-DPO, arXiv 2409.06411, eq. 9).
-
-    Tokens up to the length of the pair's shorter answer have weight 1, those after it `alpha`.
-
-    Args:
-        found: answers with per-token values.
-        pairs: (P, 2) indices into them.
-    """
-    assert found.tokens is not None
-    counts = found.counts.astype(np.int64)
-    # Sums of the first n tokens of an answer are differences of running sums.
-    running = np.concatenate([[0.0], np.cumsum(found.tokens, dtype=np.float64)])
-    starts = np.cumsum(counts) - counts
-    shared = counts[pairs].min(1, keepdims=True)
-    head = running[starts[pairs] + shared] - running[starts[pairs]]
-    whole = running[starts[pairs] + counts[pairs]] - running[starts[pairs]]
-    return (head + alpha * (whole - head)).astype(np.float32)

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,20 @@ def refuse_streaming(
         )
     if problems:
         raise ConfigError(problems)
+
+
+def stream_of(
+    ends_with: ExitStack,
+    runtime: Runtime,
+    run: RunFolder,
+    data: StreamedDatasetConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    **lengths: Any,
+) -> Stream | None:
+    """Return the stream of a run, which `ends_with` closes; None without `data.streaming`."""
+    if not data.streaming:
+        return None
+    return ends_with.enter_context(Stream(runtime, run, data, tokenizer, **lengths))
 
 
 class Stream:

@@ -5,7 +5,7 @@ The reference scores every response once, before step 1; `MODERN_LLM_CACHE` keep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
@@ -15,7 +15,6 @@ from modern_llm.config import LoraConfig, PreferenceDatasetConfig, TrainingConfi
 from modern_llm.config.data import RANDOM
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.errors import ConfigError
-from modern_llm.data.batch.windowed import WindowedSource
 from modern_llm.data.table.build import Prepared, prepare_tables
 from modern_llm.distributed.notebook import one_line_errors
 from modern_llm.distributed.runtime import Runtime
@@ -35,7 +34,7 @@ from modern_llm.training.run.dry_run import DryRun
 from modern_llm.training.run.folder import RunFolder
 from modern_llm.training.run.opening import open_run
 from modern_llm.training.run.outcome import outcome_recorded
-from modern_llm.training.streaming import Stream, refuse_streaming
+from modern_llm.training.streaming import Stream, refuse_streaming, stream_of
 from modern_llm.training.tasks.preference import PreferenceTask
 from modern_llm.training.window_values import WindowValues, refuse_values
 
@@ -73,14 +72,9 @@ def run_dpo(
     dpo_config.refuse_rankings(data.rankings)
     refuse_streaming(train_config, data, moving=dpo_config.reference_sync_every is not None)
     runtime, run = open_run(
-        train_config,
-        dry_run,
-        sft_checkpoint=start,
-        dpo=dpo_config,
-        data=data,
-        lora=lora_config,
+        train_config, dry_run, sft_checkpoint=start, dpo=dpo_config, data=data, lora=lora_config,
         tokenizer_name=tokenizer_name,
-    )
+    )  # fmt: skip
     policy.check_lora(runtime, lora_config, train_config, dropout=False)
     if run.finished():
         return run.final
@@ -91,22 +85,17 @@ def run_dpo(
     with outcome_recorded(runtime, run), ExitStack() as ends_with:
         find = cache(partial(ReferencePass, runtime, checkpoint, train_config, dpo_config))
         data = with_template_day(runtime, tokenizer, data, run.record, lambda: find().store)
-        build = partial(prepare_tables, data, tokenizer, **_lengths(dpo_config))
-        windows = partial(Stream, runtime, run, data, tokenizer, **_lengths(dpo_config))
-        stream = ends_with.enter_context(windows()) if data.streaming else None
+        lengths = _lengths(dpo_config)
+        build = partial(prepare_tables, data, tokenizer, **lengths)
+        stream = stream_of(ends_with, runtime, run, data, tokenizer, **lengths)
         inputs = stage.build_tables(runtime, run, build, dry_run, callbacks, stream)
         _check_tables(dpo_config, inputs.tables)
         reference = find()
-        tables.check_ids_fit(inputs.tables, tokenizer, checkpoint.vocabulary, reference.vocabulary)
+        tables.check_ids_fit(inputs.tables, tokenizer, *reference.vocabularies)
         reference.look_up(inputs.tables)
         runtime.on_main(lambda: remember_day(tokenizer, data, reference.store))
         scorer = policy.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=False)
-        vocabularies = (checkpoint.vocabulary, reference.vocabulary)
-        # A dry run computes the first step of the first window alone.
-        windowed = stream is not None and not dry_run
-        source = partial(stream.source, scorer, *vocabularies) if windowed else None
-        task = _task(runtime, run, scorer, dpo_config, data, inputs.tables, reference, source)
-        task.between = stream or task.between
+        task = _task(runtime, run, scorer, dpo_config, data, inputs, reference, stream)
         base = base_fingerprint(runtime, checkpoint, lora_config)
         inputs.resume.fingerprints.update(base, reference=reference.digest, plan=task.plan)
         ends = answer_ends(tokenizer, data, inputs.tables)
@@ -132,44 +121,49 @@ def _task(
     scorer: TokenScorer,
     dpo_config: DPOConfig,
     data: PreferenceDatasetConfig,
-    prepared: Prepared,
+    inputs: stage.StageData,
     reference: ReferencePass,
-    windows: Callable[..., WindowedSource] | None,
+    stream: Stream | None,
 ) -> PreferenceTask:
     """Compute the missing reference values, and return the task without non-finite pairs.
 
-    Args:
-        windows: makes the training source where the pairs come in windows.
-
     Must run before the loop loads a checkpoint: here the scorer still has the initial weights, on
-    resume too, so that the reference is never a trained policy.
+    resume too, so that the reference is never a trained policy. Where the pairs come in windows,
+    these are the values of the first one.
     """
+    if inputs.dry_run:
+        stream = None  # it computes the first step of the first window alone
     values = reference.compute(scorer)
     stored: Any = values.get("training pairs")
-    if windows is not None:
+    if stream is not None:
         stored = WindowValues(runtime, dpo_config, data, reference, stored, run.data)
         values = {"evaluation pairs": values.get("evaluation pairs")}
     scorer.log_squares = dpo_config.use_weighting
     left_out = exclude_from_run(
         runtime,
-        prepared,
+        inputs.tables,
         values,
         max_dropped=data.max_dropped,
-        batch_size=1 if windows else run.config.batch_size,
+        batch_size=1 if stream else run.config.batch_size,
         folder=run.data,
     )
     source, evaluation = make_sources(
         runtime,
         run.config,
-        prepared,
+        inputs.tables,
         scorer,
         group_by_prompt=dpo_config.group_by_prompt,
         left_out=left_out,
     )
-    if windows is not None:
-        source = windows(examine=stored.look, group_by_prompt=dpo_config.group_by_prompt)
+    if stream is not None:
+        source = stream.source(
+            scorer,
+            *reference.vocabularies,
+            examine=stored.look,
+            group_by_prompt=dpo_config.group_by_prompt,
+        )
         stored = stored.current
-    return PreferenceTask(
+    task = PreferenceTask(
         runtime,
         dpo_config,
         source,
@@ -179,3 +173,5 @@ def _task(
         scorer.aux_coefficient,
         live=reference.reference_model(scorer),
     )
+    task.between = stream or task.between
+    return task

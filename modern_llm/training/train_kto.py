@@ -93,7 +93,7 @@ def run_kto(
         inputs = stage.build_tables(runtime, run, build, dry_run, callbacks)
         _check_labels(runtime, train_config, kto_config, inputs.tables)
         reference = find()
-        tables.check_ids_fit(inputs.tables, tokenizer, checkpoint.vocabulary, reference.vocabulary)
+        tables.check_ids_fit(inputs.tables, tokenizer, *reference.vocabularies)
         prepared = _look_up(reference, train_config, kto_config, inputs.tables)
         runtime.on_main(lambda: remember_day(tokenizer, data, reference.store))
         scorer = policy.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=False)

@@ -24,7 +24,7 @@ from modern_llm.training.from_memory import DataLike, ModelLike, TokenizerLike, 
 from modern_llm.training.run.dry_run import DryRun
 from modern_llm.training.run.opening import open_run
 from modern_llm.training.run.outcome import outcome_recorded
-from modern_llm.training.streaming import Stream, refuse_streaming
+from modern_llm.training.streaming import refuse_streaming, stream_of
 from modern_llm.training.tasks.language import LanguageTask
 
 
@@ -77,8 +77,7 @@ def run_sft(
         data = with_template_day(runtime, tokenizer, data, run.record)
         lengths = {"max_length": max_length, "max_prompt_length": data.max_prompt_length}
         build = partial(prepare_tables, data, tokenizer, **lengths)
-        windows = partial(Stream, runtime, run, data, tokenizer, **lengths)
-        stream = ends_with.enter_context(windows()) if data.streaming else None
+        stream = stream_of(ends_with, runtime, run, data, tokenizer, **lengths)
         inputs = stage.build_tables(runtime, run, build, dry_run, callbacks, stream)
         tables.check_ids_fit(inputs.tables, tokenizer, checkpoint.vocabulary)
         scorer = policy.set_up_policy(runtime, checkpoint, train_config, lora_config, dropout=True)
