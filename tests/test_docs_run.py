@@ -67,6 +67,8 @@ def world(tmp_path_factory) -> Path:
         for i, row in enumerate(rows)
     ]  # fmt: skip
     write_jsonl(place / "responses.jsonl", labels)
+    answers = [{"prompt": f"Say {n}.", "response": f" {n}!"} for n in range(40)]
+    write_jsonl(place / "instructions.jsonl", answers)
     write_jsonl(place / "prompts.jsonl", [{"prompt": "why?"}, {"prompt": "how?"}])
     (run,) = (text for _, text in blocks("yaml") if text.startswith("# run.yaml"))
     (place / "run.yaml").write_text(run)
