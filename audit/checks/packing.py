@@ -28,7 +28,7 @@ def run(trainer: Trainer, folder: Path) -> Outcome:
 
 
 def packing(trainer: Trainer) -> dict:
-    """Return how the trainer is asked for eight rows in one forward."""
+    """Return the options with which the trainer has eight rows in one forward."""
     if trainer.name == "modern_llm":  # packs the rows of a micro-batch
         return {"batch": 8, "micro": 8}
     return {"batch": 1, "packing": True}  # one packed row of all eight

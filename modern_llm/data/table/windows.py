@@ -40,7 +40,7 @@ class Start:
     examples: int = 0
     """Examples of all windows before."""
     epoch: int = 0
-    """Passes over the source before this one."""
+    """Epochs of the source before this one."""
     row: int = 0
     """First row of the source."""
     skip: int = 0
