@@ -17,7 +17,8 @@ ROW = {
 RESULT = {
     "model": "some/model", "parameters": 70_000_000_000, "trained": 70_000_000_000,
     "precision": "bf16", "gpus": 8, "gpu_memory": 80e9, "usable": 72e9, "seconds": None,
-    "recommended": None, "rows": [ROW, ROW | {"reference": "model", "fits": True}],
+    "recommended": None, "fits_with": "--mlp_chunk 8192",
+    "rows": [ROW, ROW | {"reference": "model", "fits": True}],
 }  # fmt: skip
 
 
@@ -29,5 +30,5 @@ def test_every_number_is_whole_at_this_width(width, tables):
     assert max(map(len, lines)) <= width and "…" not in shown.getvalue()
     assert sum(line.startswith("preset") for line in lines) == tables
     assert shown.getvalue().count("123.4") == 2 * len(PARTS)
-    for text in ("zero3_offload*", "1,048,576", "863.8", "1234.5", "yes", "no"):
+    for text in ("zero3_offload*", "1,048,576", "863.8", "1234.5", "yes", "no", "--mlp_chunk 8192"):
         assert text in shown.getvalue()
