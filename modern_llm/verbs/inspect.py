@@ -95,16 +95,15 @@ def _request(settings: InspectSettings) -> tuple[DatasetConfig, Setup, str | Non
     The command line comes before the configuration file, and that before the kind's defaults.
     """
     from modern_llm.data.encode.kinds import kind_named, kind_of
-    from modern_llm.data.inspect.warnings import GPU_TOKENS, Setup
+    from modern_llm.data.inspect.warnings import Setup
     from modern_llm.data.table.build import holds_ids
 
     section = place = None
-    batch, length, prompt, tokens = 32, None, None, None
+    batch, length, prompt, tokens, processes = 32, None, None, None, 1
     if settings.config is not None:
         stage, run = read_stage(settings.config)
         section, batch = _named_section(run), run.train.batch_size
-        parts = run.train.sequence_parallel
-        tokens = (run.train.most_tokens or (parts > 1 and GPU_TOKENS) or 0) * parts or None
+        tokens, processes = run.train.most_tokens, run.train.sequence_parallel
         (length, prompt), place = stage.lengths(run), _tokenizer_of(run, stage.checkpoint(run))
         found = kind_of(section).name
         if settings.kind not in (None, found):
@@ -123,6 +122,7 @@ def _request(settings: InspectSettings) -> tuple[DatasetConfig, Setup, str | Non
         section.max_dropped,
         section.on_bad_row,
         tokens,
+        processes,
     )
     if settings.max_prompt_length is not None:
         prompt = settings.max_prompt_length

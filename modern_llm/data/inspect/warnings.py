@@ -37,7 +37,9 @@ class Setup:
     max_dropped: float
     on_bad_row: str
     tokens: int | None = None
-    """Most tokens of one forward; None where the device decides."""
+    """Most tokens of one forward on one process; None where the device decides."""
+    processes: int = 1
+    """Those that share a forward."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,12 @@ def _long(source: Examined, setup: Setup) -> Entries:
         return []
     # All responses to a prompt are computed together.
     tokens = np.sum([source.kept[name] for name in source.columns], axis=0)
-    budget, longest = setup.tokens or GPU_TOKENS, int(tokens.max())
+    one, longest = setup.tokens or GPU_TOKENS, int(tokens.max())
+    budget = one * setup.processes
     if longest <= budget:
         return []
     share = float((tokens > budget).mean())
-    parts = 1 << max(0, (-(-longest // budget) - 1).bit_length())
+    parts = 1 << max(0, (-(-longest // one) - 1).bit_length())
     place = "of train.tokens_per_micro_batch, and the run would stop"
     if setup.tokens is None:
         place = "that a GPU takes in one forward by default"

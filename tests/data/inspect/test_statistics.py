@@ -20,9 +20,9 @@ PAIR = ("prompt", "chosen", "rejected")
 def look(tokenizer):
     """Inspect a section with the plain tokenizer."""
 
-    def run(config, kind="preferences", length=512, batch=4, tokens=None, **options):
+    def run(config, kind="preferences", length=512, batch=4, budget=(), **options):
         recipe = recipe_of(config, tokenizer, length)
-        setup = Setup(kind, length, batch, config.max_dropped, config.on_bad_row, tokens)
+        setup = Setup(kind, length, batch, config.max_dropped, config.on_bad_row, *budget)
         return inspection(examine(config, recipe, **options), setup, tokenizer)
 
     return run
@@ -40,7 +40,7 @@ def test_rows_above_the_budget_name_what_makes_them_fit(look, jsonl):
     rows = [row(i) for i in range(9)] + [row(9, prompt="far " * 300)]
     config = PreferenceDatasetConfig(dataset_name=str(jsonl(rows)))
     assert not any("sequence" in setting for setting in settings_of(look(config, length=4096)))
-    result = look(config, length=4096, tokens=100)
+    result = look(config, length=4096, budget=(100,))
     lengths = result["sources"][0]["lengths"]
     longest = sum(lengths[name]["max"] for name in PAIR) + 2  # and the two end tokens
     (found,) = [w for w in result["warnings"] if "sequence_parallel" in w["setting"]]
@@ -49,6 +49,14 @@ def test_rows_above_the_budget_name_what_makes_them_fit(look, jsonl):
     assert f"tokens_per_micro_batch {longest}, gradient_checkpointing true" in found["message"]
     parts = int(found["setting"].rpartition(" ")[2])
     assert parts & (parts - 1) == 0 and 100 * parts >= longest > 100 * parts // 2
+    # Two processes that share rows already: fewer rows are above, the advice is the same.
+    (both,) = [
+        w for w in look(config, length=4096, budget=(100, 2))["warnings"] if "seq" in w["setting"]
+    ]
+    assert both["setting"] == found["setting"] and "than the 200 of" in both["message"]
+    assert not any(
+        "seq" in w["setting"] for w in look(config, length=4096, budget=(100, 4))["warnings"]
+    )
     long = [row(i, prompt="far " * 19_000) for i in range(4)]
     config = PreferenceDatasetConfig(dataset_name=str(jsonl(long)))
     (found,) = [w for w in look(config, length=40_000)["warnings"] if "sequence" in w["setting"]]
