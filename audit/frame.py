@@ -35,6 +35,18 @@ def judged(holds: bool, sentence: str, **figures: Any) -> Outcome:
     return Outcome(HOLDS if holds else FAILS, sentence, figures)
 
 
+def within(bound: float, differences: dict[str, float], exact: str = "") -> Outcome:
+    """Return a cell that holds if no difference is above the bound.
+
+    Args:
+        exact: the sentence where all of them are 0.
+    """
+    off = max(differences.values())
+    parts = ", ".join(f"{name} {value:.0e}" for name, value in differences.items())
+    text = exact if exact and off == 0 else f"largest differences: {parts}"
+    return judged(off <= bound, text, bound=bound, **differences)
+
+
 class Skipped(Exception):
     """A cell that was not run, with its verdict and the reason."""
 

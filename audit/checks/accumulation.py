@@ -7,7 +7,7 @@ and gradient norms of every step must agree.
 from pathlib import Path
 
 import inputs
-from frame import Outcome, Trainer, judged, relative
+from frame import Outcome, Trainer, relative, within
 
 TITLE = "Gradient accumulation changes nothing"
 BOUND, STEPS = 1e-3, 5
@@ -29,6 +29,4 @@ def run(trainer: Trainer, folder: Path) -> Outcome:
         ]  # fmt: skip
         for key in ("losses", "norms"):
             found[f"{stage} {key}"] = max(relative(run[key], runs[0][key]) for run in runs[1:])
-    off = max(found.values())
-    parts = ", ".join(f"{name} {value:.0e}" for name, value in found.items())
-    return judged(off <= BOUND, f"largest differences: {parts}", bound=BOUND, **found)
+    return within(BOUND, found)

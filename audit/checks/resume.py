@@ -8,7 +8,7 @@ epoch. In DPO and in SFT.
 from pathlib import Path
 
 import inputs
-from frame import Failed, Outcome, Trainer, difference, judged, relative
+from frame import Failed, Outcome, Trainer, difference, relative, within
 
 TITLE = "A resume in mid-epoch equals an undisturbed run"
 BOUND, STEPS = 1e-6, 16
@@ -30,7 +30,4 @@ def run(trainer: Trainer, folder: Path) -> Outcome:
         resumed = trainer.call("train", out=out, **asked)
         found[f"{stage} weights"] = difference(resumed["weights"], whole["weights"])
         found[f"{stage} losses"] = relative(resumed["losses"], whole["losses"])
-    off = max(found.values())
-    parts = ", ".join(f"{name} {value:.0e}" for name, value in found.items())
-    text = "weights and losses bit for bit" if off == 0 else f"largest differences: {parts}"
-    return judged(off <= BOUND, text, bound=BOUND, **found)
+    return within(BOUND, found, "weights and losses bit for bit")

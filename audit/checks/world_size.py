@@ -7,7 +7,7 @@ norms of every step must agree.
 from pathlib import Path
 
 import inputs
-from frame import Outcome, Trainer, judged, relative
+from frame import Outcome, Trainer, relative, within
 
 TITLE = "World size changes nothing"
 BOUND, STEPS = 1e-3, 5
@@ -24,6 +24,4 @@ def run(trainer: Trainer, folder: Path) -> Outcome:
         two = trainer.call("train", 2, out=folder / f"{stage}-2", micro=4, **asked)
         for key in ("losses", "norms"):
             found[f"{stage} {key}"] = relative(two[key], one[key])
-    off = max(found.values())
-    parts = ", ".join(f"{name} {value:.0e}" for name, value in found.items())
-    return judged(off <= BOUND, f"largest differences: {parts}", bound=BOUND, **found)
+    return within(BOUND, found)

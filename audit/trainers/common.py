@@ -1,9 +1,13 @@
-"""What the adapters share: the clock of a run, and the peak memory of its process."""
+"""What the adapters share: the clock of a run, the peak memory of its process, and what trainers
+on `transformers.Trainer` write, or do not offer, alike."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
+
+from serve import NotOffered
 
 
 class Clock:
@@ -34,3 +38,19 @@ def peak_gb() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def checkpoints(request: dict[str, Any], step_done: Any) -> dict[str, Any]:
+    """Return the checkpoint folders of a run of `transformers.Trainer`, oldest first."""
+    found = Path(request["out"]).glob("checkpoint-*")
+    return {"folders": [str(path) for path in sorted(found, key=lambda p: int(p.name[11:]))]}
+
+
+def log_probs(request: dict[str, Any], step_done: Any) -> dict[str, Any]:
+    """The trainer writes no log-probs of rows."""
+    raise NotOffered("it writes no log-probs of single rows")
+
+
+def score_reference(request: dict[str, Any], step_done: Any) -> dict[str, Any]:
+    """The trainer keeps the reference model beside the policy."""
+    raise NotOffered("it stores no reference values: the model is scored in every step")

@@ -16,9 +16,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from serve import NotOffered
-
 from trainers.common import Clock
+from trainers.common import checkpoints as checkpoints
+from trainers.common import log_probs as log_probs
+from trainers.common import score_reference as score_reference
 
 NO_AUDIO = "torchaudio"
 RANKING = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
@@ -165,19 +166,3 @@ def tokens(request: dict[str, Any], step_done: Any) -> dict[str, Any]:
             }
         )
     return {"rows": rows}
-
-
-def log_probs(request: dict[str, Any], step_done: Any) -> dict[str, Any]:
-    """It writes no log-probs of rows."""
-    raise NotOffered("it writes no log-probs of single rows")
-
-
-def score_reference(request: dict[str, Any], step_done: Any) -> dict[str, Any]:
-    """It keeps the reference model beside the policy."""
-    raise NotOffered("it stores no reference values: the model is scored in every step")
-
-
-def checkpoints(request: dict[str, Any], step_done: Any) -> dict[str, Any]:
-    """Return the checkpoint folders of a run, oldest first."""
-    found = Path(request["out"]).glob("checkpoint-*")
-    return {"folders": [str(path) for path in sorted(found, key=lambda p: int(p.name[11:]))]}

@@ -14,6 +14,9 @@ from typing import Any
 from serve import NeedsGPU, NotOffered
 
 from trainers.common import Clock
+from trainers.common import checkpoints as checkpoints
+from trainers.common import log_probs as log_probs
+from trainers.common import score_reference as score_reference
 
 PAIRS = {"prompt": "query", "chosen": "response", "rejected": "rejected_response"}
 ANSWERS = {"prompt": "query", "completion": "response"}
@@ -111,19 +114,3 @@ def train(request: dict[str, Any], step_done: Any) -> dict[str, Any]:
 def tokens(request: dict[str, Any], step_done: Any) -> dict[str, Any]:
     """It shows the ids of one row in its log, and writes none."""
     raise NotOffered("it writes the ids of no row but the first")
-
-
-def log_probs(request: dict[str, Any], step_done: Any) -> dict[str, Any]:
-    """It writes no log-probs of rows."""
-    raise NotOffered("it writes no log-probs of single rows")
-
-
-def score_reference(request: dict[str, Any], step_done: Any) -> dict[str, Any]:
-    """It keeps the reference model beside the policy."""
-    raise NotOffered("it stores no reference values: the model is scored in every step")
-
-
-def checkpoints(request: dict[str, Any], step_done: Any) -> dict[str, Any]:
-    """Return the checkpoint folders of a run, oldest first."""
-    found = Path(request["out"]).glob("checkpoint-*")
-    return {"folders": [str(path) for path in sorted(found, key=lambda p: int(p.name[11:]))]}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.common import Clock
+from trainers.common import checkpoints as checkpoints
 
 
 def about(request: dict[str, Any], step_done: Any) -> dict[str, Any]:
@@ -162,9 +163,3 @@ def log_probs(request: dict[str, Any], step_done: Any) -> dict[str, Any]:
 def score_reference(request: dict[str, Any], step_done: Any) -> dict[str, Any]:
     """Build the trainer, which scores the reference; return how many responses it scored."""
     return {"scored": build(request | {"batch": 4, "steps": 1}).scored}
-
-
-def checkpoints(request: dict[str, Any], step_done: Any) -> dict[str, Any]:
-    """Return the checkpoint folders of a run, oldest first."""
-    found = Path(request["out"]).glob("checkpoint-*")
-    return {"folders": [str(path) for path in sorted(found, key=lambda p: int(p.name[11:]))]}

@@ -7,26 +7,11 @@ reads other tokens, or a position that depends on the length of the part, shows 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
-
-from transformers import PreTrainedModel
 
 from modern_llm.config.errors import UserError
-from modern_llm.models.attention.prefix_tree import Call
 from modern_llm.models.attention.sequence import SequenceGroup
 from modern_llm.models.scorer import Capabilities
-
-
-class Subject(Protocol):
-    """A model under measurement, see `capabilities.Subject`."""
-
-    model: PreTrainedModel
-    calls: set[Call]
-    sequence: SequenceGroup | None
-    shared: Capabilities
-
-    def differs(self, capabilities: Capabilities) -> str:
-        """Return how the results of a scorer with `capabilities` differ, or ""."""
+from modern_llm.models.subject import Subject
 
 
 def check_split(

@@ -245,7 +245,7 @@ NO_EQUIVALENT = {
         "min_sample_len excess_length_strategy"
     ),
     "equal rows are kept; modern-llm inspect counts them": "dataset_exact_deduplication",
-    "data.streaming with train.max_steps reads instructions and pairs in windows": ("streaming"),
+    "data.streaming with train.max_steps reads instructions and pairs in windows": "streaming",
     "data is tokenised once into a table on disk": "push_dataset_to_hub",
     "the model's own configuration is used": (
         "model_config overrides_of_model_config overrides_of_model_kwargs cls_model_config"

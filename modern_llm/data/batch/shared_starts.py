@@ -81,8 +81,12 @@ def _add_nodes(
 
 def _common(one: int, other: int, start: int, branches: List[Ids], gaps: List[Ids] | None) -> int:
     """Return how many tokens from `start` on two responses share, 0 below `SHARED`."""
-    a, b = branches[one][start:], branches[other][start:]
-    if min(len(a), len(b)) < SHARED or not np.array_equal(a[:SHARED], b[:SHARED]):
+    a, b = branches[one], branches[other]
+    # Most responses differ in their first token, which is cheap to see.
+    if min(len(a), len(b)) - start < SHARED or a[start] != b[start]:
+        return 0
+    a, b = a[start:], b[start:]
+    if not np.array_equal(a[:SHARED], b[:SHARED]):
         return 0
     size = common_prefix(a, b)
     if gaps is not None and (len(gaps[one]) or len(gaps[other])):

@@ -28,7 +28,7 @@ from modern_llm.data.read.formats import Record
 from modern_llm.data.read.readers import Row
 from modern_llm.data.read.records import ContentFault, Document, Dropped, RowFault, TokenIds
 from modern_llm.data.read.sources import Source
-from modern_llm.data.table.counts import DataReport, Drops
+from modern_llm.data.table.counts import DataReport, Drops, dropped_rows
 from modern_llm.data.table.iterate import (
     FELL_BACK,
     RecordReader,
@@ -130,8 +130,7 @@ def prepare_tables(
     if (found := _reuse(folder, key)) is not None:
         return replace(found, order=order)
     with new_folder(folder) as new:
-        dropped = new / "dropped_rows.jsonl"
-        with around("dropped.make"), dropped.open("w", encoding="utf-8") as out:
+        with dropped_rows(new) as out:
             reports = _Build(config, recipe, new, out, check).tables(parts, "train")
             other = None
             if evaluation is not None:
@@ -161,8 +160,7 @@ def evaluation_table(
     source = evaluation_source(config)
     assert source is not None
     with new_folder(folder) as new:
-        dropped = new / "dropped_rows.jsonl"
-        with around("dropped.make"), dropped.open("w", encoding="utf-8") as out:
+        with dropped_rows(new) as out:
             build = _Build(replace(config, eval_fraction=None), recipe, new, out, check)
             (report,) = build.tables([WeightedSource(source)], "evaluation")
     return report

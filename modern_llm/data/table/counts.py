@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TextIO
 
 from modern_llm.config.errors import DataError
@@ -149,6 +151,14 @@ def _added(known: dict[str, float], more: dict[str, float]) -> dict[str, float]:
         "min": min(known["min"], more["min"]),
         "max": max(known["max"], more["max"]),
     }
+
+
+@contextmanager
+def dropped_rows(folder: Path) -> Iterator[TextIO]:
+    """Make the list of dropped rows in a folder of tables, for `Drops`."""
+    path = folder / "dropped_rows.jsonl"
+    with around("dropped.make"), path.open("w", encoding="utf-8") as out:
+        yield out
 
 
 class Drops:

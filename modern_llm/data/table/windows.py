@@ -19,7 +19,7 @@ from modern_llm.config.errors import DataError, StorageError
 from modern_llm.data.encode.pipeline import Item, Recipe
 from modern_llm.data.read.records import Broken, ContentFault, Dropped
 from modern_llm.data.read.sources import LocalFiles
-from modern_llm.data.table.counts import DataReport, Drops
+from modern_llm.data.table.counts import DataReport, Drops, dropped_rows
 from modern_llm.data.table.iterate import FELL_BACK, RowReader, WeightedSource, share_of
 from modern_llm.data.table.token_table import TokenTable, TokenTableWriter
 from modern_llm.storage.atomic import new_folder
@@ -123,8 +123,7 @@ class WindowReader:
             StorageError: the folder cannot be written.
         """
         with new_folder(folder) as new:
-            dropped = new / "dropped_rows.jsonl"
-            with around("dropped.make"), dropped.open("w", encoding="utf-8") as out:
+            with dropped_rows(new) as out:
                 drops = Drops(out, DataReport(self._source.name))
                 recipe = self._recipe
                 with TokenTableWriter(new / "train", recipe.columns, recipe.stored) as writer:
@@ -146,8 +145,7 @@ class WindowReader:
             DataError: there are none.
         """
         with new_folder(folder) as new:
-            dropped = new / "dropped_rows.jsonl"
-            with around("dropped.make"), dropped.open("w", encoding="utf-8") as out:
+            with dropped_rows(new) as out:
                 drops = Drops(out, DataReport(self._source.name))
                 recipe = self._recipe
                 with TokenTableWriter(new / "evaluation", recipe.columns, recipe.stored) as held:

@@ -33,7 +33,7 @@ from modern_llm.models.attention.cpu_blocks import (
     takes_groups,
 )
 from modern_llm.models.attention.paths import paths
-from modern_llm.models.attention.sequence import SequenceGroup, repeats, to_heads, to_tokens
+from modern_llm.models.attention.sequence import SequenceGroup, exchanged, repeats
 
 TREE_ATTENTION = "modern_llm_tree"
 
@@ -161,9 +161,9 @@ class SplitRows:
         times = repeats(key.shape[1], self._group.size)
         if times > 1:
             key, value = (each.repeat_interleave(times, dim=1) for each in (key, value))
-        heads = (to_heads(each, self._group) for each in (query, key, value))
+        heads = (exchanged(each, self._group) for each in (query, key, value))
         out, weights = _attend(*heads, self._masks, *of)
-        return to_tokens(out, self._group), weights
+        return exchanged(out, self._group), weights
 
 
 def tree_attention(

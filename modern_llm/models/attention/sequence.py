@@ -47,24 +47,15 @@ def joined(values: Tensor, at: Tensor, total: int, group: SequenceGroup) -> Tens
     return every.index_copy(0, at, values)
 
 
-def to_heads(tensor: Tensor, group: SequenceGroup) -> Tensor:
-    """Turn (R, H, l, E), a part of the tokens, into (R, H / N, L, E), a part of the heads."""
-    rows, heads, part, width = tensor.shape
+def exchanged(tensor: Tensor, group: SequenceGroup) -> Tensor:
+    """Turn (R, A, b, E) into (R, A / N, N b, E): a share of A, with the b of all processes.
+
+    Queries, keys and values (R, H, l, E) become (R, H / N, L, E), a part of the heads; the result
+    (R, L, H / N, E) becomes (R, l, H, E), a part of the tokens.
+    """
     sent = tensor.unflatten(1, (group.size, -1)).transpose(0, 1)
     found = group.exchange(_copied(sent))
-    return _copied(found.permute(1, 2, 0, 3, 4)).view(
-        rows, heads // group.size, group.size * part, width
-    )
-
-
-def to_tokens(tensor: Tensor, group: SequenceGroup) -> Tensor:
-    """Turn (R, L, H / N, E), a part of the heads, into (R, l, H, E), a part of the tokens."""
-    rows, length, heads, width = tensor.shape
-    sent = tensor.unflatten(1, (group.size, -1)).transpose(0, 1)
-    found = group.exchange(_copied(sent))
-    return _copied(found.permute(1, 2, 0, 3, 4)).view(
-        rows, length // group.size, group.size * heads, width
-    )
+    return _copied(found.permute(1, 2, 0, 3, 4)).flatten(2, 3)
 
 
 def repeats(key_heads: int, size: int) -> int:

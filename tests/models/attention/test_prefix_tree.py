@@ -124,7 +124,11 @@ row = st.lists(tree, min_size=1, max_size=4)
 def test_blocks_and_masks_equal_the_token_by_token_attention(
     rows, padding, window, softcap, merge_below, groups
 ):
-    segments, positions = layout(rows, padding)
+    equals_the_definition(*layout(rows, padding), window, softcap, merge_below, groups)
+
+
+def equals_the_definition(segments, positions, window, softcap, merge_below, groups):
+    """Compare every backend of a CPU, forward and backward."""
     real = segments[..., 0] >= 0
     tensors = inputs(segments, groups)
     expected = written_out(*tensors, segments, positions, window, 0.3, softcap)[real]
@@ -152,18 +156,7 @@ deep_tree = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 7)), min_size=1
 def test_trees_of_several_levels_equal_the_token_by_token_attention(
     trees, padding, window, softcap, merge_below
 ):
-    segments, positions = nested(trees, padding)
-    real = segments[..., 0] >= 0
-    tensors = inputs(segments, 2)
-    expected = written_out(*tensors, segments, positions, window, 0.3, softcap)[real]
-    upstream = torch.randn(expected.shape, dtype=torch.float64)
-    gradients = torch.autograd.grad((expected * upstream).sum(), tensors)
-    for backend in backends(torch.device("cpu")):
-        out = attend(backend, tensors, segments, positions, window, softcap, merge_below)[real]
-        torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
-        ours = torch.autograd.grad((out * upstream).sum(), tensors)
-        for a, b in zip(ours, gradients, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+    equals_the_definition(*nested(trees, padding), window, softcap, merge_below, groups=2)
 
 
 @settings(deadline=None, max_examples=20)
