@@ -226,11 +226,11 @@ class Stream:
             runtime.agree(self.window.table.digest, "the training data")
         assert self._source is not None
         self._record(self.window)
+        if runtime.is_main:
+            self._log(self.window, time.perf_counter() - began)
         # If a signal stops the reference pass, the loop saves, and the resumed run repeats it.
         with heartbeat.phase("preparing the next window", step), suppress(Stopped):
             self._source.open(self.window)
-        if runtime.is_main:
-            self._log(self.window, time.perf_counter() - began)
         if self._makes:
             self._remove_others(number)
         self._advance(end)
